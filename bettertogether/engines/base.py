@@ -1,0 +1,171 @@
+"""The contract between the optimizer and the thing that runs the model. No torch here.
+
+An engine owns one base model and any number of LoRA adapters over it. It answers requests (DSPy's engine API,
+`dspy/clients/engines/base.py` in dspy 3.4), renders prompts to tokens, and trains adapters. Everything above this
+package talks to models through it, so a test can put `bettertogether.testing.FakeEngine` in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypedDict, runtime_checkable
+
+from dspy.lm15 import Request, Response, StreamEvent
+
+from ..training.config import LoRAConfig, TrainingConfig
+
+
+class ChatMessage(TypedDict):
+    """One turn of a prompt."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One call to learn: the messages that the engine would receive, and the answer to give.
+
+    The loss is on the completion alone, which the engine ends with the model's end-of-turn token.
+    """
+
+    messages: tuple[ChatMessage, ...]
+    completion: str
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """One line of a training run, sent to the `on_progress` callback and kept in `FinetuneResult.history`."""
+
+    step: int
+    """Optimizer steps done."""
+    total_steps: int
+    epoch: float
+    """Passes over the rows done; 0.5 is half of the first."""
+    loss: float | None
+    """Mean loss per completion token of this step's rows; None on a line that only reports `validation_loss`."""
+    validation_loss: float | None
+    """Mean loss per completion token on the validation rows: at step 0 and at the end of each epoch, else None."""
+    tokens: int
+    """Tokens trained on so far (forward tokens, as packed)."""
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A trained adapter, already served by the engine that trained it."""
+
+    model: str
+    """The name to ask for, such as "local/SmolLM2-135M-Instruct@r1-3f9c2a1b"."""
+    folder: Path
+    """Plain PEFT adapter folder: adapter_config.json and adapter_model.safetensors."""
+    history: tuple[TrainingProgress, ...]
+    best_epoch: int
+    """Epoch whose weights were kept, from 1."""
+    tokens: int
+    seconds: float
+    base_validation_loss: float | None = None
+    """Held-out loss before training; None without validation rows."""
+    validation_loss: float | None = None
+    """Held-out loss of the weights kept."""
+    skipped_rows: tuple[tuple[int, str], ...] = field(default=())
+    """Rows left out, as (index, reason)."""
+
+
+ProgressFunction = Callable[[TrainingProgress], None]
+
+
+@runtime_checkable
+class LocalEngine(Protocol):
+    """What `LoRAFinetune`, `local_lm` and the rest of the package ask of an engine.
+
+    `supported_params`, `supports_response_schema` and `complete` are DSPy's; the rest is ours. All methods may be
+    called from many threads. `copy.copy`, `copy.deepcopy` and `pickle` of an engine give the same engine back.
+    """
+
+    base_name: str
+    """The base model's short name, such as "SmolLM2-135M-Instruct"; its model name is "local/" + base_name."""
+    supported_params: frozenset[str]
+    supports_response_schema: bool
+    max_length: int
+    """Context length in tokens: prompt and answer together."""
+    concurrency: int
+    """Requests worth having in flight at once."""
+
+    def complete(self, request: Request) -> Response:
+        """Answer one request; `request.model` picks the adapter."""
+        ...
+
+    def stream(self, request: Request) -> Iterator[StreamEvent]:
+        """Answer one request as events."""
+        ...
+
+    def messages(self, request: Request) -> tuple[ChatMessage, ...]:
+        """The chat messages that a request is rendered from (system first)."""
+        ...
+
+    def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Token ids of a prompt, ending where the answer begins. The one place where prompts become tokens."""
+        ...
+
+    def completion_tokens(self, completion: str) -> list[int]:
+        """Token ids of an answer, ended by the end-of-turn token."""
+        ...
+
+    def finetune(
+        self,
+        rows: Sequence[TrainingRow],
+        *,
+        validation_rows: Sequence[TrainingRow] = (),
+        lora: LoRAConfig = LoRAConfig(),
+        training: TrainingConfig = TrainingConfig(),
+        start_from: str | None = None,
+        folder: Path | None = None,
+        on_progress: ProgressFunction | None = None,
+    ) -> FinetuneResult:
+        """Train an adapter and serve it under a new name. `start_from` is the model name of an adapter to continue
+        from; None starts at the base weights. The adapter's folder is `folder`/<adapter name> (a cache folder when
+        None)."""
+        ...
+
+    def add_adapter(self, folder: Path) -> str:
+        """Serve the adapter in a PEFT folder; returns its model name, which is the same for the same content."""
+        ...
+
+    def adapter_folder(self, model: str) -> Path | None:
+        """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
+        ...
+
+    def counters(self) -> dict[str, int]:
+        """Work done since the engine was made: requests, prompt_tokens, generated_tokens, ..."""
+        ...
+
+    def dump_state(self) -> dict[str, Any]:
+        """JSON-serializable state, from which `load_state` gives an equal engine (DSPy's saving protocol)."""
+        ...
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any]) -> LocalEngine:
+        """The engine for a saved state: the one already loaded in this process where there is one."""
+        ...
+
+    def close(self) -> None:
+        """Stop the worker and free the weights."""
+        ...
+
+
+MODEL_PREFIX = "local/"
+
+
+def adapter_model_name(base_name: str, round_number: int, content_hash: str) -> str:
+    """ "local/BASE@rN-HASH": a name that changes whenever the weights do, so no cache can answer for old ones."""
+    return f"{MODEL_PREFIX}{base_name}@r{round_number}-{content_hash[:8]}"
+
+
+def adapter_round(model: str) -> int:
+    """How many rounds of training a model name has behind it; 0 for a base model."""
+    _, at, adapter = model.partition("@")
+    number = adapter.partition("-")[0].removeprefix("r")
+    return int(number) if at and number.isdigit() else 0

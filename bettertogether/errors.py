@@ -1,0 +1,74 @@
+"""Every error this library raises on purpose.
+
+Each one has `BetterTogetherError` as its base and the nearest built-in exception as a second parent, so that
+callers may catch either. A message says what came, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+
+class BetterTogetherError(Exception):
+    """Base of all errors raised on purpose by this library."""
+
+
+class StrategyError(BetterTogetherError, ValueError):
+    """A strategy that is empty or names a step that was not given."""
+
+
+class DataError(BetterTogetherError, ValueError):
+    """A trainset, valset or rows file that can't be used."""
+
+
+class ProgramError(BetterTogetherError, ValueError):
+    """A student or teacher program that can't be optimized as it stands."""
+
+
+class ConfigError(BetterTogetherError, ValueError):
+    """An option with a value that is not allowed."""
+
+
+class NoTrainingDataError(BetterTogetherError, RuntimeError):
+    """No trace passed, so there is nothing to train on. Carries the counts."""
+
+
+class TooManyErrors(BetterTogetherError, RuntimeError):
+    """More examples failed than `max_errors` allows."""
+
+
+class NotTrainableError(BetterTogetherError, TypeError):
+    """An LM whose provider can't train here."""
+
+
+class ModelError(BetterTogetherError, OSError):
+    """A folder or hub id that holds no loadable model or adapter."""
+
+
+class UnknownAdapterError(BetterTogetherError, KeyError):
+    """A request names an adapter that its engine does not hold."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class PromptTooLongError(BetterTogetherError, ValueError):
+    """A prompt leaves no room for an answer in the model's context."""
+
+
+class TrainingError(BetterTogetherError, RuntimeError):
+    """Training failed; the message names the step."""
+
+
+class RunDirectoryError(BetterTogetherError, RuntimeError):
+    """A run directory that is damaged, foreign, or belongs to another run."""
+
+
+class ArtifactError(BetterTogetherError, ValueError):
+    """A saved program that can't be read, or that reaches outside its folder."""
+
+
+class BudgetExceeded(BetterTogetherError, RuntimeError):
+    """The budget was used up between two units of work."""
+
+
+class MissingExtraError(BetterTogetherError, ImportError):
+    """An optional package is not installed; the message gives the pip command."""

@@ -1,0 +1,105 @@
+"""What to train: the LoRA adapter and the training run, as two frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+from ..errors import ConfigError
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={value!r} is not allowed: give {allowed}.")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The adapter's shape (peft's `LoraConfig`, by the names of the paper)."""
+
+    rank: int = 16
+    """Rank r of the update matrices. The paper used 32."""
+    alpha: float = 32.0
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, 0 to 1 (1 excluded)."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """"all-linear", or module names such as ("q_proj", "k_proj")."""
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.rank, int) and self.rank > 0, "rank", self.rank, "a whole number above 0")
+        _require(self.alpha > 0, "alpha", self.alpha, "a number above 0")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
+        if isinstance(self.target_modules, Sequence) and not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        _require(bool(self.target_modules), "target_modules", self.target_modules, '"all-linear" or module names')
+
+    @classmethod
+    def paper(cls) -> Self:
+        """Section 4 of the paper: r 32, alpha 64, dropout 0, query and key projections only."""
+        return cls(rank=32, alpha=64.0, dropout=0.0, target_modules=("q_proj", "k_proj"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train. Defaults follow "LoRA Without Regret"; `paper()` gives the paper's."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW."""
+    epochs: int = 3
+    """Passes over the rows, at most; see `keep_best`."""
+    batch_size: int = 8
+    """Rows an optimizer step learns from, whatever they are split into."""
+    max_tokens_per_batch: int = 16_384
+    """Tokens in one forward pass at most (packed, shared prefix counted once); a batch over it is split and its
+    gradients are accumulated. A single longer row still goes through alone."""
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_ratio: float = 0.05
+    """Share of the optimizer steps spent warming up, 0 to 1."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    keep_best: bool = True
+    """With validation rows: keep the epoch with the lowest held-out loss, not the last."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the forward and backward pass; adapter weights and optimizer stay in float32.
+    "auto": bfloat16 on hardware that has it, else float32."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Trade time for memory. "auto": on CUDA with a base model above one billion parameters."""
+    quantize_base: Literal["4bit"] | None = None
+    """Load the frozen base in 4-bit (CUDA and bitsandbytes only)."""
+    num_processes: int = 1
+    """1 trains inside this process; more starts `accelerate launch` with so many processes."""
+    seed: int = 0
+    """Seed of the adapter's initial weights and of the row order."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
+        for name in ("epochs", "batch_size", "max_tokens_per_batch", "num_processes"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value > 0, name, value, "a whole number above 0")
+        schedulers = ("cosine", "linear", "constant")
+        _require(self.scheduler in schedulers, "scheduler", self.scheduler, f"one of {schedulers}")
+        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a number in [0, 1)")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "0 or more")
+        _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, '"auto", "float32" or "bfloat16"')
+        _require(self.quantize_base in (None, "4bit"), "quantize_base", self.quantize_base, 'None or "4bit"')
+        checkpoint = self.gradient_checkpointing
+        _require(checkpoint in (True, False, "auto"), "gradient_checkpointing", checkpoint, 'True, False or "auto"')
+
+    @classmethod
+    def paper(cls) -> Self:
+        """Section 4 of the paper: lr 1e-5, 5 epochs, effective batch 8; the last epoch is kept."""
+        return cls(learning_rate=1e-5, epochs=5, batch_size=8, scheduler="linear", warmup_ratio=0.0, keep_best=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
