@@ -1,0 +1,81 @@
+"""What a compile run records: one frozen `StepRecord` per finished step, JSON in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, Self
+
+SCHEMA = 1
+"""Version of the JSON form of a record; a reader refuses any other."""
+
+StepStatus = Literal["complete", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What some piece of work cost. Ledgers add up with `+`."""
+
+    program_calls: int = 0
+    """Runs of the whole program on one example."""
+    metric_calls: int = 0
+    lm_calls: int = 0
+    """Calls of predictors to their LMs, cache hits included."""
+    cache_hits: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens of the calls that reached a model."""
+    generated_tokens: int = 0
+    trained_tokens: int = 0
+    """Tokens that went forward and backward in training."""
+    seconds: float = 0.0
+
+    def __add__(self, other: Ledger) -> Ledger:
+        return Ledger(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+    def with_seconds(self, seconds: float) -> Ledger:
+        """The same work, with this wall time."""
+        return replace(self, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of a strategy, finished. The untouched student is the record with index 0 and strategy ""."""
+
+    index: int
+    step: str
+    """Key of the optimizer that ran; "" for the untouched student."""
+    strategy: str
+    """The prefix of the strategy that ends with this step, such as "p -> w"."""
+    status: StepStatus
+    score: float | None = None
+    """Mean of `scores`; None when there is no valset or the step failed. In the metric's own unit."""
+    scores: tuple[float, ...] | None = None
+    """The metric on each valset example, in the order of the valset."""
+    step_gain: float | None = None
+    """The step's own evidence of a gain, on data other than the valset (p: validation score over the prompts it was
+    given; w: fall of the held-out loss). Breaks ties of `score`."""
+    ledger: Ledger = field(default_factory=Ledger)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What the step reported, as JSON: candidates and their scores, the data card, the loss history, the 2x2, ..."""
+    program: Mapping[str, Any] | None = None
+    """The program's state after the step (`dspy.Module.dump_state()` without its LMs)."""
+    models: Mapping[str, str] = field(default_factory=dict)
+    """Predictor name to the model name of its LM after the step."""
+    error: str | None = None
+    """Traceback of a failed step; the reason of a skipped one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`. Raises ValueError for another schema and TypeError for missing fields."""
+        values = dict(data)
+        schema = values.pop("schema", None)
+        if schema != SCHEMA:
+            raise ValueError(f"record with schema {schema!r}; this version reads schema {SCHEMA}")
+        scores = values.get("scores")
+        values["scores"] = None if scores is None else tuple(scores)
+        values["ledger"] = Ledger(**values.get("ledger", {}))
+        return cls(**values)
