@@ -1,0 +1,81 @@
+"""Score a program on examples, example by example."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import dspy
+
+from .metrics import Metric
+from .records import Ledger
+from .runs import Attempt, RunStore
+from .traces import Pass, Trace
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A program's scores on a list of examples."""
+
+    scores: tuple[float, ...]
+    """The metric on each example, in order; 0.0 where the program or the metric failed."""
+    ledger: Ledger
+    traces: tuple[Trace, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """Mean score, in the metric's unit; NaN without examples."""
+        return sum(self.scores) / len(self.scores) if self.scores else math.nan
+
+
+def evaluate(
+    program: dspy.Module,
+    examples: Sequence[dspy.Example],
+    metric: Metric,
+    *,
+    num_threads: int | None = None,
+    max_errors: int | None = None,
+    seed: int = 0,
+    store: RunStore | None = None,
+    phase: str = "evaluate",
+) -> Evaluation:
+    """Run `program` on every example and score it with `metric` (called with trace=None, as DSPy evaluates).
+
+    A parse failure scores 0. An example whose program or metric raises scores 0 too, and counts against `max_errors`
+    (None: `dspy.settings.max_errors`); raises TooManyErrors above it.
+    """
+    return evaluate_many(
+        [program], examples, metric, num_threads=num_threads, max_errors=max_errors, seed=seed, store=store, phase=phase
+    )[0]
+
+
+def evaluate_many(
+    programs: Sequence[dspy.Module],
+    examples: Sequence[dspy.Example],
+    metric: Metric,
+    *,
+    num_threads: int | None = None,
+    max_errors: int | None = None,
+    seed: int = 0,
+    store: RunStore | None = None,
+    phase: str = "evaluate",
+) -> list[Evaluation]:
+    """`evaluate` for several programs, one after the other."""
+    options = Pass(
+        metric,
+        num_threads=num_threads,
+        max_errors=max_errors,
+        seed=seed,
+        store=store,
+        phase=phase,
+        judge_with_trace=False,
+        judge_passes=False,
+    )
+    results = []
+    for number, program in enumerate(programs, 1):
+        options = replace(options, phase=f"{phase} {number}/{len(programs)}" if len(programs) > 1 else phase)
+        traces = options.over(program, examples, [(index, Attempt()) for index in range(len(examples))])
+        ledger = sum((trace.ledger for trace in traces), Ledger())
+        results.append(Evaluation(tuple(trace.score for trace in traces), ledger, tuple(traces)))
+    return results

@@ -1,0 +1,55 @@
+"""Run one function over many items in threads, with DSPy's settings and clean interruption."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import dspy
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+WAKE_UP_S = 0.2
+"""How often the waiting thread wakes, so that Ctrl-C is heard at once."""
+
+
+def parallel_map(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    num_threads: int,
+    on_result: Callable[[int, Result], None] | None = None,
+) -> list[Result]:
+    """Results in the order of `items`. `on_result(index, result)` is called in this thread as each one comes in.
+
+    The first exception (Ctrl-C too) stops the rest that has not started, and is raised.
+    """
+    results: dict[int, Result] = {}
+    pool = ThreadPoolExecutor(max(1, min(num_threads, len(items) or 1)), thread_name_prefix="bettertogether")
+    pending: dict[Future[Result], int] = {}
+    try:
+        for index, item in enumerate(items):
+            pending[pool.submit(contextvars.copy_context().run, function, item)] = index
+        while pending:
+            done, _ = wait(pending, timeout=WAKE_UP_S, return_when=FIRST_COMPLETED)
+            for future in sorted(done, key=pending.__getitem__):
+                index = pending.pop(future)
+                results[index] = future.result()
+                if on_result:
+                    on_result(index, results[index])
+    finally:
+        pool.shutdown(wait=not pending, cancel_futures=True)
+    return [results[index] for index in range(len(items))]
+
+
+def thread_count(program: dspy.Module, num_threads: int | None) -> int:
+    """Threads for a pass: what was asked for, else as many as the program's local engines like to have in flight,
+    else `dspy.settings.num_threads`."""
+    if num_threads is not None:
+        return max(1, num_threads)
+    engines = [getattr(predictor.lm, "engine", None) for predictor in program.predictors()]
+    wanted = [getattr(engine, "concurrency", 0) for engine in engines]
+    return int(max([dspy.settings.num_threads or 1, *wanted]))

@@ -1,0 +1,282 @@
+"""Run a program over examples and judge it: traces with their calls, verdicts and reasons.
+
+Paper, section 3.2 (bootstrapping); RFT, arXiv 2308.01825 (several samples); STaR, arXiv 2203.14465 (rescue).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import dspy
+
+from . import callbacks
+from .errors import BetterTogetherError, ConfigError, TooManyErrors
+from .labels import labels_of
+from .metrics import Metric, Verdict, judge
+from .parallel import parallel_map, thread_count
+from .records import Ledger
+from .runs import Attempt, Call, Run, Runner, RunStore
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One attempt at one example, judged."""
+
+    index: int
+    """Position of the example in the examples given."""
+    example: dspy.Example
+    prediction: Any
+    calls: tuple[Call, ...]
+    verdict: Verdict
+    source: str
+    """"student", "teacher", "sample" or "rescue"."""
+    attempt: int = 0
+    label: str | None = None
+    failed: bool = False
+    """The program or the metric raised (a parse failure is not counted here)."""
+    ledger: Ledger = field(default_factory=Ledger)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the metric was satisfied."""
+        return self.verdict.passed
+
+    @property
+    def score(self) -> float:
+        """The metric's number."""
+        return self.verdict.score
+
+    @property
+    def reason(self) -> str | None:
+        """Why the trace can't be learned from."""
+        return self.verdict.reason
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How hard to try for a passing trace of each example."""
+
+    num_samples: int = 4
+    """More tries for an example that failed, each with its own seed."""
+    temperature: float | tuple[float, ...] = 1.0
+    """Temperature of those tries; several values are used in turn."""
+    rescue: bool = True
+    """For examples that still fail: once more with the label as a hint, which no training row shows."""
+    sample_passing: bool = False
+    """Take the `num_samples` tries for examples that passed as well (RFT), for more distinct traces."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_samples, int) or self.num_samples < 0:
+            raise ConfigError(f"num_samples={self.num_samples!r} is not allowed: give a whole number, 0 for none.")
+        if isinstance(self.temperature, Sequence):
+            object.__setattr__(self, "temperature", tuple(self.temperature))
+        temperatures = self.temperatures
+        if not temperatures or any(not 0 < value <= 2 for value in temperatures):
+            raise ConfigError(f"temperature={self.temperature!r} is not allowed: give numbers above 0, at most 2.")
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The schedule."""
+        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+
+    def temperature_of(self, number: int) -> float:
+        """Temperature of the try with this number, from 1."""
+        return self.temperatures[(number - 1) % len(self.temperatures)]
+
+
+@dataclass(frozen=True)
+class TraceSet:
+    """All attempts of a pass, in the order of the examples and attempts."""
+
+    traces: tuple[Trace, ...]
+    ledger: Ledger
+    examples: int
+
+    @property
+    def passing(self) -> tuple[Trace, ...]:
+        """The attempts that the metric accepted."""
+        return tuple(trace for trace in self.traces if trace.passed)
+
+    def reasons(self) -> dict[str, int]:
+        """How many attempts failed, by reason."""
+        return dict(Counter(trace.reason or "?" for trace in self.traces if not trace.passed).most_common())
+
+    def first_attempts(self) -> tuple[Trace, ...]:
+        """One trace per example: the student's own run."""
+        return tuple(trace for trace in self.traces if trace.attempt == 0 and trace.source == "student")
+
+
+@dataclass
+class Pass:
+    """Options that every pass over examples shares, and the count of examples that raised."""
+
+    metric: Metric | None
+    threshold: float | None = None
+    num_threads: int | None = None
+    max_errors: int | None = None
+    seed: int = 0
+    store: RunStore | None = None
+    phase: str = "run"
+    judge_with_trace: bool = True
+    """Give the metric the trace (bootstrapping) or None (evaluation), as DSPy does."""
+    judge_passes: bool = True
+    """Evaluation needs no verdict, only the score."""
+
+    def over(
+        self,
+        program: dspy.Module,
+        examples: Sequence[dspy.Example],
+        jobs: Sequence[tuple[int, Attempt]],
+        labels: Sequence[str | None] | None = None,
+    ) -> list[Trace]:
+        """Run and judge (example index, attempt) jobs, concurrently. Raises TooManyErrors."""
+        runner = Runner(program, seed=self.seed, store=self.store)
+        limit = dspy.settings.max_errors if self.max_errors is None else self.max_errors
+        failures: dict[int, Trace] = {}
+        done = 0
+
+        def one(job: tuple[int, Attempt]) -> Trace:
+            index, attempt = job
+            trace = self._judged(index, examples[index], runner.run(examples[index], attempt), attempt)
+            return replace(trace, label=labels[index]) if labels else trace
+
+        def note(_: int, trace: Trace) -> None:
+            nonlocal done
+            done += 1
+            tokens = trace.ledger.prompt_tokens + trace.ledger.generated_tokens
+            callbacks.emit("progress", {"phase": self.phase, "done": done, "total": len(jobs), "tokens": tokens})
+            if trace.failed:
+                failures[trace.index] = trace
+            if limit is not None and len(failures) > limit:
+                raise TooManyErrors(_too_many(failures, len(examples), limit))
+
+        return parallel_map(one, jobs, num_threads=thread_count(program, self.num_threads), on_result=note)
+
+    def _judged(self, index: int, example: dspy.Example, run: Run, attempt: Attempt) -> Trace:
+        verdict, failed = self._verdict(example, run)
+        judged = run.error is None and self.metric is not None
+        return Trace(
+            index=index,
+            example=example,
+            prediction=run.prediction,
+            calls=run.calls,
+            verdict=verdict,
+            source=attempt.source,
+            attempt=attempt.number,
+            failed=failed,
+            ledger=replace(run.ledger, metric_calls=int(judged)),
+        )
+
+    def _verdict(self, example: dspy.Example, run: Run) -> tuple[Verdict, bool]:
+        """The verdict, and whether something raised that counts against `max_errors`."""
+        if isinstance(run.error, BetterTogetherError):
+            raise run.error
+        if run.failure == "parse failure":
+            return Verdict(0.0, False, run.failure), False
+        if run.error is not None:
+            return Verdict(0.0, False, f"{run.failure}: {_one_line(run.error)}"), True
+        threshold = self.threshold if self.judge_passes else float("-inf")
+        try:
+            trace = list(run.raw_trace) if self.judge_with_trace else None
+            return judge(self.metric, example, run.prediction, trace, threshold), False
+        except BetterTogetherError:
+            raise
+        except Exception as error:
+            return Verdict(0.0, False, f"metric error: {_one_line(error)}"), True
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+
+
+def _too_many(failures: Mapping[int, Trace], examples: int, limit: int) -> str:
+    reasons = Counter(trace.reason for trace in failures.values()).most_common(3)
+    listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+    return (
+        f"{len(failures)} of {examples} examples raised, more than max_errors={limit} allows. {listed}. "
+        "Mend the program or the metric, or give a higher max_errors."
+    )
+
+
+def collect_traces(
+    program: dspy.Module,
+    examples: Sequence[dspy.Example],
+    options: Pass,
+    *,
+    sampling: Sampling = Sampling(),
+    teachers: Sequence[dspy.Module] = (),
+    label_field: str | None = None,
+) -> TraceSet:
+    """Traces of every example: a first run each, then more tries for those that failed, as `sampling` says.
+
+    With teachers, each of them makes the first runs instead of the student, and the first teacher the further tries.
+    """
+    labels = labels_of(examples, label_field)
+    traces: list[Trace] = []
+
+    def wave(runner: dspy.Module, indices: Iterable[int], attempt_of: Callable[[int], Attempt]) -> None:
+        jobs = [(index, attempt_of(index)) for index in indices]
+        if jobs:
+            traces.extend(options.over(runner, examples, jobs, labels))
+
+    def unsolved() -> list[int]:
+        solved = {trace.index for trace in traces if trace.passed}
+        return [index for index in range(len(examples)) if index not in solved]
+
+    source = "teacher" if teachers else "student"
+    for first in teachers or (program,):
+        wave(first, range(len(examples)), lambda _: Attempt(source))  # type: ignore[arg-type]
+    sampler = (*teachers, program)[0]
+    for number in range(1, sampling.num_samples + 1):
+        again = range(len(examples)) if sampling.sample_passing else unsolved()
+        attempt = Attempt("sample", number, sampling.temperature_of(number))
+        wave(sampler, again, lambda _, attempt=attempt: attempt)  # type: ignore[misc]
+    if sampling.rescue:
+        wave(sampler, _with_labels(examples, unsolved(), label_field), lambda i: _rescue(examples[i], label_field))
+    traces.sort(key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
+    return TraceSet(tuple(traces), sum((trace.ledger for trace in traces), Ledger()), len(examples))
+
+
+def _label_values(example: dspy.Example, label_field: str | None) -> dict[str, Any]:
+    if label_field:
+        return {label_field: example[label_field]}
+    return {name: value for name, value in example.labels().items() if value is not None}
+
+
+def _with_labels(examples: Sequence[dspy.Example], indices: Iterable[int], label_field: str | None) -> list[int]:
+    return [index for index in indices if _label_values(examples[index], label_field)]
+
+
+def _rescue(example: dspy.Example, label_field: str | None) -> Attempt:
+    return Attempt("rescue", 1, None, _label_values(example, label_field))
+
+
+def select_traces(traces: Iterable[Trace], *, max_per_example: int = 2, max_rescue_share: float = 1.0) -> list[Trace]:
+    """The passing traces to learn from: one of each kind of content, at most `max_per_example` of an example (its own
+    first, rescued last), rescued ones at most this share of all."""
+    kept: list[Trace] = []
+    seen: dict[int, set[str]] = {}
+    for trace in traces:
+        content = repr([(call.predictor, sorted(call.outputs.items())) for call in trace.calls])
+        known = seen.setdefault(trace.index, set())
+        if trace.passed and trace.calls and content not in known and len(known) < max_per_example:
+            known.add(content)
+            kept.append(trace)
+    own = [trace for trace in kept if trace.source != "rescue"]
+    if max_rescue_share >= 1:
+        return kept
+    room = int(len(own) * max_rescue_share / (1 - max_rescue_share))
+    rescued = [trace for trace in kept if trace.source == "rescue"][:room]
+    return sorted([*own, *rescued], key=lambda trace: (trace.index, trace.attempt))
+
+
+def hint_leaks(trace: Trace) -> bool:
+    """Whether a rescued answer talks about its hint, so that it makes no sense without it."""
+    if trace.source != "rescue":
+        return False
+    text = " ".join(str(value).lower() for call in trace.calls for value in call.outputs.values())
+    return any(word in text for word in ("right final result is known", "the hint", "given hint"))
+
