@@ -72,3 +72,7 @@ class BudgetExceeded(BetterTogetherError, RuntimeError):
 
 class MissingExtraError(BetterTogetherError, ImportError):
     """An optional package is not installed; the message gives the pip command."""
+
+
+class DownloadError(BetterTogetherError, OSError):
+    """A package file that can't be fetched, or that is not the one expected."""
