@@ -32,6 +32,11 @@ class Ledger:
     def __add__(self, other: Ledger) -> Ledger:
         return Ledger(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 
+    @property
+    def tokens(self) -> int:
+        """Prompt, generated and trained tokens together."""
+        return self.prompt_tokens + self.generated_tokens + self.trained_tokens
+
     def with_seconds(self, seconds: float) -> Ledger:
         """The same work, with this wall time."""
         return replace(self, seconds=seconds)
