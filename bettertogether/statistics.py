@@ -121,7 +121,7 @@ def _vector(scores: Sequence[float], name: str) -> np.ndarray[Any, Any]:
     return values
 
 
-def _bootstrap(values_N: np.ndarray[Any, Any], confidence: float, seed: int, resamples: int) -> Interval:
+def _bootstrap(values: np.ndarray[Any, Any], confidence: float, seed: int, resamples: int) -> Interval:
     """Percentile bootstrap of the mean, widened as Student's t is over the normal ("expanded percentile interval",
     Hesterberg 2015, arXiv:1411.5279, section 5.3), without which intervals over few examples are too narrow."""
     import numpy as np
@@ -130,13 +130,13 @@ def _bootstrap(values_N: np.ndarray[Any, Any], confidence: float, seed: int, res
         raise ConfigError(f"confidence={confidence!r} is not allowed: give a number between 0 and 1, such as 0.95.")
     if resamples < 1:
         raise ConfigError(f"resamples={resamples!r} is not allowed: give a whole number above 0, such as 2000.")
-    count = len(values_N)
+    count = len(values)
     if count < 2:
         return UNKNOWN
-    if np.all(values_N == values_N[0]):
-        return float(values_N[0]), float(values_N[0])
+    if np.all(values == values[0]):
+        return float(values[0]), float(values[0])
     tail = _expanded_tail((1 - confidence) / 2, count)
-    low, high = np.quantile(_resampled_means(values_N, seed, resamples), (tail, 1 - tail))
+    low, high = np.quantile(_resampled_means(values, seed, resamples), (tail, 1 - tail))
     return float(low), float(high)
 
 
@@ -158,12 +158,12 @@ def _t_quantile(probability: float, freedom: int) -> float:
     return sum(term / freedom**power for power, term in enumerate(terms))
 
 
-def _resampled_means(values_N: np.ndarray[Any, Any], seed: int, resamples: int) -> np.ndarray[Any, Any]:
+def _resampled_means(values: np.ndarray[Any, Any], seed: int, resamples: int) -> np.ndarray[Any, Any]:
     import numpy as np
 
     generator = np.random.default_rng(seed)
-    count = len(values_N)
+    count = len(values)
     # In parts, so that a large valset does not need resamples x count numbers at once.
     rows = max(1, _CHUNK // count)
     sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
-    return np.concatenate([values_N[generator.integers(0, count, size=(size, count))].mean(axis=1) for size in sizes])
+    return np.concatenate([values[generator.integers(0, count, size=(size, count))].mean(axis=1) for size in sizes])
