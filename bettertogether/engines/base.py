@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
-from dspy.lm15 import Request, Response, StreamEvent
+from dspy._vendor.lm15.types import StreamEvent
+from dspy.lm15 import Request, Response
 
 from ..training.config import LoRAConfig, TrainingConfig
 

@@ -1,0 +1,131 @@
+"""Passing traces to balanced rows, with the count of everything that was left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import dspy
+
+from .engines.base import LocalEngine
+from .errors import ConfigError, DataError, NoTrainingDataError
+from .labels import labels_of
+from .programs import predictors_of
+from .records import Ledger
+from .rows import DataCard, Row, TrainPrompt, balance_labels, make_data_card, rows_of_call
+from .traces import Trace, TraceSet, hint_leaks, select_traces
+
+DOMINANT_SHARE = 0.8
+"""A label with more than this share of the rows gets a warning."""
+
+Trainable = Mapping[str, tuple[LocalEngine, Any]]
+"""Predictor name to the engine that trains it and its LM."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Rows ready to train on, and how they came about."""
+
+    rows: tuple[Row, ...]
+    card: DataCard
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """Which passing traces become rows, and with what prompt."""
+
+    train_prompt: TrainPrompt = "vanilla"
+    """"vanilla": no demos (the paper's); "optimized": the predictor's demos; "mixed": a row with each."""
+    max_traces_per_example: int = 2
+    """Distinct passing traces kept of one example."""
+    max_rescue_share: float = 0.8
+    """Rescued traces are at most this share of all."""
+    balance: bool = True
+    """Give the rows the trainset's shares of labels, where labels repeat."""
+    label_field: str | None = None
+    """Field that holds the label; None finds it."""
+
+    def __post_init__(self) -> None:
+        if self.train_prompt not in get_args(TrainPrompt):
+            raise ConfigError(f"train_prompt={self.train_prompt!r} is not allowed: give one of {get_args(TrainPrompt)}.")
+        if not 0 <= self.max_rescue_share <= 1:
+            raise ConfigError(f"max_rescue_share={self.max_rescue_share!r} is not allowed: give a number from 0 to 1.")
+        if self.max_traces_per_example < 1:
+            raise ConfigError(f"max_traces_per_example={self.max_traces_per_example!r} is not allowed: give 1 or more.")
+
+
+def rows_from_traces(
+    student: dspy.Module, trainset: Sequence[dspy.Example], traces: TraceSet, trainable: Trainable, options: RowOptions
+) -> Collected:
+    """The rows of the passing traces. Raises NoTrainingDataError with the counts when there are none."""
+    dropped: Counter[tuple[str, str]] = Counter({("", reason): n for reason, n in traces.reasons().items()})
+    plain = [trace for trace in traces.traces if not hint_leaks(trace)]
+    dropped["", "answer talks about the hint"] += len(traces.traces) - len(plain)
+    chosen = select_traces(
+        plain, max_per_example=options.max_traces_per_example, max_rescue_share=options.max_rescue_share
+    )
+    by_trace = [_rows_of(student, trace, trainable, options.train_prompt, dropped) for trace in chosen]
+    usable = [(trace, rows) for trace, rows in zip(chosen, by_trace, strict=True) if rows]
+    labels = labels_of(trainset, options.label_field)
+    kept_labels = [trace.label for trace, _ in usable]
+    order = balance_labels(kept_labels, labels) if options.balance else range(len(usable))
+    rows = [row for position in order for row in usable[position][1]]
+    engines = {name: engine for name, (engine, _) in trainable.items()}
+    reasons = +dropped
+    if not rows:
+        raise NoTrainingDataError(_no_rows(traces, reasons))
+    warnings = _label_warnings(rows, labels)
+    card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), warnings=warnings)
+    return Collected(tuple(rows), card, traces.ledger)
+
+
+def _rows_of(
+    student: dspy.Module,
+    trace: Trace,
+    trainable: Trainable,
+    train_prompt: TrainPrompt,
+    dropped: Counter[tuple[str, str]],
+) -> list[Row]:
+    predictors = predictors_of(student)
+    rows: list[Row] = []
+    for call in trace.calls:
+        if call.predictor not in trainable:
+            continue
+        origin = {"example": trace.index, "label": trace.label, "source": trace.source}
+        engine = trainable[call.predictor][0]
+        try:
+            rows += rows_of_call(predictors[call.predictor], engine, call, train_prompt, **origin)
+        except DataError as error:
+            dropped[call.predictor, str(error)] += 1
+    return list({(row.predictor, repr(row.messages), row.completion): row for row in rows}.values())
+
+
+def _label_warnings(rows: Sequence[Row], wanted: Sequence[str | None]) -> list[str]:
+    counts = Counter(row.label for row in rows if row.label is not None)
+    labels = {label for label in wanted if label is not None}
+    if not counts or len(labels) < 2:
+        return []
+    warnings = []
+    absent = sorted(labels - counts.keys())
+    if absent:
+        warnings.append(f"No row has the label {absent}: the tuned model will hardly answer it.")
+    label, most = counts.most_common(1)[0]
+    total = sum(counts.values())
+    if most > DOMINANT_SHARE * total and len(labels) > 1:
+        warnings.append(
+            f"{most} of {total} rows have the label {label!r}: training on them teaches that answer. "
+            "Raise num_samples, or turn rescue and balance on."
+        )
+    return warnings
+
+
+def _no_rows(traces: TraceSet, dropped: Mapping[tuple[str, str], int]) -> str:
+    reasons = "; ".join(f"{count} x {reason}" for (_, reason), count in dropped.items()) or "no calls to learn from"
+    return (
+        f"No training rows: {len(traces.traces)} runs on {traces.examples} examples, {len(traces.passing)} passed. "
+        f"Dropped: {reasons}. Three things to try: run a prompt step first (strategy 'p -> w'); let failing examples "
+        "be tried again (num_samples=8, rescue=True); or give a teacher program or a lower threshold."
+    )

@@ -1,0 +1,144 @@
+"""`local_lm(...)`: a `dspy.LM` whose engine holds the weights and whose provider trains them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dspy
+from dspy.clients.provider import Provider, TrainingJob
+
+from .engines.base import MODEL_PREFIX, LocalEngine, TrainingRow
+from .errors import ConfigError, DataError, NotTrainableError
+from .training.config import LoRAConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from .engines.transformers_engine import TransformersEngine
+
+
+class LocalTrainingJob(TrainingJob):
+    """DSPy's handle on a training that runs in this process."""
+
+    def status(self) -> str:
+        """ "running" or "done"."""
+        return "done" if self.done() else "running"
+
+
+class LocalProvider(Provider):
+    """Trains LoRA adapters on the engine of the LM, for DSPy's own optimizers (`lm.finetune(...)`)."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        super().__init__()
+        self.finetunable = True
+        self.TrainingJob = LocalTrainingJob
+        self.engine = engine
+
+    def finetune(  # type: ignore[override]
+        self,
+        job: TrainingJob,
+        model: str,
+        train_data: Sequence[Mapping[str, Any]],
+        train_data_format: Any = None,
+        train_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Train on chats whose last message is the answer; returns the new model name.
+
+        `train_kwargs` may hold the fields of `LoRAConfig` and `TrainingConfig`. Raises ConfigError and DataError.
+        """
+        lora, training = configs_from(train_kwargs or {})
+        start_from = model if self.engine.adapter_folder(model) else None
+        rows = rows_from_chats(train_data)
+        return self.engine.finetune(rows, lora=lora, training=training, start_from=start_from).model
+
+
+def configs_from(options: Mapping[str, Any]) -> tuple[LoRAConfig, TrainingConfig]:
+    """The two configs from one flat mapping of their fields. Raises ConfigError for a name that is neither's."""
+    lora_names = {f.name for f in dataclasses.fields(LoRAConfig)}
+    training_names = {f.name for f in dataclasses.fields(TrainingConfig)}
+    unknown = sorted(options.keys() - lora_names - training_names)
+    if unknown:
+        raise ConfigError(f"train_kwargs {unknown} are not known. Allowed: {sorted(lora_names | training_names)}.")
+    lora = LoRAConfig(**{name: value for name, value in options.items() if name in lora_names})
+    return lora, TrainingConfig(**{name: value for name, value in options.items() if name in training_names})
+
+
+def rows_from_chats(chats: Sequence[Mapping[str, Any]]) -> list[TrainingRow]:
+    """Rows from DSPy's chat format: {"messages": [..., {"role": "assistant", "content": answer}]}."""
+    rows = []
+    for position, chat in enumerate(chats):
+        messages = list(chat.get("messages", ()))
+        if len(messages) < 2 or messages[-1].get("role") != "assistant":
+            raise DataError(f'Row {position} is not {{"messages": [..., {{"role": "assistant", ...}}]}}: {chat!r:.200}')
+        prompt = tuple({"role": m["role"], "content": m["content"]} for m in messages[:-1])
+        rows.append(TrainingRow(prompt, messages[-1]["content"]))  # type: ignore[arg-type]
+    return rows
+
+
+class LocalLM(dspy.LM):
+    """A `dspy.LM` that finds its provider in its engine again after it was saved and loaded."""
+
+    def infer_provider(self) -> Provider:
+        """The provider that trains on this LM's engine."""
+        return LocalProvider(self.engine) if isinstance(self.engine, LocalEngine) else super().infer_provider()
+
+
+def engine_lm(engine: LocalEngine, model: str | None = None, **lm_options: Any) -> LocalLM:
+    """The LM for an engine; `model` names an adapter that the engine holds, None the base."""
+    return LocalLM(
+        model or MODEL_PREFIX + engine.base_name,
+        engine=engine,
+        async_engine=getattr(engine, "asynchronous", None),
+        **lm_options,
+    )
+
+
+def local_lm(
+    model: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    temperature: float = 0.0,
+    max_tokens: int | None = None,
+    cache: bool = True,
+    engine_options: Mapping[str, Any] | None = None,
+    **lm_options: Any,
+) -> LocalLM:
+    """A `dspy.LM` that runs a Hugging Face model in this process and can be trained.
+
+    Args:
+        model: Folder of a transformers model, or a hub id such as "meta-llama/Llama-3.1-8B-Instruct".
+        adapter: PEFT folder to answer with; None for the base model.
+        temperature: 0 takes the likeliest token each time.
+        max_tokens: Tokens of an answer at most; None: 1024, or what the context has left.
+        cache: Use DSPy's cache of answers. It can't be stale: new weights get a new model name.
+        engine_options: Options of `TransformersEngine`: dtype, device, max_batch_size, cache_bytes,
+            chat_template_kwargs.
+        lm_options: Anything else `dspy.LM` takes: top_p, top_k, seed, stop, callbacks, num_retries, ...
+
+    The weights are loaded once per process, whatever the number of LMs. Raises ModelError for a folder or id that
+    holds no model.
+    """
+    from .engines import TransformersEngine
+
+    engine: TransformersEngine = TransformersEngine.shared(model, **dict(engine_options or {}))
+    name = engine.add_adapter(Path(adapter)) if adapter is not None else None
+    return engine_lm(engine, name, temperature=temperature, max_tokens=max_tokens, cache=cache, **lm_options)
+
+
+def local_engine(lm: Any) -> LocalEngine | None:
+    """The engine that can train an LM, or None."""
+    engine = getattr(lm, "engine", None)
+    return engine if isinstance(engine, LocalEngine) else None
+
+
+def require_engine(lm: Any, predictor: str) -> LocalEngine:
+    """The engine that can train an LM. Raises NotTrainableError."""
+    engine = local_engine(lm)
+    if engine is None:
+        raise NotTrainableError(
+            f"Predictor {predictor!r} uses {getattr(lm, 'model', lm)!r}, which can't be trained here: weights "
+            "that this process holds are needed. Use bettertogether.local_lm(folder_or_hub_id), or name the predictor "
+            "in frozen=[...] to leave it as it is, or use dspy.BootstrapFinetune for a provider's own training service."
+        )
+    return engine
