@@ -25,7 +25,7 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("minutes", "metric_calls", "tokens"):
             value = getattr(self, name)
-            kinds: tuple[type, ...] = (int, float) if name == "minutes" else (int,)
+            kinds = int | float if name == "minutes" else int
             if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and value > 0):
                 continue
             number = "a number" if name == "minutes" else "a whole number"
