@@ -1,0 +1,134 @@
+"""Demo sets: which traces and which labelled examples a candidate prompt shows."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import dspy
+
+from .labels import labels_of, stratified_order
+from .lm import local_engine
+from .programs import copy_for_step, predictors_of
+from .rows import render_prompt
+from .runs import example_key, stable_seed
+from .traces import Trace
+
+ANSWER_ROOM_TOKENS = 256
+"""Tokens that demos must leave free in the context for an answer, at least."""
+
+
+@dataclass
+class Candidate:
+    """A program with one set of demos."""
+
+    name: str
+    program: dspy.Module
+    dropped_demos: int = 0
+    """Demos left out because the prompt would not have fitted the model's context."""
+    scores: dict[int, float] = field(default_factory=dict)
+    """Position in the validation examples to score."""
+    stopped: bool = False
+    """Taken out of the race before it was fully scored."""
+
+    @property
+    def mean(self) -> float:
+        """Mean of the scores so far."""
+        return sum(self.scores.values()) / len(self.scores) if self.scores else 0.0
+
+    @property
+    def demos(self) -> int:
+        """Demos in all of the program's prompts."""
+        return sum(len(predictor.demos) for predictor in self.program.predictors())
+
+
+def demos_of(trace: Trace) -> dict[str, dspy.Example]:
+    """One demo per predictor of a trace. Of several calls of one predictor, one chosen by the trace's content: half
+    the time the last, else one of the earlier, as DSPy does."""
+    calls: dict[str, list[dspy.Example]] = defaultdict(list)
+    for call in trace.calls:
+        calls[call.predictor].append(dspy.Example(augmented=True, **call.inputs, **call.outputs))
+    chosen = {}
+    for name, demos in calls.items():
+        rng = random.Random(stable_seed(name, example_key(trace.example), len(demos)))
+        chosen[name] = rng.choice(demos[:-1]) if len(demos) > 1 and rng.random() < 0.5 else demos[-1]
+    return chosen
+
+
+def labelled_demo(predictor: dspy.Predict, example: dspy.Example) -> dspy.Example | None:
+    """The example itself as a demo, where it has a field of the predictor's inputs and all of its outputs but a
+    reasoning; None where it would show too little."""
+    signature = predictor.signature
+    fields = {name: example[name] for name in signature.fields if name in example}
+    outputs = [name for name in signature.output_fields if name != "reasoning"]
+    if not any(name in fields for name in signature.input_fields) or not all(name in fields for name in outputs):
+        return None
+    return dspy.Example(**fields)
+
+
+class DemoSets:
+    """Makes candidates for a program from passing traces and labelled examples."""
+
+    def __init__(self, program: dspy.Module, traces: Sequence[Trace], labelled: Sequence[dspy.Example]) -> None:
+        self._program = program
+        self._traces = list(traces)
+        self._labelled = list(labelled)
+        self._seen: set[str] = set()
+        self.dropped: Counter[str] = Counter()
+        """Demos dropped because they did not fit, by predictor."""
+
+    def candidate(self, name: str, traces: int, labelled: int, seed: int) -> Candidate | None:
+        """A candidate with demos of up to `traces` traces, filled up with labelled examples to `labelled` demos in
+        all; covering the labels. None when the same set was made before, or when there is nothing to show."""
+        program = copy_for_step(self._program)
+        shown = self._pick_traces(traces, seed)
+        used = {trace.index for trace in shown}
+        extra = self._pick_labelled(seed, used)
+        before = sum(self.dropped.values())
+        for predictor_name, predictor in predictors_of(program).items():
+            demos = [demos[predictor_name] for demos in map(demos_of, shown) if predictor_name in demos]
+            room = max(0, labelled - len(demos))
+            fills = [demo for example in extra if (demo := labelled_demo(predictor, example)) is not None][:room]
+            predictor.demos = self._fitting(predictor_name, predictor, [*demos, *fills])
+        content = repr({n: [sorted(d.toDict().items()) for d in p.demos] for n, p in predictors_of(program).items()})
+        candidate = Candidate(name, program, sum(self.dropped.values()) - before)
+        if candidate.demos == 0 or content in self._seen:
+            return None
+        self._seen.add(content)
+        return candidate
+
+    def _pick_traces(self, count: int, seed: int) -> list[Trace]:
+        order = stratified_order(self._traces, [trace.label for trace in self._traces], seed)
+        picked: dict[int, Trace] = {}
+        for trace in order:
+            if len(picked) < count:
+                picked.setdefault(trace.index, trace)
+        return list(picked.values())
+
+    def _pick_labelled(self, seed: int, used: set[int]) -> list[dspy.Example]:
+        labels = labels_of(self._labelled)
+        order = stratified_order(list(range(len(self._labelled))), labels, stable_seed("labelled", seed))
+        return [self._labelled[index] for index in order if index not in used]
+
+    def _fitting(self, name: str, predictor: dspy.Predict, demos: list[Any]) -> list[Any]:
+        """As many of the demos, from the first, as leave room for an answer in the model's context."""
+        engine = local_engine(predictor.lm)
+        if engine is None or not demos:
+            return demos
+        inputs = {field_name: demos[0].get(field_name, "") for field_name in predictor.signature.input_fields}
+        room = max(predictor.lm.kwargs.get("max_tokens") or 0, ANSWER_ROOM_TOKENS)
+        kept = list(demos)
+        while kept and len(engine.prompt_tokens(render_prompt(predictor, engine, inputs, kept))) + room > (
+            engine.max_length
+        ):
+            kept.pop()
+        self.dropped[name] += len(demos) - len(kept)
+        return kept
+
+
+def demo_states(program: dspy.Module) -> Mapping[str, list[dict[str, Any]]]:
+    """The demos by predictor, as plain dicts."""
+    return {name: [dict(demo.items()) for demo in p.demos] for name, p in predictors_of(program).items()}

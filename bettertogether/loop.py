@@ -1,0 +1,321 @@
+"""The loop: run the steps of a strategy, score every round, record it, go on where an earlier sitting stopped."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
+
+from . import callbacks, strategy
+from .budget import BudgetMeter
+from .errors import BetterTogetherError, BudgetExceeded, ConfigError
+from .evaluation import Evaluation, evaluate
+from .lm import local_engine
+from .metrics import FULL_MARK, Metric
+from .programs import copy_for_step, load_prompts, model_names, predictors_of, program_key, prompts_state, with_prompts
+from .records import Ledger, StepRecord
+from .run_directory import RunDirectory
+from .runs import RunStore, stable_seed
+from .selection import still_gaining
+from .statistics import CELLS
+from .steps import StepResult, run_step
+from .strategy import Steps
+
+logger = logging.getLogger(__name__)
+
+EnoughForBoth = 20
+"""Trainset examples from which our prompt step needs no valset of its own."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run was asked for, checked."""
+
+    student: dspy.Module
+    trainset: list[dspy.Example]
+    valset: list[dspy.Example]
+    teachers: list[dspy.Module]
+    metric: Metric
+    optimizers: Mapping[str, Teleprompter]
+    strategies: tuple[Steps, ...]
+    auto: bool
+    max_rounds: int
+    seed: int
+    num_threads: int | None
+    max_errors: int | None
+    provide_traceback: bool | None
+    shuffle: bool
+    compile_args: Mapping[str, Mapping[str, Any]]
+    on_step_error: Literal["return", "raise"]
+    two_by_two: bool
+
+
+class _BudgetWatch(callbacks.Callback):
+    """Charges the meter as work is done and stops it between two units when the budget is used up."""
+
+    def __init__(self, meter: BudgetMeter) -> None:
+        self._meter = meter
+        self._trained = 0
+
+    def on_progress(self, event: callbacks.ProgressEvent) -> None:
+        self._meter.charge(Ledger(metric_calls=1, prompt_tokens=event.get("tokens", 0)))
+        self._meter.check()
+
+    def on_training(self, event: callbacks.TrainingEvent) -> None:
+        tokens = event["progress"].tokens
+        self._meter.charge(Ledger(trained_tokens=max(0, tokens - self._trained)))
+        self._trained = tokens
+        self._meter.check()
+
+
+@dataclass
+class Loop:
+    """One sitting of a run."""
+
+    plan: Plan
+    directory: RunDirectory
+    meter: BudgetMeter
+    records: list[StepRecord] = field(default_factory=list)
+    programs: dict[str, dspy.Module] = field(default_factory=dict)
+    """Strategy prefix to the program after it."""
+    warnings: list[str] = field(default_factory=list)
+    error: BaseException | None = None
+    """What ended the run early."""
+    store: RunStore = field(default_factory=RunStore)
+
+    def run(self) -> None:
+        """Run what is left to do. Afterwards `records` and `programs` hold every round; a failed or interrupted step
+        is the last record. Raises what the scoring of the untouched student raises."""
+        earlier = {record.strategy: record for record in self.directory.records() if record.status == "complete"}
+        self._student(earlier.get(""))
+        step = self._next(())
+        while step is not None:
+            if not self._finish(step, earlier.get(strategy.join(step))):
+                return
+            step = self._next(step)
+
+    def _next(self, last: Steps) -> Steps | None:
+        if not self.plan.auto:
+            todo = [p for p in strategy.prefixes(self.plan.strategies) if strategy.join(p) not in self.programs]
+            return todo[0] if todo else None
+        keys = list(self.plan.optimizers)
+        if len(last) >= self.plan.max_rounds or not still_gaining(self.records, len(keys)):
+            return None
+        return (*last, keys[len(last) % len(keys)])
+
+    def _student(self, earlier: StepRecord | None) -> None:
+        callbacks.emit("step_start", {"index": 0, "step": "", "strategy": ""})
+        started = time.monotonic()
+        self.programs[""] = self.plan.student
+        if earlier is None:
+            with callbacks.listening([_BudgetWatch(self.meter)]):
+                scored = self._evaluate(self.plan.student, "untouched student")
+            record = self._record(0, (), StepResult(self.plan.student, Ledger(), {}, None), scored, started)
+            self._keep(record)
+        else:
+            self._restore(earlier)
+        self._check_scale()
+
+    def _check_scale(self) -> None:
+        scores = self.records[0].scores or ()
+        unset = [key for key, o in self.plan.optimizers.items() if getattr(o, "threshold", ...) is None]
+        if unset and max(scores, default=0.0) > FULL_MARK:
+            raise ConfigError(
+                f"The metric gave {max(scores):g} on the valset, but the steps {unset} take 1.0 as its full mark: give "
+                "them threshold=... (the score from which an example counts as solved), or scale the metric to 0..1."
+            )
+
+    def _finish(self, steps: Steps, earlier: StepRecord | None) -> bool:
+        """Run or restore one step; False when the run ends here."""
+        name = strategy.join(steps)
+        index = len(self.records)
+        callbacks.emit("step_start", {"index": index, "step": steps[-1], "strategy": name})
+        if earlier is not None and earlier.program is not None:
+            self._restore(earlier)
+            return True
+        started = time.monotonic()
+        try:
+            self.meter.check()
+            with callbacks.listening([_BudgetWatch(self.meter)]):
+                self._run(index, steps, started)
+            return True
+        except BudgetExceeded as error:
+            self._end(index, steps, error, "skipped", str(error), started)
+        except KeyboardInterrupt as error:
+            self._end(index, steps, error, "skipped", "interrupted; the same call goes on from here", started)
+        except Exception as error:
+            self._end(index, steps, error, "failed", traceback.format_exc(), started)
+            if self.plan.on_step_error == "raise":
+                raise
+        return False
+
+    def _run(self, index: int, steps: Steps, started: float) -> None:
+        parent = self.programs[strategy.join(steps[:-1])]
+        result = self._step(index, steps, parent)
+        scored = self._evaluate(result.program, strategy.join(steps))
+        if self.plan.two_by_two and model_names(parent) != model_names(result.program) and scored is not None:
+            cells = self._two_by_two(parent, result.program)
+            result = replace(result, details={**result.details, **cells})
+        self.programs[strategy.join(steps)] = result.program
+        self._keep(self._record(index, steps, result, scored, started))
+
+    def _step(self, index: int, steps: Steps, parent: dspy.Module) -> StepResult:
+        plan, key = self.plan, steps[-1]
+        optimizer = plan.optimizers[key]
+        trainset = list(plan.trainset)
+        if plan.shuffle:
+            import random
+
+            random.Random(stable_seed(plan.seed, "shuffle", index)).shuffle(trainset)
+        own = hasattr(optimizer, "step_gain")
+        data = {
+            "trainset": trainset,
+            "valset": None if own and len(trainset) >= EnoughForBoth else (plan.valset or None),
+            "teacher": (plan.teachers if own else _one_or_all(plan.teachers)) or None,
+            "original": plan.student if own else None,
+            "store": self.store if own else None,
+            "folder": self.directory.adapters if own else None,
+            "provide_traceback": plan.provide_traceback,
+        }
+        settings = {"num_threads": plan.num_threads, "max_errors": plan.max_errors, "seed": plan.seed}
+        return run_step(optimizer, parent, settings, data, plan.compile_args.get(key, {}))
+
+    def _evaluate(self, program: dspy.Module, phase: str) -> Evaluation | None:
+        plan = self.plan
+        if not plan.valset:
+            return None
+        return evaluate(
+            program,
+            plan.valset,
+            plan.metric,
+            num_threads=plan.num_threads,
+            max_errors=plan.max_errors,
+            seed=plan.seed,
+            store=self.store,
+            phase=f"score {phase}",
+        )
+
+    def _two_by_two(self, parent: dspy.Module, tuned: dspy.Module) -> dict[str, Any]:
+        """Scores of {base, tuned weights} x {the student's prompts, the prompts before this step}, where those
+        differ."""
+        student = self.plan.student
+        if program_key(with_prompts(student, parent)) == program_key(student):
+            return {}
+        programs = {
+            "base_old": student,
+            "base_new": with_prompts(student, parent),
+            "tuned_old": with_prompts(tuned, student),
+            "tuned_new": with_prompts(tuned, parent),
+        }
+        cells: dict[str, list[float]] = {}
+        for cell in CELLS:
+            scored = self._evaluate(programs[cell], f"2x2 {cell}")
+            cells[cell] = list(scored.scores) if scored else []
+        return {"two_by_two": cells}
+
+    def _record(
+        self, index: int, steps: Steps, result: StepResult, scored: Evaluation | None, started: float
+    ) -> StepRecord:
+        ledger = result.ledger + (scored.ledger if scored else Ledger())
+        restorable = not steps or _restorable(result.program, self.plan.student)
+        adapters = _adapter_folders(result.program)
+        return StepRecord(
+            index=index,
+            step=steps[-1] if steps else "",
+            strategy=strategy.join(steps),
+            status="complete",
+            score=scored.mean if scored else None,
+            scores=scored.scores if scored else None,
+            step_gain=result.step_gain,
+            ledger=ledger.with_seconds(time.monotonic() - started),
+            details={**result.details, "adapter_folders": adapters},
+            program=prompts_state(result.program) if restorable else None,
+            models=model_names(result.program),
+        )
+
+    def _keep(self, record: StepRecord) -> None:
+        self.directory.append(record)
+        self.records.append(record)
+        callbacks.emit("step_end", {"record": record})
+
+    def _end(
+        self,
+        index: int,
+        steps: Steps,
+        error: BaseException,
+        status: Literal["failed", "skipped"],
+        text: str,
+        started: float,
+    ) -> None:
+        name = strategy.join(steps)
+        seconds = time.monotonic() - started
+        record = StepRecord(index, steps[-1], name, status, error=text, ledger=Ledger(seconds=seconds))
+        self.error = error
+        kind = type(error).__name__
+        reason = f"{kind}: {error}" if str(error) else kind
+        self.warnings.append(f"The run ended at {name!r}: {reason}. Call again with the same arguments to go on.")
+        expected = isinstance(error, BetterTogetherError | KeyboardInterrupt)
+        logger.error("Step %r did not finish: %s", name, reason, exc_info=None if expected else error)
+        self._keep(record)
+
+    def _restore(self, record: StepRecord) -> None:
+        """Take a finished step of an earlier sitting."""
+        if record.strategy:
+            self.programs[record.strategy] = restore_program(self.plan.student, record, self.directory.adapters)
+        self.records.append(replace(record, index=len(self.records)))
+        callbacks.emit("step_end", {"record": self.records[-1]})
+
+
+def _one_or_all(teachers: list[dspy.Module]) -> Any:
+    return teachers[0] if len(teachers) == 1 else teachers
+
+
+def _adapter_folders(program: dspy.Module) -> dict[str, str]:
+    """Model name to adapter folder, for the program's tuned local LMs."""
+    folders = {}
+    for predictor in program.predictors():
+        engine = local_engine(predictor.lm)
+        folder = engine.adapter_folder(predictor.lm.model) if engine else None
+        if folder is not None:
+            folders[predictor.lm.model] = str(folder)
+    return folders
+
+
+def _restorable(program: dspy.Module, student: dspy.Module) -> bool:
+    """Whether prompts and models say all there is: the same class and predictors, no patched forward."""
+    same = type(program) is type(student) and predictors_of(program).keys() == predictors_of(student).keys()
+    return same and "forward" not in program.__dict__
+
+
+def restore_program(student: dspy.Module, record: StepRecord, adapters: Path) -> dspy.Module:
+    """The program of a record: the student's structure, the recorded prompts, its LMs under the recorded names."""
+    program = load_prompts(student, record.program or {})
+    folders: Mapping[str, str] = record.details.get("adapter_folders", {})
+    lms: dict[tuple[int, str], Any] = {}
+    for name, predictor in predictors_of(program).items():
+        model = record.models[name]
+        if model == predictor.lm.model:
+            continue
+        engine = local_engine(predictor.lm)
+        if engine is not None and model in folders:
+            moved = adapters / model.partition("@")[2]
+            engine.add_adapter(moved if moved.exists() else Path(folders[model]))
+        predictor.lm = lms.setdefault((id(predictor.lm), model), predictor.lm.copy(model=model))
+    return program
+
+
+def final_program(program: dspy.Module, candidates: Sequence[dict[str, Any]], failed: bool, report: Any) -> dspy.Module:
+    """A copy of the selected program with the attributes that `dspy.BetterTogether` gives its result, and ours."""
+    result = copy_for_step(program)
+    result._compiled = True
+    result.candidate_programs = list(candidates)
+    result.flag_compilation_error_occurred = failed
+    result.report = report
+    return result

@@ -1,0 +1,344 @@
+"""`BetterTogether`: prompt optimization and fine-tuning in turn, every round scored, the best program returned."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
+
+from . import callbacks as events
+from . import strategy as strategies
+from .budget import Budget
+from .errors import ConfigError, NotTrainableError, ProgramError, StrategyError
+from .loop import Loop, Plan, final_program
+from .metrics import Metric
+from .programs import copy_program, model_names, predictors_of, prompts_state, require_program
+from .prompts import BootstrapFewShotRS
+from .records import Ledger
+from .report import CompileReport
+from .run_directory import RunDirectory, dataset_hash, default_run_directory, fingerprint
+from .selection import rank, select, split_valset
+from .weights import LoRAFinetune
+
+logger = logging.getLogger(__name__)
+
+
+class BetterTogether(Teleprompter):
+    """A drop-in for `dspy.BetterTogether` that trains on this machine. Algorithm 1 of the paper (arXiv 2407.10930).
+
+    Args:
+        metric: `(example, prediction, trace=None)` to a bool, a number or `Prediction(score, feedback)`; higher is
+            better. GEPA's five-argument metrics work too.
+        optimizers: Any Teleprompter under any key; the keys are the steps that a strategy names. None given:
+            `p=BootstrapFewShotRS(metric)` and `w=LoRAFinetune(metric)`.
+
+    Example:
+        >>> student.set_lm(bettertogether.local_lm("HuggingFaceTB/SmolLM2-135M-Instruct"))
+        >>> compiled = BetterTogether(metric).compile(student, trainset=trainset, valset=valset)
+        >>> print(compiled.report)
+    """
+
+    def __init__(self, metric: Metric, **optimizers: Teleprompter) -> None:
+        if not callable(metric):
+            raise ConfigError(f"metric must be a function (example, prediction, trace=None), got {metric!r}.")
+        for key, optimizer in optimizers.items():
+            if not isinstance(optimizer, Teleprompter):
+                raise TypeError(f"Optimizer '{key}' must be a Teleprompter, got {type(optimizer).__name__}")
+        self.metric = metric
+        self.optimizers: dict[str, Teleprompter] = dict(optimizers) or {
+            "p": BootstrapFewShotRS(metric),
+            "w": LoRAFinetune(metric),
+        }
+
+    def compile(  # type: ignore[override]
+        self,
+        student: dspy.Module,
+        *,
+        trainset: Sequence[dspy.Example],
+        teacher: dspy.Module | Sequence[dspy.Module] | None = None,
+        valset: Sequence[dspy.Example] | None = None,
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        provide_traceback: bool | None = None,
+        seed: int | None = None,
+        valset_ratio: float = 0.1,
+        shuffle_trainset_between_steps: bool = True,
+        strategy: str | Sequence[str] = "p -> w -> p",
+        optimizer_compile_args: Mapping[str, Mapping[str, Any]] | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+        callbacks: Sequence[events.Callback] = (),
+        progress: bool = True,
+        budget: Budget | None = None,
+        on_step_error: Literal["return", "raise"] = "return",
+        two_by_two: bool = True,
+        max_rounds: int = 6,
+    ) -> dspy.Module:
+        """Run the strategy and return the best program. Student and teacher are not changed.
+
+        Args:
+            student: Program with an LM on every predictor (`student.set_lm(lm)`).
+            trainset: Examples to learn from, with `.with_inputs(...)`.
+            teacher: Program(s) of the same structure whose runs are learned from instead of the student's.
+            valset: Examples that every round is scored on; None: `valset_ratio` of the trainset, drawn at random.
+            num_threads, max_errors, seed: Handed to every step that takes them. Threads default to what the local
+                engine likes to have in flight; `max_errors` counts examples that raised, not unparseable answers.
+            provide_traceback: Handed to the steps that take it.
+            valset_ratio: Share of the trainset held out without a valset; 0: rounds are not scored.
+            shuffle_trainset_between_steps: Give each step the trainset in another order.
+            strategy: Steps joined by "->"; or a list of strategies, whose common beginnings run once; or "auto":
+                alternate while a round gains more than its noise, `max_rounds` at most.
+            optimizer_compile_args: Key to further arguments of that optimizer's `compile`, which win.
+            run_dir: Where records, adapters and the report go; the same call on the same directory goes on after the
+                last finished step. None: a directory under the cache, by what is asked; new when that run is finished.
+            callbacks, progress: Who watches; the progress display unless `progress=False`.
+            budget: Stops between units of work, with the best so far.
+            on_step_error: "return": a failing step ends the run with the best program so far, and
+                `flag_compilation_error_occurred` is set; "raise": raises, with everything kept for going on.
+            two_by_two: After a weight step also score {base, tuned} weights x {old, new} prompts.
+
+        Returns:
+            The program, with `candidate_programs` (dicts with score in percent, program and strategy; best first),
+            `flag_compilation_error_occurred` and `report` (a `CompileReport`).
+
+        Raises:
+            StrategyError, DataError, ProgramError, ConfigError, NotTrainableError, RunDirectoryError: before any work.
+            TooManyErrors: when the untouched student fails on more than `max_errors` examples.
+        """
+        plan, warnings = self._plan(locals())
+        asked = _asked(plan, strategy, self.metric)
+        with _open_directory(run_dir, asked) as directory:
+            watchers = [*([events.ProgressDisplay()] if progress else []), *callbacks]
+            with events.listening(watchers):
+                return self._run(plan, directory, asked, warnings, budget or Budget(), strategy)
+
+    def _plan(self, arguments: dict[str, Any]) -> tuple[Plan, list[str]]:
+        """Check every argument of `compile` before any work."""
+        student = require_program(arguments["student"])
+        if getattr(student, "_compiled", False):
+            raise ProgramError(
+                "The student program should not be compiled. Set `student._compiled = False` to go on optimizing it."
+            )
+        if arguments["on_step_error"] not in ("return", "raise"):
+            raise ConfigError(f'on_step_error={arguments["on_step_error"]!r}: give "return" or "raise".')
+        if not isinstance(arguments["max_rounds"], int) or arguments["max_rounds"] < 1:
+            raise ConfigError(f"max_rounds={arguments['max_rounds']!r}: give a whole number above 0.")
+        seed = arguments["seed"] or 0
+        auto = arguments["strategy"] == strategies.AUTO and strategies.AUTO not in self.optimizers
+        parsed = () if auto else strategies.parse(arguments["strategy"], self.optimizers)
+        compile_args = self._compile_args(arguments["optimizer_compile_args"] or {})
+        teachers = _teachers(student, arguments["teacher"])
+        trainset, valset, warnings = split_valset(
+            arguments["trainset"], arguments["valset"], arguments["valset_ratio"], seed
+        )
+        used = {key for steps in parsed for key in steps} if parsed else set(self.optimizers)
+        for key in sorted(used):
+            _check_trainable(self.optimizers[key], key, student)
+        plan = Plan(
+            student=copy_program(student),
+            trainset=trainset,
+            valset=valset,
+            teachers=teachers,
+            metric=self.metric,
+            optimizers={key: optimizer for key, optimizer in self.optimizers.items() if key in used},
+            strategies=parsed,
+            auto=auto,
+            max_rounds=arguments["max_rounds"],
+            seed=seed,
+            num_threads=arguments["num_threads"],
+            max_errors=arguments["max_errors"],
+            provide_traceback=arguments["provide_traceback"],
+            shuffle=arguments["shuffle_trainset_between_steps"],
+            compile_args=compile_args,
+            on_step_error=arguments["on_step_error"],
+            two_by_two=arguments["two_by_two"],
+        )
+        return plan, warnings
+
+    def _compile_args(self, given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        for key, arguments in given.items():
+            if key not in self.optimizers:
+                raise StrategyError(f"Invalid optimizer key '{key}'. Valid keys are: {list(self.optimizers)}")
+            if "student" in arguments:
+                raise ConfigError(
+                    f"'student' is not allowed in optimizer_compile_args for optimizer '{key}'. "
+                    "The same student is used throughout compilation."
+                )
+            parameters = inspect.signature(self.optimizers[key].compile).parameters
+            takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+            invalid = sorted(arguments.keys() - parameters.keys())
+            if invalid and not takes_any:
+                raise ConfigError(
+                    f"Invalid compile arguments for optimizer '{key}': {invalid}. "
+                    f"{type(self.optimizers[key]).__name__}.compile() accepts: {list(parameters)}"
+                )
+        return {key: dict(arguments) for key, arguments in given.items()}
+
+    def _run(
+        self,
+        plan: Plan,
+        directory: RunDirectory,
+        asked: Mapping[str, Any],
+        warnings: list[str],
+        budget: Budget,
+        strategy: str | Sequence[str],
+    ) -> dspy.Module:
+        finished = [record for record in directory.records() if record.status == "complete"]
+        text = strategy if isinstance(strategy, str) else ", ".join(strategy)
+        events.emit(
+            "run_start",
+            {
+                "strategy": text,
+                "rounds": ["", *map(strategies.join, strategies.prefixes(plan.strategies))],
+                "finished": finished,
+                "run_dir": str(directory.path),
+                "params": asked,
+            },
+        )
+        meter = budget.start(sum((record.ledger for record in finished), Ledger()))
+        loop = Loop(plan, directory, meter, warnings=list(warnings))
+        loop.run()
+        report = self._report(loop, plan, text)
+        directory.write_text("report.json", _json(report.to_dict()))
+        report.to_html(directory.report)
+        if loop.error is None:
+            directory.finish()
+        for warning in report.warnings:
+            logger.warning(warning)
+        events.emit("run_end", {"report": report, "error": None if loop.error is None else repr(loop.error)})
+        records = report.rounds
+        candidates = [
+            {
+                "score": None if (score := records[i].score) is None else round(100 * score, 2),
+                "program": loop.programs[records[i].strategy],
+                "strategy": records[i].strategy,
+            }
+            for i in rank(records, report.selected)
+        ]
+        best = loop.programs[records[report.selected].strategy]
+        failed = any(record.status == "failed" for record in records)
+        return final_program(best, candidates, failed, report)
+
+    def _report(self, loop: Loop, plan: Plan, strategy: str) -> CompileReport:
+        data_warnings = [
+            f"{record.strategy}: {warning}"
+            for record in loop.records
+            for warning in record.details.get("data_card", {}).get("warnings", ())
+        ]
+        return CompileReport(
+            rounds=tuple(loop.records),
+            selected=select(loop.records),
+            valset_size=len(plan.valset),
+            strategy=strategy,
+            seed=plan.seed,
+            versions=_versions(),
+            machine=_machine(),
+            warnings=(*loop.warnings, *data_warnings),
+        )
+
+
+def _teachers(student: dspy.Module, teacher: dspy.Module | Sequence[dspy.Module] | None) -> list[dspy.Module]:
+    given = [teacher] if isinstance(teacher, dspy.Module) else list(teacher or ())
+    names = predictors_of(student).keys()
+    for each in given:
+        other = predictors_of(require_program(each, "teacher")).keys()
+        if other != names:
+            raise ProgramError(
+                f"A teacher must have the student's predictors {sorted(names)}, this one has {sorted(other)}."
+            )
+    return [copy_program(each) for each in given]
+
+
+def _check_trainable(optimizer: Teleprompter, key: str, student: dspy.Module) -> None:
+    if isinstance(optimizer, LoRAFinetune):
+        optimizer.trainable(student)
+        return
+    if not isinstance(optimizer, dspy.BootstrapFinetune):
+        return
+    for name, predictor in predictors_of(student).items():
+        provider = getattr(predictor.lm, "provider", None)
+        if not getattr(provider, "finetunable", False):
+            raise NotTrainableError(
+                f"Step {key!r} fine-tunes, but the LM {predictor.lm.model!r} of predictor {name!r} has no provider "
+                "that trains: use bettertogether.local_lm(folder_or_hub_id), or a dspy.LM with such a provider."
+            )
+
+
+def _open_directory(run_dir: str | os.PathLike[str] | None, asked: Mapping[str, Any]) -> RunDirectory:
+    if run_dir is not None:
+        return RunDirectory.open(run_dir, asked)
+    key = fingerprint({k: v for k, v in asked.items() if k not in ("versions", "machine")})[:16]
+    number = 0
+    while True:
+        directory = RunDirectory.open(default_run_directory(f"{key}-{number}"), asked)
+        if not directory.finished:
+            return directory
+        directory.close()
+        number += 1
+
+
+def _asked(plan: Plan, strategy: str | Sequence[str], metric: Metric) -> dict[str, Any]:
+    """What run.json says: all that decides the result."""
+    return {
+        "strategy": strategy if isinstance(strategy, str) else list(strategy),
+        "seed": plan.seed,
+        "max_rounds": plan.max_rounds,
+        "shuffle": plan.shuffle,
+        "student": {
+            "class": type(plan.student).__qualname__,
+            "prompts": fingerprint(prompts_state(plan.student)),
+            "models": model_names(plan.student),
+        },
+        "teachers": [fingerprint([prompts_state(t), model_names(t)]) for t in plan.teachers],
+        "adapter": type(dspy.settings.adapter).__qualname__,
+        "trainset": dataset_hash(plan.trainset),
+        "valset": dataset_hash(plan.valset),
+        "metric": _source_hash(metric),
+        "optimizers": {key: _describe(optimizer) for key, optimizer in plan.optimizers.items()},
+        "versions": _versions(),
+        "machine": _machine(),
+    }
+
+
+def _source_hash(function: Any) -> str:
+    try:
+        return fingerprint(inspect.getsource(function))
+    except (OSError, TypeError):
+        return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _describe(optimizer: Teleprompter) -> dict[str, str]:
+    """Class and plain options of an optimizer; results that it keeps of an earlier compile are left out."""
+    kept = {"details", "ledger", "step_gain", "metric", "folder"}
+    options = {
+        name: repr(value)
+        for name, value in vars(optimizer).items()
+        if name not in kept and not name.startswith("_") and " at 0x" not in repr(value)
+    }
+    return {"class": type(optimizer).__qualname__, **options}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("bettertogether", "dspy", "torch", "transformers", "peft", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _machine() -> dict[str, str]:
+    return {"platform": platform.platform(), "python": platform.python_version(), "cpus": str(os.cpu_count())}
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,160 @@
+"""Run one optimizer as a step: ours or any DSPy Teleprompter, with the LMs of the program kept."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
+from dspy.utils.callback import BaseCallback
+
+from .errors import ProgramError
+from .lm import local_engine
+from .programs import copy_for_step, predictors_of
+from .records import Ledger
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave."""
+
+    program: dspy.Module
+    ledger: Ledger
+    details: Mapping[str, Any]
+    step_gain: float | None
+
+
+class _CallCounter(BaseCallback):
+    def __init__(self) -> None:
+        self.calls = 0
+        self._lock = threading.Lock()
+
+    def on_lm_end(self, call_id: str, outputs: Any, exception: Exception | None = None) -> None:
+        with self._lock:
+            self.calls += 1
+
+
+def prepare_optimizer(optimizer: Teleprompter, settings: Mapping[str, Any]) -> Teleprompter:
+    """A shallow copy in which attributes that are None get the value of the setting of the same name, for the
+    optimizers that take num_threads, max_errors or seed when they are made."""
+    prepared = copy.copy(optimizer)
+    for name, value in settings.items():
+        if value is not None and getattr(prepared, name, ...) is None:
+            setattr(prepared, name, value)
+    return prepared
+
+
+def accepted_arguments(optimizer: Teleprompter, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that the optimizer's `compile` takes; those that are None are left to its own defaults."""
+    parameters = inspect.signature(optimizer.compile).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {k: v for k, v in arguments.items() if v is not None and (k in parameters or takes_any)}
+
+
+def run_step(
+    optimizer: Teleprompter,
+    program: dspy.Module,
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+) -> StepResult:
+    """Compile a copy of `program` with a copy of `optimizer`.
+
+    Args:
+        settings: num_threads, max_errors, seed: for `compile` where it takes them, else for the optimizer itself.
+        data: trainset, valset, teacher, store, ...: for `compile`, where it takes them.
+        overrides: The user's own arguments for `compile`; they win.
+
+    The program's LMs answer during the step, whatever `dspy.settings.lm` is, and are those of the result, unless the
+    optimizer put others in their place.
+    """
+    own_store = getattr(optimizer, "ledger", None) is not None
+    prepared = prepare_optimizer(optimizer, settings)
+    arguments = accepted_arguments(prepared, {**settings, **data}) | dict(overrides)
+    student = copy_for_step(program)
+    lms = {name: predictor.lm for name, predictor in predictors_of(student).items()}
+    counter = _CallCounter()
+    before = _engine_counters(lms.values())
+    with keeping_lms(student) as kept, _fallback_lm(lms), _counting(None if own_store else counter):
+        result = kept(prepared.compile(student, **arguments))
+    for name, predictor in predictors_of(result).items():
+        if predictor.lm is None:
+            predictor.lm = lms.get(name)
+    if own_store:
+        return StepResult(result, prepared.ledger, prepared.details, prepared.step_gain)
+    after = _engine_counters(lms.values())
+    ledger = Ledger(
+        lm_calls=counter.calls,
+        cache_hits=max(0, counter.calls - (after["requests"] - before["requests"])) if before["engines"] else 0,
+        prompt_tokens=after["prompt_tokens"] - before["prompt_tokens"],
+        generated_tokens=after["generated_tokens"] - before["generated_tokens"],
+    )
+    return StepResult(result, ledger, {"optimizer": type(optimizer).__name__}, None)
+
+
+def _engine_counters(lms: Any) -> dict[str, int]:
+    engines = {id(engine): engine for lm in lms if (engine := local_engine(lm)) is not None}
+    totals = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0, "engines": len(engines)}
+    for engine in engines.values():
+        counters = engine.counters()
+        for name in ("requests", "prompt_tokens", "generated_tokens"):
+            totals[name] += counters.get(name, 0)
+    return totals
+
+
+@contextmanager
+def _counting(counter: _CallCounter | None) -> Iterator[None]:
+    if counter is None:
+        yield
+        return
+    with dspy.context(callbacks=[*dspy.settings.callbacks, counter]):
+        yield
+
+
+@contextmanager
+def _fallback_lm(lms: Mapping[str, Any]) -> Iterator[None]:
+    """Optimizers that ask `dspy.settings.lm` for proposals find the program's own LM where none is set."""
+    if dspy.settings.lm is not None or not lms:
+        yield
+        return
+    with dspy.context(lm=next(iter(lms.values()))):
+        yield
+
+
+def _reset_but_lm(predictor: dspy.Predict) -> None:
+    lm = predictor.lm
+    type(predictor).reset(predictor)
+    predictor.lm = lm
+
+
+@contextmanager
+def keeping_lms(program: dspy.Module) -> Iterator[Any]:
+    """Inside, `reset_copy()` of the program and of its copies clears prompts but not LMs.
+
+    DSPy's few-shot optimizers reset predictors and then run on `dspy.settings.lm`, which after a weight step is the
+    wrong model. Yields a function that takes the mark off an optimizer's result and its candidates.
+    """
+    for predictor in program.predictors():
+        predictor.reset = functools.partial(_reset_but_lm, predictor)
+
+    def unmark(result: dspy.Module) -> dspy.Module:
+        if not isinstance(result, dspy.Module):
+            raise ProgramError(f"The optimizer returned {type(result).__name__} where a dspy.Module is needed.")
+        candidates = getattr(result, "candidate_programs", None) or []
+        for each in (result, *(candidate["program"] for candidate in candidates if "program" in candidate)):
+            for _, predictor in each.named_sub_modules(dspy.Predict):
+                predictor.__dict__.pop("reset", None)
+        return result
+
+    try:
+        yield unmark
+    finally:
+        for predictor in program.predictors():
+            predictor.__dict__.pop("reset", None)
