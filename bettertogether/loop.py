@@ -161,8 +161,8 @@ class Loop:
         result = self._step(index, steps, parent)
         scored = self._evaluate(result.program, strategy.join(steps))
         if self.plan.two_by_two and model_names(parent) != model_names(result.program) and scored is not None:
-            cells = self._two_by_two(parent, result.program)
-            result = replace(result, details={**result.details, **cells})
+            cells, cost = self._two_by_two(parent, result.program)
+            result = replace(result, details={**result.details, **cells}, ledger=result.ledger + cost)
         self.programs[strategy.join(steps)] = result.program
         self._keep(self._record(index, steps, result, scored, started))
 
@@ -202,12 +202,12 @@ class Loop:
             phase=f"score {phase}",
         )
 
-    def _two_by_two(self, parent: dspy.Module, tuned: dspy.Module) -> dict[str, Any]:
+    def _two_by_two(self, parent: dspy.Module, tuned: dspy.Module) -> tuple[dict[str, Any], Ledger]:
         """Scores of {base, tuned weights} x {the student's prompts, the prompts before this step}, where those
         differ."""
         student = self.plan.student
         if program_key(with_prompts(student, parent)) == program_key(student):
-            return {}
+            return {}, Ledger()
         programs = {
             "base_old": student,
             "base_new": with_prompts(student, parent),
@@ -215,10 +215,13 @@ class Loop:
             "tuned_new": with_prompts(tuned, parent),
         }
         cells: dict[str, list[float]] = {}
+        cost = Ledger()
         for cell in CELLS:
             scored = self._evaluate(programs[cell], f"2x2 {cell}")
-            cells[cell] = list(scored.scores) if scored else []
-        return {"two_by_two": cells}
+            if scored is not None:
+                cells[cell] = list(scored.scores)
+                cost += scored.ledger
+        return {"two_by_two": cells}, cost
 
     def _record(
         self, index: int, steps: Steps, result: StepResult, scored: Evaluation | None, started: float
