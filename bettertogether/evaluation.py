@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import dspy
@@ -11,6 +11,7 @@ import dspy
 from .metrics import Metric
 from .records import Ledger
 from .runs import Attempt, RunStore
+from .statistics import mean_interval, paired_interval
 from .traces import Pass, Trace
 
 
@@ -79,3 +80,19 @@ def evaluate_many(
         ledger = sum((trace.ledger for trace in traces), Ledger())
         results.append(Evaluation(tuple(trace.score for trace in traces), ledger, tuple(traces)))
     return results
+
+
+def compare(evaluations: Mapping[str, Evaluation]) -> str:
+    """A line for each evaluation: its mean with a 95% interval, and from the second on its gain over the first on the
+    same examples, with a paired 95% interval. Scores in the metric's unit."""
+    first = next(iter(evaluations.values()))
+    width = max(map(len, evaluations))
+    lines = []
+    for name, evaluation in evaluations.items():
+        low, high = mean_interval(evaluation.scores)
+        line = f"{name:<{width}}  {evaluation.mean:.3f} [{low:.3f}, {high:.3f}]"
+        if evaluation is not first:
+            low, high = paired_interval(evaluation.scores, first.scores)
+            line += f"   gain {evaluation.mean - first.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append(line)
+    return "\n".join(lines)
