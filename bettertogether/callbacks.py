@@ -1,194 +1,119 @@
-"""Watch a compile run: events, callbacks, and how deep code reaches them.
-
-A run opens `listening(callbacks)`; anything below it calls `emit("progress", {...})` with no further argument, and
-nothing happens when nobody listens. Listeners are found through a context variable, and, from a thread that did not
-inherit the context (`threading.Thread`, an engine's worker, dspy's own executors), through the one run that is under
-way in the process. With several runs under way at once, an event from such a thread can't be told apart and is
-dropped; `parallel_map` copies the context, so this concerns foreign threads only.
-
-Callbacks observe, they can't change a run. One run's callbacks are never called by two threads at once. What a
-callback raises is raised by `emit`, and once more at the end of `listening`, in case it was raised in a worker thread
-that turned it into a failed example.
-"""
+"""What watches a compile run: the events, a progress display, MLflow. Write your own by subclassing `Callback`."""
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+import importlib
+from typing import Any
 
-from .records import StepRecord
+from .display import ProgressDisplay
+from .errors import MissingExtraError
+from .events import (
+    Callback,
+    CandidateEvent,
+    Event,
+    EventName,
+    ProgressEvent,
+    RunEndEvent,
+    RunStartEvent,
+    StepEndEvent,
+    StepStartEvent,
+    TrainingEvent,
+    emit,
+    listening,
+)
 
-if TYPE_CHECKING:
-    from .engines.base import TrainingProgress
-    from .report import CompileReport
+__all__ = [
+    "Callback",
+    "CandidateEvent",
+    "Event",
+    "EventName",
+    "MLflowCallback",
+    "ProgressDisplay",
+    "ProgressEvent",
+    "RunEndEvent",
+    "RunStartEvent",
+    "StepEndEvent",
+    "StepStartEvent",
+    "TrainingEvent",
+    "emit",
+    "listening",
+]
 
-EventName = Literal["run_start", "step_start", "candidate", "progress", "training", "step_end", "run_end"]
-
-
-class RunStartEvent(TypedDict):
-    """A compile run begins or goes on."""
-
-    strategy: str
-    """What was asked for, such as "p -> w -> p"."""
-    rounds: Sequence[str]
-    """The strategy prefix of every round, in order; "" is the untouched student."""
-    finished: NotRequired[Sequence[StepRecord]]
-    """Records of an earlier run of the same directory; empty for a new run."""
-    run_dir: NotRequired[str]
-    params: NotRequired[Mapping[str, Any]]
-    """What was asked, as in run.json: seeds, options, hashes, versions."""
-
-
-class StepStartEvent(TypedDict):
-    """A step begins. Index 0 is the scoring of the untouched student."""
-
-    index: int
-    step: str
-    """Key of the optimizer; "" for the student."""
-    strategy: str
-    """The strategy prefix that ends with this step."""
-
-
-class CandidateEvent(TypedDict):
-    """A prompt candidate was scored."""
-
-    number: int
-    """From 1."""
-    total: int | None
-    """Candidates there will be; None when not known."""
-    score: float
-    """On the data that the step selects by, in the metric's unit."""
-    best_score: float
-    """The best so far, this one included."""
+_LONGEST_PARAM = 500
+"""Characters of a parameter's value that MLflow stores on every backend."""
 
 
-class ProgressEvent(TypedDict):
-    """A pass over examples moved on."""
+class MLflowCallback(Callback):
+    """Logs a compile run to MLflow: what was asked as params, scores and costs per step, losses per training step.
 
-    phase: str
-    """What is being done, such as "traces" or "evaluate 2/6"."""
-    done: int
-    total: int
-    tokens: NotRequired[int]
-    """Prompt and generated tokens since the last event."""
+    Joins the MLflow run that is active, else starts one of its own and ends it. Raises MissingExtraError when mlflow
+    is not installed.
+    """
 
-
-class TrainingEvent(TypedDict):
-    """An optimizer step of a training run was taken, or a held-out loss was measured."""
-
-    progress: TrainingProgress
-    adapter: NotRequired[str]
-    """Which adapter, when a step trains several; a predictor's or LM's name."""
-
-
-class StepEndEvent(TypedDict):
-    """A step ended and its record is on disk."""
-
-    record: StepRecord
-
-
-class RunEndEvent(TypedDict):
-    """The run ended: with a report, or with an error."""
-
-    report: CompileReport | None
-    error: NotRequired[str | None]
-    """What stopped the run; None when it is complete."""
-
-
-Event = RunStartEvent | StepStartEvent | CandidateEvent | ProgressEvent | TrainingEvent | StepEndEvent | RunEndEvent
-
-
-class Callback:
-    """Base of everything that watches a run: override what you need. See the event types for what each one gets."""
+    def __init__(self, run_name: str | None = None) -> None:
+        try:
+            self._mlflow: Any = importlib.import_module("mlflow")
+        except ImportError as error:
+            raise MissingExtraError(
+                "MLflowCallback needs mlflow, which is not installed: pip install 'bettertogether[mlflow]'."
+            ) from error
+        self._run_name = run_name
+        self._started = False
+        self._step = 0
 
     def on_run_start(self, event: RunStartEvent) -> None:
-        """A compile run begins or goes on."""
+        """Start the MLflow run and log what was asked."""
+        if self._mlflow.active_run() is None:
+            self._mlflow.start_run(run_name=self._run_name)
+            self._started = True
+        params = {"strategy": event["strategy"], **_flat(event.get("params", {}))}
+        self._mlflow.log_params({key: str(value)[:_LONGEST_PARAM] for key, value in params.items()})
 
     def on_step_start(self, event: StepStartEvent) -> None:
-        """A step begins."""
-
-    def on_candidate(self, event: CandidateEvent) -> None:
-        """A prompt candidate was scored."""
-
-    def on_progress(self, event: ProgressEvent) -> None:
-        """A pass over examples moved on. Called often: return quickly."""
+        """Note which step the training losses belong to."""
+        self._step = event["index"]
 
     def on_training(self, event: TrainingEvent) -> None:
-        """A training run moved on."""
+        """Log the losses of this training step."""
+        line = event["progress"]
+        values = {"loss": line.loss, "validation_loss": line.validation_loss, "learning_rate": line.learning_rate}
+        prefix = f"step_{self._step}/{event.get('adapter', 'adapter')}"
+        known = {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
+        self._mlflow.log_metrics(known, step=line.step)
 
     def on_step_end(self, event: StepEndEvent) -> None:
-        """A step ended and its record is on disk."""
+        """Log the step's score and cost."""
+        record = event["record"]
+        ledger = record.ledger
+        values = {"score": record.score, "step_gain": record.step_gain, "seconds": ledger.seconds}
+        values |= {"lm_calls": ledger.lm_calls, "metric_calls": ledger.metric_calls, "tokens": ledger.tokens}
+        self._mlflow.log_metrics({k: float(v) for k, v in values.items() if v is not None}, step=record.index)
+        self._mlflow.set_tag(f"step_{record.index}", f"{record.strategy or 'student'}: {record.status}")
 
     def on_run_end(self, event: RunEndEvent) -> None:
-        """The run ended, well or not."""
+        """Log which round was selected."""
+        report = event["report"]
+        if report is not None:
+            self._mlflow.log_metric("selected", report.selected)
+            if report.selected_round.score is not None:
+                self._mlflow.log_metric("selected_score", report.selected_round.score)
+            self._mlflow.log_text(str(report), "report.txt")
+        self._end("FAILED" if event.get("error") else "FINISHED")
 
     def close(self) -> None:
-        """Give back what is held (a terminal, a file). Always called last, also after an error or Ctrl-C."""
+        """End the MLflow run when the compile run was stopped."""
+        self._end("KILLED")
+
+    def _end(self, status: str) -> None:
+        if self._started:
+            self._started = False
+            self._mlflow.end_run(status)
 
 
-class _Listeners:
-    """The callbacks of one run."""
-
-    def __init__(self, callbacks: Sequence[Callback], parent: _Listeners | None) -> None:
-        inherited = parent.callbacks if parent else ()
-        self.own = tuple(callback for callback in callbacks if callback not in inherited)
-        self.callbacks: tuple[Callback, ...] = (*inherited, *self.own)
-        self.root: _Listeners = parent.root if parent else self
-        self.lock: threading.RLock = parent.lock if parent else threading.RLock()
-        self.error: BaseException | None = None
-
-    def deliver(self, name: str, event: Any) -> None:
-        with self.lock:
-            for callback in self.callbacks:
-                try:
-                    getattr(callback, f"on_{name}")(event)
-                except BaseException as error:
-                    self.error = self.error or error
-                    raise
-
-
-_current: contextvars.ContextVar[_Listeners | None] = contextvars.ContextVar("bettertogether_listeners", default=None)
-_active: list[_Listeners] = []
-_active_lock = threading.Lock()
-
-
-def emit(name: EventName, event: Event) -> None:
-    """Send an event to the callbacks of the run under way; does nothing when there is none.
-
-    `name` is the method without its "on_". Raises what a callback raises.
-    """
-    listeners = _current.get() or _only_run()
-    if listeners is not None and listeners.callbacks:
-        listeners.deliver(name, event)
-
-
-def _only_run() -> _Listeners | None:
-    with _active_lock:
-        roots = {id(listeners.root) for listeners in _active}
-        return _active[-1] if len(roots) == 1 else None
-
-
-@contextlib.contextmanager
-def listening(callbacks: Sequence[Callback]) -> Iterator[None]:
-    """Send the events of the block to `callbacks`, and to those of an enclosing `listening`.
-
-    Raises, at the end of the block, what a callback raised where nobody saw it. Closes the callbacks in any case.
-    """
-    listeners = _Listeners(callbacks, _current.get())
-    token = _current.set(listeners)
-    with _active_lock:
-        _active.append(listeners)
-    try:
-        with contextlib.ExitStack() as closing:
-            for callback in reversed(listeners.own):
-                closing.callback(callback.close)
-            yield
-            if listeners.error is not None:
-                raise listeners.error
-    finally:
-        with _active_lock:
-            _active.remove(listeners)
-        _current.reset(token)
+def _flat(params: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
