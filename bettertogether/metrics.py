@@ -58,7 +58,7 @@ def score_of(value: Any) -> tuple[float, str | None]:
     Raises TypeError for anything else (None among them).
     """
     feedback = None
-    if isinstance(value, Mapping) or hasattr(value, "score"):
+    if isinstance(value, Mapping | dspy.Example) or hasattr(value, "score"):
         holder = value if isinstance(value, Mapping) else {k: getattr(value, k, None) for k in ("score", "feedback")}
         feedback = holder.get("feedback")
         value = holder.get("score")
@@ -82,8 +82,8 @@ def judge(
     if metric is None:
         return Verdict(FULL_MARK, True)
     score, feedback = score_of(call_metric(metric, example, prediction, trace))
-    if math.isnan(score):
-        return Verdict(0.0, False, "metric returned NaN", feedback)
+    if not math.isfinite(score):
+        return Verdict(0.0, False, f"metric returned {'NaN' if math.isnan(score) else score}", feedback)
     if threshold is None and score > FULL_MARK:
         raise ConfigError(
             f"The metric returned {score:g}. Without a threshold, 1.0 is taken as its full mark: give threshold=... "

@@ -1,0 +1,44 @@
+"""Shared fixtures: DSPy without caches and without leftovers, run directories in the test's own folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import dspy
+import pytest
+from fakes import learner, parity_engine
+
+from bettertogether.testing import FakeEngine
+
+ADAPTERS = {"chat": dspy.ChatAdapter, "json": dspy.JSONAdapter, "xml": dspy.XMLAdapter}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_dspy_cache() -> None:
+    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BETTERTOGETHER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_settings() -> Iterator[None]:
+    with dspy.context(lm=None, adapter=None, callbacks=[], trace=[], num_threads=8):
+        yield
+
+
+@pytest.fixture(params=list(ADAPTERS))
+def adapter(request: pytest.FixtureRequest) -> Iterator[dspy.Adapter]:
+    """Each of DSPy's text adapters in turn, in use."""
+    chosen = ADAPTERS[request.param]()
+    with dspy.context(adapter=chosen):
+        yield chosen
+
+
+@pytest.fixture
+def learning_engine() -> FakeEngine:
+    """See `fakes.learner`."""
+    return parity_engine(learner)

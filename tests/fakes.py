@@ -1,0 +1,142 @@
+"""A task with a known best answer, and small programs for it: is this number even or odd?"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import dspy
+
+from bettertogether.lm import LocalLM, engine_lm
+from bettertogether.testing import Answer, FakeEngine, FakeRequest
+
+
+class Parity(dspy.Signature):
+    """Say whether the number is even or odd."""
+
+    number: int = dspy.InputField()
+    parity: Literal["even", "odd"] = dspy.OutputField()
+
+
+def right(number: int) -> str:
+    return "even" if number % 2 == 0 else "odd"
+
+
+def wrong(number: int) -> str:
+    return right(number + 1)
+
+
+def numbers(count: int, start: int = 0) -> list[dspy.Example]:
+    """Examples `start` .. `start + count - 1`: as many even as odd."""
+    return [dspy.Example(number=n, parity=right(n)).with_inputs("number") for n in range(start, start + count)]
+
+
+def parity_match(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+    return bool(example.parity == prediction.parity)
+
+
+def field_of(request: FakeRequest, name: str) -> str:
+    """The value of an input field in the last user message, in the Chat, JSON and XML adapters."""
+    for pattern in (rf"\[\[ ## {name} ## \]\]\n(.*?)\n\n", rf"<{name}>\n(.*?)\n</{name}>"):
+        if found := re.search(pattern, request.user + "\n\n", re.DOTALL):
+            return found.group(1).strip()
+    raise AssertionError(f"no {name} in {request.user}")
+
+
+def number_of(request: FakeRequest) -> int:
+    return int(field_of(request, "number"))
+
+
+def reply(request: FakeRequest, **outputs: Any) -> str:
+    """Output fields in the format that the request asks for."""
+    if "JSON object" in request.user:
+        return json.dumps(outputs)
+    if "XML tags" in request.user:
+        return "\n".join(f"<{name}>\n{value}\n</{name}>" for name, value in outputs.items())
+    parts = [f"[[ ## {name} ## ]]\n{_text(value)}" for name, value in outputs.items()]
+    return "\n\n".join([*parts, "[[ ## completed ## ]]"])
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def parity_engine(knows: Callable[[FakeRequest, int], bool], **options: Any) -> FakeEngine:
+    """An engine that answers right where `knows(request, number)`, wrong elsewhere, in whatever format is asked."""
+
+    def answer(request: FakeRequest) -> Answer:
+        number = number_of(request)
+        return reply(request, parity=right(number) if knows(request, number) else wrong(number))
+
+    return FakeEngine(answer, **options)
+
+
+def learner(request: FakeRequest, number: int) -> bool:
+    """Knows a third of the numbers; two thirds with demos in the prompt; after training what it was trained on, and
+    every number below 30."""
+    if request.learned is not None or request.trained_on:
+        return number < 30 or request.learned is not None
+    return number % 3 == 0 or (request.demos > 0 and number % 3 == 1)
+
+
+def plain_lm(engine: FakeEngine, model: str | None = None, **options: Any) -> LocalLM:
+    """An LM without DSPy's cache, so that every call reaches the engine."""
+    return engine_lm(engine, model, **{"cache": False, "temperature": 0.0, **options})
+
+
+def parity_program(engine: FakeEngine, **options: Any) -> dspy.Predict:
+    program = dspy.Predict(Parity)
+    program.set_lm(plain_lm(engine, **options))
+    return program
+
+
+class TwoSteps(dspy.Module):
+    """Two predictors: a remark about the number, then its parity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.remark = dspy.Predict("number: int -> remark: str")
+        self.decide = dspy.Predict("number: int, remark: str -> parity: str")
+
+    def forward(self, number: int) -> dspy.Prediction:
+        remark = self.remark(number=number).remark
+        return self.decide(number=number, remark=remark)
+
+
+def two_step_engine(knows: Callable[[FakeRequest, int], bool], **options: Any) -> FakeEngine:
+    """Answers both predictors of `TwoSteps`."""
+
+    def answer(request: FakeRequest) -> Answer:
+        number = number_of(request)
+        if "`parity`" not in request.system:
+            return reply(request, remark=f"{number} ends in {number % 10}")
+        return reply(request, parity=right(number) if knows(request, number) else wrong(number))
+
+    return FakeEngine(answer, **options)
+
+
+def two_step_program(engine: FakeEngine, **options: Any) -> TwoSteps:
+    program = TwoSteps()
+    program.set_lm(plain_lm(engine, **options))
+    return program
+
+
+class OtherEngine:
+    """A custom engine that is no `LocalEngine`: what an API behind DSPy looks like."""
+
+    def __init__(self, answer: Callable[[FakeRequest], Answer]) -> None:
+        self.fake = FakeEngine(answer, base_name="api")
+
+    def complete(self, request: Any) -> Any:
+        return self.fake.complete(request)
+
+
+def api_lm(answer: Callable[[FakeRequest], Answer]) -> dspy.LM:
+    """An LM over `OtherEngine`; `api_lm(...).engine.fake.requests` counts its calls."""
+    return dspy.LM("local/api", engine=OtherEngine(answer), cache=False)
+
+
+def models(requests: Sequence[FakeRequest]) -> set[str]:
+    return {request.model for request in requests}
