@@ -55,7 +55,7 @@ def test_minutes_are_wall_time_whatever_the_ledgers_say() -> None:
     clock.now_s += 119
     meter.check()
     clock.now_s += 1
-    with pytest.raises(BudgetExceeded, match="2.0 of 2 minutes"):
+    with pytest.raises(BudgetExceeded, match=r"2\.0 of 2 minutes"):
         meter.check()
 
 
@@ -65,7 +65,7 @@ def test_a_resumed_run_starts_with_what_it_spent_before() -> None:
     clock.now_s += 10
     assert meter.used == Ledger(metric_calls=40, seconds=100)
     clock.now_s += 20
-    with pytest.raises(BudgetExceeded, match="2.0 of 2 minutes, 40 of 100 metric calls, 0 of any tokens"):
+    with pytest.raises(BudgetExceeded, match=r"2\.0 of 2 minutes, 40 of 100 metric calls, 0 of any tokens"):
         meter.check()
 
 
