@@ -6,6 +6,8 @@ callers may catch either. A message says what came, what is allowed and what to 
 
 from __future__ import annotations
 
+from dspy.lm15 import ContextLengthError
+
 
 class BetterTogetherError(Exception):
     """Base of all errors raised on purpose by this library."""
@@ -50,8 +52,11 @@ class UnknownAdapterError(BetterTogetherError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
-class PromptTooLongError(BetterTogetherError, ValueError):
-    """A prompt leaves no room for an answer in the model's context."""
+class PromptTooLongError(BetterTogetherError, ContextLengthError, ValueError):
+    """A prompt leaves no room for an answer in the model's context.
+
+    DSPy shows programs its own `ContextWindowExceededError` instead, on which `dspy.ReAct` shortens its history.
+    """
 
 
 class TrainingError(BetterTogetherError, RuntimeError):

@@ -19,7 +19,7 @@ from .errors import BetterTogetherError, BudgetExceeded, ConfigError
 from .evaluation import Evaluation, evaluate
 from .lm import local_engine
 from .metrics import FULL_MARK, Metric
-from .programs import copy_for_step, load_prompts, model_names, predictors_of, program_key, prompts_state, with_prompts
+from .programs import copy_for_step, load_prompts, model_names, predictors_of, prompts_state, with_prompts
 from .records import Ledger, StepRecord
 from .run_directory import RunDirectory
 from .runs import RunStore, stable_seed
@@ -206,7 +206,7 @@ class Loop:
         """Scores of {base, tuned weights} x {the student's prompts, the prompts before this step}, where those
         differ."""
         student = self.plan.student
-        if program_key(with_prompts(student, parent)) == program_key(student):
+        if prompts_state(parent) == prompts_state(student):
             return {}, Ledger()
         programs = {
             "base_old": student,

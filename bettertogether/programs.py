@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import dspy
@@ -23,9 +23,7 @@ def copy_program(program: dspy.Module) -> dspy.Module:
     try:
         return copy.deepcopy(program, dict(memo))
     except Exception:
-        for value in _uncopyable(program, memo):
-            memo[id(value)] = value
-        return copy.deepcopy(program, memo)
+        return copy.deepcopy(program, memo | _uncopyable(program, memo))
 
 
 def _all_lms(program: dspy.Module) -> Iterator[Any]:
@@ -35,14 +33,36 @@ def _all_lms(program: dspy.Module) -> Iterator[Any]:
             yield lm
 
 
-def _uncopyable(program: dspy.Module, memo: Mapping[int, Any]) -> Iterator[Any]:
-    for _, module in program.named_sub_modules(dspy.Module):
-        for value in module.__dict__.values():
-            try:
-                copy.deepcopy(value, dict(memo))
-            except Exception:
-                if not isinstance(value, dspy.Module | list | tuple | dict):
-                    yield value
+def _uncopyable(program: dspy.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
+    """The values in a program that can't be copied, as a memo for `deepcopy`."""
+    modules = [module for _, module in program.named_sub_modules(dspy.Module)]
+    values = {id(leaf): leaf for module in modules for leaf in _leaves(module.__dict__.values())}
+    failing = {key: value for key, value in values.items() if not _can_copy(value, memo)}
+    # A bound method or a tool may fail only for what the program that it is bound to holds: it is copied, and bound
+    # to the copy.
+    return {
+        key: value
+        for key, value in failing.items()
+        if not _can_copy(value, {**memo, **{other: failing[other] for other in failing if other != key}})
+    }
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, dict):
+            yield from _leaves(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _leaves(value)
+        elif not isinstance(value, dspy.Module):
+            yield value
+
+
+def _can_copy(value: Any, memo: Mapping[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        return False
+    return True
 
 
 def copy_for_step(program: dspy.Module) -> dspy.Module:
@@ -80,14 +100,22 @@ def prompts_state(program: dspy.Module) -> dict[str, Any]:
     """Instructions, field texts and demos by predictor name, as JSON; LMs left out."""
     state: dict[str, Any] = {}
     for name, predictor in predictors_of(program).items():
-        dumped = predictor.dump_state()
-        dumped.pop("lm", None)
-        state[name] = json.loads(json.dumps(dumped, default=str))
+        state[name] = _prompt_state(predictor)
     return state
 
 
+def _prompt_state(predictor: dspy.Predict) -> dict[str, Any]:
+    # Without its LM, which need not be one that can be saved.
+    bare = copy.copy(predictor)
+    bare.lm = None
+    dumped = bare.dump_state()
+    del dumped["lm"]
+    plain: dict[str, Any] = json.loads(json.dumps(dumped, default=str))
+    return plain
+
+
 def with_prompts(program: dspy.Module, source: dspy.Module) -> dspy.Module:
-    """A copy of `program` (its LMs) with the prompts of `source`: signatures, demos, per-call options."""
+    """A copy of `program` (its LMs) with the prompts of `source`: signatures and demos."""
     copied = copy_for_step(program)
     originals = predictors_of(source)
     for name, predictor in predictors_of(copied).items():
@@ -119,13 +147,27 @@ def model_names(program: dspy.Module) -> dict[str, str]:
     return {name: predictor.lm.model for name, predictor in predictors_of(program).items() if predictor.lm}
 
 
-def program_key(program: dspy.Module) -> str:
-    """A hash of what decides a program's answers: class, prompts, LMs with their options, the adapter in use."""
-    adapter = dspy.settings.adapter
-    lms = {
-        name: (predictor.lm.model, sorted((key, repr(value)) for key, value in predictor.lm.kwargs.items()))
-        for name, predictor in predictors_of(program).items()
-        if predictor.lm is not None
-    }
-    parts = (type(program).__qualname__, prompts_state(program), lms, type(adapter).__qualname__ if adapter else None)
+def program_key(program: dspy.Module) -> str | None:
+    """A hash of what decides a program's answers: classes with their plain attributes, prompts (those of frozen
+    sub-modules too), LMs with their options, the adapter in use. None for a program with a patched `forward`, of
+    which nothing can be said."""
+    parts: list[Any] = [_kind_and_options(dspy.settings.adapter) if dspy.settings.adapter else None]
+    for name, module in program.named_sub_modules(dspy.Module):
+        if "forward" in module.__dict__ or "aforward" in module.__dict__:
+            return None
+        parts.append([name, _kind_and_options(module)])
+        if isinstance(module, dspy.Predict):
+            lm = module.lm
+            options = sorted((key, repr(value)) for key, value in lm.kwargs.items()) if lm else []
+            parts.append([_prompt_state(module), repr(module.config), getattr(lm, "model", None), options])
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+_NOISE = frozenset({"_compiled", "stage"})
+"""Attributes that say nothing about a module's answers: whether it was optimized, the random name of a predictor."""
+
+
+def _kind_and_options(value: Any) -> list[Any]:
+    kind = type(value)
+    plain = {k: v for k, v in vars(value).items() if isinstance(v, str | int | float | None) and k not in _NOISE}
+    return [f"{kind.__module__}.{kind.__qualname__}", plain]

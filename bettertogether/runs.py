@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import dspy
-from dspy.utils.exceptions import AdapterParseError, LMTimeoutError
+from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMTimeoutError
 from dspy.utils.usage_tracker import UsageTracker
 
+from .errors import PromptTooLongError
 from .programs import copy_program, predictors_of, program_key
 from .records import Ledger
 
-FailureKind = Literal["parse failure", "timeout", "program error"]
+FailureKind = Literal["parse failure", "prompt too long", "timeout", "program error"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def example_key(example: dspy.Example) -> str:
 class RunStore:
     """Runs that were done before, by program, example and attempt, so that steps share them.
 
-    Only runs whose answer is settled (greedy, or sampled with a seed that the engine honours) are kept.
+    As with DSPy's cache, the same request to the same model has the same answer, sampled or not.
     """
 
     def __init__(self) -> None:
@@ -87,8 +90,8 @@ class RunStore:
             return self._runs.get(key)
 
     def put(self, key: tuple[str, str, str], run: Run) -> None:
-        """Keep a run, failed ones excepted: those are worth another try."""
-        if run.failure != "program error":
+        """Keep a run, unless something raised or took too long: that is worth another try."""
+        if run.failure not in ("program error", "timeout"):
             with self._lock:
                 self._runs[key] = run
 
@@ -99,33 +102,47 @@ class Runner:
     def __init__(self, program: dspy.Module, *, seed: int = 0, store: RunStore | None = None) -> None:
         self._program = program
         self._seed = seed
-        self._store = store
         self._key = program_key(program)
+        self._store = store if self._key is not None else None
+        self._spare: list[dspy.Module] = []
+        """Copies of the program that no thread is using; copying one for each attempt would cost more than the run
+        of a small program, and as much memory as what it holds, such as a search index."""
 
     def run(self, example: dspy.Example, attempt: Attempt = Attempt()) -> Run:
         """Run the program on one example. Never raises for what the program does; see `Run.failure`."""
         content = example_key(example)
-        key = (self._key, content, f"{self._seed}|{attempt.key}")
+        key = (self._key or "", content, f"{self._seed if self._is_changed(attempt) else ''}|{attempt.key}")
         if self._store and (known := self._store.get(key)):
             return Run(known.prediction, known.calls, known.raw_trace, known.failure, known.error)
-        program = self._prepare(attempt, stable_seed(self._seed, content, attempt.number))
-        run = run_program(program, example)
+        with self._prepared(attempt, stable_seed(self._seed, content, attempt.number)) as program:
+            run = run_program(program, example)
         if self._store:
             self._store.put(key, run)
         return run
 
-    def _prepare(self, attempt: Attempt, seed: int) -> dspy.Module:
-        sampled = attempt.number > 0 or attempt.temperature is not None
-        if not sampled and not attempt.narrow and not any(_needs_seed(p.lm) for p in self._program.predictors()):
-            return self._program
-        program = copy_program(self._program)
-        for predictor in program.predictors():
-            lm = predictor.lm or dspy.settings.lm
-            if lm is not None:
-                predictor.lm = _sampling_lm(lm, attempt, seed)
+    def _is_changed(self, attempt: Attempt) -> bool:
+        """Whether an attempt needs other LMs or prompts than the program's."""
+        asked = attempt.number > 0 or attempt.temperature is not None or bool(attempt.narrow)
+        return asked or any(_needs_seed(predictor.lm) for predictor in self._program.predictors())
+
+    @contextmanager
+    def _prepared(self, attempt: Attempt, seed: int) -> Iterator[dspy.Module]:
+        """The program as it is, or a copy that samples, or one that knows the label."""
+        if not self._is_changed(attempt):
+            yield self._program
+            return
+        try:
+            program = self._spare.pop()
+        except IndexError:
+            program = copy_program(self._program)
+        for predictor, original in zip(program.predictors(), self._program.predictors(), strict=True):
+            lm = original.lm or dspy.settings.lm
+            predictor.lm = None if lm is None else _sampling_lm(lm, attempt, seed)
+            predictor.signature = original.signature
         if attempt.narrow:
             narrow_signatures(program, attempt.narrow)
-        return program
+        yield program
+        self._spare.append(program)
 
 
 def _needs_seed(lm: Any) -> bool:
@@ -170,20 +187,65 @@ def narrow_signatures(program: dspy.Module, labels: Mapping[str, Any]) -> None:
 
 def run_program(program: dspy.Module, example: dspy.Example) -> Run:
     """One run with its own trace and its own count of tokens."""
-    tracker = UsageTracker()
-    trace: list[Any] = []
+    tracker = _SharedTracker()
+    trace = _Trace()
     prediction, failure, error = None, None, None
     with dspy.context(trace=trace, usage_tracker=tracker):
         try:
             prediction = _call(program, dict(example.inputs()))
         except Exception as caught:
             failure, error = _kind(caught), caught
+    if dspy.settings.track_usage and isinstance(prediction, dspy.Prediction):
+        prediction.set_lm_usage(tracker.get_total_tokens())
     outer = dspy.settings.usage_tracker
     if outer:
         for model, entries in tracker.usage_data.items():
             for entry in entries:
                 outer.add_usage(model, entry)
-    return Run(prediction, attribute_calls(program, trace), tuple(trace), failure, error, _ledger(tracker, len(trace)))
+    entries = trace.in_order()
+    calls = attribute_calls(program, entries)
+    return Run(prediction, calls, tuple(entries), failure, error, _ledger(tracker, len(trace)))
+
+
+class _SharedTracker(UsageTracker):
+    """A count of tokens that `dspy.Parallel` does not copy for each of its threads."""
+
+    def __deepcopy__(self, memo: Any) -> _SharedTracker:
+        return self
+
+
+class _Trace(list[Any]):
+    """A trace that can be put in an order which does not depend on the timing of a program's own threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._home = threading.get_ident()
+        self._threads: list[int] = []
+
+    def append(self, entry: Any) -> None:
+        """Add a call, and note the thread that made it."""
+        self._threads.append(threading.get_ident())
+        super().append(entry)
+
+    def pop(self, position: Any = -1) -> Any:
+        """Drop a call, as DSPy does with the oldest when a trace grows too long."""
+        self._threads.pop(position)
+        return super().pop(position)
+
+    def in_order(self) -> list[Any]:
+        """The calls as they were made; those that other threads made between two of this one's, by content."""
+        ordered: list[Any] = []
+        pairs = zip(self, self._threads, strict=True)
+        for foreign, group in itertools.groupby(pairs, lambda pair: pair[1] != self._home):
+            entries = [entry for entry, _ in group]
+            ordered += sorted(entries, key=_content) if foreign else entries
+        return ordered
+
+
+def _content(entry: Any) -> str:
+    predictor, inputs, prediction = entry
+    signature = predictor.signature
+    return repr((list(signature.fields), signature.instructions, sorted(inputs.items(), key=str), prediction))
 
 
 def _call(program: dspy.Module, inputs: dict[str, Any]) -> Any:
@@ -197,6 +259,9 @@ def _call(program: dspy.Module, inputs: dict[str, Any]) -> Any:
 def _kind(error: BaseException) -> FailureKind:
     if isinstance(error, AdapterParseError):
         return "parse failure"
+    # DSPy wraps what an engine raises, unless it is one of its own errors.
+    if isinstance(error, ContextWindowExceededError) or isinstance(error.__cause__, PromptTooLongError):
+        return "prompt too long"
     return "timeout" if isinstance(error, TimeoutError | LMTimeoutError) else "program error"
 
 
@@ -224,11 +289,11 @@ def attribute_calls(program: dspy.Module, trace: Sequence[Any]) -> tuple[Call, .
         _unique_lookup(predictors, lambda p: repr(p.signature.dump_state()) + repr(sorted(p.signature.fields))),
         lambda _, position: list(predictors)[position] if len(trace) == len(predictors) else None,
     ]
-    known_frozen = _frozen_predictors(program)
+    frozen = _frozen_predictors(program)
     calls = []
     for position, (predictor, inputs, prediction) in enumerate(trace):
         name = by_object.get(id(predictor))
-        if name is None and id(predictor) not in known_frozen:
+        if name is None and not {id(predictor), getattr(predictor, "stage", None)} & frozen:
             name = next((found for look in fallbacks if (found := look(predictor, position))), None)
         if name is None:
             continue
@@ -251,6 +316,7 @@ def _unique_lookup(
     return look
 
 
-def _frozen_predictors(program: dspy.Module) -> set[int]:
-    trainable = {id(predictor) for predictor in program.predictors()}
-    return {id(m) for _, m in program.named_sub_modules(dspy.Predict)} - trainable
+def _frozen_predictors(program: dspy.Module) -> set[object]:
+    """Object and identity of each."""
+    trainable = {key for predictor in program.predictors() for key in (id(predictor), predictor.stage)}
+    return {key for _, p in program.named_sub_modules(dspy.Predict) for key in (id(p), p.stage)} - trainable

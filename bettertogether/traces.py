@@ -174,7 +174,7 @@ class Pass:
         """The verdict, and whether something raised that counts against `max_errors`."""
         if isinstance(run.error, BetterTogetherError):
             raise run.error
-        if run.failure == "parse failure":
+        if run.failure in ("parse failure", "prompt too long"):
             return Verdict(0.0, False, run.failure), False
         if run.error is not None:
             return Verdict(0.0, False, f"{run.failure}: {_one_line(run.error)}"), True
