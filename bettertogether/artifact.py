@@ -122,13 +122,13 @@ def merge(
 
     `predictor` picks one where the program has several adapters. `out` must be new or empty. Raises ArtifactError.
     """
-    from .engines.merging import merge_adapter
-
     root, target = Path(folder).expanduser().absolute(), Path(out).expanduser().absolute()
     manifest = _read_manifest(root)
     record = manifest["lms"][_adapter_to_merge(manifest, predictor)]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ArtifactError(f"{target} is not empty: give an `out` folder that is new or empty.")
+    from .engines.merging import merge_adapter
+
     merge_adapter(base_model or record["base"], _inside(root, record["adapter"]), target)
     return target
 

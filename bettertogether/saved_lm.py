@@ -62,7 +62,7 @@ def dump_lm(lm: Any) -> SavedLM:
 def _without_secrets(lm: Any) -> dict[str, Any]:
     try:
         state: dict[str, Any] = lm.dump_state()
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ArtifactError(f"The LM {getattr(lm, 'model', lm)!r} can't be saved: {error}") from error
     secret = sorted(key for key in state if _SECRET.search(key.lower()))
     if secret:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import importlib
 import inspect
@@ -58,7 +59,10 @@ def dump_parameter(name: str, parameter: Parameter) -> dict[str, Any]:
     """JSON state of a predictor (without its LM) or another DSPy parameter. Raises ArtifactError."""
     if not isinstance(parameter, dspy.Predict):
         return {"state": _require_json(name, "state", _call_dump(parameter))}
-    state = parameter.dump_state()
+    # Without its LM, which may be one that can't be dumped; `saved_lm` sees to it.
+    bare = copy.copy(parameter)
+    bare.lm = None
+    state = bare.dump_state()
     kept = {key: value for key, value in state.items() if key not in ("lm", "traces", "train")}
     return {
         "state": _require_json(name, "demos", kept),
