@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 from .display import ProgressDisplay
@@ -39,6 +40,7 @@ __all__ = [
     "listening",
 ]
 
+_NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
 _LONGEST_PARAM = 500
 """Characters of a parameter's value that MLflow stores on every backend."""
 
@@ -77,7 +79,8 @@ class MLflowCallback(Callback):
         """Log the losses of this training step."""
         line = event["progress"]
         values = {"loss": line.loss, "validation_loss": line.validation_loss, "learning_rate": line.learning_rate}
-        prefix = f"step_{self._step}/{event.get('adapter', 'adapter')}"
+        adapter = _NOT_IN_NAMES.sub("_", event.get("adapter", "adapter"))
+        prefix = f"step_{self._step}/{adapter}"
         known = {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
         self._mlflow.log_metrics(known, step=line.step)
 
@@ -111,9 +114,9 @@ class MLflowCallback(Callback):
 
 
 def _flat(params: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted keys."""
+    """A nested mapping with dotted keys, of the characters that MLflow allows."""
     flat: dict[str, Any] = {}
     for key, value in params.items():
-        name = f"{prefix}{key}"
+        name = prefix + _NOT_IN_NAMES.sub("_", str(key))
         flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return flat

@@ -308,9 +308,9 @@ def test_mlflow_gets_params_scores_losses_and_the_selection(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     record = StepRecord(0, "", "", "complete", 0.5, (0.0, 1.0), ledger=Ledger(lm_calls=4, metric_calls=2))
     with listening([MLflowCallback(run_name="try")]):
-        emit("run_start", {"strategy": "w", "rounds": ["", "w"], "params": {"seed": 1, "student": {"class": "QA"}}})
+        emit("run_start", {"strategy": "w", "rounds": ["", "w"], "params": {"seed": 1, "student": {"hops[0]": "QA"}}})
         emit("step_start", {"index": 1, "step": "w", "strategy": "w"})
-        emit("training", {"progress": TrainingProgress(5, 9, 1.0, 0.25, None, 10, 1e-4), "adapter": "a"})
+        emit("training", {"progress": TrainingProgress(5, 9, 1.0, 0.25, None, 10, 1e-4), "adapter": "a@1"})
         emit("step_end", {"record": record})
         emit("run_end", {"report": CompileReport((record,), 0, 2, "w")})
     calls = [call for call in mlflow.calls if call[0] != "log_text"]
@@ -318,8 +318,8 @@ def test_mlflow_gets_params_scores_losses_and_the_selection(monkeypatch: pytest.
     assert calls == [
         ("active_run",),
         ("start_run", "try"),
-        ("log_params", {"strategy": "w", "seed": "1", "student.class": "QA"}),
-        ("log_metrics", {"step_1/a/loss": 0.25, "step_1/a/learning_rate": 1e-4}, 5),
+        ("log_params", {"strategy": "w", "seed": "1", "student.hops_0_": "QA"}),
+        ("log_metrics", {"step_1/a_1/loss": 0.25, "step_1/a_1/learning_rate": 1e-4}, 5),
         ("log_metrics", metrics, 0),
         ("set_tag", "step_0", "student: complete"),
         ("log_metric", "selected", 0),
