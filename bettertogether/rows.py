@@ -275,7 +275,10 @@ def write_rows(rows: Iterable[Row], path: Path) -> Path:
 def read_rows(path: Path) -> list[Row]:
     """Rows from JSON lines. Raises DataError naming the line."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(): JSON strings may hold line separators other than the newline.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             rows.append(Row.from_json(json.loads(line)))
         except (json.JSONDecodeError, DataError) as error:
