@@ -26,8 +26,6 @@ _ENDPOINT = ("api_base", "base_url", "model_list")
 _NOT_OPTIONS = frozenset(
     {"class", "_dspy_lm_class", "model", "engine", "async_engine", "finetuning_model", "launch_kwargs", "train_kwargs"}
 )
-_ENGINE_OPTIONS = ("dtype", "chat_template_kwargs")
-"""Options of an engine that decide its answers and go along to another machine."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,17 @@ def dump_lm(lm: Any) -> SavedLM:
         "base": state.get("model", engine.base_name),
         "model": lm.model,
         "options": {key: value for key, value in _without_secrets(lm).items() if key not in _NOT_OPTIONS},
-        "engine_options": {key: state[key] for key in _ENGINE_OPTIONS if state.get(key) is not None},
+        "engine_options": _engine_options(state),
     }
     return SavedLM(record, adapter)
+
+
+def _engine_options(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that decide an engine's answers. The precision goes along only where it was chosen: another machine
+    has its own default."""
+    usual = "bfloat16" if str(state.get("device", "")).startswith("cuda") else "float32"
+    chosen = {"chat_template_kwargs": state.get("chat_template_kwargs"), "dtype": state.get("dtype", usual)}
+    return {name: value for name, value in chosen.items() if value not in (None, usual)}
 
 
 def _without_secrets(lm: Any) -> dict[str, Any]:

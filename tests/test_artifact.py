@@ -483,3 +483,21 @@ def test_the_public_functions_are_those_of_the_package() -> None:
     import bettertogether
 
     assert (bettertogether.save, bettertogether.load, bettertogether.merge) == (save, load, artifact.merge)
+
+
+@pytest.mark.parametrize(
+    ("state", "options"),
+    [
+        ({"dtype": "float32", "device": "cpu", "chat_template_kwargs": None}, {}),
+        ({"dtype": "bfloat16", "device": "cuda:0"}, {}),
+        ({"dtype": "bfloat16", "device": "cpu"}, {"dtype": "bfloat16"}),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, {"chat_template_kwargs": {"enable_thinking": True}}),
+    ],
+)
+def test_engine_options_are_saved_where_they_were_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Any], options: dict[str, Any]
+) -> None:
+    engine = fresh_engine()
+    monkeypatch.setattr(engine, "dump_state", lambda: {"base_name": "fake", "adapters": [], **state}, raising=False)
+    save(parity_program(engine), tmp_path / "a")
+    assert manifest_of(tmp_path / "a")["lms"]["lm0"]["engine_options"] == options
