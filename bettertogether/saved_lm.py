@@ -70,10 +70,25 @@ def _without_secrets(lm: Any) -> dict[str, Any]:
         state: dict[str, Any] = lm.dump_state()
     except (TypeError, AttributeError) as error:
         raise ArtifactError(f"The LM {getattr(lm, 'model', lm)!r} can't be saved: {error}") from error
-    secret = sorted(key for key in state if _SECRET.search(key.lower()))
+    kept, secret = _split(state)
     if secret:
-        logger.warning("%s is saved without %s: give them again when it is loaded.", lm.model, secret)
-    return {key: value for key, value in state.items() if key not in secret}
+        logger.warning("%s is saved without %s: give them again when it is loaded.", lm.model, sorted(secret))
+    return kept
+
+
+def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """The options without those that look like secrets, at any depth, and the names of those left out."""
+    kept: dict[str, Any] = {}
+    secret = set()
+    for name, value in options.items():
+        if _SECRET.search(str(name).lower()):
+            secret.add(str(name))
+        elif isinstance(value, Mapping):
+            kept[name], inner = _split(value)
+            secret |= inner
+        else:
+            kept[name] = value
+    return kept, secret
 
 
 def load_lm(

@@ -26,7 +26,12 @@ def test_a_saved_class_that_is_no_program_is_refused(tmp_path: Path) -> None:
 def test_secrets_of_an_api_lm_are_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     program = dspy.Predict("a -> b")
     program.lm = dspy.LM(
-        "openai/gpt-4o-mini", api_key="sk-1", extra_headers={"Authorization": "sk-2"}, azure_ad_token="sk-3", top_p=0.9
+        "openai/gpt-4o-mini",
+        api_key="sk-1",
+        extra_headers={"Authorization": "sk-2"},
+        azure_ad_token="sk-3",
+        extra_body={"client_secret": "sk-4", "seed": 1},
+        top_p=0.9,
     )
     save(program, tmp_path / "a")
     assert "sk-" not in (tmp_path / "a" / "artifact.json").read_text()
@@ -34,6 +39,7 @@ def test_secrets_of_an_api_lm_are_not_saved(tmp_path: Path, caplog: pytest.LogCa
     loaded = load(tmp_path / "a")
     assert loaded.lm.model == "openai/gpt-4o-mini"
     assert loaded.lm.kwargs["top_p"] == 0.9
+    assert loaded.lm.kwargs["extra_body"] == {"seed": 1}
 
 
 def test_a_saved_endpoint_is_used_only_when_trusted(tmp_path: Path) -> None:
