@@ -127,8 +127,8 @@ def bars(values: Mapping[str, float], total: float | None = None) -> str:
     """Named counts as horizontal bars, in the order given; each as a share of `total` (None: the largest)."""
     whole = max(total or 0, *values.values(), 1)
     rows = "".join(
-        f'<div class="name">{escape(str(name))}</div><div class="bar"><i style="width:{100 * value / whole:.1f}%"></i>'
-        f'</div><div class="value">{value:,g}</div>'
+        f'<div class="name">{escape(str(name)) or "(none)"}</div>'
+        f'<div class="bar"><i style="width:{100 * value / whole:.1f}%"></i></div><div class="value">{value:,g}</div>'
         for name, value in values.items()
     )
     return f'<div class="bars">{rows}</div>'
