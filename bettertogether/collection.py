@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import dspy
@@ -14,11 +15,11 @@ from .errors import ConfigError, DataError, NoTrainingDataError
 from .labels import labels_of
 from .programs import predictors_of
 from .records import Ledger
-from .rows import DataCard, Row, TrainPrompt, balance_labels, make_data_card, rows_of_call
+from .rows import DataCard, Row, TrainPrompt, balance_labels, make_data_card, rows_of_call, write_rows
 from .traces import Trace, TraceSet, hint_leaks, select_traces
 
 DOMINANT_SHARE = 0.8
-"""A label with more than this share of the rows gets a warning."""
+"""A label with more than this share of the rows gets a warning, unless the trainset is as skewed."""
 
 Trainable = Mapping[str, tuple[LocalEngine, Any]]
 """Predictor name to the engine that trains it and its LM."""
@@ -31,6 +32,10 @@ class Collected:
     rows: tuple[Row, ...]
     card: DataCard
     ledger: Ledger
+
+    def write(self, path: str | Path) -> Path:
+        """Write the rows as JSON lines that `datasets.load_dataset("json")` and `rows=` read."""
+        return write_rows(self.rows, Path(path))
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class RowOptions:
 
     def __post_init__(self) -> None:
         if self.train_prompt not in get_args(TrainPrompt):
-            raise ConfigError(f"train_prompt={self.train_prompt!r} is not allowed: give one of {get_args(TrainPrompt)}.")
+            raise ConfigError(f"train_prompt={self.train_prompt!r}: give one of {get_args(TrainPrompt)}.")
         if not 0 <= self.max_rescue_share <= 1:
             raise ConfigError(f"max_rescue_share={self.max_rescue_share!r} is not allowed: give a number from 0 to 1.")
         if self.max_traces_per_example < 1:
@@ -64,14 +69,20 @@ def rows_from_traces(
     dropped: Counter[tuple[str, str]] = Counter({("", reason): n for reason, n in traces.reasons().items()})
     plain = [trace for trace in traces.traces if not hint_leaks(trace)]
     dropped["", "answer talks about the hint"] += len(traces.traces) - len(plain)
+    unchosen: Counter[str] = Counter()
     chosen = select_traces(
-        plain, max_per_example=options.max_traces_per_example, max_rescue_share=options.max_rescue_share
+        plain,
+        max_per_example=options.max_traces_per_example,
+        max_rescue_share=options.max_rescue_share,
+        dropped=unchosen,
     )
+    dropped.update({("", reason): count for reason, count in unchosen.items()})
     by_trace = [_rows_of(student, trace, trainable, options.train_prompt, dropped) for trace in chosen]
     usable = [(trace, rows) for trace, rows in zip(chosen, by_trace, strict=True) if rows]
     labels = labels_of(trainset, options.label_field)
     kept_labels = [trace.label for trace, _ in usable]
     order = balance_labels(kept_labels, labels) if options.balance else range(len(usable))
+    dropped["", "left out by balance"] += len(usable) - len(set(order))
     rows = [row for position in order for row in usable[position][1]]
     engines = {name: engine for name, (engine, _) in trainable.items()}
     reasons = +dropped
@@ -114,7 +125,8 @@ def _label_warnings(rows: Sequence[Row], wanted: Sequence[str | None]) -> list[s
         warnings.append(f"No row has the label {absent}: the tuned model will hardly answer it.")
     label, most = counts.most_common(1)[0]
     total = sum(counts.values())
-    if most > DOMINANT_SHARE * total and len(labels) > 1:
+    share_wanted = wanted.count(label) / sum(each is not None for each in wanted)
+    if most > DOMINANT_SHARE * total > share_wanted * total:
         warnings.append(
             f"{most} of {total} rows have the label {label!r}: training on them teaches that answer. "
             "Raise num_samples, or turn rescue and balance on."

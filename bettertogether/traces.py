@@ -14,7 +14,7 @@ import dspy
 
 from . import callbacks
 from .errors import BetterTogetherError, ConfigError, TooManyErrors
-from .labels import labels_of
+from .labels import labels_of, stratified_order
 from .metrics import Metric, Verdict, judge
 from .parallel import parallel_map, thread_count
 from .records import Ledger
@@ -254,23 +254,43 @@ def _rescue(example: dspy.Example, label_field: str | None) -> Attempt:
     return Attempt("rescue", 1, None, _label_values(example, label_field))
 
 
-def select_traces(traces: Iterable[Trace], *, max_per_example: int = 2, max_rescue_share: float = 1.0) -> list[Trace]:
+def select_traces(
+    traces: Iterable[Trace],
+    *,
+    max_per_example: int = 2,
+    max_rescue_share: float = 1.0,
+    dropped: Counter[str] | None = None,
+) -> list[Trace]:
     """The passing traces to learn from: one of each kind of content, at most `max_per_example` of an example (its own
-    first, rescued last), rescued ones at most this share of all."""
+    first, rescued last), rescued ones at most this share of all. `dropped` counts the passing ones left out."""
+    counts = Counter() if dropped is None else dropped
     kept: list[Trace] = []
     seen: dict[int, set[str]] = {}
     for trace in traces:
+        if not trace.passed or not trace.calls:
+            continue
         content = repr([(call.predictor, sorted(call.outputs.items())) for call in trace.calls])
         known = seen.setdefault(trace.index, set())
-        if trace.passed and trace.calls and content not in known and len(known) < max_per_example:
+        if content in known:
+            counts["same as another of its example"] += 1
+        elif len(known) >= max_per_example:
+            counts["over max_traces_per_example"] += 1
+        else:
             known.add(content)
             kept.append(trace)
-    own = [trace for trace in kept if trace.source != "rescue"]
-    if max_rescue_share >= 1:
-        return kept
-    room = int(len(own) * max_rescue_share / (1 - max_rescue_share))
-    rescued = [trace for trace in kept if trace.source == "rescue"][:room]
-    return sorted([*own, *rescued], key=lambda trace: (trace.index, trace.attempt))
+    return _limit_rescued(kept, max_rescue_share, counts)
+
+
+def _limit_rescued(traces: list[Trace], max_share: float, dropped: Counter[str]) -> list[Trace]:
+    own = [trace for trace in traces if trace.source != "rescue"]
+    rescued = [trace for trace in traces if trace.source == "rescue"]
+    room = len(rescued) if max_share >= 1 else int(len(own) * max_share / (1 - max_share))
+    if len(rescued) <= room:
+        return traces
+    dropped["over max_rescue_share"] += len(rescued) - room
+    # Spread over the labels, which the head of a sorted trainset would not be.
+    chosen = stratified_order(rescued, [trace.label for trace in rescued], seed=0)[:room]
+    return sorted([*own, *chosen], key=lambda trace: (trace.index, trace.attempt))
 
 
 def hint_leaks(trace: Trace) -> bool:
