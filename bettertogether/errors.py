@@ -81,3 +81,7 @@ class MissingExtraError(BetterTogetherError, ImportError):
 
 class DownloadError(BetterTogetherError, OSError):
     """A package file that can't be fetched, or that is not the one expected."""
+
+
+class EngineClosedError(BetterTogetherError, RuntimeError):
+    """A request to an engine that was closed, or that belongs to another process."""

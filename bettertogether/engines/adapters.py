@@ -1,0 +1,231 @@
+"""LoRA adapters over one base model: loading, naming by content, and applying several in one forward pass.
+
+The base weights are never touched. A forward hook on each adapted layer adds `B A x` for the tokens that belong to
+an adapter, so that requests for the base and for any number of adapters share one pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import ModelError, UnknownAdapterError
+from .base import MODEL_PREFIX, adapter_model_name
+
+CONTENT_FIELDS = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern",
+    "bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "modules_to_save",
+)  # fmt: skip
+"""Fields of adapter_config.json that change what an adapter computes."""
+ROUND_FILE = "bettertogether.json"
+
+
+@dataclass(frozen=True)
+class AdaptedSpan:
+    """Tokens [start, stop) of a packed pass, and the adapter they belong to. `stop` None: to the end."""
+
+    adapter: str
+    start: int
+    stop: int | None
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    folder: Path
+    weights: dict[str, tuple[Tensor, Tensor]]
+    """Layer name to (A as [in, rank], scaled B as [rank, out])."""
+
+
+class AdapterBank:
+    """The adapters that an engine serves. Methods may be called from many threads; passes run on one."""
+
+    def __init__(self, base_name: str, layer_shapes: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
+        """`layer_shapes` gives (in, out) of each linear layer of the base by name; called when first needed."""
+        self._base_name = base_name
+        self._layer_shapes = layer_shapes
+        self._adapters: dict[str, _Adapter] = {}
+        self._lock = threading.RLock()
+        self._model: nn.Module | None = None
+        self._hooks: dict[str, Any] = {}
+        self._active: list[tuple[dict[str, tuple[Tensor, Tensor]], int, int | None]] = []
+
+    def add(self, folder: Path) -> str:
+        """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
+        config = _read_config(folder)
+        name = adapter_model_name(self._base_name, _round_of(folder), content_hash(folder))
+        with self._lock:
+            if name not in self._adapters:
+                weights = _read_weights(folder, config, self._layer_shapes())
+                self._adapters[name] = _Adapter(folder, weights)
+                self._attach()
+        return name
+
+    def folder(self, model: str) -> Path | None:
+        """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
+        if model == MODEL_PREFIX + self._base_name:
+            return None
+        with self._lock:
+            if model in self._adapters:
+                return self._adapters[model].folder
+            held = [MODEL_PREFIX + self._base_name, *self._adapters]
+        raise UnknownAdapterError(
+            f"{model!r} is not served by this engine. Held: {', '.join(held)}. Add the adapter's folder with "
+            "engine.add_adapter(folder)."
+        )
+
+    def folders(self) -> list[Path]:
+        """Folders of all adapters, in the order they were added."""
+        with self._lock:
+            return [adapter.folder for adapter in self._adapters.values()]
+
+    def attach(self, model: nn.Module | None) -> None:
+        """Serve the adapters on this model from now on; None frees them from it."""
+        with self._lock:
+            for handle in self._hooks.values():
+                handle.remove()
+            self._hooks.clear()
+            self._model = model
+            self._attach()
+
+    @contextmanager
+    def active(self, spans: Sequence[AdaptedSpan]) -> Iterator[None]:
+        """Apply adapters to the tokens of the passes inside the block; the base alone after it."""
+        with self._lock:
+            self._active = [
+                (self._adapters[span.adapter].weights, span.start, span.stop) for span in spans if span.adapter
+            ]
+        try:
+            yield
+        finally:
+            self._active = []
+
+    def _attach(self) -> None:
+        """Hook the layers that some adapter changes, and bring the adapters to the model's device and precision."""
+        if self._model is None:
+            return
+        modules = dict(self._model.named_modules())
+        for adapter in self._adapters.values():
+            for name, (a, b) in adapter.weights.items():
+                weight = modules[name].weight
+                adapter.weights[name] = (a.to(weight.device, weight.dtype), b.to(weight.device, weight.dtype))
+                if name not in self._hooks:
+                    self._hooks[name] = modules[name].register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def add_updates(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            for weights, start, stop in self._active:
+                if name in weights:
+                    a, b = weights[name]
+                    x = inputs[0].flatten(0, -2)[start:stop]
+                    output.view(-1, output.shape[-1])[start:stop].addmm_(x @ a, b)
+
+        return add_updates
+
+
+def content_hash(folder: Path) -> str:
+    """SHA-256 (hex) of an adapter's weights and of the settings that change what they do."""
+    config = _read_config(folder)
+    relevant = {field: config[field] for field in CONTENT_FIELDS if config.get(field)}
+    if isinstance(relevant.get("target_modules"), list):
+        relevant["target_modules"] = sorted(relevant["target_modules"])
+    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode())
+    with (folder / "adapter_model.safetensors").open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_round(folder: Path, round_number: int, base_name: str) -> None:
+    """Note in an adapter's folder how many rounds of training are behind it."""
+    (folder / ROUND_FILE).write_text(json.dumps({"round": round_number, "base": base_name}) + "\n")
+
+
+def _round_of(folder: Path) -> int:
+    path = folder / ROUND_FILE
+    if not path.is_file():
+        return 1
+    try:
+        return int(json.loads(path.read_text())["round"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is damaged ({error!r}); it holds {{'round': a whole number}}. Delete it.") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
+    if missing:
+        raise ModelError(
+            f"{folder} holds no {' and no '.join(missing)}: a PEFT LoRA folder is needed, as written by "
+            "PeftModel.save_pretrained or by a w step."
+        )
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    except ValueError as error:
+        raise ModelError(f"{folder / 'adapter_config.json'} is not JSON: {error}") from error
+    refused = [name for name in ("use_dora", "modules_to_save", "layer_replication", "lora_bias") if config.get(name)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or refused:
+        raise ModelError(
+            f"The adapter in {folder} is of type {config.get('peft_type')!r} with bias={config.get('bias')!r} and "
+            f"{refused or 'no further options'}. Served are plain LoRA adapters: no bias, DoRA or modules_to_save."
+        )
+    return config
+
+
+def _read_weights(
+    folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    path = folder / "adapter_model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} can't be read: {error}") from error
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, dot, kind = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        if not dot or kind not in ("lora_A", "lora_B") or layer not in shapes:
+            raise ModelError(f"{path} holds {key!r}, which is not a LoRA matrix of a linear layer of this base model.")
+        parts.setdefault(layer, {})[kind] = tensor
+    weights = {}
+    for layer, pair in parts.items():
+        a, b = pair.get("lora_A"), pair.get("lora_B")
+        if a is None or b is None or (a.shape[1], b.shape[0]) != shapes[layer] or a.shape[0] != b.shape[1]:
+            found = {kind: tuple(tensor.shape) for kind, tensor in pair.items()}
+            raise ModelError(f"{path} does not fit the base model: layer {layer} is {shapes[layer]}, LoRA {found}.")
+        weights[layer] = (a.t().contiguous(), (b * _scale(config, layer, a.shape[0])).t().contiguous())
+    return weights
+
+
+def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    from peft.utils import get_pattern_key
+
+    patterns = config.get("alpha_pattern") or {}
+    alpha = float(patterns.get(get_pattern_key(list(patterns), layer), config["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(in, out) of each linear layer by name."""
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def meta_linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
+    """`linear_shapes` of the model that a transformers config describes, without its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return linear_shapes(AutoModelForCausalLM.from_config(config))

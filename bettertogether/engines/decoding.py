@@ -1,0 +1,163 @@
+"""The seam between the scheduler, which knows requests, and the decoders, which know tensors. No torch here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from dspy.lm15 import Config, UnsupportedFeatureError
+
+UNSUPPORTED = ("frequency_penalty", "presence_penalty", "reasoning", "tool_choice", "probabilities", "extensions")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is picked from the model's distribution."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens whose probabilities add up to this, 0 to 1."""
+    top_k: int | None = None
+    """Keep this many of the likeliest tokens."""
+    seed: int | None = None
+    """Same seed and prompt, same text; None draws fresh entropy."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are not part of it."""
+    logprobs: int | None = None
+    """Report log probabilities: of the chosen tokens, and of so many of the likeliest; None: none."""
+
+    @classmethod
+    def from_config(cls, config: Config) -> SamplingOptions:
+        """The options of a request. Raises UnsupportedFeatureError for those that this engine has not."""
+        for name in UNSUPPORTED:
+            if getattr(config, name):
+                raise UnsupportedFeatureError(
+                    f"{name}={getattr(config, name)!r} is not supported by the local engine. Allowed: temperature, "
+                    "max_tokens, top_p, top_k, stop, seed, logprobs and response_format. Leave it out.",
+                    feature=f"config.{name}",
+                )
+        return cls(
+            temperature=config.temperature or 0.0,
+            top_p=1.0 if config.top_p is None else config.top_p,
+            top_k=config.top_k,
+            seed=config.seed,
+            stop=config.stop,
+            logprobs=config.logprobs,
+        )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken each time."""
+        return self.temperature == 0.0 or self.top_p == 0.0 or self.top_k == 1
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """Log probability of a chosen token, in the model's unmodified distribution."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens and their log probabilities, likeliest first."""
+
+
+class TokenConstraint(Protocol):
+    """A grammar that an answer must follow."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is complete and nothing may follow."""
+        ...
+
+    def forced(self) -> list[int]:
+        """Take the tokens that must come next, as far as there is no choice, and return them."""
+        ...
+
+    def allows(self, token_id: int) -> bool:
+        """Whether this token may come next."""
+        ...
+
+    def advance(self, token_id: int) -> None:
+        """Take this token."""
+        ...
+
+    def fill_mask(self, address: int, size_bytes: int) -> None:
+        """Write one bit per token, 1 where it may come next, to memory at `address`."""
+        ...
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer being written."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    adapter: str = ""
+    """Model name of the adapter; "" is the base."""
+    sampling: SamplingOptions = SamplingOptions()
+    constraint: TokenConstraint | None = None
+    output_ids: list[int] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
+    computed: int = 0
+    """Tokens of prompt and output whose keys and values the decoder holds."""
+    reused_tokens: int = 0
+    """Prompt tokens that were found computed."""
+    random: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.sampling.seed)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to be put through the model before the next one can be picked."""
+        return self.length - self.computed
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Tokens of prompt and output, [start, stop)."""
+        edge = len(self.prompt_ids)
+        if start >= edge:
+            return self.output_ids[start - edge : stop - edge]
+        return (self.prompt_ids[start:stop] + self.output_ids)[: stop - start]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one step decided for one row."""
+
+    token_ids: tuple[int, ...] = ()
+    """New tokens: one that was picked, and those that the grammar forces after it. Empty: still in the prompt."""
+    scores: tuple[TokenScore, ...] = ()
+    ended: bool = False
+    """The grammar allows nothing more."""
+
+
+class Decoder(Protocol):
+    """Runs the model over the tokens of rows. Called from one thread."""
+
+    def admit(self, rows: Sequence[Row]) -> list[Row]:
+        """Make room for rows; returns those that were taken. With no row held, takes one at least."""
+        ...
+
+    def step(self, rows: Sequence[Row]) -> list[Decision]:
+        """One forward pass over rows that were admitted; sets their `computed`."""
+        ...
+
+    def release(self, row: Row) -> None:
+        """Forget a row. Its `computed` falls to 0, so that it can be admitted again."""
+        ...
+
+    def reset(self) -> None:
+        """Forget all rows and everything cached."""
+        ...
+
+    def counters(self) -> dict[str, int]:
+        """Work done: forward_passes, prefix_tokens_reused, ..."""
+        ...

@@ -1,0 +1,149 @@
+"""Train an adapter on the model that an engine holds, and name its folder by its content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import NoTrainingDataError
+from ..training.config import LoRAConfig, TrainingConfig
+from ..training.packing import TokenizedRow
+from .adapters import content_hash, write_round
+from .base import (
+    ChatMessage,
+    FinetuneResult,
+    ProgressFunction,
+    TrainingRow,
+    adapter_model_name,
+    adapter_round,
+)
+
+
+class Tokenizing(Protocol):
+    """What this module asks of an engine."""
+
+    base_name: str
+    max_length: int
+
+    def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]: ...
+
+    def completion_tokens(self, completion: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Everything that a training needs but the model."""
+
+    rows: list[TokenizedRow]
+    validation_rows: list[TokenizedRow]
+    lora: LoRAConfig
+    training: TrainingConfig
+    start_from: Path | None
+    round_number: int
+    parent: Path
+    """Where the adapter's folder goes."""
+    skipped_rows: tuple[tuple[int, str], ...]
+
+
+def tokenized(engine: Tokenizing, rows: Sequence[TrainingRow]) -> tuple[list[TokenizedRow], list[tuple[int, str]]]:
+    """Rows as tokens; and those that are too long for the model, as (index, reason)."""
+    kept, skipped = [], []
+    for index, row in enumerate(rows):
+        prompt_ids, completion_ids = engine.prompt_tokens(row.messages), engine.completion_tokens(row.completion)
+        length = len(prompt_ids) + len(completion_ids)
+        if length > engine.max_length:
+            skipped.append((index, f"prompt+completion {length} tokens > max_length {engine.max_length}"))
+        else:
+            kept.append(TokenizedRow(prompt_ids, completion_ids))
+    return kept, skipped
+
+
+def prepare(
+    engine: Tokenizing,
+    rows: Sequence[TrainingRow],
+    validation_rows: Sequence[TrainingRow],
+    lora: LoRAConfig,
+    training: TrainingConfig,
+    start_from: tuple[str, Path | None] | None,
+    parent: Path,
+) -> TrainingJob:
+    """Tokenize the rows. Raises NoTrainingDataError where none is left.
+
+    `start_from` is the model to continue from: its name, and its folder where it is an adapter.
+    """
+    kept, skipped = tokenized(engine, rows)
+    if not kept:
+        raise NoTrainingDataError(
+            f"There is nothing to train on: {len(rows)} rows came, {len(skipped)} of them too long for "
+            f"{engine.base_name} ({engine.max_length} tokens). Give more rows, or shorter ones (fewer demos)."
+        )
+    validation, _ = tokenized(engine, validation_rows)
+    name, folder = start_from if start_from is not None else ("", None)
+    return TrainingJob(kept, validation, lora, training, folder, adapter_round(name) + 1, parent, tuple(skipped))
+
+
+def train(
+    engine: Tokenizing, job: TrainingJob, model: Any, source: str, on_progress: ProgressFunction | None
+) -> FinetuneResult:
+    """Run a training. `model` is trained in this process; None trains `source` in processes of their own."""
+    # Named by what is asked, so that the same call after a kill finds the checkpoint that the trainer left there.
+    folder = job.parent / f"training-{_digest(job, source)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = _run(job, model, source, folder, on_progress)
+    write_round(trained.folder, job.round_number, engine.base_name)
+    name = adapter_model_name(engine.base_name, job.round_number, content_hash(trained.folder))
+    target = _move(trained.folder, job.parent / name.partition("/")[2])
+    shutil.rmtree(folder, ignore_errors=True)
+    return FinetuneResult(
+        model=name,
+        folder=target,
+        history=tuple(trained.history),
+        best_epoch=trained.best_epoch,
+        tokens=trained.tokens,
+        seconds=trained.seconds,
+        base_validation_loss=trained.base_validation_loss,
+        validation_loss=trained.validation_loss,
+        skipped_rows=job.skipped_rows,
+    )
+
+
+def _run(job: TrainingJob, model: Any, source: str, folder: Path, on_progress: ProgressFunction | None) -> Any:
+    options: dict[str, Any] = {
+        "validation_rows": job.validation_rows,
+        "lora": job.lora,
+        "training": job.training,
+        "folder": folder,
+        "start_from": job.start_from,
+        "on_progress": on_progress,
+    }
+    if job.training.num_processes > 1:
+        from ..training.worker import launch
+
+        return launch(source, job.rows, **options)
+    from ..training.trainer import train_adapter
+
+    return train_adapter(model, job.rows, **options)
+
+
+def _digest(job: TrainingJob, source: str) -> str:
+    """A short name for what a training job asks."""
+    rows = [[row.prompt_ids, row.completion_ids] for row in (*job.rows, *job.validation_rows)]
+    asked = [source, str(job.start_from), len(job.rows), job.lora.to_dict(), job.training.to_dict(), rows]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+
+
+def _move(source: Path, target: Path) -> Path:
+    """Rename a finished folder to its content's name; the same content that is there already may stay."""
+    try:
+        os.replace(source, target)
+    except OSError:
+        if not (target / "adapter_model.safetensors").is_file():
+            raise
+        shutil.rmtree(source)
+    return target

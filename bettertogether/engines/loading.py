@@ -1,0 +1,172 @@
+"""Load a model: what can be known without its weights first, the weights when they are needed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from ..errors import ConfigError, ModelError
+from .adapters import AdapterBank
+from .decoding import Decoder
+from .packed_decoder import PackedDecoder
+from .plain_decoder import PlainDecoder
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PACKED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+VARIABLE_ROPE = frozenset({"dynamic", "longrope"})
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known of a model without its weights."""
+
+    source: str
+    """Folder or hub id."""
+    config: Any
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    """Tokens that end an answer, by the model's generation config."""
+    max_length: int
+    """Context length in tokens."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Width of the logits."""
+        return int(self.config.get_text_config().vocab_size)
+
+
+def read_card(source: str | Path) -> ModelCard:
+    """Read the config and the tokenizer of a model. Raises ModelError."""
+    folder = Path(source)
+    if folder.is_dir():
+        _check_folder(folder)
+    elif isinstance(source, Path) or folder.is_absolute() or str(source).startswith("."):
+        raise ModelError(f"{source} is not a folder. Give the folder of a transformers model, or a hub id.")
+    try:
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{str(source)!r} can't be loaded as a transformers model: {error} Give the folder of a model "
+            "(config.json, model.safetensors, tokenizer.json), or a hub id that this machine can reach."
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{str(source)!r} is of type {config.model_type!r}, which is no causal language model.")
+    return ModelCard(str(source), config, tokenizer, _eos_ids(source, config), _max_length(config))
+
+
+def _check_folder(folder: Path) -> None:
+    names = [path.name for path in folder.iterdir()]
+    has_weights = any(name.endswith(WEIGHTS) for name in names)
+    missing = ["config.json"] * ("config.json" not in names) + ["model.safetensors"] * (not has_weights)
+    if missing:
+        hint = " It holds an adapter: load the base model, then add_adapter(folder)." * ("adapter_config.json" in names)
+        raise ModelError(
+            f"{folder} is not the folder of a transformers model: {' and '.join(missing)} missing.{hint} Give the "
+            "folder that save_pretrained wrote, or a hub id."
+        )
+
+
+def _eos_ids(source: str | Path, config: Any) -> tuple[int, ...]:
+    try:
+        eos = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:
+        eos = config.get_text_config().eos_token_id
+    return tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
+
+
+def _max_length(config: Any) -> int:
+    """The context length; where rotary factors change with the length of the text, the part in which they don't."""
+    text = config.get_text_config()
+    length = int(getattr(text, "max_position_embeddings", 0) or 0)
+    if not length:
+        raise ModelError(f"The config of this {config.model_type!r} model names no max_position_embeddings.")
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in VARIABLE_ROPE:
+        return length
+    original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    if original and original < length:
+        logger.warning("Context cut from %d to %d tokens: longer texts change the rotary factors.", length, original)
+        return int(original)
+    return length
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU. Raises ConfigError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f'device={device!r} is not allowed: give "auto", "cpu", "cuda" or "cuda:0".') from error
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """ "auto" is float32 on the CPU and bfloat16 elsewhere. Raises ConfigError."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise ConfigError(f'dtype={dtype!r} is not allowed: give "auto" or one of {sorted(DTYPES)}.')
+    return DTYPES[dtype]
+
+
+def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with its weights, ready to answer. Raises ModelError."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(card.source, dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"The weights of {card.source!r} can't be loaded: {error}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def make_decoder(model: Any, adapters: AdapterBank, cache_bytes: int) -> Decoder:
+    """The packed decoder, or the plain one where packing does not give this model's own logits (said in the log)."""
+    reason = why_not_packed(model, adapters)
+    if reason is None:
+        return PackedDecoder(model, adapters, cache_bytes=cache_bytes)
+    logger.warning("%s answers in padded batches, without shared prefixes: %s.", type(model).__name__, reason)
+    return PlainDecoder(model, adapters)
+
+
+def why_not_packed(model: Any, adapters: AdapterBank) -> str | None:
+    """Why packed attention can't serve a model; None where a short text gets the same logits with it."""
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - PACKED_LAYER_TYPES
+    if types:
+        return f"its layers are of type {', '.join(sorted(types))}"
+    tokens = [(7919 * place + 11) % model.config.get_text_config().vocab_size for place in range(14)]
+    return _differs(model, PackedDecoder(model, adapters, cache_bytes=1 << 30), tokens)
+
+
+@torch.inference_mode()
+def _differs(model: Any, decoder: PackedDecoder, tokens: list[int]) -> str | None:
+    expected_V = model(torch.tensor([tokens], device=model.device)).logits[0, -1].float()
+    try:
+        found_V = decoder.probe(tokens, prefix_length=8).float()
+    except Exception as error:  # whatever a model's code does with an attention function that it does not know
+        return f"{type(error).__name__}: {error}"
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.06
+    difference = float((expected_V - found_V).abs().max())
+    if difference <= tolerance * float(expected_V.max() - expected_V.min()):
+        return None
+    return f"its logits differ by {difference:.2g} under packed attention"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)

@@ -1,0 +1,157 @@
+"""Attention for packed passes: every token of every row in one sequence, without padding.
+
+A row's tokens attend to its shared prefix, which is stored once for all rows, and to the row's own tokens, which are
+stored in the row's slot. The two parts are computed apart, each with the log of its softmax's denominator, and merged
+exactly. Registered through transformers' AttentionInterface, so the models' own code stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+ATTENTION_NAME = "bettertogether_packed"
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """What a layer asks of its attention."""
+
+    scale: float
+    window: int | None = None
+    """A token sees so many tokens back, itself included; None: all."""
+    softcap: float | None = None
+    """Scores are squashed to softcap * tanh(score / softcap)."""
+
+
+class PackedPass(Protocol):
+    """One forward pass, as attention sees it."""
+
+    def attend(self, layer: int, q_H_T_D: Tensor, k_K_T_D: Tensor, v_K_T_D: Tensor, kind: AttentionKind) -> Tensor:
+        """Store the keys and values, and give each token's attention as [T, H, D]."""
+        ...
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    packed: PackedPass | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function; `packed` comes from the arguments of the model's call."""
+    if packed is None or options.get("s_aux") is not None or options.get("position_bias") is not None:
+        raise NotImplementedError("this model's attention can't be packed")
+    kind = AttentionKind(scaling if scaling is not None else query.shape[-1] ** -0.5, sliding_window, softcap)
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return packed.attend(layer, query[0], key[0], value[0], kind)[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, packed_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+
+
+def partial_attention(
+    q_B_K_N_D: Tensor, k_B_K_S_D: Tensor, v_B_K_S_D: Tensor, kind: AttentionKind, mask_B_1_N_S: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over some of the keys: the output [B, K, N, D], and the log of its denominator [B, K, N] in float32.
+
+    `mask_B_1_N_S` is added to the scores; every query must see one key at least.
+    """
+    if q_B_K_N_D.device.type == "cpu" and kind.softcap is None and k_B_K_S_D.shape == v_B_K_S_D.shape:
+        mask = None if mask_B_1_N_S is None else mask_B_1_N_S.to(q_B_K_N_D.dtype)
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_B_K_N_D, k_B_K_S_D, v_B_K_S_D, 0.0, False, attn_mask=mask, scale=kind.scale
+        )
+        return out, log_sum
+    scores_B_K_N_S = torch.matmul(q_B_K_N_D, k_B_K_S_D.transpose(-1, -2)).float() * kind.scale
+    if kind.softcap is not None:
+        scores_B_K_N_S = torch.tanh(scores_B_K_N_S / kind.softcap) * kind.softcap
+    if mask_B_1_N_S is not None:
+        scores_B_K_N_S = scores_B_K_N_S + mask_B_1_N_S
+    log_sum_B_K_N = torch.logsumexp(scores_B_K_N_S, -1)
+    weights_B_K_N_S = (scores_B_K_N_S - log_sum_B_K_N[..., None]).exp_().to(v_B_K_S_D.dtype)
+    return torch.matmul(weights_B_K_N_S, v_B_K_S_D), log_sum_B_K_N
+
+
+def merge(out_a: Tensor, log_sum_a: Tensor, out_b: Tensor, log_sum_b: Tensor) -> Tensor:
+    """Attention over the keys of two parts, from the attention over each. Shapes [..., D] and [...]."""
+    share_b = torch.sigmoid(log_sum_b - log_sum_a)[..., None].to(out_a.dtype)
+    return torch.lerp(out_a, out_b, share_b)
+
+
+def hidden(visible: Tensor) -> Tensor:
+    """A mask to add to scores, from a mask of what is seen."""
+    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+def by_key_head(x_H_N_D: Tensor, key_heads: int) -> Tensor:
+    """Queries that share a key head, one after the other: [1, K, G * N, D]."""
+    heads, tokens, dim = x_H_N_D.shape
+    return x_H_N_D.reshape(1, key_heads, heads // key_heads * tokens, dim)
+
+
+@dataclass(eq=False)
+class PrefixTensors:
+    """Keys and values of a prefix, one tensor per layer, [K, P, D]."""
+
+    length: int
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    source: PrefixTensors | None = None
+    """Prefix whose first `copied` tokens are this one's too."""
+    copied: int = 0
+
+    def write(self, layer: int, start: int, k_K_T_D: Tensor, v_K_T_D: Tensor) -> None:
+        """Store the keys and values of the tokens from `start` on. Layers come in order."""
+        if layer == len(self.keys):
+            self.keys.append(k_K_T_D.new_empty(k_K_T_D.shape[0], self.length, k_K_T_D.shape[2]))
+            self.values.append(v_K_T_D.new_empty(v_K_T_D.shape[0], self.length, v_K_T_D.shape[2]))
+            if self.source is not None:
+                self.keys[layer][:, : self.copied] = self.source.keys[layer][:, : self.copied]
+                self.values[layer][:, : self.copied] = self.source.values[layer][:, : self.copied]
+        stop = start + k_K_T_D.shape[1]
+        self.keys[layer][:, start:stop] = k_K_T_D
+        self.values[layer][:, start:stop] = v_K_T_D
+
+
+@dataclass(eq=False)
+class PrefixPass:
+    """Computes tokens [start, start + T) of a prefix."""
+
+    prefix: PrefixTensors
+    start: int
+
+    def attend(self, layer: int, q_H_T_D: Tensor, k_K_T_D: Tensor, v_K_T_D: Tensor, kind: AttentionKind) -> Tensor:
+        """Causal attention to the prefix so far."""
+        self.prefix.write(layer, self.start, k_K_T_D, v_K_T_D)
+        heads, tokens, _ = q_H_T_D.shape
+        stop = self.start + tokens
+        k_K_S_D, v_K_S_D = self.prefix.keys[layer][:, :stop], self.prefix.values[layer][:, :stop]
+        plain = kind.softcap is None and (kind.window is None or kind.window >= stop)
+        if self.start == 0 and plain:
+            out_H_T_D = nn.functional.scaled_dot_product_attention(
+                q_H_T_D[None], k_K_S_D[None], v_K_S_D[None], is_causal=True, scale=kind.scale, enable_gqa=True
+            )[0]
+            return out_H_T_D.transpose(0, 1)
+        key_heads = k_K_S_D.shape[0]
+        mask_T_S = self._mask(tokens, kind.window, q_H_T_D.device)
+        mask_1_1_N_S = mask_T_S.repeat(heads // key_heads, 1)[None, None]
+        out, _ = partial_attention(by_key_head(q_H_T_D, key_heads), k_K_S_D[None], v_K_S_D[None], kind, mask_1_1_N_S)
+        return out.reshape(heads, tokens, -1).transpose(0, 1)
+
+    def _mask(self, tokens: int, window: int | None, device: torch.device) -> Tensor:
+        query_T_1 = torch.arange(self.start, self.start + tokens, device=device)[:, None]
+        key_1_S = torch.arange(self.start + tokens, device=device)[None]
+        visible_T_S = key_1_S <= query_T_1
+        return hidden(visible_T_S if window is None else visible_T_S & (key_1_S > query_T_1 - window))

@@ -1,0 +1,178 @@
+"""From requests to chat messages, and from messages to tokens."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dspy.lm15 import DataPart, InvalidRequestError, Request, TextPart, ThinkingPart, UnsupportedFeatureError
+
+from ..errors import ModelError
+from .base import ChatMessage
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TEMPLATE_KWARGS: Mapping[str, Any] = {"enable_thinking": False}
+"""Templates that know no such switch ignore it."""
+PROBES = ("probe-system-a1", "probe-user-b2", "probe-assistant-c3", "probe-user-d4")
+
+
+def messages_of(request: Request) -> tuple[ChatMessage, ...]:
+    """The chat messages of a request: its system text first, then its turns, the text parts of each joined.
+
+    Reasoning in earlier answers is left out, as the models' own templates do. Raises UnsupportedFeatureError for
+    tools, images and whatever else is not text.
+    """
+    if request.tools:
+        raise UnsupportedFeatureError(
+            f"{len(request.tools)} tools came with the request; the local engine has no native tool calling. Use an "
+            "adapter with use_native_function_calling=False, which writes tools as text.",
+            feature="tools",
+        )
+    system: list[str] = []
+    turns: list[ChatMessage] = []
+    if request.system is not None:
+        parts = (TextPart(request.system),) if isinstance(request.system, str) else request.system
+        system.append(_text(parts, "system"))
+    for position, message in enumerate(request.messages):
+        text = _text(message.parts, f"messages[{position}]")
+        if message.role == "developer" and not turns:
+            system.append(text)
+        else:
+            turns.append({"role": "system" if message.role == "developer" else message.role, "content": text})
+    head: list[ChatMessage] = [{"role": "system", "content": "\n\n".join(system)}] if any(system) else []
+    return (*head, *turns)
+
+
+def _text(parts: Sequence[Any], where: str) -> str:
+    texts = []
+    for index, part in enumerate(parts):
+        if isinstance(part, TextPart):
+            texts.append(part.text)
+        elif not isinstance(part, ThinkingPart):
+            kind = "data" if isinstance(part, DataPart) else getattr(part, "type", type(part).__name__)
+            raise UnsupportedFeatureError(
+                f"{where} holds a part of type {kind!r}; the local engine takes text only.",
+                feature=f"{where}.parts[{index}]",
+            )
+    return "".join(texts)
+
+
+class PromptRenderer:
+    """Turns messages into tokens with a model's own chat template.
+
+    Without a template the format is plain: the system text, then "### User:", "### Assistant:" and each text on lines
+    of their own. A template that knows no system turn gets the system text at the head of the first user turn.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        eos_ids: Tokens with which the model ends an answer, from its generation config.
+        template_kwargs: Variables for the template.
+
+    Raises ModelError for a template that loses the text of a turn.
+    """
+
+    def __init__(self, tokenizer: Any, eos_ids: Sequence[int], template_kwargs: Mapping[str, Any] | None) -> None:
+        self._tokenizer = tokenizer
+        self._template_kwargs = dict(DEFAULT_TEMPLATE_KWARGS if template_kwargs is None else template_kwargs)
+        self._lock = threading.Lock()
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._merge_system = False
+        if self._has_template:
+            self._merge_system = not self._keeps_text(PROBES)
+            if self._merge_system and not self._keeps_text(PROBES):
+                raise ModelError(
+                    "The chat template of this model loses text: a chat of system, user, assistant and user turns "
+                    f"does not hold all four texts when rendered. Rendered: {self._render_probe(PROBES)!r:.500}. "
+                    "Set another tokenizer.chat_template in the model's folder."
+                )
+        else:
+            logger.warning("The model has no chat template; prompts are written as '### User:' and '### Assistant:'.")
+        self.end_id = self._end_of_turn(set(eos_ids))
+
+    def text(self, messages: Sequence[ChatMessage]) -> str:
+        """The prompt as text, ending where the answer begins. Raises InvalidRequestError."""
+        return self._render(messages, add_generation_prompt=True)
+
+    def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Token ids of a prompt."""
+        return self._encode(self.text(messages))
+
+    def completion_tokens(self, completion: str) -> list[int]:
+        """Token ids of an answer, ended by the end-of-turn token."""
+        return [*self._encode(completion), self.end_id]
+
+    def _encode(self, text: str) -> list[int]:
+        with self._lock:
+            return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
+        turns = _merged(messages) if self._merge_system else list(messages)
+        if not self._has_template:
+            return self._plain(turns, add_generation_prompt)
+        try:
+            with self._lock:
+                return str(
+                    self._tokenizer.apply_chat_template(
+                        turns, tokenize=False, add_generation_prompt=add_generation_prompt, **self._template_kwargs
+                    )
+                )
+        except Exception as error:  # jinja raises whatever a template's author chose
+            roles = [turn["role"] for turn in turns]
+            raise InvalidRequestError(f"The model's chat template rejects turns {roles}: {error}") from error
+
+    def _plain(self, turns: Sequence[ChatMessage], add_generation_prompt: bool) -> str:
+        blocks = [
+            turn["content"] if turn["role"] == "system" else f"### {turn['role'].capitalize()}:\n{turn['content']}"
+            for turn in turns
+        ]
+        if add_generation_prompt:
+            blocks.append("### Assistant:\n")
+        return str(self._tokenizer.bos_token or "") + "\n\n".join(blocks)
+
+    def _render_probe(self, probes: Sequence[str]) -> str:
+        roles = ("system", "user", "assistant", "user")
+        chat: list[ChatMessage] = [{"role": role, "content": text} for role, text in zip(roles, probes, strict=True)]
+        try:
+            return self._render(chat, add_generation_prompt=True)
+        except InvalidRequestError as error:
+            return f"({error})"
+
+    def _keeps_text(self, probes: Sequence[str]) -> bool:
+        places = [self._render_probe(probes).find(probe) for probe in probes]
+        return places[0] >= 0 and places == sorted(set(places))
+
+    def _end_of_turn(self, eos_ids: set[int]) -> int:
+        """The first token after an assistant's text that ends answers or is special; else the tokenizer's eos."""
+        if self._has_template:
+            chat: list[ChatMessage] = [
+                {"role": "user", "content": PROBES[1]},
+                {"role": "assistant", "content": PROBES[2]},
+            ]
+            rest = self._render(chat, add_generation_prompt=False).rpartition(PROBES[2])[2]
+            enders = eos_ids | set(self._tokenizer.all_special_ids)
+            found = next((token_id for token_id in self._encode(rest) if token_id in enders), None)
+            if found is not None:
+                return found
+        if self._tokenizer.eos_token_id is None:
+            raise ModelError("The tokenizer names no end-of-text token (eos_token); set one in tokenizer_config.json.")
+        return int(self._tokenizer.eos_token_id)
+
+
+def _merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """The same chat with each system text at the head of the next user turn."""
+    turns: list[ChatMessage] = []
+    held: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            held.append(message["content"])
+        elif message["role"] == "user" and held:
+            turns.append({"role": "user", "content": "\n\n".join([*held, message["content"]])})
+            held = []
+        else:
+            turns.append({"role": message["role"], "content": message["content"]})
+    for text in held:
+        turns.append({"role": "user", "content": text})
+    return turns

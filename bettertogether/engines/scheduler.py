@@ -1,0 +1,306 @@
+"""Continuous batching: one worker thread, into whose batch new requests come and from which finished ones leave.
+
+Knows nothing of tensors: what decides tokens is a `Decoder`, which a test can replace.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import EngineClosedError
+from .decoding import Decision, Decoder, Row, TokenScore
+from .text_stream import TextStream
+
+logger = logging.getLogger(__name__)
+
+GATHER_S = 0.003
+"""An idle engine waits so long for companions of a request, and again after each that comes."""
+GATHER_ROUNDS = 5
+COUNTERS = ("requests", "prompt_tokens", "generated_tokens", "forced_tokens", "batches")
+
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished row."""
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    reused_tokens: int
+    generated_tokens: int
+    scores: tuple[TokenScore, ...]
+    cut: bool
+    """Whether a stop text cut the text short of its tokens."""
+
+
+TokenSink = Callable[[str, Sequence[TokenScore]], Any]
+"""Is told of the text of one answer as it comes, on the worker thread."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way through the engine."""
+
+    row: Row
+    stream: TextStream
+    sink: TokenSink | None = None
+    future: Future[Answer] = field(default_factory=Future)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the text must be known at each step."""
+        return self.sink is not None or bool(self.row.sampling.stop)
+
+
+class Scheduler:
+    """Runs jobs on a decoder.
+
+    Args:
+        make_decoder: Called on the worker thread before the first job; may take long (it loads the model).
+        eos_ids: Tokens that end an answer and are not part of it.
+        max_batch_size: Rows decoded at once, at most.
+        out_of_memory: Tells whether an error means that a smaller batch may succeed.
+    """
+
+    def __init__(
+        self,
+        make_decoder: Callable[[], Decoder],
+        *,
+        eos_ids: frozenset[int],
+        max_batch_size: int,
+        out_of_memory: Callable[[BaseException], bool],
+    ) -> None:
+        self._make_decoder = make_decoder
+        self._eos_ids = eos_ids
+        self._max_batch_size = max_batch_size
+        self._limit = max_batch_size
+        self._out_of_memory = out_of_memory
+        self._decoder: Decoder | None = None
+        self._waiting: deque[Job] = deque()
+        self._running: dict[Row, Job] = {}
+        self._wake = threading.Condition()
+        self._model_in_use = threading.Lock()
+        self._pauses = 0
+        """Threads that want the model to themselves; a lock alone would let the worker take it again first."""
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._pid = os.getpid()
+        self._counters = dict.fromkeys(COUNTERS, 0)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; its future gets the answer, or the error. Raises EngineClosedError."""
+        if os.getpid() != self._pid:
+            raise EngineClosedError(
+                "This engine was made in another process and its worker thread did not come along with the fork. "
+                "Make the engine in the process that uses it, or start processes with the 'spawn' method."
+            )
+        with self._wake:
+            if self._closed:
+                raise EngineClosedError("The engine is closed; make a new one to go on.")
+            self._counters["requests"] += 1
+            self._counters["prompt_tokens"] += len(job.row.prompt_ids)
+            if reason := self._begin(job):
+                _finish(job, reason)
+                return
+            self._waiting.append(job)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="bettertogether-engine", daemon=True)
+                self._thread.start()
+            self._wake.notify_all()
+
+    def _begin(self, job: Job) -> FinishReason | None:
+        """Write what the grammar forces from the start, which then goes through the model with the prompt."""
+        constraint = job.row.constraint
+        if constraint is None or job.row.sampling.logprobs is not None:
+            return None
+        forced = constraint.forced()
+        self._counters["forced_tokens"] += len(forced)
+        return self._take(job, Decision(tuple(forced), ended=constraint.ended))
+
+    def counters(self) -> dict[str, int]:
+        """Work done so far."""
+        decoder = self._decoder
+        with self._wake:
+            counters = dict(self._counters)
+        return {**counters, **(decoder.counters() if decoder else {"forward_passes": 0, "prefix_tokens_reused": 0})}
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the worker between two steps, so that the caller may use the model (and most of its memory)."""
+        with self._wake:
+            self._pauses += 1
+        try:
+            with self._model_in_use:
+                if self._decoder is not None and not self._running:
+                    self._decoder.reset()
+                yield
+        finally:
+            with self._wake:
+                self._pauses -= 1
+                self._wake.notify_all()
+
+    def close(self) -> None:
+        """Stop the worker; pending jobs fail with EngineClosedError."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread() and os.getpid() == self._pid:
+            thread.join()
+        jobs = [*self._running.values(), *self._waiting]
+        self._running.clear()
+        self._waiting.clear()
+        for job in jobs:
+            _fail(job, EngineClosedError("The engine was closed before this request was answered."))
+        self._decoder = None
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(self._has_work)
+                if self._closed:
+                    return
+                self._gather()
+            with self._model_in_use:
+                self._cycle()
+
+    def _has_work(self) -> bool:
+        return self._closed or bool(not self._pauses and (self._waiting or self._running))
+
+    def _gather(self) -> None:
+        """With nothing running, wait a moment for the requests that other threads are about to send."""
+        for _ in range(GATHER_ROUNDS):
+            known = len(self._waiting)
+            if self._running or self._closed or known >= self._limit:
+                return
+            self._wake.wait(GATHER_S)
+            if len(self._waiting) == known:
+                return
+
+    def _cycle(self) -> None:
+        """Admit what is waiting, and take one step."""
+        jobs: Sequence[Job] = ()
+        try:
+            if self._decoder is None:
+                jobs = list(self._waiting)
+                self._decoder = self._make_decoder()
+            self._drop_cancelled(self._decoder)
+            jobs = self._next_jobs()
+            self._admit(self._decoder, jobs)
+            jobs = list(self._running.values())
+            if jobs:
+                self._step(self._decoder, jobs)
+        except BaseException as error:
+            self._handle(error, jobs)
+
+    def _next_jobs(self) -> list[Job]:
+        with self._wake:
+            free = max(self._limit - len(self._running), 0)
+            return list(self._waiting)[:free]
+
+    def _admit(self, decoder: Decoder, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        by_row = {job.row: job for job in jobs}
+        taken = decoder.admit(list(by_row))
+        with self._wake:
+            for row in taken:
+                self._waiting.remove(by_row[row])
+                self._running[row] = by_row[row]
+
+    def _step(self, decoder: Decoder, jobs: Sequence[Job]) -> None:
+        decisions = decoder.step([job.row for job in jobs])
+        self._counters["batches"] += 1
+        for job, decision in zip(jobs, decisions, strict=True):
+            if decision.token_ids:
+                self._counters["forced_tokens"] += len(decision.token_ids) - 1
+            if reason := self._take(job, decision):
+                decoder.release(job.row)
+                del self._running[job.row]
+                _finish(job, reason)
+        if not self._running:
+            self._limit = min(self._max_batch_size, self._limit * 2)
+
+    def _take(self, job: Job, decision: Decision) -> FinishReason | None:
+        """Add decided tokens to a job; says why it ends, where they end it."""
+        row = job.row
+        token_ids = list(decision.token_ids)[: row.max_new_tokens - len(row.output_ids)]
+        complete = decision.ended and len(token_ids) == len(decision.token_ids)
+        end = next((place for place, token in enumerate(token_ids) if token in self._eos_ids), None)
+        token_ids = token_ids[:end]
+        row.output_ids += token_ids
+        scores = decision.scores[: len(token_ids)]
+        row.scores += scores
+        self._counters["generated_tokens"] += len(token_ids)
+        if job.reads_text:
+            text = job.stream.push(token_ids)
+            if job.sink is not None and (text or scores):
+                job.sink(text, scores)
+        if end is not None or complete or job.stream.stopped:
+            return "stop"
+        return "length" if len(row.output_ids) >= row.max_new_tokens else None
+
+    def _drop_cancelled(self, decoder: Decoder) -> None:
+        for job in [job for job in self._running.values() if job.future.cancelled()]:
+            decoder.release(job.row)
+            del self._running[job.row]
+        with self._wake:
+            self._waiting = deque(job for job in self._waiting if not job.future.cancelled())
+
+    def _handle(self, error: BaseException, jobs: Sequence[Job]) -> None:
+        """Go on after a failed step: with half the batch when memory ran out, else without the jobs that failed."""
+        rows = list(self._running)
+        if self._out_of_memory(error) and max(len(rows), len(jobs)) > 1:
+            self._limit = max(1, max(len(rows), len(jobs)) // 2)
+            logger.warning("Out of memory; the batch is halved to %d requests.", self._limit)
+            self._requeue(rows)
+            return
+        logger.error("A step of the engine failed; %d requests with it.", len(jobs), exc_info=error)
+        self._requeue(rows)
+        with self._wake:
+            self._waiting = deque(job for job in self._waiting if job not in jobs)
+        for job in jobs:
+            _fail(job, error)
+
+    def _requeue(self, rows: Sequence[Row]) -> None:
+        """Put running rows back to the head of the queue; what they have written stays."""
+        with self._wake:
+            self._waiting.extendleft(self._running.pop(row) for row in reversed(rows))
+        if self._decoder is not None:
+            self._decoder.reset()
+
+
+def _finish(job: Job, reason: FinishReason) -> None:
+    row = job.row
+    if not job.reads_text:
+        job.stream.push(row.output_ids)
+    rest = job.stream.finish()
+    if job.sink is not None and rest:
+        job.sink(rest, ())
+    answer = Answer(
+        text=job.stream.text,
+        finish_reason="stop" if job.stream.stopped else reason,
+        prompt_tokens=len(row.prompt_ids),
+        reused_tokens=row.reused_tokens,
+        generated_tokens=len(row.output_ids),
+        scores=tuple(row.scores),
+        cut=job.stream.stopped,
+    )
+    if job.future.set_running_or_notify_cancel():
+        job.future.set_result(answer)
+
+
+def _fail(job: Job, error: BaseException) -> None:
+    if job.future.set_running_or_notify_cancel():
+        job.future.set_exception(error)

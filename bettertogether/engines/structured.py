@@ -1,0 +1,158 @@
+"""Answers that follow a JSON schema, token by token (llguidance), laid out as `json.dumps(answer, indent=2)` does.
+
+DSPy's JSONAdapter writes demos, and this library writes training rows, with `json.dumps(..., indent=2,
+ensure_ascii=False)`. So the grammar fixes that layout: the model is never made to answer in another form than the
+one it was shown, and every byte of the frame is forced, which costs no forward pass.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from dspy.lm15 import UnsupportedFeatureError
+
+from ..errors import MissingExtraError
+from .json_layout import lark_grammar
+
+
+def structured_output_available() -> bool:
+    """Whether llguidance is installed."""
+    return importlib.util.find_spec("llguidance") is not None
+
+
+class GrammarConstraint:
+    """The state of one answer in its grammar."""
+
+    def __init__(self, matcher: Any, token_bytes: TokenBytes) -> None:
+        self._matcher = matcher
+        self._token_bytes = token_bytes
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is complete and nothing may follow."""
+        return bool(self._matcher.is_stopped())
+
+    def allows(self, token_id: int) -> bool:
+        """Whether this token may come next."""
+        return bool(self._matcher.validate_tokens([token_id]) == 1)
+
+    def advance(self, token_id: int) -> None:
+        """Take this token. Raises RuntimeError where the grammar forbids it."""
+        if not self._matcher.consume_token(token_id):
+            raise RuntimeError(f"token {token_id} breaks the answer's grammar: {self._matcher.get_error()}")
+
+    def forced(self) -> list[int]:
+        """Take the tokens that must come next, as far as there is no choice, and return them."""
+        taken: list[int] = []
+        while not self._matcher.is_stopped():
+            token_ids = self._matcher.compute_ff_tokens() or self._only_way_on()
+            if not token_ids:
+                break
+            if not self._matcher.consume_tokens(token_ids):
+                raise RuntimeError(f"forced tokens break the answer's grammar: {self._matcher.get_error()}")
+            taken += token_ids
+        return taken
+
+    def _only_way_on(self) -> list[int]:
+        """The longest allowed token, where every allowed token is a part of the bytes that must come next.
+
+        llguidance leaves this choice open (` "` may be one token or two), but the text is the same either way, and
+        the longest token is the one that the tokenizer itself would use.
+        """
+        forced_bytes = self._matcher.compute_ff_bytes()
+        if not forced_bytes:
+            return []
+        inside = self._token_bytes.prefixes_of(forced_bytes)
+        bits = int.from_bytes(self._matcher.compute_bitmask(), "little")
+        if not inside or bits.bit_count() > len(inside):
+            return []
+        allowed = [token_id for token_id in inside if bits >> token_id & 1]
+        return allowed[-1:] if len(allowed) == bits.bit_count() else []
+
+    def fill_mask(self, address: int, size_bytes: int) -> None:
+        """Write one bit per token, 1 where it may come next, to memory at `address`."""
+        self._matcher.unsafe_compute_mask_ptr(address, size_bytes)
+
+
+class TokenBytes:
+    """The bytes of every token, and which tokens begin a text."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+        self._ids: dict[bytes, int] = {}
+        for token_id in range(vocabulary):
+            if not tokenizer.is_special_token(token_id):
+                self._ids.setdefault(tokenizer.decode_bytes([token_id]), token_id)
+        self._longest = max((len(text) for text in self._ids), default=0)
+
+    def prefixes_of(self, text: bytes) -> list[int]:
+        """Tokens that a text begins with, shortest first."""
+        ends = range(1, min(len(text), self._longest) + 1)
+        return [self._ids[text[:end]] for end in ends if text[:end] in self._ids]
+
+
+class GrammarCompiler:
+    """Makes constraints for one tokenizer; compiled grammars are kept.
+
+    Args:
+        tokenizer: A fast transformers tokenizer.
+        vocabulary: Width of the model's logits.
+        eos_ids: Tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, eos_ids: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._eos_ids = eos_ids
+        self._lock = threading.Lock()
+        self._wrapped: tuple[Any, TokenBytes] | None = None
+        self._matchers: dict[str, Any] = {}
+
+    def constraint(self, response_format: Mapping[str, Any]) -> GrammarConstraint:
+        """A fresh constraint for a request's `response_format` ({"type": "json_object"} or "json_schema").
+
+        Raises MissingExtraError without llguidance, and UnsupportedFeatureError for a schema it can't compile.
+        """
+        schema = response_format.get("schema") if response_format["type"] == "json_schema" else None
+        key = json.dumps(schema)
+        with self._lock:
+            tokenizer, token_bytes = self._wrap()
+            if key not in self._matchers:
+                self._matchers[key] = _compile(tokenizer, schema)
+            return GrammarConstraint(self._matchers[key].deep_copy(), token_bytes)
+
+    def _wrap(self) -> tuple[Any, TokenBytes]:
+        if self._wrapped is None:
+            if not structured_output_available():
+                raise MissingExtraError(
+                    "An answer in JSON needs llguidance, which is not installed: "
+                    "pip install 'bettertogether[structured]'"
+                )
+            import llguidance.hf
+
+            tokenizer = llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos_ids)
+            self._wrapped = tokenizer, TokenBytes(tokenizer, self._vocabulary)
+        return self._wrapped
+
+
+def _compile(tokenizer: Any, schema: Mapping[str, Any] | None) -> Any:
+    from llguidance import LLMatcher
+
+    try:
+        grammar = lark_grammar(schema)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnsupportedFeatureError(
+            f"The JSON schema of the answer can't be read: {error!r}. Schema: {json.dumps(schema)[:500]}",
+            feature="config.response_format",
+        ) from error
+    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
+    if matcher.is_error():
+        raise UnsupportedFeatureError(
+            f"The JSON schema of the answer can't be enforced: {matcher.get_error().splitlines()[0]} Simplify the "
+            f"output field's type, or use an adapter without response_format. Schema: {json.dumps(schema)[:500]}",
+            feature="config.response_format",
+        )
+    return matcher

@@ -1,0 +1,344 @@
+"""The engine that runs a Hugging Face model in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Self
+
+from dspy._vendor.lm15.types import StreamEvent
+from dspy.clients.engines.base import validate_request
+from dspy.lm15 import ContextLengthError, Request, Response
+
+from ..errors import ConfigError
+from ..training.config import LoRAConfig, TrainingConfig
+from .adapters import AdapterBank, linear_shapes, meta_linear_shapes
+from .base import ChatMessage, FinetuneResult, ProgressFunction, TrainingRow
+from .decoding import Decoder, Row, SamplingOptions, TokenScore
+from .finetuning import prepare, train
+from .loading import is_out_of_memory, load_model, make_decoder, pick_device, pick_dtype, read_card
+from .rendering import PromptRenderer, messages_of
+from .responses import ResponseWriter
+from .scheduler import Answer, Job, Scheduler
+from .structured import GrammarCompiler, structured_output_available
+from .text_stream import TextStream
+
+DEFAULT_MAX_TOKENS = 1024
+WAIT_S = 0.2
+"""A waiting thread wakes so often, so that Ctrl-C reaches it."""
+PARAMS = frozenset({"temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "logprobs"})
+
+
+class TransformersEngine:
+    """Answers requests with a model of transformers, many at once, and trains LoRA adapters on it.
+
+    The weights are loaded at the first request. Threads may call `complete` at the same time; their requests are
+    decoded together, and the part that their prompts share is computed once. `copy`, `deepcopy` and `pickle` give the
+    same engine.
+
+    Args:
+        model: Folder of a transformers model, or a hub id.
+        adapters: PEFT folders to serve from the start.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 elsewhere.
+        device: "cpu", "cuda", "cuda:1", ... or "auto": CUDA where there is one.
+        max_batch_size: Requests decoded at once.
+        cache_bytes: Bound on the memory for shared prefixes.
+        chat_template_kwargs: Variables for the chat template; {"enable_thinking": False} when None.
+        cache_folder: Where trained adapters go by default; ~/.cache/bettertogether/adapters when None.
+
+    Raises ModelError for a folder or id that holds no causal language model, and ConfigError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        adapters: Sequence[Path] = (),
+        dtype: str = "auto",
+        device: str = "auto",
+        max_batch_size: int = 64,
+        cache_bytes: int = 2 << 30,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        cache_folder: Path | None = None,
+    ) -> None:
+        for name, value in (("max_batch_size", max_batch_size), ("cache_bytes", cache_bytes)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} is not allowed: give a whole number above 0.")
+        self._device = pick_device(device)
+        self._dtype = pick_dtype(dtype, self._device)
+        self._card = read_card(model)
+        self._options: dict[str, Any] = {
+            "max_batch_size": max_batch_size,
+            "cache_bytes": cache_bytes,
+            "chat_template_kwargs": None if chat_template_kwargs is None else dict(chat_template_kwargs),
+            "cache_folder": None if cache_folder is None else str(cache_folder),
+        }
+        self.base_name = Path(str(model).rstrip("/")).resolve().name if Path(model).is_dir() else Path(model).name
+        self.max_length = self._card.max_length
+        self.concurrency = max_batch_size
+        self.supports_response_schema = structured_output_available()
+        self.supported_params = PARAMS | ({"response_format"} if self.supports_response_schema else frozenset())
+        self._renderer = PromptRenderer(self._card.tokenizer, self._card.eos_ids, chat_template_kwargs)
+        eos_ids = frozenset({*self._card.eos_ids, self._renderer.end_id})
+        self._grammars = GrammarCompiler(self._card.tokenizer, self._card.vocabulary, sorted(eos_ids))
+        self._writer = ResponseWriter(self._card.tokenizer)
+        self._model: Any = None
+        self._load_lock = threading.Lock()
+        self._adapters = AdapterBank(self.base_name, self._layer_shapes)
+        self._scheduler = Scheduler(
+            self._make_decoder, eos_ids=eos_ids, max_batch_size=max_batch_size, out_of_memory=is_out_of_memory
+        )
+        for folder in adapters:
+            self.add_adapter(folder)
+
+    @classmethod
+    def shared(
+        cls, model: str | Path, *, dtype: str = "auto", device: str = "auto", **options: Any
+    ) -> TransformersEngine:
+        """The engine of this process for a model, dtype and device: made at the first call, found at later ones.
+
+        Raises ConfigError when it was made with other options than those given now.
+        """
+        where = pick_device(device)
+        key = (cls, _identity(model), pick_dtype(dtype, where), where)
+        adapters = options.pop("adapters", ())
+        with _SHARED_LOCK:
+            engine = _SHARED.get(key)
+            if engine is None:
+                engine = _SHARED[key] = cls(model, dtype=dtype, device=device, **options)
+        engine._check_options(options)
+        for folder in adapters:
+            engine.add_adapter(Path(folder))
+        return engine
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        for name, value in options.items():
+            value = str(value) if isinstance(value, Path) else value
+            if name not in self._options or self._options[name] != value:
+                raise ConfigError(
+                    f"{name}={value!r} was asked for, but {self.base_name!r} is loaded in this process with "
+                    f"{name}={self._options.get(name)!r}. Use the same options, or close() the engine first."
+                )
+
+    def complete(self, request: Request) -> Response:
+        """Answer one request; `request.model` names the base or an adapter.
+
+        Raises UnknownAdapterError, and lm15's ContextLengthError, UnsupportedFeatureError and InvalidRequestError.
+        """
+        job = self._job(request)
+        self._scheduler.submit(job)
+        return self._writer.response(request, _wait(job.future))
+
+    def stream(self, request: Request) -> Iterator[StreamEvent]:
+        """Answer one request as events, each sent when its tokens are decided."""
+        events: SimpleQueue[tuple[str, Sequence[TokenScore]] | None] = SimpleQueue()
+        job = self._job(request)
+        job.sink = lambda text, scores: events.put((text, scores))
+        job.future.add_done_callback(lambda _: events.put(None))
+        return self._events(request, job, events)
+
+    def _events(self, request: Request, job: Job, events: SimpleQueue[Any]) -> Iterator[StreamEvent]:
+        self._scheduler.submit(job)
+        try:
+            yield self._writer.start(request)
+            while (piece := events.get()) is not None:
+                yield self._writer.delta(*piece)
+            yield self._writer.end(_wait(job.future))
+        finally:
+            job.future.cancel()
+
+    async def complete_async(self, request: Request) -> Response:
+        """`complete` for an event loop."""
+        job = self._job(request)
+        self._scheduler.submit(job)
+        return self._writer.response(request, await asyncio.wrap_future(job.future))
+
+    async def stream_async(self, request: Request) -> AsyncIterator[StreamEvent]:
+        """`stream` for an event loop."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[tuple[str, Sequence[TokenScore]] | None] = asyncio.Queue()
+        job = self._job(request)
+        job.sink = lambda text, scores: loop.call_soon_threadsafe(events.put_nowait, (text, scores))
+        job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(events.put_nowait, None))
+        self._scheduler.submit(job)
+        try:
+            yield self._writer.start(request)
+            while (piece := await events.get()) is not None:
+                yield self._writer.delta(*piece)
+            yield self._writer.end(job.future.result())
+        finally:
+            job.future.cancel()
+
+    @property
+    def asynchronous(self) -> AsyncTransformersEngine:
+        """The same engine for `dspy.LM(async_engine=...)`."""
+        return AsyncTransformersEngine(self)
+
+    def _job(self, request: Request) -> Job:
+        validate_request(request)
+        adapter = "" if self._adapters.folder(request.model) is None else request.model
+        sampling = SamplingOptions.from_config(request.config)
+        prompt_ids = self.prompt_tokens(self.messages(request))
+        room = self.max_length - len(prompt_ids)
+        if room < 1:
+            raise ContextLengthError(
+                f"The prompt has {len(prompt_ids)} tokens; {self.base_name} takes {self.max_length} for prompt and "
+                "answer together. Use fewer or shorter demos, or a model with a longer context."
+            )
+        row = Row(prompt_ids, min(request.config.max_tokens or DEFAULT_MAX_TOKENS, room), adapter, sampling)
+        if request.config.response_format is not None:
+            row.constraint = self._grammars.constraint(request.config.response_format)
+        return Job(row, TextStream(self._writer.decode, sampling.stop))
+
+    def messages(self, request: Request) -> tuple[ChatMessage, ...]:
+        """The chat messages that a request is rendered from (system first). Raises UnsupportedFeatureError."""
+        return messages_of(request)
+
+    def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Token ids of a prompt, ending where the answer begins."""
+        return self._renderer.prompt_tokens(messages)
+
+    def completion_tokens(self, completion: str) -> list[int]:
+        """Token ids of an answer, ended by the end-of-turn token."""
+        return self._renderer.completion_tokens(completion)
+
+    def add_adapter(self, folder: Path) -> str:
+        """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
+        return self._adapters.add(Path(folder))
+
+    def adapter_folder(self, model: str) -> Path | None:
+        """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
+        return self._adapters.folder(model)
+
+    def finetune(
+        self,
+        rows: Sequence[TrainingRow],
+        *,
+        validation_rows: Sequence[TrainingRow] = (),
+        lora: LoRAConfig = LoRAConfig(),
+        training: TrainingConfig = TrainingConfig(),
+        start_from: str | None = None,
+        folder: Path | None = None,
+        on_progress: ProgressFunction | None = None,
+    ) -> FinetuneResult:
+        """Train an adapter and serve it under a new name; answers wait meanwhile. See `LocalEngine.finetune`."""
+        parent = Path(folder) if folder is not None else self._adapters_folder()
+        origin = None if start_from is None else (start_from, self.adapter_folder(start_from))
+        job = prepare(self, rows, validation_rows, lora, training, origin, parent)
+        if training.num_processes > 1:
+            result = train(self, job, None, self._card.source, on_progress)
+        else:
+            with self._scheduler.exclusive():
+                result = train(self, job, self._loaded_model(), self._card.source, on_progress)
+        self.add_adapter(result.folder)
+        return result
+
+    def _adapters_folder(self) -> Path:
+        if self._options["cache_folder"] is not None:
+            return Path(self._options["cache_folder"])
+        cache = os.environ.get("BETTERTOGETHER_CACHE") or Path.home() / ".cache" / "bettertogether"
+        return Path(cache) / "adapters"
+
+    def counters(self) -> dict[str, int]:
+        """requests, prompt_tokens, prefix_tokens_reused, generated_tokens, forced_tokens, forward_passes, batches."""
+        return self._scheduler.counters()
+
+    def dump_state(self) -> dict[str, Any]:
+        """Model, dtype, device, options and the folders of the adapters."""
+        return {
+            "model": self._card.source,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "device": str(self._device),
+            "adapters": [str(folder) for folder in self._adapters.folders()],
+            **self._options,
+        }
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any]) -> TransformersEngine:
+        """The engine for a saved state: the one already loaded in this process where there is one."""
+        options = {**state, "adapters": [Path(folder) for folder in state["adapters"]]}
+        return cls.shared(options.pop("model"), **options)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
+        return type(self).load_state, (self.dump_state(),)
+
+    def close(self) -> None:
+        """Stop the worker and free the weights. Pending requests fail with EngineClosedError."""
+        self._scheduler.close()
+        self._adapters.attach(None)
+        self._model = None
+        with _SHARED_LOCK:
+            for key in [key for key, engine in _SHARED.items() if engine is self]:
+                del _SHARED[key]
+
+    def _layer_shapes(self) -> Mapping[str, tuple[int, int]]:
+        return linear_shapes(self._model) if self._model is not None else meta_linear_shapes(self._card.config)
+
+    def _loaded_model(self) -> Any:
+        with self._load_lock:
+            if self._model is None:
+                model = load_model(self._card, self._device, self._dtype)
+                self._adapters.attach(model)
+                self._model = model
+            return self._model
+
+    def _make_decoder(self) -> Decoder:
+        return make_decoder(self._loaded_model(), self._adapters, self._options["cache_bytes"])
+
+
+class AsyncTransformersEngine:
+    """A `TransformersEngine` whose `complete` is awaited; the event loop stays free."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self.engine = engine
+
+    async def complete(self, request: Request) -> Response:
+        """Answer one request."""
+        return await self.engine.complete_async(request)
+
+    async def stream(self, request: Request) -> AsyncIterator[StreamEvent]:
+        """Answer one request as events."""
+        async for event in self.engine.stream_async(request):
+            yield event
+
+    async def aclose(self) -> None:
+        """Nothing to do: the engine belongs to whoever made it."""
+
+    def dump_state(self) -> dict[str, Any]:
+        """State of the engine."""
+        return self.engine.dump_state()
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any]) -> Self:
+        """The asynchronous side of the engine for a saved state."""
+        return cls(TransformersEngine.load_state(state))
+
+
+_SHARED: dict[tuple[Any, ...], TransformersEngine] = {}
+_SHARED_LOCK = threading.Lock()
+
+
+def _identity(model: str | Path) -> str:
+    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+
+
+def _wait(future: Future[Answer]) -> Answer:
+    """The answer; a thread that is interrupted while it waits takes its request back."""
+    try:
+        while True:
+            wait([future], timeout=WAIT_S)
+            if future.done():
+                return future.result()
+    finally:
+        future.cancel()
