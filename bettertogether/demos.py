@@ -113,18 +113,32 @@ class DemoSets:
         order = stratified_order(list(range(len(self._labelled))), labels, stable_seed("labelled", seed))
         return [self._labelled[index] for index in order if index not in used]
 
+    def _longest_inputs(self, name: str, predictor: dspy.Predict, demos: Sequence[Any]) -> dict[str, Any]:
+        """The longest question that this predictor was asked, or that a labelled example has for it."""
+        fields = predictor.signature.input_fields
+        asked = [call.inputs for trace in self._traces for call in trace.calls if call.predictor == name]
+        known = [demo for example in self._labelled if (demo := labelled_demo(predictor, example)) is not None]
+        longest = max([*asked, *known, *demos], key=lambda inputs: sum(len(str(inputs.get(f, ""))) for f in fields))
+        return {field_name: longest.get(field_name, "") for field_name in fields}
+
     def _fitting(self, name: str, predictor: dspy.Predict, demos: list[Any]) -> list[Any]:
-        """As many of the demos, from the first, as leave room for an answer in the model's context."""
+        """The demos, from the first, that together leave room for an answer in the model's context."""
         engine = local_engine(predictor.lm)
         if engine is None or not demos:
             return demos
-        inputs = {field_name: demos[0].get(field_name, "") for field_name in predictor.signature.input_fields}
+        inputs = self._longest_inputs(name, predictor, demos)
         room = max(predictor.lm.kwargs.get("max_tokens") or 0, ANSWER_ROOM_TOKENS)
-        kept = list(demos)
-        while kept and len(engine.prompt_tokens(render_prompt(predictor, engine, inputs, kept))) + room > (
-            engine.max_length
-        ):
-            kept.pop()
+
+        def fits(shown: list[Any]) -> bool:
+            prompt = render_prompt(predictor, engine, inputs, shown)
+            return len(engine.prompt_tokens(prompt)) + room <= engine.max_length
+
+        if fits(demos):
+            return demos
+        kept: list[Any] = []
+        for demo in demos:
+            if fits([*kept, demo]):
+                kept.append(demo)
         self.dropped[name] += len(demos) - len(kept)
         return kept
 
