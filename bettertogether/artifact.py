@@ -160,7 +160,8 @@ def _write(program: dspy.Module, work: Path) -> None:
         if id(lm) not in keys:
             keys[id(lm)] = f"lm{len(keys)}"
             saved = dump_lm(lm)
-            lms[keys[id(lm)]] = {**saved.record, "adapter": saved.adapter and _copy_adapter(saved.adapter, work)}
+            adapter = None if saved.adapter is None else _copy_adapter(saved.adapter, lm.model, work)
+            lms[keys[id(lm)]] = {**saved.record, "adapter": adapter}
         predictors[name]["lm"] = keys[id(lm)]
     report = getattr(program, "report", None)
     if isinstance(report, CompileReport):
@@ -177,9 +178,10 @@ def _write(program: dspy.Module, work: Path) -> None:
     atomic_write(work / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
 
 
-def _copy_adapter(source: Path, work: Path) -> str:
-    """Copy an adapter's own files (no checkpoints); returns its path inside the artifact."""
-    relative = PurePosixPath("adapters", source.name)
+def _copy_adapter(source: Path, model: str, work: Path) -> str:
+    """Copy an adapter's own files (no checkpoints); returns its path inside the artifact, which is named by the
+    adapter's content: two adapters may lie in folders of the same name."""
+    relative = PurePosixPath("adapters", model.rpartition("@")[2].replace("/", "-"))
     folder = work / relative
     if folder.exists():
         return str(relative)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -97,6 +98,18 @@ def test_one_adapter_per_predictor_comes_back_on_its_predictor(tmp_path: Path) -
     assert loaded.remark.lm.model == program.remark.lm.model
     assert loaded.decide.lm.model == program.decide.lm.model
     assert loaded.remark.lm.model != loaded.decide.lm.model
+
+
+def test_two_adapters_from_folders_of_the_same_name_are_both_saved(tmp_path: Path) -> None:
+    engine = fresh_engine()
+    program = two_step_program(engine)
+    for name, predictor in program.named_predictors():
+        shutil.copytree(tuned(engine, name).folder, tmp_path / name / "best")
+        predictor.lm = plain_lm(engine, engine.add_adapter(tmp_path / name / "best"))
+    save(program, tmp_path / "a")
+    loaded = load(tmp_path / "a", base_model=fresh_engine())
+    assert [p.lm.model for p in loaded.predictors()] == [p.lm.model for p in program.predictors()]
+    assert len(list((tmp_path / "a" / "adapters").iterdir())) == 2
 
 
 def test_an_lm_that_was_not_set_stays_unset(tmp_path: Path) -> None:
