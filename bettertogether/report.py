@@ -43,9 +43,7 @@ class CompileReport:
 
     def __post_init__(self) -> None:
         if not 0 <= self.selected < len(self.rounds):
-            raise DataError(
-                f"selected={self.selected} is not allowed: there are {len(self.rounds)} rounds, from 0."
-            )
+            raise DataError(f"selected={self.selected} is not allowed: there are {len(self.rounds)} rounds, from 0.")
 
     @property
     def student_round(self) -> StepRecord:
