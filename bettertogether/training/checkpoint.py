@@ -1,0 +1,137 @@
+"""The state of a training run at the end of an epoch, on disk: safetensors and JSON, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..engines.base import TrainingProgress
+from ..errors import TrainingError
+from ..files import atomic_write
+from .packing import TokenizedRow
+
+SCHEMA = 1
+FOLDER = "checkpoint"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands. No random state: every epoch seeds its own from the seed and its number."""
+
+    epoch: int = 0
+    """Epochs done."""
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_epoch: int = 0
+    best_loss: float | None = None
+    base_validation_loss: float | None = None
+    history: tuple[TrainingProgress, ...] = ()
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Adapter weights by PEFT key."""
+    best_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Those of the best epoch; empty when they are `weights`."""
+    first_moments: Mapping[str, Tensor] = field(default_factory=dict)
+    """AdamW's running means of the gradients, by PEFT key."""
+    second_moments: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+_TENSORS = ("weights", "best_weights", "first_moments", "second_moments")
+
+
+def fingerprint(
+    rows: Sequence[TokenizedRow], validation_rows: Sequence[TokenizedRow], options: Mapping[str, Any]
+) -> str:
+    """SHA-256 (hex) of everything that decides how a run goes; a checkpoint continues only the same run."""
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    for part in (rows, validation_rows):
+        digest.update(f"{len(part)} rows".encode())
+        for row in part:
+            digest.update(json.dumps([row.prompt_ids, row.completion_ids]).encode())
+    return digest.hexdigest()
+
+
+def save_state(folder: Path, state: TrainingState, run: str) -> None:
+    """Write the state of run `run` (a fingerprint) under `folder`/checkpoint; earlier ones go once it is complete."""
+    parent = folder / FOLDER
+    parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".", dir=parent))
+    try:
+        tensors = {f"{name}/{key}": tensor for name in _TENSORS for key, tensor in getattr(state, name).items()}
+        atomic_write(work / "tensors.safetensors", save(tensors))
+        values = asdict(replace(state, weights={}, best_weights={}, first_moments={}, second_moments={}))
+        values = {key: value for key, value in values.items() if key not in _TENSORS}
+        atomic_write(work / "state.json", json.dumps({"schema": SCHEMA, "run": run, **values}))
+        target = parent / f"epoch-{state.epoch}"
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    for other in parent.iterdir():
+        if other != target:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def load_state(folder: Path, run: str) -> TrainingState | None:
+    """The latest state of run `run` under `folder`; None when there is none, or when it is another run's."""
+    parent = folder / FOLDER
+    names = [path.name for path in parent.glob("epoch-*")] if parent.is_dir() else []
+    if not names:
+        return None
+    latest = parent / max(names, key=lambda name: int(name.removeprefix("epoch-")))
+    try:
+        values = json.loads((latest / "state.json").read_text())
+        if values.pop("schema") != SCHEMA or values.pop("run") != run:
+            return None
+        tensors = load_file(latest / "tensors.safetensors")
+        history = tuple(TrainingProgress(**line) for line in values.pop("history"))
+        parts: dict[str, Any] = {name: {} for name in _TENSORS}
+        for name, tensor in tensors.items():
+            part, _, key = name.partition("/")
+            parts[part][key] = tensor
+        return TrainingState(history=history, **values, **parts)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise TrainingError(
+            f"The checkpoint in {latest} is damaged ({error!r}): delete {parent} and train again."
+        ) from error
+
+
+def remove_states(folder: Path) -> None:
+    """Delete the checkpoints under `folder`."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+def optimizer_moments(
+    optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies of AdamW's running means of the gradients and of their squares, by PEFT key."""
+    first, second = (
+        {key: optimizer.state[parameter][name].detach().to("cpu", copy=True) for key, parameter in parameters.items()}
+        for name in ("exp_avg", "exp_avg_sq")
+    )
+    return first, second
+
+
+def restore_optimizer(optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor], state: TrainingState) -> None:
+    """Put AdamW where it was after `state.step` steps."""
+    moments = {
+        index: {
+            "step": torch.tensor(float(state.step)),
+            "exp_avg": state.first_moments[key],
+            "exp_avg_sq": state.second_moments[key],
+        }
+        for index, key in enumerate(parameters)
+    }
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,117 @@
+"""Two operations with a backward pass of their own, for the parts of LoRA training that plain autograd does slowly.
+
+`fused_lora` computes a LoRA layer as `y = W x + b`, then `y += s B (A x)` in the same buffer: no scaled copy, no sum,
+and under bfloat16 no casts to and fro. `completion_loss_sum` is cross-entropy whose gradient is made in the forward
+pass, a few rows at a time while they are in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoRALinear
+from torch import Tensor, nn
+
+CHUNK_ELEMENTS = 1 << 20
+"""Logits handled at once in the loss: 4 MiB in float32."""
+
+
+class _FusedLoRA(torch.autograd.Function):
+    """x [..., in], weight [out, in], bias [out] or None, a [r, in], b [out, r]. Computes in the weight's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        x_T_I = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        a, b = a.to(weight.dtype), b.to(weight.dtype)
+        low_T_R = x_T_I @ a.t()
+        y_T_O = nn.functional.linear(x_T_I, weight, None if bias is None else bias.to(weight.dtype))
+        y_T_O.addmm_(low_T_R, b.t(), alpha=scale)
+        ctx.save_for_backward(x_T_I, low_T_R, weight, a, b)
+        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
+        return y_T_O.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_T_I, low_T_R, weight, a, b = ctx.saved_tensors
+        grad_T_O = grads[0].reshape(-1, weight.shape[0]).to(weight.dtype)
+        grad_low_T_R = (grad_T_O @ b).mul_(ctx.scale)
+        grad_a, grad_b = (grad_low_T_R.t() @ x_T_I).float(), (grad_T_O.t() @ low_T_R).float().mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_T_O @ weight).addmm_(grad_low_T_R, a).view(ctx.shape).to(ctx.dtype)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+@contextlib.contextmanager
+def fused_lora(model: nn.Module, adapter: str, dtype: torch.dtype) -> Iterator[None]:
+    """Compute the LoRA layers of `adapter` with the fused operation inside the block.
+
+    Layers that it can't serve (dropout, DoRA and other variants, quantized or transposed weights) keep peft's
+    forward. Where the weights are of another dtype than `dtype`, one copy in `dtype` is held inside the block.
+    """
+    patched = [m for m in model.modules() if isinstance(m, LoRALinear) and _can_fuse(m, adapter)]
+    try:
+        for module in patched:
+            weight = module.get_base_layer().weight.detach().to(dtype)
+            module.forward = partial(_forward, module, adapter, weight)
+        yield
+    finally:
+        for module in patched:
+            # The instance attribute hides the class's method; without it the layer is as before.
+            module.__dict__.pop("forward", None)
+
+
+def _can_fuse(module: LoRALinear, adapter: str) -> bool:
+    base = module.get_base_layer()
+    return (
+        type(module) is LoRALinear
+        and type(base) is nn.Linear
+        and adapter in module.lora_A
+        and isinstance(module.lora_dropout[adapter], nn.Identity)
+        and adapter not in module.lora_variant
+        and not module.lora_bias[adapter]
+        and not module.fan_in_fan_out
+        and not module.merged
+    )
+
+
+def _forward(module: Any, adapter: str, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    bias, scale = module.get_base_layer().bias, module.scaling[adapter]
+    result: Tensor = _FusedLoRA.apply(x, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _CompletionLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_N_V: Tensor, labels_N: Tensor) -> Tensor:
+        needs_grad = ctx.needs_input_grad[0]
+        grad_N_V = torch.empty_like(logits_N_V) if needs_grad else None
+        total = logits_N_V.new_zeros((), dtype=torch.float32)
+        step = max(1, CHUNK_ELEMENTS // logits_N_V.shape[1])
+        for start in range(0, len(labels_N), step):
+            chunk = logits_N_V[start : start + step].float()
+            labels = labels_N[start : start + step, None]
+            log_sum = torch.logsumexp(chunk, 1, keepdim=True)
+            total += (log_sum - chunk.gather(1, labels)).sum()
+            if grad_N_V is not None:
+                probabilities = torch.sub(chunk, log_sum).exp_()
+                probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1.0))
+                grad_N_V[start : start + step] = probabilities
+        ctx.save_for_backward(grad_N_V)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_N_V,) = ctx.saved_tensors
+        return grad_N_V * grads[0].to(grad_N_V.dtype), None
+
+
+def completion_loss_sum(logits_N_V: Tensor, labels_N: Tensor) -> Tensor:
+    """Sum of the cross-entropy in nats of N predictions; computed in float32 whatever the logits are."""
+    result: Tensor = _CompletionLoss.apply(logits_N_V, labels_N)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,314 @@
+"""Train a LoRA adapter on rows of tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..engines.base import ProgressFunction, TrainingProgress
+from ..errors import DataError, NoTrainingDataError, TrainingError
+from . import checkpoint
+from .adapter import ADAPTER_NAME, TrainableAdapter, save_adapter, training_adapter
+from .checkpoint import TrainingState
+from .config import LoRAConfig, TrainingConfig
+from .fused import fused_lora
+from .loss import RowLoss, row_loss
+from .packing import TokenizedRow, epoch_batches
+from .precision import checkpoint_gradients, compute_dtype, four_bit_copy
+
+EVALUATION_ROWS = 256
+"""Validation rows whose prefixes are sought together; the search is quadratic in them."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """What a training run gives."""
+
+    folder: Path
+    """Plain PEFT adapter folder."""
+    history: tuple[TrainingProgress, ...]
+    best_epoch: int
+    """Epoch whose weights were kept, from 1."""
+    tokens: int
+    """Tokens trained on (forward tokens, as packed)."""
+    seconds: float
+    base_validation_loss: float | None
+    """Held-out loss before training; None without validation rows."""
+    validation_loss: float | None
+    """Held-out loss of the weights kept."""
+
+
+def train_adapter(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[TokenizedRow],
+    *,
+    validation_rows: Sequence[TokenizedRow] = (),
+    lora: LoRAConfig = LoRAConfig(),
+    training: TrainingConfig = TrainingConfig(),
+    folder: Path,
+    start_from: Path | None = None,
+    on_progress: ProgressFunction | None = None,
+) -> TrainedAdapter:
+    """Train a LoRA adapter over `model` and write it to `folder` as a plain PEFT adapter.
+
+    The loss of an optimizer step is the mean over the completion tokens of its rows. Base weights don't change, other
+    adapters of a PeftModel are kept, and on return, also after an exception, the model is as before. A run that was
+    killed goes on from its last full epoch when it is called again with the same arguments, and gives the same result
+    as an uninterrupted one. `start_from` is the PEFT folder of an adapter to continue from, with its own rank and
+    layers. Under `accelerate launch` the processes share each step's rows.
+
+    Raises NoTrainingDataError without rows, DataError for a row that can't be trained on, ConfigError for options
+    that can't be had on this model or machine, ModelError for a `start_from` that is no adapter of this model, and
+    TrainingError when the loss stops being a number or memory doesn't suffice.
+    """
+    _check_rows(rows, validation_rows)
+    if training.quantize_base is not None:
+        model = four_bit_copy(model.get_base_model() if isinstance(model, PeftModel) else model)
+    with training_adapter(model, lora, training.seed, start_from) as adapter, _random_state_kept(adapter.base):
+        base = adapter.base
+        dtype = compute_dtype(base, training)
+        checkpoint_gradients(base, training)
+        longest = max(len(row) for row in [*rows, *validation_rows])
+        with row_loss(base, dtype, longest) as loss, fused_lora(base, ADAPTER_NAME, dtype):
+            run = _Run(adapter, loss, rows, validation_rows, training, folder, on_progress)
+            return run.train()
+
+
+def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> float:
+    """Learning rate of optimizer step `step` (from 1): linear warm-up to the peak, then the schedule, towards 0."""
+    warmup = math.ceil(training.warmup_ratio * total_steps)
+    if step <= warmup:
+        return training.learning_rate * step / warmup
+    done = (step - 1 - warmup) / max(1, total_steps - warmup)
+    if training.scheduler == "cosine":
+        return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return training.learning_rate * (1 - done if training.scheduler == "linear" else 1.0)
+
+
+def _check_rows(rows: Sequence[TokenizedRow], validation_rows: Sequence[TokenizedRow]) -> None:
+    if not rows:
+        raise NoTrainingDataError(
+            "There are 0 training rows. Lower the threshold of the metric, sample more answers per example, or give "
+            "more training examples."
+        )
+    for name, part in (("rows", rows), ("validation_rows", validation_rows)):
+        for index, row in enumerate(part):
+            if not row.prompt_ids or not row.completion_ids:
+                raise DataError(
+                    f"{name}[{index}] has {len(row.prompt_ids)} prompt and {len(row.completion_ids)} completion "
+                    "tokens: each row needs at least one of both. Leave it out."
+                )
+
+
+@contextlib.contextmanager
+def _random_state_kept(model: PreTrainedModel) -> Iterator[None]:
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+class _Run:
+    """One training run; `state` is all that it would take to go on."""
+
+    def __init__(
+        self,
+        adapter: TrainableAdapter,
+        loss: RowLoss,
+        rows: Sequence[TokenizedRow],
+        validation_rows: Sequence[TokenizedRow],
+        training: TrainingConfig,
+        folder: Path,
+        on_progress: ProgressFunction | None,
+    ) -> None:
+        self.adapter, self.loss, self.training, self.folder = adapter, loss, training, folder
+        self.rows, self.validation_rows, self.on_progress = rows, validation_rows, on_progress
+        self.accelerator = Accelerator()
+        self.parameters = adapter.parameters
+        self.steps_per_epoch = math.ceil(len(rows) / training.batch_size)
+        self.total_steps = self.steps_per_epoch * training.epochs
+        self.max_tokens = training.max_tokens_per_batch
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay
+        )
+        self.started = time.perf_counter()
+        options = {
+            "training": training.to_dict(),
+            "base": adapter.base.config.to_json_string(),
+            "dtype": str(loss.dtype),
+        }
+        options |= {"packed": loss.packed, "initial": adapter.digest(), "torch": torch.__version__}
+        self.fingerprint = checkpoint.fingerprint(rows, validation_rows, options)
+        self.state = TrainingState()
+        self.history: list[TrainingProgress] = []
+
+    def train(self) -> TrainedAdapter:
+        """Run the epochs that are left, and write the adapter."""
+        self._resume()
+        if self.state.epoch == 0 and self.validation_rows:
+            validation_loss = self._validation_loss()
+            self.state = replace(self.state, base_validation_loss=validation_loss)
+            self._report(None, validation_loss, 0.0)
+        while self.state.epoch < self.training.epochs:
+            self._epoch(self.state.epoch + 1)
+        if self.accelerator.is_main_process:
+            save_adapter(self.folder, self.adapter.config, self.state.best_weights or self.state.weights)
+            checkpoint.remove_states(self.folder)
+        self.accelerator.wait_for_everyone()
+        state = self.state
+        return TrainedAdapter(
+            self.folder, tuple(self.history), state.best_epoch, state.tokens, state.seconds,
+            state.base_validation_loss, state.best_loss,
+        )  # fmt: skip
+
+    def _resume(self) -> None:
+        state = checkpoint.load_state(self.folder, self.fingerprint)
+        # Nobody may write the first checkpoint before everybody has looked for the last one.
+        self.accelerator.wait_for_everyone()
+        if state is not None:
+            logger.info("Going on after epoch %d of %d in %s.", state.epoch, self.training.epochs, self.folder)
+            self.adapter.load(state.weights, self.folder)
+            checkpoint.restore_optimizer(self.optimizer, self.parameters, state)
+            self.state, self.history = state, list(state.history)
+
+    def _epoch(self, epoch: int) -> None:
+        seed = f"{self.training.seed}/{epoch}/{self.accelerator.process_index}"
+        torch.manual_seed(random.Random(seed).getrandbits(63))
+        for indices in epoch_batches(len(self.rows), self.training.batch_size, self.training.seed, epoch):
+            self._step([self.rows[index] for index in indices])
+        validation_loss = self._validation_loss() if self.validation_rows else None
+        if validation_loss is not None:
+            self._report(None, validation_loss, self.optimizer.param_groups[0]["lr"])
+        self._finish_epoch(epoch, validation_loss)
+
+    def _finish_epoch(self, epoch: int, validation_loss: float | None) -> None:
+        before, weights = self.state, self.adapter.state()
+        choose = self.training.keep_best and validation_loss is not None and before.best_loss is not None
+        better = not choose or validation_loss < before.best_loss  # type: ignore[operator]
+        first, second = checkpoint.optimizer_moments(self.optimizer, self.parameters)
+        self.state = replace(
+            before,
+            epoch=epoch,
+            seconds=before.seconds + time.perf_counter() - self.started,
+            best_epoch=epoch if better else before.best_epoch,
+            best_loss=validation_loss if better else before.best_loss,
+            weights=weights,
+            best_weights={} if better else before.best_weights or before.weights,
+            first_moments=first,
+            second_moments=second,
+            history=tuple(self.history),
+        )
+        self.started = time.perf_counter()
+        if self.accelerator.is_main_process:
+            checkpoint.save_state(self.folder, self.state, self.fingerprint)
+
+    def _step(self, rows: Sequence[TokenizedRow]) -> None:
+        step = self.state.step + 1
+        rate = learning_rate(step, self.total_steps, self.training)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.adapter.base.train()
+        completion_tokens = sum(len(row.completion_ids) for row in rows)
+        loss, tokens = self._gradients(self._share(rows), completion_tokens, step)
+        loss, tokens = self._sum_over_processes(loss, tokens)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.training.max_grad_norm or math.inf)
+        if not (math.isfinite(loss) and math.isfinite(float(norm))):
+            raise TrainingError(
+                f"Step {step} of {self.total_steps}: the loss is {loss} and the gradient's norm {float(norm)}. Lower "
+                f"the learning rate (now {self.training.learning_rate}), or use dtype='float32'. Nothing was saved "
+                "after the last full epoch."
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        self.state = replace(self.state, step=step, tokens=self.state.tokens + tokens)
+        self._report(loss, None, rate)
+
+    def _gradients(self, rows: Sequence[TokenizedRow], completion_tokens: int, step: int) -> tuple[float, int]:
+        """Add up the gradients of this process's rows; returns their share of the mean loss, and tokens run."""
+        while True:
+            self.optimizer.zero_grad(set_to_none=False)
+            total = torch.zeros((), device=self.adapter.base.device)
+            plan = self.loss.plan(rows, self.max_tokens)
+            try:
+                for batch in plan:
+                    loss = self.loss.loss_sum(batch) / completion_tokens
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    total += loss.detach()
+                return float(total), sum(self.loss.tokens(batch) for batch in plan)
+            except torch.OutOfMemoryError as error:
+                if all(len(batch.rows) == 1 for batch in plan):
+                    raise TrainingError(
+                        f"Step {step} of {self.total_steps}: memory doesn't suffice for a single row of "
+                        f"{max(len(row) for row in rows)} tokens. Use gradient_checkpointing=True or "
+                        "quantize_base='4bit', or leave out the longest rows."
+                    ) from error
+            # Out of the except block, so that the exception no longer keeps the failed pass's tensors.
+            self.max_tokens = max(self.loss.tokens(batch) for batch in plan) // 2
+            logger.warning("Out of memory: going on with %d tokens per forward pass.", self.max_tokens)
+            torch.cuda.empty_cache()
+
+    def _share(self, rows: Sequence[TokenizedRow]) -> Sequence[TokenizedRow]:
+        """This process's rows: a run of the rows in order of their prompts, so that prefixes stay together."""
+        number, index = self.accelerator.num_processes, self.accelerator.process_index
+        if number == 1:
+            return rows
+        ordered = sorted(rows, key=lambda row: (row.prompt_ids, row.completion_ids))
+        return ordered[len(ordered) * index // number : len(ordered) * (index + 1) // number]
+
+    def _sum_over_processes(self, loss: float, tokens: int) -> tuple[float, int]:
+        """Add up gradients, loss and tokens. Losses are already over the tokens of all, so a sum is the mean."""
+        if self.accelerator.num_processes == 1:
+            return loss, tokens
+        device = self.adapter.base.device
+        grads = [_grad(parameter) for parameter in self.parameters.values()]
+        extra = torch.tensor([loss, float(tokens)], device=device)
+        summed = self.accelerator.reduce(torch.cat([*(grad.flatten() for grad in grads), extra]), "sum")
+        *parts, loss_1, tokens_1 = summed.split([grad.numel() for grad in grads] + [1, 1])
+        for parameter, part in zip(self.parameters.values(), parts, strict=True):
+            _grad(parameter).copy_(part.view_as(parameter))
+        return float(loss_1), round(float(tokens_1))
+
+    def _validation_loss(self) -> float:
+        """Mean loss per completion token on the validation rows."""
+        self.adapter.base.eval()
+        rows = self._share(self.validation_rows)
+        total = torch.zeros((), dtype=torch.float64)
+        with torch.no_grad():
+            for start in range(0, len(rows), EVALUATION_ROWS):
+                for batch in self.loss.plan(rows[start : start + EVALUATION_ROWS], self.max_tokens):
+                    total += self.loss.loss_sum(batch).double().cpu()
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total.to(self.adapter.base.device), "sum")
+        mean = float(total) / sum(len(row.completion_ids) for row in self.validation_rows)
+        if not math.isfinite(mean):
+            raise TrainingError(
+                f"After step {self.state.step} of {self.total_steps} the held-out loss is {mean}. Lower the learning "
+                f"rate (now {self.training.learning_rate}), or use dtype='float32'."
+            )
+        return mean
+
+    def _report(self, loss: float | None, validation_loss: float | None, rate: float) -> None:
+        epoch, state = self.state.step / self.steps_per_epoch, self.state
+        line = TrainingProgress(state.step, self.total_steps, epoch, loss, validation_loss, state.tokens, rate)
+        self.history.append(line)
+        if self.on_progress is not None and self.accelerator.is_main_process:
+            self.on_progress(line)
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

@@ -1,0 +1,75 @@
+"""Tiny random models and rows, made on the spot."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from bettertogether.training.packing import TokenizedRow
+
+VOCABULARY = 97
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WINDOWED = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral, window shorter than the rows": MistralConfig(**SIZES, sliding_window=12),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2, window shorter than the rows": Qwen2Config(**SIZES, use_sliding_window=True, **WINDOWED),
+    "qwen3": Qwen3Config(**SIZES),
+    "gemma3": Gemma3TextConfig(**SIZES, **WINDOWED, query_pre_attn_scalar=16),
+    "gemma3, capped logits": Gemma3TextConfig(**SIZES, **WINDOWED, final_logit_softcapping=3.0),
+    "phi3": Phi3Config(**SIZES, sliding_window=None),
+    "smollm3": SmolLM3Config(**SIZES),
+}
+GEMMA2 = Gemma2Config(**SIZES, sliding_window=512, attn_logit_softcapping=5.0)
+
+
+def tiny_model(config: PretrainedConfig | None = None, seed: int = 0, std: float = 0.2) -> PreTrainedModel:
+    """A random model. Weights are large enough that every token matters to the loss."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config or FAMILIES["llama"], dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=std)
+    return model.eval()
+
+
+def random_rows(number: int, shared: int, own: int = 9, answer: int = 6, seed: int = 0) -> list[TokenizedRow]:
+    """Rows whose prompts begin with the same `shared` tokens; the rest differs in content and length."""
+    random_ = random.Random(seed)
+
+    def tokens(count: int) -> list[int]:
+        return [random_.randrange(3, VOCABULARY) for _ in range(count)]
+
+    prefix = tokens(shared)
+    return [
+        TokenizedRow(prefix + tokens(random_.randint(1, own)), [*tokens(random_.randint(1, answer)), 2])
+        for _ in range(number)
+    ]
