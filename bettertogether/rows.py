@@ -274,9 +274,13 @@ def write_rows(rows: Iterable[Row], path: Path) -> Path:
 
 def read_rows(path: Path) -> list[Row]:
     """Rows from JSON lines. Raises DataError naming the line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} can't be read ({error}): give a file of JSON lines, one row each.") from error
     rows = []
     # Not splitlines(): JSON strings may hold line separators other than the newline.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -26,7 +26,7 @@ from .lm import local_engine, require_engine
 from .metrics import Metric
 from .programs import copy_for_step, predictors_of, require_program
 from .records import Ledger
-from .rows import Row, TrainPrompt, make_data_card, read_rows
+from .rows import Row, TrainPrompt, make_data_card, read_rows, write_rows
 from .runs import RunStore
 from .traces import Pass, Sampling, collect_traces
 from .training.config import LoRAConfig, TrainingConfig
@@ -35,8 +35,9 @@ logger = logging.getLogger(__name__)
 
 FEWEST_VALIDATION_ROWS = 4
 
-AdapterKey = tuple[str, str]
-"""(model name, predictor or ""): what shares one adapter."""
+AdapterKey = tuple[int, str, str]
+"""(engine, model name, predictor or ""): what shares one adapter. The engine counts, since two may hold base models of
+one name."""
 
 
 class LoRAFinetune(Teleprompter):
@@ -93,6 +94,8 @@ class LoRAFinetune(Teleprompter):
     ) -> None:
         if start_from not in ("base", "current"):
             raise ConfigError(f'start_from={start_from!r} is not allowed: give "base" or "current".')
+        if isinstance(frozen, str):
+            raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names, [{frozen!r}].")
         if not 0 <= validation_share < 1:
             raise ConfigError(f"validation_share={validation_share!r} is not allowed: give a number in [0, 1).")
         self.metric = metric
@@ -172,7 +175,7 @@ class LoRAFinetune(Teleprompter):
         self._account(results, time.monotonic() - started)
         return self._tuned(student, trainable, results)
 
-    def trainable(self, student: dspy.Module) -> dict[str, tuple[LocalEngine, Any]]:
+    def trainable(self, student: dspy.Module) -> Trainable:
         """Predictor name to (engine, LM) for those to train. Raises NotTrainableError and ConfigError."""
         predictors = predictors_of(student)
         unknown = sorted(set(self.frozen) - predictors.keys())
@@ -229,7 +232,7 @@ class LoRAFinetune(Teleprompter):
         return Collected(given, make_data_card(given, engines, dropped={}, examples=0), Ledger())
 
     def _adapter_key(self, predictor: str, lm: Any) -> AdapterKey:
-        return lm.model, "" if self.multitask else predictor
+        return id(lm.engine), lm.model, "" if self.multitask else predictor
 
     def _train(
         self,
@@ -246,7 +249,7 @@ class LoRAFinetune(Teleprompter):
                 groups[key].append(row)
         engines = {self._adapter_key(name, lm): engine for name, (engine, lm) in trainable.items()}
         training = self.training if seed is None else replace(self.training, seed=seed)
-        results = {}
+        results: dict[AdapterKey, FinetuneResult] = {}
         for number, (key, group) in enumerate(groups.items(), 1):
             train_rows, validation_rows = self._split(group, training.seed)
             adapter = f"adapter {number}/{len(groups)}"
@@ -256,12 +259,13 @@ class LoRAFinetune(Teleprompter):
                 validation_rows=[row.training_row for row in validation_rows],
                 lora=self.lora,
                 training=training,
-                start_from=key[0] if self.start_from == "current" and key[0] != base else None,
+                start_from=key[1] if self.start_from == "current" and key[1] != base else None,
                 folder=folder,
                 on_progress=lambda line, adapter=adapter: callbacks.emit(  # type: ignore[misc]
                     "training", {"adapter": adapter, "progress": line}
                 ),
             )
+            write_rows([*train_rows, *validation_rows], _rows_file(results[key]))
         return results
 
     def _split(self, rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
@@ -277,12 +281,13 @@ class LoRAFinetune(Teleprompter):
 
     def _account(self, results: Mapping[AdapterKey, FinetuneResult], seconds: float) -> None:
         falls = []
-        for (model, predictor), result in results.items():
+        for (_, model, predictor), result in results.items():
             name = f"{model} {predictor}".strip()
             losses = {"before": result.base_validation_loss, "after": result.validation_loss}
             self.details["adapters"][result.model] = {
                 "trained_from": name,
                 "folder": str(result.folder),
+                "rows": str(_rows_file(result)),
                 "best_epoch": result.best_epoch,
                 "held_out_loss": losses,
                 "skipped_rows": list(result.skipped_rows),
@@ -314,3 +319,8 @@ class LoRAFinetune(Teleprompter):
                 predictor.demos = []
         tuned._compiled = True
         return tuned
+
+
+def _rows_file(result: FinetuneResult) -> Path:
+    """The rows that an adapter was trained on and held out, beside its folder, which peft alone fills."""
+    return result.folder.with_name(f"{result.folder.name}.rows.jsonl")
