@@ -17,6 +17,7 @@ import dspy
 from .errors import DataError
 from .labels import stratified_split
 from .records import StepRecord
+from .runs import example_key
 
 FEW_EXAMPLES = 20
 """With fewer valset examples than this, a warning says how coarse the scores are."""
@@ -98,10 +99,21 @@ def split_valset(
         return train, [], ["There is no valset: rounds are not scored, and the latest is returned."]
     else:
         held_out, train = stratified_split(train, min(math.ceil(ratio * len(train)), len(train) - 1), seed)
-    warnings = []
+    warnings = _overlap(train, held_out)
     if len(held_out) < FEW_EXAMPLES:
         warnings.append(
             f"The valset has {len(held_out)} examples, so one of them is {100 / len(held_out):.0f}% of the score: "
             "give a larger valset, or a higher valset_ratio."
         )
     return train, held_out, warnings
+
+
+def _overlap(train: Sequence[dspy.Example], held_out: Sequence[dspy.Example]) -> list[str]:
+    known = {example_key(example) for example in train}
+    shared = sum(example_key(example) in known for example in held_out)
+    if not shared:
+        return []
+    return [
+        f"{shared} of the valset's {len(held_out)} examples are in the trainset too: scores on them say little about "
+        "new ones."
+    ]
