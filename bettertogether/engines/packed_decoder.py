@@ -61,10 +61,16 @@ class PackedDecoder:
         self._forward_passes = 0
         self._reused_tokens = 0
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes held for shared prefixes."""
+        return self._prefixes.size_bytes
+
     def counters(self) -> dict[str, int]:
         """Forward passes, and prompt tokens that were found computed."""
         return {"forward_passes": self._forward_passes, "prefix_tokens_reused": self._reused_tokens}
 
+    @torch.inference_mode()
     def admit(self, rows: Sequence[Row]) -> list[Row]:
         """Find or compute the prefixes that the rows share, and give each a slot."""
         taken: list[Row] = []
@@ -130,12 +136,14 @@ class PackedDecoder:
         self._by_slot.append(row)
         row.computed = length
 
+    @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> list[Decision]:
         """One pass over what the rows have pending, up to the bound of tokens; short rows first."""
         ready, logits_B_V = self._pass(rows)
         decisions = dict(zip(ready, decide(logits_B_V, ready), strict=True))
         return [decisions.get(row, Decision()) for row in rows]
 
+    @torch.inference_mode()
     def probe(self, prompt_ids: list[int], prefix_length: int) -> Tensor:
         """Logits [V] after a prompt whose first tokens are computed as a shared prefix."""
         self._provide("", np.array(prompt_ids[:prefix_length], dtype=np.int64))
@@ -191,7 +199,6 @@ class PackedDecoder:
         tokens = np.array(row.prompt_ids, dtype=np.int64)
         self._prefixes.add(_ComputedPrefix(row.adapter, tokens, size * self._token_bytes, data))
 
-    @torch.inference_mode()
     def _forward(
         self, packed: PackedPass, token_ids: list[int], positions: list[int], spans: list[AdaptedSpan], ends: list[int]
     ) -> Tensor:
@@ -208,6 +215,7 @@ class PackedDecoder:
         self._forward_passes += 1
         return logits[0]
 
+    @torch.inference_mode()
     def release(self, row: Row) -> None:
         """Free a row's slot, which the last row takes over."""
         seat = self._seats.pop(row, None)
