@@ -15,6 +15,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from . import callbacks, strategy
 from .budget import BudgetMeter
+from .engines.base import MODEL_PREFIX
 from .errors import BetterTogetherError, BudgetExceeded, ConfigError
 from .evaluation import Evaluation, evaluate
 from .lm import local_engine
@@ -308,7 +309,7 @@ def restore_program(student: dspy.Module, record: StepRecord, adapters: Path) ->
             continue
         engine = local_engine(predictor.lm)
         if engine is not None and model in folders:
-            moved = adapters / model.partition("@")[2]
+            moved = adapters / model.removeprefix(MODEL_PREFIX)
             engine.add_adapter(moved if moved.exists() else Path(folders[model]))
         predictor.lm = lms.setdefault((id(predictor.lm), model), predictor.lm.copy(model=model))
     return program

@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from dspy.lm15 import (
     Usage,
 )
 
+from .engine_contract import EngineContract
 from .engines.base import (
     MODEL_PREFIX,
     ChatMessage,
@@ -40,6 +43,8 @@ from .engines.base import (
 )
 from .errors import NoTrainingDataError, UnknownAdapterError
 from .training.config import LoRAConfig, TrainingConfig
+
+__all__ = ["Answer", "EngineContract", "FakeEngine", "FakeRequest"]
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,17 @@ class FakeEngine:
         """The rows of every training, in order."""
         self._adapters: dict[str, tuple[Path, dict[str, str]]] = {}
         self._lock = threading.Lock()
+        self._number = next(_NUMBERS)
+        _ENGINES[self._number] = self
 
     def __copy__(self) -> FakeEngine:
         return self
 
     def __deepcopy__(self, memo: Any) -> FakeEngine:
         return self
+
+    def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
+        return type(self).load_state, (self.dump_state(),)
 
     @property
     def asynchronous(self) -> _Asynchronous:
@@ -211,14 +221,13 @@ class FakeEngine:
         return {"requests": len(self.requests)}
 
     def dump_state(self) -> dict[str, Any]:
-        """A fake engine is found again by its name alone, while it lives."""
-        _ENGINES[self.base_name] = self
-        return {"base_name": self.base_name, "adapters": [str(folder) for folder, _ in self._adapters.values()]}
+        """A fake engine is found again by its number, in this process and while it lives."""
+        return {"number": self._number, "adapters": [str(folder) for folder, _ in self._adapters.values()]}
 
     @classmethod
     def load_state(cls, state: dict[str, Any]) -> FakeEngine:
-        """The living engine of that name."""
-        engine = _ENGINES[state["base_name"]]
+        """The living engine of that number."""
+        engine = _ENGINES[state["number"]]
         for folder in state["adapters"]:
             engine.add_adapter(Path(folder))
         return engine
@@ -235,7 +244,8 @@ class FakeEngine:
             return self._adapters[model][1]
 
 
-_ENGINES: dict[str, FakeEngine] = {}
+_NUMBERS = itertools.count()
+_ENGINES: weakref.WeakValueDictionary[int, FakeEngine] = weakref.WeakValueDictionary()
 
 
 class _Asynchronous:
@@ -267,7 +277,7 @@ def _adapter_name(base_name: str, round_number: int, memory: Mapping[str, str]) 
 
 
 def _save_adapter(parent: Path, base_name: str, round_number: int, memory: dict[str, str]) -> Path:
-    folder = parent / _adapter_name(base_name, round_number, memory).partition("@")[2]
+    folder = parent / _adapter_name(base_name, round_number, memory).removeprefix(MODEL_PREFIX)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fake_adapter.json").write_text(json.dumps({"round": round_number, "memory": memory}))
     return folder

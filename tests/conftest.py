@@ -7,9 +7,12 @@ from pathlib import Path
 
 import dspy
 import pytest
-from fakes import learner, parity_engine
 
-from bettertogether.testing import FakeEngine
+pytest.register_assert_rewrite("bettertogether.engine_contract")
+
+from fakes import learner, parity_engine  # noqa: E402
+
+from bettertogether.testing import FakeEngine  # noqa: E402
 
 ADAPTERS = {"chat": dspy.ChatAdapter, "json": dspy.JSONAdapter, "xml": dspy.XMLAdapter}
 
