@@ -57,7 +57,8 @@ def test_a_saved_folder_holds_json_and_adapter_files_only(tmp_path: Path) -> Non
     (adapter / "checkpoint" / "state.json").write_text("{}")
     save(program, tmp_path / "a")
     found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert found == [f"a/adapters/{adapter.name.partition('@')[2]}/fake_adapter.json", "a/artifact.json", "a/report.json"]
+    name = adapter.name.partition("@")[2]
+    assert found == [f"a/adapters/{name}/fake_adapter.json", "a/artifact.json", "a/report.json"]
 
 
 def test_the_report_of_a_compiled_program_comes_back(tmp_path: Path) -> None:
