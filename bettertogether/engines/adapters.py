@@ -207,7 +207,7 @@ def _read_weights(
 
 
 def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    from peft.utils import get_pattern_key
+    from peft.utils.other import get_pattern_key
 
     patterns = config.get("alpha_pattern") or {}
     alpha = float(patterns.get(get_pattern_key(list(patterns), layer), config["lora_alpha"]))
