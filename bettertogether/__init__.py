@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .artifact import load, merge, save
     from .budget import Budget
     from .callbacks import Callback, ProgressDisplay
-    from .default_model import default_model
+    from .downloads import default_model
     from .lm import local_lm
     from .optimizer import BetterTogether
     from .prompts import BootstrapFewShotRS
@@ -30,7 +30,7 @@ _PUBLIC = {
     "LoRAFinetune": ".weights",
     "ProgressDisplay": ".callbacks",
     "TrainingConfig": ".training.config",
-    "default_model": ".default_model",
+    "default_model": ".downloads",
     "load": ".artifact",
     "local_lm": ".lm",
     "merge": ".artifact",

