@@ -96,6 +96,18 @@ def require_program(program: object, role: str = "student") -> dspy.Module:
     return program
 
 
+def require_reachable(program: dspy.Module) -> None:
+    """Check that other LMs in the program's predictors would be used. Raises ProgramError for a program whose
+    `forward` an optimizer replaced by one that runs a program of its own, as `dspy.KNNFewShot` does."""
+    forward = getattr(program.__dict__.get("forward"), "__func__", None)
+    for cell in getattr(forward, "__closure__", None) or ():
+        if isinstance(cell.cell_contents, dspy.Module) and cell.cell_contents is not program:
+            raise ProgramError(
+                f"forward of this {type(program).__name__} was replaced by an optimizer, and runs on a program of its "
+                "own that tuned weights would not reach (dspy.KNNFewShot does so). Run the weight step before it."
+            )
+
+
 def prompts_state(program: dspy.Module) -> dict[str, Any]:
     """Instructions, field texts and demos by predictor name, as JSON; LMs left out."""
     state: dict[str, Any] = {}

@@ -41,6 +41,9 @@ class _CallCounter(BaseCallback):
             self.calls += 1
 
 
+_USUAL = ("trainset", "teacher", "valset")
+
+
 def prepare_optimizer(optimizer: Teleprompter, settings: Mapping[str, Any]) -> Teleprompter:
     """A shallow copy in which attributes that are None get the value of the setting of the same name, for the
     optimizers that take num_threads, max_errors or seed when they are made."""
@@ -52,10 +55,12 @@ def prepare_optimizer(optimizer: Teleprompter, settings: Mapping[str, Any]) -> T
 
 
 def accepted_arguments(optimizer: Teleprompter, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that the optimizer's `compile` takes; those that are None are left to its own defaults."""
+    """The arguments that the optimizer's `compile` takes; those that are None are left to its own defaults. One that
+    takes any keyword is given what `dspy.BetterTogether` has for it."""
     parameters = inspect.signature(optimizer.compile).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return {k: v for k, v in arguments.items() if v is not None and (k in parameters or takes_any)}
+    names = {*parameters, *(_USUAL if takes_any else ())}
+    return {k: v for k, v in arguments.items() if v is not None and k in names}
 
 
 def run_step(
@@ -76,14 +81,15 @@ def run_step(
     optimizer put others in their place.
     """
     own_store = getattr(optimizer, "ledger", None) is not None
-    prepared = prepare_optimizer(optimizer, settings)
-    arguments = accepted_arguments(prepared, {**settings, **data}) | dict(overrides)
     student = copy_for_step(program)
     lms = {name: predictor.lm for name, predictor in predictors_of(student).items()}
+    prepared = prepare_optimizer(optimizer, settings)
+    arguments = accepted_arguments(prepared, {**settings, **data}) | dict(overrides)
     counter = _CallCounter()
     before = _engine_counters(lms.values())
-    with keeping_lms(student) as kept, _fallback_lm(lms), _counting(None if own_store else counter):
-        result = kept(prepared.compile(student, **arguments))
+    keep_lms(student, *_programs(arguments.get("teacher")))
+    with _fallback_lm(lms), _counting(None if own_store else counter):
+        result = unmark(prepared.compile(student, **arguments))
     for name, predictor in predictors_of(result).items():
         if predictor.lm is None:
             predictor.lm = lms.get(name)
@@ -134,27 +140,28 @@ def _reset_but_lm(predictor: dspy.Predict) -> None:
     predictor.lm = lm
 
 
-@contextmanager
-def keeping_lms(program: dspy.Module) -> Iterator[Any]:
-    """Inside, `reset_copy()` of the program and of its copies clears prompts but not LMs.
+def keep_lms(*programs: dspy.Module) -> None:
+    """Mark programs, so that `reset_copy()` of them and of their copies clears prompts but not LMs.
 
     DSPy's few-shot optimizers reset predictors and then run on `dspy.settings.lm`, which after a weight step is the
-    wrong model. Yields a function that takes the mark off an optimizer's result and its candidates.
+    wrong model. `KNNFewShot` goes on doing so whenever its result is called, with the program that it was given: so
+    what is marked must be a copy that nobody else has, and stays marked.
     """
-    for predictor in program.predictors():
-        predictor.reset = functools.partial(_reset_but_lm, predictor)
-
-    def unmark(result: dspy.Module) -> dspy.Module:
-        if not isinstance(result, dspy.Module):
-            raise ProgramError(f"The optimizer returned {type(result).__name__} where a dspy.Module is needed.")
-        candidates = getattr(result, "candidate_programs", None) or []
-        for each in (result, *(candidate["program"] for candidate in candidates if "program" in candidate)):
-            for _, predictor in each.named_sub_modules(dspy.Predict):
-                predictor.__dict__.pop("reset", None)
-        return result
-
-    try:
-        yield unmark
-    finally:
+    for program in programs:
         for predictor in program.predictors():
+            predictor.reset = functools.partial(_reset_but_lm, predictor)
+
+
+def unmark(result: dspy.Module) -> dspy.Module:
+    """Take the mark off an optimizer's result and its candidates. Raises ProgramError for a result that is none."""
+    if not isinstance(result, dspy.Module):
+        raise ProgramError(f"The optimizer returned {type(result).__name__} where a dspy.Module is needed.")
+    candidates = getattr(result, "candidate_programs", None) or []
+    for each in (result, *(candidate["program"] for candidate in candidates if "program" in candidate)):
+        for _, predictor in each.named_sub_modules(dspy.Predict):
             predictor.__dict__.pop("reset", None)
+    return result
+
+
+def _programs(teacher: Any) -> list[dspy.Module]:
+    return [teacher] if isinstance(teacher, dspy.Module) else [t for t in teacher or () if isinstance(t, dspy.Module)]

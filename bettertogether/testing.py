@@ -111,6 +111,7 @@ class FakeEngine:
         self.trainings: list[tuple[TrainingRow, ...]] = []
         """The rows of every training, in order."""
         self._adapters: dict[str, tuple[Path, dict[str, str]]] = {}
+        self._counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self._lock = threading.Lock()
         self._number = next(_NUMBERS)
         _ENGINES[self._number] = self
@@ -148,7 +149,11 @@ class FakeEngine:
             time.sleep(self.delay_s(fake))
         answer = self.answer(fake)
         text = answer if isinstance(answer, str) else json.dumps(answer)
-        usage = Usage(input_tokens=len(self.prompt_tokens(messages)), output_tokens=len(self.completion_tokens(text)))
+        prompt, generated = len(self.prompt_tokens(messages)), len(self.completion_tokens(text))
+        with self._lock:
+            for name, count in zip(self._counts, (1, prompt, generated), strict=True):
+                self._counts[name] += count
+        usage = Usage(input_tokens=prompt, output_tokens=generated)
         return Response(None, request.model, Message.assistant(text), "stop", usage)
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
@@ -217,8 +222,9 @@ class FakeEngine:
         return self._adapters[model][0]
 
     def counters(self) -> dict[str, int]:
-        """Requests so far."""
-        return {"requests": len(self.requests)}
+        """Requests and tokens so far."""
+        with self._lock:
+            return dict(self._counts)
 
     def dump_state(self) -> dict[str, Any]:
         """A fake engine is found again by its number, in this process and while it lives."""

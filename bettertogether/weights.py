@@ -24,7 +24,7 @@ from .errors import ConfigError, DataError, NoTrainingDataError, NotTrainableErr
 from .labels import stratified_order
 from .lm import local_engine, require_engine
 from .metrics import Metric
-from .programs import copy_for_step, predictors_of, require_program
+from .programs import copy_for_step, predictors_of, require_program, require_reachable
 from .records import Ledger
 from .rows import Row, TrainPrompt, make_data_card, read_rows, write_rows
 from .runs import RunStore
@@ -153,7 +153,7 @@ class LoRAFinetune(Teleprompter):
         NotTrainableError, NoTrainingDataError, TooManyErrors, TrainingError.
         """
         started = time.monotonic()
-        require_program(student)
+        require_reachable(require_program(student))
         trainable = self.trainable(student)
         if rows is None:
             collected = self.collect(

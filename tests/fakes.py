@@ -140,3 +140,37 @@ def api_lm(answer: Callable[[FakeRequest], Answer]) -> dspy.LM:
 
 def models(requests: Sequence[FakeRequest]) -> set[str]:
     return {request.model for request in requests}
+
+
+def outputs_of(request: FakeRequest) -> dict[str, str]:
+    """Output fields that a prompt asks for, with their types as text."""
+    section = request.system.partition("Your output fields are:")[2].partition("All interactions")[0]
+    return dict(re.findall(r"^\d+\. `(\w+)` \((.*?)\):", section, re.MULTILINE))
+
+
+def plausible(request: FakeRequest) -> str:
+    """Something for every output field of a prompt that an optimizer wrote to get a proposal."""
+    outputs = outputs_of(request)
+    if not outputs:
+        return "```\nSay whether the number is even or odd, carefully.\n```"
+    values: dict[str, Any] = {}
+    for name, kind in outputs.items():
+        values[name] = {"self": "Think."} if kind.startswith("dict") else f"Say even or odd, carefully ({name})."
+    return reply(request, **values)
+
+
+def proposing_engine(knows: Callable[[FakeRequest, int], bool], **options: Any) -> FakeEngine:
+    """`parity_engine` that answers the proposal prompts of DSPy's optimizers too."""
+
+    def answer(request: FakeRequest) -> Answer:
+        if set(outputs_of(request)) != {"parity"}:
+            return plausible(request)
+        number = number_of(request)
+        return reply(request, parity=right(number) if knows(request, number) else wrong(number))
+
+    return FakeEngine(answer, **options)
+
+
+def careful(request: FakeRequest, number: int) -> bool:
+    """What `learner` knows, and every number below 20 with the instructions of a proposal."""
+    return learner(request, number) or ("carefully" in request.system and number < 20)
