@@ -87,7 +87,9 @@ def run_step(
     arguments = accepted_arguments(prepared, {**settings, **data}) | dict(overrides)
     counter = _CallCounter()
     before = _engine_counters(lms.values())
-    keep_lms(student, *_programs(arguments.get("teacher")))
+    keep_lms(student)
+    if not own_store and arguments.get("teacher") is not None:
+        arguments["teacher"] = _marked_copy(arguments["teacher"])
     with _fallback_lm(lms), _counting(None if own_store else counter):
         result = unmark(prepared.compile(student, **arguments))
     for name, predictor in predictors_of(result).items():
@@ -163,5 +165,10 @@ def unmark(result: dspy.Module) -> dspy.Module:
     return result
 
 
-def _programs(teacher: Any) -> list[dspy.Module]:
-    return [teacher] if isinstance(teacher, dspy.Module) else [t for t in teacher or () if isinstance(t, dspy.Module)]
+def _marked_copy(teacher: Any) -> Any:
+    if not isinstance(teacher, dspy.Module):
+        return [_marked_copy(each) for each in teacher]
+    copied = copy_for_step(teacher)
+    copied._compiled = teacher._compiled
+    keep_lms(copied)
+    return copied

@@ -24,7 +24,7 @@ from bettertogether.errors import ProgramError
 from bettertogether.programs import prompts_state
 from bettertogether.prompts import BootstrapFewShotRS
 from bettertogether.steps import accepted_arguments, keep_lms, prepare_optimizer, run_step
-from bettertogether.testing import FakeEngine, FakeRequest
+from bettertogether.testing import FakeRequest
 from bettertogether.weights import LoRAFinetune
 
 TRAIN = numbers(16)
@@ -182,9 +182,11 @@ def test_bootstrap_finetune_goes_on_with_a_tuned_lm() -> None:
 
 def test_a_teacher_keeps_its_own_lm() -> None:
     student, teacher = parity_engine(careful), parity_engine(lambda *_: True, base_name="big")
-    run("BootstrapFewShot", parity_program(student), teacher=parity_program(teacher))
+    teaching = parity_program(teacher)
+    run("BootstrapFewShot", parity_program(student), teacher=teaching)
     assert len(teacher.requests) > 0
     assert student.requests == []
+    assert "reset" not in teaching.__dict__
 
 
 def test_the_ledger_of_a_foreign_step_counts_calls_and_tokens() -> None:
@@ -316,9 +318,3 @@ def test_an_engine_shared_by_two_predictors_is_counted_once() -> None:
     engine = two_step_engine(careful)
     ledger = run("LabeledFewShot", two_step_program(engine)).ledger
     assert ledger.lm_calls == 0
-
-
-def test_the_fake_engine_of_these_tests_answers_proposals() -> None:
-    engine: FakeEngine = proposing_engine(careful)
-    lm = plain_lm(engine)
-    assert "carefully" in lm("Write a better instruction.")[0]

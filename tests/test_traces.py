@@ -16,8 +16,6 @@ from fakes import (
     parity_match,
     parity_program,
     plain_lm,
-    reply,
-    right,
     two_step_engine,
 )
 
@@ -405,9 +403,3 @@ def test_a_rescued_answer_that_talks_about_its_hint_leaks(answer: str) -> None:
     assert hint_leaks(trace(0, answer, source="rescue"))
     assert not hint_leaks(trace(0, answer))
     assert not hint_leaks(trace(0, "odd", source="rescue"))
-
-
-def test_reply_and_right_make_the_answers_that_these_tests_count_on() -> None:
-    assert right(3) == "odd"
-    request = FakeRequest("m", ({"role": "user", "content": "Respond with a JSON object"},), 0.0, None, None, None, 0)
-    assert reply(request, parity="odd") == '{"parity": "odd"}'
