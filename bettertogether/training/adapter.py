@@ -112,7 +112,7 @@ def training_adapter(
     config = _peft_config(lora, base) if loaded is None else loaded[0]
     snapshot = _Snapshot.take(model, base)
     try:
-        _add(model, base, config, seed)
+        _add(model, base, config, lora, seed)
         adapter = TrainableAdapter(base, config)
         if loaded is not None:
             adapter.load(loaded[1], start_from)
@@ -150,7 +150,9 @@ def _peft_config(lora: LoRAConfig, base: PreTrainedModel) -> LoraConfig:
     )
 
 
-def _add(model: PreTrainedModel | PeftModel, base: PreTrainedModel, config: LoraConfig, seed: int) -> None:
+def _add(
+    model: PreTrainedModel | PeftModel, base: PreTrainedModel, config: LoraConfig, lora: LoRAConfig, seed: int
+) -> None:
     devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -162,7 +164,7 @@ def _add(model: PreTrainedModel | PeftModel, base: PreTrainedModel, config: Lora
         except ValueError as error:
             layers = sorted({n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
             raise ConfigError(
-                f"target_modules={config.target_modules!r} can't be used on {type(base).__name__} ({error}): give "
+                f"target_modules={lora.target_modules!r} can't be used on {type(base).__name__} ({error}): give "
                 f'"all-linear" or some of {layers}.'
             ) from error
     cast_adapter_dtype(base, ADAPTER_NAME)
