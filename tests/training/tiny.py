@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import torch
@@ -54,7 +55,7 @@ GEMMA2 = Gemma2Config(**SIZES, sliding_window=512, attn_logit_softcapping=5.0)
 def tiny_model(config: PretrainedConfig | None = None, seed: int = 0, std: float = 0.2) -> PreTrainedModel:
     """A random model. Weights are large enough that every token matters to the loss."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config or FAMILIES["llama"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config or FAMILIES["llama"]), dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=std)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import padded_loss_sum, relative_error
+from tiny import FAMILIES, random_rows, tiny_model
+
+from bettertogether.training.attention import ATTENTION_NAME, PackedLayout, _attention_by_row, packed_attention
+from bettertogether.training.loss import row_loss
+from bettertogether.training.packing import MicroBatch, PackedRow, PrefixGroup, pack, prefix_groups
+
+ROWS = [*random_rows(5, shared=20), *random_rows(3, shared=15, seed=1), *random_rows(1, shared=0, seed=2)]
+
+
+def layout(rows: list = ROWS) -> PackedLayout:
+    return PackedLayout(pack(MicroBatch(tuple(prefix_groups(rows)))), torch.device("cpu"))
+
+
+def random_qkv(tokens: int, heads: int = 4, key_heads: int = 2, dim: int = 8) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    shapes = ((1, heads, tokens, dim), (1, key_heads, tokens, dim), (1, key_heads, tokens, dim))
+    return tuple(torch.randn(shape, requires_grad=True) for shape in shapes)
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_equal_the_padded_batchs(family: str) -> None:
+    model = tiny_model(FAMILIES[family]).requires_grad_(True)
+    weights = list(model.parameters())
+    expected = padded_loss_sum(model, ROWS)
+    expected_grads = torch.autograd.grad(expected, weights)
+    with row_loss(model, torch.float32, max(map(len, ROWS))) as loss:
+        (batch,) = loss.plan(ROWS, max_tokens=10_000)
+        found = loss.loss_sum(batch)
+        grads = torch.autograd.grad(found, weights)
+    assert loss.packed
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert relative_error(grads, expected_grads) < 1e-5
+
+
+def test_the_mask_lets_a_row_see_its_prefix_and_itself_causally() -> None:
+    packed = PackedRow(list(range(6)), [0, 1, 2, 3, 2, 0], [], [], ((2, (2, 1)), (0, (1,))))
+    assert PackedLayout(packed, torch.device("cpu")).mask(None).int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+
+
+def test_the_mask_of_a_window_counts_positions_in_the_row() -> None:
+    packed = PackedRow(list(range(5)), [0, 1, 2, 2, 3], [], [], ((2, (1, 2)),))
+    assert PackedLayout(packed, torch.device("cpu")).mask(2).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 1, 0, 1, 0],
+        [0, 0, 0, 1, 1],
+    ]
+
+
+def test_block_attention_equals_attention_under_a_dense_mask() -> None:
+    rows = layout()
+    q, k, v = random_qkv(len(rows.packed.input_ids))
+    out, _ = packed_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, packed_layout=rows)
+    expected = dense(q, k, v, rows.mask(None))
+    weight = torch.randn_like(expected)
+    grads = torch.autograd.grad((out.transpose(1, 2) * weight).sum(), (q, k, v))
+    expected_grads = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    assert relative_error([out.transpose(1, 2), *grads], [expected, *expected_grads]) < 1e-5
+
+
+def test_the_attention_of_other_devices_equals_attention_under_a_dense_mask() -> None:
+    rows = layout()
+    q, k, v = random_qkv(len(rows.packed.input_ids))
+    out, expected = _attention_by_row(q, k, v, 0.3, rows), dense(q, k, v, rows.mask(None))
+    weight = torch.randn_like(expected)
+    grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    expected_grads = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    assert relative_error([out, *grads], [expected, *expected_grads]) < 1e-5
+
+
+def test_attention_refuses_what_it_can_not_compute_exactly() -> None:
+    q, k, v = random_qkv(len(layout().packed.input_ids))
+    with pytest.raises(NotImplementedError, match="softcap"):
+        packed_attention(torch.nn.Module(), q, k, v, None, packed_layout=layout(), softcap=5.0)
+
+
+def test_a_prefix_shared_by_one_row_only_is_attended_like_any_other() -> None:
+    rows = PackedLayout(pack(MicroBatch((PrefixGroup(10, (ROWS[0],)),))), torch.device("cpu"))
+    q, k, v = random_qkv(len(ROWS[0]))
+    out, _ = packed_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, packed_layout=rows)
+    causal = torch.ones(len(ROWS[0]), len(ROWS[0]), dtype=torch.bool).tril()
+    assert relative_error([out.transpose(1, 2)], [dense(q, k, v, causal)]) < 1e-5
+
+
+def test_the_models_own_attention_is_back_afterwards() -> None:
+    model = tiny_model()
+    with row_loss(model, torch.float32, 40):
+        assert model.config._attn_implementation == ATTENTION_NAME
+    assert model.config._attn_implementation == "sdpa"

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from reference import padded_loss_sum, relative_error
+from safetensors.torch import load_file
+from test_adapter import fingerprint
+from tiny import GEMMA2, random_rows, tiny_model
+
+from bettertogether.engines.base import TrainingProgress
+from bettertogether.errors import ConfigError, DataError, NoTrainingDataError, TrainingError
+from bettertogether.training import LoRAConfig, TrainingConfig
+from bettertogether.training.adapter import training_adapter
+from bettertogether.training.packing import TokenizedRow, epoch_batches
+from bettertogether.training.trainer import TrainedAdapter, learning_rate, train_adapter
+
+ROWS = random_rows(20, shared=20)
+HELD_OUT = random_rows(6, shared=20)
+FAST = TrainingConfig(learning_rate=1e-2, dtype="float32", batch_size=8)
+
+
+def train(folder: Path, training: TrainingConfig = FAST, rows: Any = ROWS, **options: Any) -> TrainedAdapter:
+    model = options.pop("model", None) or tiny_model()
+    return train_adapter(model, rows, folder=folder, training=training, **options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def difference(first: Path, second: Path) -> float:
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+def reference_training(lora: LoRAConfig, training: TrainingConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same training written plainly: padded batches, peft's own layers, torch's AdamW."""
+    model = tiny_model()
+    with training_adapter(model, lora, training.seed) as adapter:
+        parameters = list(adapter.parameters.values())
+        optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+        losses, step = [], 0
+        steps = training.epochs * math.ceil(len(ROWS) / training.batch_size)
+        for epoch in range(1, training.epochs + 1):
+            for indices in epoch_batches(len(ROWS), training.batch_size, training.seed, epoch):
+                step += 1
+                optimizer.param_groups[0]["lr"] = learning_rate(step, steps, training)
+                rows = [ROWS[index] for index in indices]
+                loss = padded_loss_sum(model, rows) / sum(len(row.completion_ids) for row in rows)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+                optimizer.step()
+                losses.append(loss.item())
+        return losses, adapter.state()
+
+
+def test_training_equals_a_plain_loop_over_padded_batches(tmp_path: Path) -> None:
+    lora, training = LoRAConfig(rank=4, alpha=8), TrainingConfig(learning_rate=1e-2, dtype="float32", weight_decay=0.1)
+    losses, state = reference_training(lora, training)
+    result = train(tmp_path, training, lora=lora)
+    assert [line.loss for line in result.history] == pytest.approx(losses, rel=1e-4)
+    found = weights(tmp_path)
+    assert relative_error([found[key] for key in sorted(found)], [state[key] for key in sorted(state)]) < 1e-3
+
+
+def test_splitting_a_batch_changes_nothing(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")
+    split = train(tmp_path / "split", TrainingConfig(**{**FAST.to_dict(), "max_tokens_per_batch": 60}))
+    assert split.tokens > whole.tokens
+    assert [line.loss for line in split.history] == pytest.approx([line.loss for line in whole.history], rel=1e-4)
+    assert difference(tmp_path / "whole", tmp_path / "split") < 1e-3
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        random.seed(name)
+        torch.manual_seed(len(name))
+        train(tmp_path / name, TrainingConfig(**{**FAST.to_dict(), "seed": seed}))
+    assert difference(tmp_path / "a", tmp_path / "b") == 0
+    assert difference(tmp_path / "a", tmp_path / "c") > 1e-3
+
+
+def test_the_adapter_that_is_written_has_the_held_out_loss_that_is_reported(tmp_path: Path) -> None:
+    result = train(tmp_path, validation_rows=HELD_OUT)
+    loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path))
+    tokens = sum(len(row.completion_ids) for row in HELD_OUT)
+    with torch.no_grad():
+        assert float(padded_loss_sum(loaded, HELD_OUT)) / tokens == pytest.approx(result.validation_loss, rel=1e-5)
+        base_loss = float(padded_loss_sum(tiny_model(), HELD_OUT)) / tokens
+    assert result.base_validation_loss == pytest.approx(base_loss, rel=1e-5)
+    assert result.validation_loss < base_loss
+
+
+def test_history_has_a_line_per_step_and_one_per_held_out_loss(tmp_path: Path) -> None:
+    lines: list[TrainingProgress] = []
+    result = train(tmp_path, validation_rows=HELD_OUT, on_progress=lines.append)
+    assert tuple(lines) == result.history
+    assert [(line.step, line.loss is None) for line in lines] == [
+        (0, True), (1, False), (2, False), (3, False), (3, True), (4, False), (5, False), (6, False), (6, True),
+        (7, False), (8, False), (9, False), (9, True),
+    ]  # fmt: skip
+    assert {line.total_steps for line in lines} == {9}
+    assert lines[-1].epoch == 3.0
+    assert lines[-1].tokens == result.tokens
+
+
+def overfitting(keep_best: bool) -> TrainingConfig:
+    return TrainingConfig(learning_rate=0.03, epochs=4, dtype="float32", keep_best=keep_best, scheduler="constant")
+
+
+def test_keep_best_keeps_the_epoch_with_the_lowest_held_out_loss(tmp_path: Path) -> None:
+    held_out = random_rows(6, shared=20, seed=9)
+    result = train(tmp_path, overfitting(keep_best=True), validation_rows=held_out)
+    losses = [line.validation_loss for line in result.history if line.validation_loss is not None][1:]
+    assert losses.index(min(losses)) + 1 == result.best_epoch < 4
+    assert result.validation_loss == min(losses)
+    loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path))
+    with torch.no_grad():
+        mean = float(padded_loss_sum(loaded, held_out)) / sum(len(row.completion_ids) for row in held_out)
+    assert mean == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_without_keep_best_the_last_epoch_is_kept(tmp_path: Path) -> None:
+    result = train(tmp_path, overfitting(keep_best=False), validation_rows=random_rows(6, shared=20, seed=9))
+    assert result.best_epoch == 4
+    assert result.validation_loss == result.history[-1].validation_loss
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(step: int) -> Any:
+    def on_progress(line: TrainingProgress) -> None:
+        if line.step == step:
+            raise Killed
+
+    return on_progress
+
+
+@pytest.mark.parametrize(("step", "first_step"), [(1, 0), (5, 5), (7, 5), (9, 9)])
+def test_a_killed_run_goes_on_and_gives_the_same_result(tmp_path: Path, step: int, first_step: int) -> None:
+    training = TrainingConfig(**{**FAST.to_dict(), "batch_size": 5})
+    lora = LoRAConfig(dropout=0.2)
+    expected = train(tmp_path / "whole", training, lora=lora, validation_rows=HELD_OUT)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", training, lora=lora, validation_rows=HELD_OUT, on_progress=kill_at(step))
+    lines: list[TrainingProgress] = []
+    result = train(tmp_path / "killed", training, lora=lora, validation_rows=HELD_OUT, on_progress=lines.append)
+    assert result.history == expected.history
+    assert lines[0].step == first_step
+    assert difference(tmp_path / "whole", tmp_path / "killed") == 0
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_checkpoint_of_another_run_is_not_continued(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, validation_rows=HELD_OUT, on_progress=kill_at(5))
+    lines: list[TrainingProgress] = []
+    train(tmp_path, rows=ROWS[:-1], validation_rows=HELD_OUT, on_progress=lines.append)
+    assert lines[0].step == 0
+
+
+def test_a_damaged_checkpoint_is_an_error_that_says_what_to_delete(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, on_progress=kill_at(5))
+    (tmp_path / "checkpoint" / "epoch-1" / "tensors.safetensors").write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"damaged.*delete .*checkpoint"):
+        train(tmp_path)
+
+
+def test_start_from_continues_an_adapter(tmp_path: Path) -> None:
+    first = train(tmp_path / "first", validation_rows=HELD_OUT)
+    second = train(tmp_path / "second", validation_rows=HELD_OUT, start_from=tmp_path / "first")
+    assert second.base_validation_loss == pytest.approx(first.validation_loss, rel=1e-5)
+
+
+def test_the_model_is_as_before_and_base_and_other_adapters_are_untouched(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]), "other")
+    before = fingerprint(model)
+    train(tmp_path, model=model, validation_rows=HELD_OUT)
+    assert fingerprint(model) == before
+
+
+def test_the_model_is_as_before_when_the_callback_raises(tmp_path: Path) -> None:
+    model = tiny_model()
+    before, attention = fingerprint(model), model.config._attn_implementation
+    training = TrainingConfig(**{**FAST.to_dict(), "gradient_checkpointing": True})
+    with pytest.raises(Killed):
+        train(tmp_path, training, model=model, on_progress=kill_at(1))
+    assert fingerprint(model) == before
+    assert model.config._attn_implementation == attention
+
+
+def test_gradient_checkpointing_changes_nothing_in_the_result(tmp_path: Path) -> None:
+    train(tmp_path / "plain")
+    train(tmp_path / "checkpointed", TrainingConfig(**{**FAST.to_dict(), "gradient_checkpointing": True}))
+    assert difference(tmp_path / "plain", tmp_path / "checkpointed") < 1e-5
+
+
+def test_a_model_that_can_not_be_packed_trains_too(tmp_path: Path) -> None:
+    result = train(tmp_path, model=tiny_model(GEMMA2), validation_rows=HELD_OUT)
+    assert result.validation_loss < result.base_validation_loss
+
+
+def test_bfloat16_training_is_near_float32_training(tmp_path: Path) -> None:
+    exact = train(tmp_path / "float32", validation_rows=HELD_OUT)
+    training = TrainingConfig(**{**FAST.to_dict(), "dtype": "bfloat16"})
+    result = train(tmp_path / "bfloat16", training, validation_rows=HELD_OUT)
+    assert {tensor.dtype for tensor in weights(tmp_path / "bfloat16").values()} == {torch.float32}
+    assert result.validation_loss != exact.validation_loss
+    assert result.validation_loss == pytest.approx(exact.validation_loss, rel=0.05)
+
+
+def test_the_paper_configuration_trains_query_and_key_projections(tmp_path: Path) -> None:
+    train(tmp_path, TrainingConfig.paper(), lora=LoRAConfig.paper())
+    assert {key.split(".")[-3] for key in weights(tmp_path)} == {"q_proj", "k_proj"}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 32
+
+
+def test_no_rows_is_an_error_that_says_what_to_try(tmp_path: Path) -> None:
+    with pytest.raises(NoTrainingDataError, match="0 training rows"):
+        train(tmp_path, rows=[])
+
+
+def test_a_row_without_a_completion_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows\[1\] has 2 prompt and 0 completion tokens"):
+        train(tmp_path, rows=[ROWS[0], TokenizedRow([1, 2], [])])
+
+
+def test_a_loss_that_is_not_a_number_is_an_error_that_names_the_step(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="Step 1 of 9: the loss is nan"):
+        train(tmp_path, model=model)
+
+
+def test_running_out_of_memory_halves_the_passes_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bettertogether.training.loss import RowLoss
+
+    expected = train(tmp_path / "whole")
+    original = RowLoss.loss_sum
+
+    def loss_sum(self: RowLoss, batch: Any) -> torch.Tensor:
+        if batch.tokens > 60:
+            raise torch.OutOfMemoryError
+        return original(self, batch)
+
+    monkeypatch.setattr(RowLoss, "loss_sum", loss_sum)
+    result = train(tmp_path / "split")
+    assert [line.loss for line in result.history] == pytest.approx([line.loss for line in expected.history], rel=1e-4)
+
+
+def test_memory_too_small_for_one_row_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bettertogether.training.loss import RowLoss
+
+    def loss_sum(self: RowLoss, batch: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(RowLoss, "loss_sum", loss_sum)
+    with pytest.raises(TrainingError, match="memory doesn't suffice for a single row"):
+        train(tmp_path)
+
+
+def test_float32_over_a_bfloat16_base_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="load it in float32"):
+        train(tmp_path, model=tiny_model().to(torch.bfloat16))
+
+
+def test_a_4_bit_base_needs_cuda(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        train(tmp_path, TrainingConfig(quantize_base="4bit"))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 2 / 3, 1 / 3]),
+        ("cosine", [0.5, 1, 1, 0.75, 0.25]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_then_follows_the_schedule(scheduler: Any, expected: list[float]) -> None:
+    training = TrainingConfig(learning_rate=1.0, scheduler=scheduler, warmup_ratio=0.4)
+    assert [learning_rate(step, 5, training) for step in range(1, 6)] == pytest.approx(expected)

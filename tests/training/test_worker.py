@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny import random_rows, tiny_model
+
+from bettertogether.engines.base import TrainingProgress
+from bettertogether.errors import ConfigError, TrainingError
+from bettertogether.training import TrainingConfig
+from bettertogether.training.trainer import train_adapter
+from bettertogether.training.worker import _result, launch
+
+ROWS = random_rows(10, shared=20)
+HELD_OUT = random_rows(3, shared=20)
+
+
+def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    # An odd batch, so that the processes have different numbers of rows and of completion tokens.
+    options = {"learning_rate": 1e-2, "dtype": "float32", "batch_size": 7, "epochs": 2}
+    lines: list[TrainingProgress] = []
+    one = train_adapter(
+        model, ROWS, validation_rows=HELD_OUT, training=TrainingConfig(**options), folder=tmp_path / "one"
+    )
+    two = launch(
+        tmp_path / "model", ROWS, validation_rows=HELD_OUT, training=TrainingConfig(num_processes=2, **options),
+        folder=tmp_path / "two", on_progress=lines.append,
+    )  # fmt: skip
+    assert tuple(lines) == two.history
+    losses = [[line.loss for line in result.history if line.loss is not None] for result in (one, two)]
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert two.validation_loss == pytest.approx(one.validation_loss, rel=1e-4)
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-3
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_an_error_of_the_librarys_own_is_raised_as_in_one_process(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"error": "ConfigError", "message": "what came"}')
+    with pytest.raises(ConfigError, match="what came"):
+        _result(tmp_path, 1, processes=2)
+
+
+def test_any_other_failure_is_a_training_error_with_the_traceback(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"error": null, "message": "Traceback ...\\nOSError: no such model"}')
+    with pytest.raises(TrainingError, match=r"2 processes ended with code 1(.|\n)*OSError: no such model"):
+        _result(tmp_path, 1, processes=2)
+
+
+def test_a_process_that_was_killed_is_a_training_error_with_the_end_of_the_log(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("\n".join(f"line {number}" for number in range(100)))
+    with pytest.raises(TrainingError, match="line 99") as error:
+        _result(tmp_path, -9, processes=2)
+    assert "line 69" not in str(error.value)
