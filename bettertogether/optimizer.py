@@ -296,7 +296,7 @@ def _asked(plan: Plan, strategy: str | Sequence[str], metric: Metric) -> dict[st
             "models": model_names(plan.student),
         },
         "teachers": [fingerprint([prompts_state(t), model_names(t)]) for t in plan.teachers],
-        "adapter": type(dspy.settings.adapter).__qualname__,
+        "adapter": type(dspy.settings.adapter or dspy.ChatAdapter()).__qualname__,
         "trainset": dataset_hash(plan.trainset),
         "valset": dataset_hash(plan.valset),
         "metric": _source_hash(metric),
