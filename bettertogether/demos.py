@@ -93,7 +93,7 @@ class DemoSets:
             room = max(0, labelled - len(demos))
             fills = [demo for example in extra if (demo := labelled_demo(predictor, example)) is not None][:room]
             predictor.demos = self._fitting(predictor_name, predictor, [*demos, *fills])
-        content = repr({n: [sorted(d.toDict().items()) for d in p.demos] for n, p in predictors_of(program).items()})
+        content = _shown(program)
         candidate = Candidate(name, program, sum(self.dropped.values()) - before)
         if candidate.demos == 0 or content in self._seen:
             return None
@@ -141,6 +141,15 @@ class DemoSets:
                 kept.append(demo)
         self.dropped[name] += len(demos) - len(kept)
         return kept
+
+
+def _shown(program: dspy.Module) -> str:
+    """What the demos show; a labelled example and a trace of the same answer show the same."""
+    shown = {
+        name: [sorted((k, v) for k, v in demo.toDict().items() if k != "augmented") for demo in predictor.demos]
+        for name, predictor in predictors_of(program).items()
+    }
+    return repr(shown)
 
 
 def demo_states(program: dspy.Module) -> Mapping[str, list[dict[str, Any]]]:

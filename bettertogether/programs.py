@@ -12,31 +12,42 @@ import dspy
 
 from .errors import ProgramError
 
+RESULTS = ("candidate_programs", "trial_logs", "detailed_results", "report", "flag_compilation_error_occurred")
+"""What optimizers hang on the program that they return: other programs and reports, no part of it."""
+
 
 def copy_program(program: dspy.Module) -> dspy.Module:
-    """A deep copy that shares its LMs, and anything that can't be copied, with the original.
+    """A deep copy that shares its LMs, and anything that can't be copied, with the original, without `RESULTS`.
 
     `Module.deepcopy` copies LMs with their whole history, and where an attribute can't be copied it falls back to a
     copy whose bound methods still point at the original; neither happens here.
     """
-    memo: dict[int, Any] = {id(lm): lm for lm in _all_lms(program)}
+    lms = (module.__dict__.get("lm") for _, module in modules_of(program))
+    memo: dict[int, Any] = {id(lm): lm for lm in lms if lm is not None}
+    memo |= {id(value): value for name, value in program.__dict__.items() if name in RESULTS}
     try:
-        return copy.deepcopy(program, dict(memo))
+        copied = copy.deepcopy(program, dict(memo))
     except Exception:
-        return copy.deepcopy(program, memo | _uncopyable(program, memo))
+        copied = copy.deepcopy(program, memo | _uncopyable(program, memo))
+    drop_results(copied)
+    return copied
 
 
-def _all_lms(program: dspy.Module) -> Iterator[Any]:
-    for _, module in program.named_sub_modules(dspy.Module):
-        lm = module.__dict__.get("lm")
-        if lm is not None:
-            yield lm
+def drop_results(program: dspy.Module) -> None:
+    """Take what an optimizer hung on a program off it."""
+    for name in RESULTS:
+        program.__dict__.pop(name, None)
+
+
+def modules_of(program: dspy.Module) -> list[tuple[str, dspy.Module]]:
+    """The modules that a program is made of, itself first, by name."""
+    prefixes = tuple(f"self.{name}" for name in RESULTS)
+    return [(name, m) for name, m in program.named_sub_modules(dspy.Module) if not name.startswith(prefixes)]
 
 
 def _uncopyable(program: dspy.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
     """The values in a program that can't be copied, as a memo for `deepcopy`."""
-    modules = [module for _, module in program.named_sub_modules(dspy.Module)]
-    values = {id(leaf): leaf for module in modules for leaf in _leaves(module.__dict__.values())}
+    values = {id(leaf): leaf for _, module in modules_of(program) for leaf in _leaves(module.__dict__.values())}
     failing = {key: value for key, value in values.items() if not _can_copy(value, memo)}
     # A bound method or a tool may fail only for what the program that it is bound to holds: it is copied, and bound
     # to the copy.
@@ -164,7 +175,7 @@ def program_key(program: dspy.Module) -> str | None:
     sub-modules too), LMs with their options, the adapter in use. None for a program with a patched `forward`, of
     which nothing can be said."""
     parts: list[Any] = [_kind_and_options(dspy.settings.adapter) if dspy.settings.adapter else None]
-    for name, module in program.named_sub_modules(dspy.Module):
+    for name, module in modules_of(program):
         if "forward" in module.__dict__ or "aforward" in module.__dict__:
             return None
         parts.append([name, _kind_and_options(module)])

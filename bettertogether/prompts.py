@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 TRAIN_SHARE = 0.3
 """Share of the examples that demos are bootstrapped from; the paper's 100 of 350 and 15 of 50."""
 MOST_TRAIN, MOST_VALIDATION = 100, 250
+SAMPLING_TRIES = 5
+"""How often a demo set that was sampled before is sampled again."""
 
 
 class BootstrapFewShotRS(Teleprompter):
@@ -180,13 +182,20 @@ class BootstrapFewShotRS(Teleprompter):
         if self.max_labeled_demos and (labels := sets.candidate("labels", 0, self.max_labeled_demos, seed)):
             candidates.append(labels)
         for number in range(1, self.num_candidates + 1):
-            own_seed = stable_seed("demos", seed, number)
+            if candidate := self._sampled(sets, number, seed):
+                candidates.append(candidate)
+        return candidates
+
+    def _sampled(self, sets: DemoSets, number: int, seed: int) -> Candidate | None:
+        """A set of demos that was not sampled before; None when a few tries find none."""
+        for attempt in range(SAMPLING_TRIES):
+            own_seed = stable_seed("demos", seed, number, attempt)
             size = self.max_bootstrapped_demos
             if number > 1 and size:
                 size = random.Random(own_seed).randint(1, size)
             if candidate := sets.candidate(f"demos {number}", size, self.max_labeled_demos, own_seed):
-                candidates.append(candidate)
-        return candidates
+                return candidate
+        return None
 
     def _scorer(self, validation: Sequence[dspy.Example], options: Pass, candidates: Sequence[Candidate]) -> Any:
         from .evaluation import evaluate

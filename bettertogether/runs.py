@@ -16,7 +16,7 @@ from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError,
 from dspy.utils.usage_tracker import UsageTracker
 
 from .errors import PromptTooLongError
-from .programs import copy_program, predictors_of, program_key
+from .programs import copy_program, modules_of, predictors_of, program_key
 from .records import Ledger
 
 FailureKind = Literal["parse failure", "prompt too long", "timeout", "program error"]
@@ -319,4 +319,5 @@ def _unique_lookup(
 def _frozen_predictors(program: dspy.Module) -> set[object]:
     """Object and identity of each."""
     trainable = {key for predictor in program.predictors() for key in (id(predictor), predictor.stage)}
-    return {key for _, p in program.named_sub_modules(dspy.Predict) for key in (id(p), p.stage)} - trainable
+    predictors = [module for _, module in modules_of(program) if isinstance(module, dspy.Predict)]
+    return {key for p in predictors for key in (id(p), p.stage)} - trainable

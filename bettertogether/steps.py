@@ -17,7 +17,7 @@ from dspy.utils.callback import BaseCallback
 
 from .errors import ProgramError
 from .lm import local_engine
-from .programs import copy_for_step, predictors_of
+from .programs import copy_for_step, drop_results, predictors_of
 from .records import Ledger
 
 
@@ -92,6 +92,7 @@ def run_step(
         arguments["teacher"] = _marked_copy(arguments["teacher"])
     with _fallback_lm(lms), _counting(None if own_store else counter):
         result = unmark(prepared.compile(student, **arguments))
+    drop_results(result)
     for name, predictor in predictors_of(result).items():
         if predictor.lm is None:
             predictor.lm = lms.get(name)

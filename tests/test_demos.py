@@ -76,6 +76,13 @@ def test_candidates_differ_and_one_that_was_made_before_is_none() -> None:
     assert demo_sets.candidate("again", 3, 3, seed=1) is None
 
 
+def test_a_labelled_example_and_a_trace_of_the_same_answer_show_the_same() -> None:
+    program = parity_program(parity_engine(lambda *_: True))
+    demo_sets = DemoSets(program, traces_of(program, 1), numbers(1))
+    assert demo_sets.candidate("labels", 0, 1, seed=0) is not None
+    assert demo_sets.candidate("demos", 1, 0, seed=0) is None
+
+
 def test_nothing_to_show_is_no_candidate() -> None:
     program = parity_program(parity_engine(lambda *_: True))
     assert DemoSets(program, [], []).candidate("demos", 3, 3, seed=0) is None

@@ -46,6 +46,18 @@ def test_a_copy_does_not_copy_the_history_of_an_lm(engine: FakeEngine) -> None:
     assert copy_program(program).lm.history is program.lm.history
 
 
+def test_what_an_optimizer_hung_on_a_program_is_no_part_of_its_copies_and_key(engine: FakeEngine) -> None:
+    program = parity_program(engine)
+    key = program_key(program)
+    program.candidate_programs = [{"program": two_step_program(engine), "score": 1.0}]
+    program.trial_logs = {1: {"program": two_step_program(engine)}}
+    program.report = threading.Lock()
+    copied = copy_program(program)
+    assert [name for name in ("candidate_programs", "trial_logs", "report") if hasattr(copied, name)] == []
+    assert len(program.candidate_programs) == 1
+    assert program_key(program) == program_key(copied) == key
+
+
 def test_a_tool_that_is_the_programs_own_method_is_bound_to_the_copy(engine: FakeEngine) -> None:
     class Agent(dspy.Module):
         def __init__(self) -> None:
