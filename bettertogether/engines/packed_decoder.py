@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from .adapters import AdaptedSpan, AdapterBank
 from .decoding import Decision, Row
 from .packed_attention import ATTENTION_NAME, PackedPass, PrefixPass, PrefixTensors
 from .sampling import decide
-from .shared_prefix import Cluster, Prefix, PrefixCache, Tokens, shared_clusters
+from .shared_prefix import SLACK, Cluster, Prefix, PrefixCache, Tokens, common_length, shared_clusters
 from .slots import SlotPass, Slots, SlotTokens
 
 LONG_ROW = 512
@@ -95,9 +96,27 @@ class PackedDecoder:
             long = own.size - self._prefixes.best(adapter, own)[1] > LONG_ROW
             if long and not self._provide(adapter, own) and (taken or not must):
                 continue
-            self._seat(rows[position], own)
+            self._seat(rows[position], own, *self._choose(adapter, own, shared))
             taken.append(rows[position])
         return taken
+
+    def _choose(self, adapter: str, own: Tokens, shared: Tokens) -> tuple[_ComputedPrefix | None, int]:
+        """The prefix for a row, and how much of it.
+
+        That of its cluster, or the one with most in common where that is much more. Among prefixes that serve about
+        as well, the one that most rows attend to now: rows of one group cost little more than one row.
+        """
+        best, length = self._prefixes.best(adapter, own)
+        cluster, cluster_length = self._prefixes.best(adapter, shared)
+        if cluster is not None and cluster_length >= length - SLACK:
+            best, length = cluster, cluster_length
+        groups = Counter((seat.prefix, seat.prefix_length) for seat in self._seats.values())
+        for (prefix, used), _ in groups.most_common():
+            if prefix is None or prefix.adapter != adapter or not length - SLACK <= used <= own.size:
+                continue
+            if common_length(prefix.tokens[:used], own) == used:
+                return prefix, used
+        return best, length
 
     def _provide(self, adapter: str, tokens: Tokens) -> bool:
         """See to it that these tokens are in the prefix cache; False where there is no room for them."""
@@ -124,8 +143,7 @@ class PackedDecoder:
                 self._prefixes.unuse(source)
         return True
 
-    def _seat(self, row: Row, own: Tokens) -> None:
-        prefix, length = self._prefixes.best(row.adapter, own)
+    def _seat(self, row: Row, own: Tokens, prefix: _ComputedPrefix | None, length: int) -> None:
         slot = len(self._by_slot)
         self._slots.reserve(slot + 1, row.length - length + 1)
         if prefix is not None:

@@ -228,10 +228,12 @@ class SlotPass:
         return [self._block(numbers) for numbers in by_size.values()]
 
     def _block(self, numbers: list[int]) -> _Block:
+        # In the order of their slots, the rows' keys are a view of the slots, most often.
+        numbers = sorted(numbers, key=lambda number: self.rows[number].slot)
         rows = [self.rows[number] for number in numbers]
         width = max(row.count for row in rows)
         keys = max(row.stored + row.count for row in rows)
-        in_order = len(rows) == len(self.rows) and width == 1
+        in_order = width == 1 and numbers == list(range(len(self.rows)))
         slots = [row.slot for row in rows]
         token_M_N = [
             [self._starts[number] + min(place, row.count - 1) for place in range(width)]
