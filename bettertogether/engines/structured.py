@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import threading
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from dspy.lm15 import UnsupportedFeatureError
@@ -151,8 +153,14 @@ def _compile(tokenizer: Any, schema: Mapping[str, Any] | None) -> Any:
     matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
     if matcher.is_error():
         raise UnsupportedFeatureError(
-            f"The JSON schema of the answer can't be enforced: {matcher.get_error().splitlines()[0]} Simplify the "
+            f"The JSON schema of the answer can't be enforced: {_problem(matcher.get_error())}. Simplify the "
             f"output field's type, or use an adapter without response_format. Schema: {json.dumps(schema)[:500]}",
             feature="config.response_format",
         )
     return matcher
+
+
+def _problem(message: str) -> str:
+    """llguidance's message without the excerpt of the grammar that follows it."""
+    lines = takewhile(lambda line: not re.match(r"\s*\d+ \| ", line), message.splitlines())
+    return " ".join(line.strip() for line in lines)

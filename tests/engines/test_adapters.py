@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from small_models import SIZES, decode, generated, prompts, tiny_model
+from transformers import LlamaConfig
+
+from bettertogether.engines.adapters import (
+    AdaptedSpan,
+    AdapterBank,
+    content_hash,
+    linear_shapes,
+    meta_linear_shapes,
+    write_round,
+)
+from bettertogether.engines.decoding import Row
+from bettertogether.engines.packed_decoder import PackedDecoder
+from bettertogether.engines.plain_decoder import PlainDecoder
+from bettertogether.errors import ModelError, UnknownAdapterError
+
+
+def save_adapter(folder: Path, seed: int, **options: Any) -> Path:
+    """A PEFT folder with a random LoRA that changes the answers."""
+    torch.manual_seed(seed)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", **options}, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(), config)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    parent = tmp_path_factory.mktemp("adapters")
+    return [
+        save_adapter(parent / "all", 1),
+        save_adapter(parent / "queries", 2, target_modules=["q_proj", "k_proj"], r=8),
+        save_adapter(parent / "rslora", 3, use_rslora=True, alpha_pattern={"v_proj": 3}, rank_pattern={"o_proj": 2}),
+    ]
+
+
+def make_bank(model: Any, folders: list[Path]) -> tuple[AdapterBank, list[str]]:
+    adapters = AdapterBank("tiny", lambda: linear_shapes(model))
+    names = [adapters.add(folder) for folder in folders]
+    adapters.attach(model)
+    return adapters, names
+
+
+@pytest.mark.parametrize("kind", [lambda m, b: PackedDecoder(m, b, cache_bytes=1 << 30), PlainDecoder])
+def test_the_base_and_all_adapters_answer_as_peft_does(folders: list[Path], kind: Any) -> None:
+    model = tiny_model()
+    adapters, names = make_bank(model, folders)
+    texts = prompts(3, 70)
+    rows = [Row(text, 6, adapter) for text in texts for adapter in ("", *names)]
+    decode(kind(model, adapters), rows)
+    adapters.attach(None)
+    for name, folder in zip(names, folders, strict=True):
+        tuned = PeftModel.from_pretrained(tiny_model(), folder)
+        expected = [generated(tuned, text, 6) for text in texts]
+        assert [row.output_ids for row in rows if row.adapter == name] == expected
+    assert [row.output_ids for row in rows if not row.adapter] == [generated(model, text, 6) for text in texts]
+
+
+def test_the_logits_under_an_adapter_are_pefts(folders: list[Path]) -> None:
+    ids_1_T = torch.tensor([prompts(1, 40)[0]])
+    for folder in folders:
+        model = tiny_model().double()
+        adapters, (name,) = make_bank(model, [folder])
+        with torch.inference_mode(), adapters.active([AdaptedSpan(name, 0, None)]):
+            found = model(ids_1_T).logits
+        with torch.inference_mode():
+            expected = PeftModel.from_pretrained(tiny_model(), folder).double().eval()(ids_1_T).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_outside_of_its_passes_the_model_is_the_base(folders: list[Path]) -> None:
+    ids_1_T = torch.tensor([prompts(1, 40)[0]])
+    model = tiny_model()
+    expected = model(ids_1_T).logits
+    adapters, (name,) = make_bank(model, folders[:1])
+    with torch.inference_mode(), adapters.active([AdaptedSpan(name, 0, None)]):
+        model(ids_1_T)
+    assert torch.equal(model(ids_1_T).logits, expected)
+
+
+def test_adapters_share_no_prefix(folders: list[Path]) -> None:
+    model = tiny_model()
+    adapters, names = make_bank(model, folders[:1])
+    decoder = PackedDecoder(model, adapters, cache_bytes=1 << 30)
+    text = prompts(1, 80)[0]
+    first, second = Row(text, 1), Row(text, 1, names[0])
+    decode(decoder, [first])
+    decode(decoder, [second])
+    assert (first.reused_tokens, second.reused_tokens) == (0, 0)
+
+
+def test_the_name_tells_base_round_and_content(folders: list[Path]) -> None:
+    adapters, (name, *_) = make_bank(tiny_model(), folders)
+    assert name == f"local/tiny@r1-{content_hash(folders[0])[:8]}"
+    assert adapters.folder(name) == folders[0]
+    assert adapters.folder("local/tiny") is None
+    assert adapters.folders() == folders
+
+
+def test_the_round_comes_from_the_folder(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "a", 1)
+    write_round(folder, 3, "tiny")
+    assert make_bank(tiny_model(), [folder])[1][0].startswith("local/tiny@r3-")
+
+
+def test_the_same_content_has_the_same_name_wherever_it_lies(tmp_path: Path) -> None:
+    one, two = save_adapter(tmp_path / "one", 1), save_adapter(tmp_path / "two", 1)
+    config = json.loads((two / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "elsewhere"
+    config["target_modules"] = config["target_modules"][::-1]
+    (two / "adapter_config.json").write_text(json.dumps(config))
+    assert content_hash(one) == content_hash(two)
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 17}, {"use_rslora": True}])
+def test_another_setting_is_another_content(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = save_adapter(tmp_path / "a", 1)
+    before = content_hash(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    assert content_hash(folder) != before
+
+
+def test_a_name_that_is_not_held_is_an_error_that_names_those_that_are(folders: list[Path]) -> None:
+    adapters, (name,) = make_bank(tiny_model(), folders[:1])
+    with pytest.raises(UnknownAdapterError, match=rf"'local/tiny@r9-0' is not served.*local/tiny, {name}"):
+        adapters.folder("local/tiny@r9-0")
+
+
+def test_a_folder_without_an_adapter_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no adapter_config\.json and no adapter_model\.safetensors"):
+        make_bank(tiny_model(), [tmp_path])
+
+
+@pytest.mark.parametrize(
+    "change", [{"peft_type": "IA3"}, {"bias": "all"}, {"use_dora": True}, {"modules_to_save": ["x"]}]
+)
+def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = save_adapter(tmp_path / "a", 1)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ModelError, match="plain LoRA"):
+        make_bank(tiny_model(), [folder])
+
+
+def test_an_adapter_of_another_base_is_refused(folders: list[Path]) -> None:
+    other = tiny_model(LlamaConfig(**{**SIZES, "hidden_size": 32}))
+    with pytest.raises(ModelError, match="does not fit the base model"):
+        make_bank(other, folders[:1])
+
+
+def test_weights_that_are_no_lora_are_refused(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "a", 1)
+    path = folder / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.lm_head.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(ModelError, match=r"lm_head\.weight'"):
+        make_bank(tiny_model(), [folder])
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "a", 1)
+    (folder / "adapter_model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ModelError, match="can't be read"):
+        make_bank(tiny_model(), [folder])
+
+
+def test_the_layers_of_a_model_are_known_without_its_weights() -> None:
+    model = tiny_model()
+    assert meta_linear_shapes(model.config) == linear_shapes(model)

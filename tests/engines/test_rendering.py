@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from dspy.lm15 import (
+    FunctionTool,
+    ImagePart,
+    InvalidRequestError,
+    Message,
+    Request,
+    TextPart,
+    ThinkingPart,
+    UnsupportedFeatureError,
+)
+from small_models import CHATML, byte_tokenizer
+
+from bettertogether.engines.rendering import PromptRenderer, messages_of
+from bettertogether.errors import ModelError
+
+END, EOS = 260, 258
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+DROPS_SYSTEM = NO_SYSTEM.replace("{{ raise_exception('System role not supported') }}{% endif %}", "{% else %}").replace(
+    "\n{% endfor %}", "\n{% endif %}{% endfor %}"
+)
+CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+
+
+def renderer(template: str | None = CHATML, **options: Any) -> PromptRenderer:
+    return PromptRenderer(byte_tokenizer(template), [EOS], options.get("template_kwargs"))
+
+
+def request(*messages: Message, **options: Any) -> Request:
+    return Request("local/x", messages, **options)
+
+
+def test_the_system_text_comes_first_and_text_parts_are_joined() -> None:
+    asked = request(Message.user([TextPart("a"), TextPart("b")]), Message.assistant("c"), system="s")
+    assert messages_of(asked) == (
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "c"},
+    )
+
+
+def test_a_developers_first_message_is_system_text() -> None:
+    asked = request(Message.developer("d"), Message.user("u"), system="s")
+    assert messages_of(asked)[0] == {"role": "system", "content": "s\n\nd"}
+
+
+def test_earlier_reasoning_is_left_out() -> None:
+    asked = request(Message.user("u"), Message.assistant([ThinkingPart("hm"), TextPart("a")]), Message.user("v"))
+    assert [message["content"] for message in messages_of(asked)] == ["u", "a", "v"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "feature"),
+    [
+        (request(Message.user([TextPart("a"), ImagePart(url="http://x/y.png")])), "messages[0].parts[1]"),
+        (request(Message.user("a"), tools=(FunctionTool("f"),)), "tools"),
+    ],
+)
+def test_what_is_not_text_is_refused(asked: Request, feature: str) -> None:
+    with pytest.raises(UnsupportedFeatureError) as caught:
+        messages_of(asked)
+    assert caught.value.feature == feature
+
+
+def test_the_prompt_ends_where_the_answer_begins() -> None:
+    text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer = byte_tokenizer()
+    assert renderer().text(CHAT) == text
+    assert tokenizer.decode(renderer().prompt_tokens(CHAT)) == text
+
+
+def test_an_answer_ends_with_the_end_of_turn_token() -> None:
+    tokenizer = byte_tokenizer()
+    assert renderer().completion_tokens("ok") == [*tokenizer("ok", add_special_tokens=False).input_ids, END]
+
+
+def test_without_a_token_after_the_assistants_text_the_eos_token_ends_answers() -> None:
+    bare = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    assert renderer(bare).end_id == EOS
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM])
+def test_a_template_without_a_system_turn_gets_it_in_the_first_user_turn(template: str) -> None:
+    assert renderer(template).text(CHAT) == "<|im_start|>user\nBe brief.\n\nHi<|im_end|>\n<|im_start|>model\n"
+
+
+def test_a_template_that_loses_an_assistants_text_is_refused() -> None:
+    template = CHATML.replace("{{ message['content'] }}", "{% if message['role'] != 'assistant' %}"
+                              "{{ message['content'] }}{% endif %}")  # fmt: skip
+    with pytest.raises(ModelError, match="loses text"):
+        renderer(template)
+
+
+def test_a_chat_that_the_template_rejects_is_an_invalid_request() -> None:
+    template = CHATML + "{% if messages | length == 2 %}{{ raise_exception('two are too few') }}{% endif %}"
+    with pytest.raises(InvalidRequestError, match="two are too few"):
+        renderer(template).text([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+
+
+def test_templates_are_told_not_to_think() -> None:
+    template = CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    assert renderer(template).text(CHAT).endswith("assistant\n<think></think>")
+    assert renderer(template, template_kwargs={}).text(CHAT).endswith("assistant\n")
+
+
+def test_without_a_template_the_format_is_plain_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    plain = renderer(None)
+    chat: Any = [*CHAT, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"}]
+    assert plain.text(chat) == (
+        "<bos>Be brief.\n\n### User:\nHi\n\n### Assistant:\nHello\n\n### User:\nBye\n\n### Assistant:\n"
+    )
+    assert plain.end_id == EOS
+    assert caplog.text.count("no chat template") == 1

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import pydantic
+import pytest
+from dspy.clients.legacy_requests import _strict_json_schema
+from dspy.lm15 import UnsupportedFeatureError
+from small_models import VOCABULARY, byte_tokenizer
+
+from bettertogether.engines import structured
+from bettertogether.engines.structured import GrammarCompiler, GrammarConstraint
+from bettertogether.errors import MissingExtraError
+
+TOKENIZER = byte_tokenizer()
+COMPILER = GrammarCompiler(TOKENIZER, VOCABULARY, [258])
+
+
+def answer(schema: dict[str, Any]) -> GrammarConstraint:
+    return COMPILER.constraint({"type": "json_schema", "schema": schema, "strict": True})
+
+
+def object_of(**properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def follows(constraint: GrammarConstraint, text: str) -> bool:
+    """Whether a text is a whole answer."""
+    for token_id in TOKENIZER(text, add_special_tokens=False).input_ids:
+        if constraint.ended or not constraint.allows(token_id):
+            return False
+        constraint.advance(token_id)
+    return constraint.ended
+
+
+def dumps(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+class Item(pydantic.BaseModel):
+    name: str
+    tags: list[str]
+    kind: Literal["a", "b"]
+
+
+class Everything(pydantic.BaseModel):
+    reasoning: str
+    sure: bool
+    count: int
+    share: float
+    label: Literal["setosa", 'two "words"\n', 3]
+    numbers: list[int]
+    items: list[Item]
+    best: Item | None
+    größe: str
+
+
+VALUES: list[dict[str, Any]] = [
+    {
+        "reasoning": 'He said "é"\n\\ und\t🙂',
+        "sure": True,
+        "count": -3,
+        "share": 1.5,
+        "label": 'two "words"\n',
+        "numbers": [1, 22],
+        "items": [{"name": "x", "tags": ["p", "q"], "kind": "a"}, {"name": "y", "tags": [], "kind": "b"}],
+        "best": {"name": "z", "tags": ["r"], "kind": "b"},
+        "größe": "ü",
+    },
+    {
+        "reasoning": "",
+        "sure": False,
+        "count": 0,
+        "share": -0.25,
+        "label": 3,
+        "numbers": [],
+        "items": [],
+        "best": None,
+        "größe": "",
+    },
+]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_the_answer_is_laid_out_as_json_dumps_does(value: dict[str, Any]) -> None:
+    schema = _strict_json_schema(Everything.model_json_schema())
+    assert follows(answer(schema), dumps(value))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": "x"}',
+        '{\n"a": "x"\n}',
+        '{\n  "a": "x" }',
+        '{\n  "a": "x",\n  "b": "y"\n}',
+        '{\n  "a": 1\n}',
+        ' {\n  "a": "x"\n}',
+    ],
+)
+def test_no_other_layout_or_content_is_allowed(text: str) -> None:
+    assert not follows(answer(object_of(a={"type": "string"})), text)
+
+
+def test_open_mappings_have_the_same_layout() -> None:
+    schema = object_of(d={"type": "object", "additionalProperties": {"type": "integer"}})
+    for value in ({"d": {}}, {"d": {"x": 1}}, {"d": {"x": 1, "y": 2}}):
+        assert follows(answer(schema), dumps(value))
+
+
+@pytest.mark.parametrize(("numbers", "allowed"), [([1], False), ([1, 2], True), ([1, 2, 3], True), ([1] * 4, False)])
+def test_the_length_of_lists_is_bounded(numbers: list[int], allowed: bool) -> None:
+    schema = object_of(l={"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 3})
+    assert follows(answer(schema), dumps({"l": numbers})) is allowed
+
+
+def test_a_recursive_type_is_written_on_one_line_from_its_second_level() -> None:
+    node = object_of(value={"type": "integer"}, child={"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]})
+    schema = {"$defs": {"Node": node}, **object_of(root={"$ref": "#/$defs/Node"})}
+    inner = '{\n  "root": {\n    "value": 1,\n    "child": {"value": 2, "child": null}\n  }\n}'
+    assert follows(answer(schema), inner)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '{\n  "a": [1, {"b": null}]\n}', "{}"])
+def test_json_object_is_any_object(text: str) -> None:
+    assert follows(COMPILER.constraint({"type": "json_object"}), text)
+
+
+@pytest.mark.parametrize("text", ["[1]", '"a"', '{"a":' + " " * 40 + "1}"])
+def test_json_object_is_nothing_else_and_its_white_space_is_bounded(text: str) -> None:
+    assert not follows(COMPILER.constraint({"type": "json_object"}), text)
+
+
+def test_the_frame_is_forced_and_a_picked_label_brings_the_rest() -> None:
+    constraint = answer(object_of(label={"enum": ["setosa", "virginica"], "type": "string"}))
+    assert TOKENIZER.decode(constraint.forced()) == '{\n  "label": "'
+    constraint.advance(TOKENIZER("v", add_special_tokens=False).input_ids[0])
+    assert TOKENIZER.decode(constraint.forced()) == 'irginica"\n}'
+    assert constraint.ended
+
+
+def test_a_constant_answer_is_forced_to_its_end() -> None:
+    constraint = answer(object_of(a={"const": "x"}))
+    assert TOKENIZER.decode(constraint.forced()) == dumps({"a": "x"})
+    assert constraint.ended
+
+
+def test_nothing_may_follow_the_closing_brace() -> None:
+    constraint = answer(object_of(a={"const": "x"}))
+    constraint.forced()
+    assert not any(constraint.allows(token_id) for token_id in range(256))
+
+
+def test_a_token_that_breaks_the_grammar_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="breaks the answer's grammar"):
+        answer(object_of(a={"const": "x"})).advance(5)
+
+
+def test_constraints_of_one_schema_do_not_touch_one_another() -> None:
+    schema = object_of(a={"enum": [1, 2]})
+    first, second = answer(schema), answer(schema)
+    first.forced()
+    assert TOKENIZER.decode(second.forced()) == '{\n  "a": '
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (object_of(a={"type": "string", "pattern": "(?<=x)y"}), "look-around"),
+        (object_of(a={"type": "number", "not": {"const": 1}}), "not"),
+        (object_of(a={"$ref": "#/$defs/Gone"}), "Gone|defs"),
+        (object_of(a={"$ref": "https://example.org/x"}), "outside the schema"),
+    ],
+)
+def test_a_schema_that_can_not_be_enforced_is_refused_by_its_problem(schema: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedFeatureError, match=message) as caught:
+        answer(schema)
+    assert caught.value.feature == "config.response_format"
+
+
+def test_without_llguidance_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "structured_output_available", lambda: False)
+    with pytest.raises(MissingExtraError, match=r"pip install 'bettertogether\[structured\]'"):
+        GrammarCompiler(TOKENIZER, VOCABULARY, [258]).constraint({"type": "json_object"})
