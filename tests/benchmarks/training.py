@@ -1,0 +1,196 @@
+"""LoRA training against trl's SFTTrainer: same rows, same order, same adapter, one epoch of 64 rows in batches of 8.
+
+    pip install trl
+    python tests/benchmarks/training.py MODEL_FOLDER [--rows 64] [--demos 0 4] [--dtypes float32 bfloat16]
+
+The rows are an Iris program's (chain of thought, ChatAdapter) with 0 and with 4 demos in the prompt. Both sides train
+the same LoRA (all linear layers, rank 16, equal initial weights) with AdamW at a constant rate on the same batches;
+trl gets the tokens ready-made and its loss is on the completion too. Each side runs in a process of its own. Prints
+seconds (wall and processor), peak memory and the mean loss of each side, then the ratios (theirs / ours).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+from sklearn.datasets import load_iris
+
+from bettertogether.engines.transformers_engine import TransformersEngine
+from bettertogether.training.config import LoRAConfig, TrainingConfig
+from bettertogether.training.packing import TokenizedRow, epoch_batches
+
+BATCH = 8
+RATE = 2e-4
+
+
+class Iris(dspy.Signature):
+    """Tell the species of an iris flower from its measures in centimetres."""
+
+    sepal_length: float = dspy.InputField()
+    sepal_width: float = dspy.InputField()
+    petal_length: float = dspy.InputField()
+    petal_width: float = dspy.InputField()
+    reasoning: str = dspy.OutputField()
+    species: Literal["setosa", "versicolor", "virginica"] = dspy.OutputField()
+
+
+def iris_rows(model: str, number: int, demos: int) -> list[TokenizedRow]:
+    """Rows of the Iris program as the engine's tokens."""
+    data, engine, adapter = load_iris(), TransformersEngine(model), dspy.ChatAdapter()
+    names = ("sepal_length", "sepal_width", "petal_length", "petal_width")
+    examples = []
+    # 7 steps through the 150 flowers in an order that mixes the species.
+    for index in (7 * step % 150 for step in range(number + demos)):
+        values = dict(zip(names, map(float, data.data[index]), strict=True))
+        species = str(data.target_names[data.target[index]])
+        reasoning = f"The petal is {values['petal_length']} cm long and {values['petal_width']} cm wide: {species}."
+        examples.append((values, {"reasoning": reasoning, "species": species}))
+    shown = [dspy.Example(**inputs, **outputs) for inputs, outputs in examples[:demos]]
+    rows = []
+    for inputs, outputs in examples[demos:]:
+        messages = adapter.format(Iris, shown, inputs)
+        completion = adapter.format_assistant_message_content(Iris, outputs)
+        rows.append(TokenizedRow(engine.prompt_tokens(messages), engine.completion_tokens(completion)))
+    return rows
+
+
+def train_ours(model_folder: str, rows: Sequence[TokenizedRow], dtype: str) -> tuple[float, list[float]]:
+    """Seconds, and the loss of each step."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from bettertogether.training.trainer import train_adapter
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    training = TrainingConfig(
+        learning_rate=RATE, epochs=1, batch_size=BATCH, scheduler="constant", warmup_ratio=0.0, dtype=dtype
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        result = train_adapter(model, rows, training=training, lora=LoRAConfig(), folder=Path(folder))
+        return time.perf_counter() - started, [line.loss for line in result.history if line.loss is not None]
+
+
+def train_theirs(model_folder: str, rows: Sequence[TokenizedRow], dtype: str) -> tuple[float, list[float]]:
+    """The same with trl."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    class OrderedTrainer(SFTTrainer):  # type: ignore[misc]
+        def _get_train_sampler(self, *args: Any, **options: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    torch.manual_seed(0)
+    lora = LoRAConfig()
+    model = get_peft_model(
+        model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    order = [index for batch in epoch_batches(len(rows), BATCH, seed=0, epoch=1) for index in batch]
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
+    for row in (rows[index] for index in order):
+        columns["input_ids"].append(row.prompt_ids + row.completion_ids)
+        columns["completion_mask"].append([0] * len(row.prompt_ids) + [1] * len(row.completion_ids))
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            output_dir=folder, num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=RATE,
+            lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, max_length=None,
+            completion_only_loss=True, gradient_checkpointing=False, bf16=dtype == "bfloat16", use_cpu=True,
+            logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, dataloader_drop_last=False,
+        )  # fmt: skip
+        trainer = OrderedTrainer(
+            model, args=config, train_dataset=Dataset.from_dict(columns),
+            processing_class=AutoTokenizer.from_pretrained(model_folder),
+        )  # fmt: skip
+        started = time.perf_counter()
+        trainer.train()
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        return time.perf_counter() - started, losses
+
+
+def run_one(side: str, model_folder: str, rows_file: Path, dtype: str) -> None:
+    """Train one side and print its figures as JSON."""
+    rows = [TokenizedRow(**line) for line in json.loads(rows_file.read_text())]
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    train = train_ours if side == "ours" else train_theirs
+    seconds, losses = train(model_folder, rows, dtype)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    figures = {"seconds": seconds, "processor": processor, "peak_gib": after.ru_maxrss / 2**20, "losses": losses}
+    print("RESULT " + json.dumps(figures))
+
+
+def measure(side: str, model_folder: str, rows_file: Path, dtype: str) -> dict[str, Any]:
+    """Run one side in a process of its own."""
+    command = [sys.executable, __file__, model_folder, "--side", side, "--file", str(rows_file), "--dtypes", dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    figures: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT "))
+    mean = sum(figures["losses"]) / len(figures["losses"])
+    print(
+        f"  {side:6} {figures['seconds']:7.1f} s  processor {figures['processor']:7.1f} s  "
+        f"peak {figures['peak_gib']:5.2f} GiB  loss {mean:.4f} (first {figures['losses'][0]:.4f}, "
+        f"last {figures['losses'][-1]:.4f})",
+        flush=True,
+    )
+    return figures
+
+
+def compare(model_folder: str, number: int, demos: int, dtype: str) -> None:
+    """Measure both sides and print the ratios."""
+    rows = iris_rows(model_folder, number, demos)
+    tokens = sum(map(len, rows)) / len(rows)
+    print(f"{number} rows of {tokens:.0f} tokens, {demos} demos, {dtype}")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        file.write_text(json.dumps([asdict(row) for row in rows]))
+        ours = measure("ours", model_folder, file, dtype)
+        theirs = measure("theirs", model_folder, file, dtype)
+    gap = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+    print(
+        f"  ratio  {theirs['seconds'] / ours['seconds']:.2f} of time, {theirs['processor'] / ours['processor']:.2f} of "
+        f"processor time, {theirs['peak_gib'] / ours['peak_gib']:.2f} of memory; largest difference of a step's "
+        f"loss {gap:.5f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the base model")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--demos", type=int, nargs="+", default=[0, 4])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        run_one(options.side, options.model, options.file, options.dtypes[0])
+        return
+    if importlib.util.find_spec("trl") is None:
+        raise SystemExit("This benchmark compares with trl, which is not installed: pip install trl")
+    for dtype in options.dtypes:
+        for demos in options.demos:
+            compare(options.model, options.rows, demos, dtype)
+
+
+if __name__ == "__main__":
+    main()
