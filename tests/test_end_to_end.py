@@ -1,0 +1,143 @@
+"""The whole on the real engine, trainer and files, with a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bettertogether
+from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, local_lm
+from bettertogether.rows import render_prompt
+
+sys.path.insert(0, str(Path(__file__).parent / "engines"))
+from small_models import save_model
+
+
+class Colour(dspy.Signature):
+    """Name the colour."""
+
+    thing: str = dspy.InputField()
+    colour: Literal["red", "blue"] = dspy.OutputField()
+
+
+def metric(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> bool:
+    return bool(example.colour == prediction.colour)
+
+
+def things(number: int) -> list[dspy.Example]:
+    pairs = [(f"{'blood' if i % 2 else 'sky'} {i}", "red" if i % 2 else "blue") for i in range(number)]
+    return [dspy.Example(thing=thing, colour=colour).with_inputs("thing") for thing, colour in pairs]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def compiled(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    student = dspy.Predict(Colour)
+    student.set_lm(local_lm(model_folder, max_tokens=64))
+    run_dir = tmp_path_factory.mktemp("run") / "first"
+    steps = {
+        "p": BootstrapFewShotRS(metric, num_candidates=1, num_samples=1),
+        "w": LoRAFinetune(metric, num_samples=1, training=TrainingConfig(learning_rate=5e-3, epochs=4)),
+    }
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        program = BetterTogether(metric, **steps).compile(
+            student, trainset=things(20), valset=things(30)[20:], strategy="w -> p", run_dir=run_dir, progress=False
+        )
+        yield {"student": student, "program": program, "run_dir": run_dir, "model": model_folder}
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _json_answers() -> Iterator[None]:
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        yield
+
+
+def tuned_round(compiled: dict[str, Any]) -> Any:
+    return next(c["program"] for c in compiled["program"].candidate_programs if c["strategy"] == "w")
+
+
+def test_every_answer_parses_and_every_round_is_complete_and_scored(compiled: dict[str, Any]) -> None:
+    rounds = compiled["program"].report.rounds
+    assert [(r.strategy, r.status) for r in rounds] == [("", "complete"), ("w", "complete"), ("w -> p", "complete")]
+    assert all(len(r.scores or ()) == 10 for r in rounds)
+    assert "parse failure" not in json.dumps([dict(r.details) for r in rounds])
+
+
+def test_training_lowers_the_loss_and_the_tuned_model_has_a_name_of_its_own(compiled: dict[str, Any]) -> None:
+    losses = [h["loss"] for h in compiled["program"].report.rounds[1].details["history"] if h["loss"] is not None]
+    assert losses[-1] < 0.5 * losses[0]
+    assert compiled["student"].lm.model == "local/tiny"
+    assert tuned_round(compiled).lm.model.startswith("local/tiny@r1-")
+
+
+def test_base_and_tuned_models_answer_side_by_side_after_compile(compiled: dict[str, Any]) -> None:
+    answers = {program(thing="sky 3").colour for program in (compiled["student"], tuned_round(compiled))}
+    assert answers <= {"red", "blue"}
+    assert compiled["student"].lm.engine is tuned_round(compiled).lm.engine
+
+
+def test_the_adapter_is_plain_peft_and_gives_the_engine_s_next_token(compiled: dict[str, Any]) -> None:
+    lm = tuned_round(compiled).lm
+    engine = lm.engine
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(compiled["model"]), engine.adapter_folder(lm.model)
+    ).eval()
+    answer = lm("Say something.", max_tokens=8)[0]
+    prompt_ids = engine.prompt_tokens([{"role": "user", "content": "Say something."}])
+    ids_1_T = torch.tensor([prompt_ids])
+    with torch.no_grad():
+        out = plain.generate(input_ids=ids_1_T, attention_mask=torch.ones_like(ids_1_T), max_new_tokens=8)
+    tokenizer = AutoTokenizer.from_pretrained(compiled["model"])
+    assert answer == tokenizer.decode(out[0, len(prompt_ids) :], skip_special_tokens=True)
+
+
+def test_a_row_s_prompt_has_the_token_ids_that_the_tuned_program_sends(compiled: dict[str, Any]) -> None:
+    program = tuned_round(compiled)
+    engine = program.lm.engine
+    sample = compiled["program"].report.rounds[1].details["data_card"]["samples"][0]
+    sent = [engine.prompt_tokens(render_prompt(program, engine, t.inputs(), program.demos)) for t in things(20)]
+    assert program.demos == []
+    assert sent.count(engine.prompt_tokens(sample["prompt"])) == 1
+
+
+def test_the_same_call_on_a_finished_run_directory_gives_the_same_report_without_work(compiled: dict[str, Any]) -> None:
+    engine = compiled["student"].lm.engine
+    before = engine.counters()["requests"]
+    steps = {
+        "p": BootstrapFewShotRS(metric, num_candidates=1, num_samples=1),
+        "w": LoRAFinetune(metric, num_samples=1, training=TrainingConfig(learning_rate=5e-3, epochs=4)),
+    }
+    again = BetterTogether(metric, **steps).compile(
+        compiled["student"],
+        trainset=things(20),
+        valset=things(30)[20:],
+        strategy="w -> p",
+        run_dir=compiled["run_dir"],
+        progress=False,
+    )
+    assert engine.counters()["requests"] == before
+    assert [r.to_dict() for r in again.report.rounds] == [r.to_dict() for r in compiled["program"].report.rounds]
+
+
+def test_a_saved_program_answers_the_same_after_loading(compiled: dict[str, Any], tmp_path: Path) -> None:
+    program = tuned_round(compiled)
+    bettertogether.save(program, tmp_path / "saved")
+    loaded = bettertogether.load(tmp_path / "saved", into=dspy.Predict(Colour))
+    assert loaded.lm.model == program.lm.model
+    assert [loaded(thing=t.thing).colour for t in things(6)] == [program(thing=t.thing).colour for t in things(6)]
