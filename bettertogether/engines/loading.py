@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -128,7 +129,7 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Any
     """The model with its weights, ready to answer. Raises ModelError."""
     try:
         model = AutoModelForCausalLM.from_pretrained(card.source, dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The weights of {card.source!r} can't be loaded: {error}") from error
     return model.to(device).eval().requires_grad_(False)
 

@@ -98,16 +98,21 @@ class Scheduler:
         self._pid = os.getpid()
         self._counters = dict.fromkeys(COUNTERS, 0)
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; its future gets the answer, or the error. Raises EngineClosedError."""
+    def check_open(self) -> None:
+        """Raises EngineClosedError where no job can be submitted. Takes no lock: a fork may have left one taken."""
         if os.getpid() != self._pid:
             raise EngineClosedError(
                 "This engine was made in another process and its worker thread did not come along with the fork. "
                 "Make the engine in the process that uses it, or start processes with the 'spawn' method."
             )
+        if self._closed:
+            raise EngineClosedError("The engine is closed; make a new one to go on.")
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; its future gets the answer, or the error. Raises EngineClosedError."""
+        self.check_open()
         with self._wake:
-            if self._closed:
-                raise EngineClosedError("The engine is closed; make a new one to go on.")
+            self.check_open()
             self._counters["requests"] += 1
             self._counters["prompt_tokens"] += len(job.row.prompt_ids)
             if reason := self._begin(job):

@@ -181,6 +181,7 @@ class TransformersEngine:
 
     def _job(self, request: Request) -> Job:
         validate_request(request)
+        self._scheduler.check_open()
         adapter = "" if self._adapters.folder(request.model) is None else request.model
         sampling = SamplingOptions.from_config(request.config)
         prompt_ids = self.prompt_tokens(self.messages(request))

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dspy.lm15 import Config, Message, Request
+from peft import PeftModel
+from small_models import generated, save_model
+from transformers import AutoModelForCausalLM
+
+from bettertogether.engines import FinetuneResult, TrainingProgress, TrainingRow, TransformersEngine
+from bettertogether.engines.adapters import content_hash
+from bettertogether.errors import NoTrainingDataError, UnknownAdapterError
+from bettertogether.training.config import LoRAConfig, TrainingConfig
+
+TRAINING = TrainingConfig(epochs=12, batch_size=4, learning_rate=2e-2, dtype="float32")
+LORA = LoRAConfig(rank=4)
+ROWS = [TrainingRow(({"role": "user", "content": f"Say {word}."},), word) for word in ("yes", "no", "maybe", "never")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[TransformersEngine]:
+    made = TransformersEngine(folder)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def trained(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[TransformersEngine, FinetuneResult]]:
+    engine = TransformersEngine(folder)
+    where = tmp_path_factory.mktemp("adapters")
+    yield engine, engine.finetune(ROWS, validation_rows=ROWS[:2], lora=LORA, training=TRAINING, folder=where)
+    engine.close()
+
+
+def answer(engine: TransformersEngine, row: TrainingRow, model: str) -> str | None:
+    message = Message.user(row.messages[0]["content"])
+    return engine.complete(Request(model, (message,), config=Config(max_tokens=12))).text
+
+
+def test_the_adapter_says_what_it_was_taught_and_the_base_does_not(trained: Any) -> None:
+    engine, result = trained
+    assert [answer(engine, row, result.model) for row in ROWS] == [row.completion for row in ROWS]
+    assert [answer(engine, row, "local/tiny") for row in ROWS] != [row.completion for row in ROWS]
+
+
+def test_the_folder_is_named_by_its_content_and_holds_a_plain_peft_adapter(trained: Any, folder: Path) -> None:
+    engine, result = trained
+    assert result.model == f"local/{result.folder.name}" == f"local/tiny@r1-{content_hash(result.folder)[:8]}"
+    assert {path.name for path in result.folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert [path.name for path in result.folder.parent.iterdir()] == [result.folder.name]
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), result.folder)
+    prompt_ids = engine.prompt_tokens(ROWS[0].messages)
+    assert generated(tuned, prompt_ids, 4) == engine.completion_tokens("yes")
+
+
+def test_the_losses_before_and_after_are_reported(trained: Any) -> None:
+    _, result = trained
+    assert result.validation_loss < 0.1 < result.base_validation_loss
+    assert result.history[-1].total_steps == 12
+    assert 1 <= result.best_epoch <= 12
+    assert result.tokens > 0
+
+
+def test_the_next_round_goes_on_from_the_last(trained: Any, tmp_path: Path) -> None:
+    engine, first = trained
+    lines: list[TrainingProgress] = []
+    second = engine.finetune(
+        ROWS,
+        validation_rows=ROWS,
+        lora=LORA,
+        training=TrainingConfig(epochs=1, dtype="float32"),
+        start_from=first.model,
+        folder=tmp_path,
+        on_progress=lines.append,
+    )
+    assert second.model.startswith("local/tiny@r2-")
+    assert json.loads((second.folder / "bettertogether.json").read_text()) == {"round": 2, "base": "tiny"}
+    assert second.base_validation_loss < 0.1
+    assert tuple(lines) == second.history
+
+
+def test_the_model_is_as_before(engine: TransformersEngine, tmp_path: Path) -> None:
+    before = answer(engine, ROWS[0], "local/tiny")
+    weights = {name: tensor.clone() for name, tensor in engine._model.state_dict().items()}
+    engine.finetune(ROWS, lora=LORA, training=TrainingConfig(epochs=1, dtype="float32"), folder=tmp_path)
+    after = engine._model.state_dict()
+    assert all(torch.equal(weights[name], after[name]) for name in weights)
+    assert weights.keys() == after.keys()
+    assert not any(parameter.requires_grad for parameter in engine._model.parameters())
+    assert answer(engine, ROWS[0], "local/tiny") == before
+
+
+def test_the_same_training_gives_the_same_adapter(engine: TransformersEngine, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"lora": LORA, "training": TrainingConfig(epochs=1, dtype="float32")}
+    one = engine.finetune(ROWS, folder=tmp_path / "one", **options)
+    two = engine.finetune(ROWS, folder=tmp_path / "two", **options)
+    again = engine.finetune(ROWS, folder=tmp_path / "one", **options)
+    assert one.model == two.model == again.model
+    assert again.folder == one.folder
+
+
+def test_rows_that_are_too_long_are_left_out_with_the_reason(engine: TransformersEngine, tmp_path: Path) -> None:
+    long = TrainingRow(({"role": "user", "content": "x" * 5000},), "yes")
+    training = TrainingConfig(epochs=1, dtype="float32")
+    result = engine.finetune([ROWS[0], long], lora=LORA, training=training, folder=tmp_path)
+    ((index, reason),) = result.skipped_rows
+    assert index == 1
+    assert reason.startswith("prompt+completion 50")
+    assert reason.endswith("tokens > max_length 4096")
+
+
+@pytest.mark.parametrize("rows", [[], [TrainingRow(({"role": "user", "content": "x" * 5000},), "yes")]])
+def test_nothing_to_train_on_is_an_error(engine: TransformersEngine, rows: list[TrainingRow]) -> None:
+    with pytest.raises(NoTrainingDataError, match=f"{len(rows)} rows came, {len(rows)} of them too long"):
+        engine.finetune(rows)
+
+
+def test_a_start_that_is_not_held_is_an_error(engine: TransformersEngine) -> None:
+    with pytest.raises(UnknownAdapterError, match="r7-0"):
+        engine.finetune(ROWS, start_from="local/tiny@r7-0")
+
+
+def test_requests_wait_while_it_trains_and_are_answered_after(engine: TransformersEngine, tmp_path: Path) -> None:
+    expected = answer(engine, ROWS[0], "local/tiny")
+    answers: list[str | None] = []
+    thread = threading.Thread(target=lambda: answers.append(answer(engine, ROWS[0], "local/tiny")))
+
+    def start(line: TrainingProgress) -> None:
+        if not thread.ident:
+            thread.start()
+        assert not answers
+
+    training = TrainingConfig(epochs=3, dtype="float32")
+    engine.finetune(ROWS, lora=LORA, training=training, folder=tmp_path, on_progress=start)
+    thread.join(timeout=10)
+    assert answers == [expected]
+
+
+def test_a_training_that_fails_leaves_the_engine_as_it_was(engine: TransformersEngine, tmp_path: Path) -> None:
+    before = answer(engine, ROWS[0], "local/tiny")
+
+    def fail(line: TrainingProgress) -> None:
+        raise ZeroDivisionError("from the callback")
+
+    with pytest.raises(ZeroDivisionError, match="from the callback"):
+        engine.finetune(ROWS, lora=LORA, training=TRAINING, folder=tmp_path, on_progress=fail)
+    assert answer(engine, ROWS[0], "local/tiny") == before
+
+
+def test_without_a_folder_adapters_go_to_the_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = TrainingConfig(epochs=1, dtype="float32")
+    monkeypatch.setenv("BETTERTOGETHER_CACHE", str(tmp_path / "cache"))
+    for options, parent in (
+        ({}, tmp_path / "cache" / "adapters"),
+        ({"cache_folder": tmp_path / "own"}, tmp_path / "own"),
+    ):
+        engine = TransformersEngine(folder, **options)  # type: ignore[arg-type]
+        assert engine.finetune(ROWS, lora=LORA, training=training).folder.parent == parent
+        engine.close()
