@@ -8,7 +8,8 @@
             return MyEngine(...)
 
 `pytest.register_assert_rewrite("bettertogether.engine_contract")` before that import makes failures say what was
-compared. No pytest is imported here. An engine passes when every test does; a feature that it does not declare is not tested.
+compared. No pytest is imported here. An engine passes when every test does; a feature that it does not declare is not
+tested.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class EngineContract:
         """Rows for the very requests of these tests."""
         return [TrainingRow(engine.messages(self.request(engine, word)), completion) for word in self.words]
 
-    def finetune(self, engine: LocalEngine, folder: Path, completion: str = "a colour", **options: Any) -> FinetuneResult:
+    def finetune(
+        self, engine: LocalEngine, folder: Path, completion: str = "a colour", **options: Any
+    ) -> FinetuneResult:
         """A short training."""
         rows = self.rows(engine, completion)
         return engine.finetune(rows, lora=self.lora, training=self.training, folder=folder, **options)
