@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import dspy
@@ -29,19 +30,25 @@ def parallel_map(
     """
     results: dict[int, Result] = {}
     pool = ThreadPoolExecutor(max(1, min(num_threads, len(items) or 1)), thread_name_prefix="bettertogether")
-    pending: dict[Future[Result], int] = {}
+    indices: dict[Future[Result], int] = {}
+    # Not concurrent.futures.wait, which looks at every pending item each time that one is done.
+    finished: SimpleQueue[Future[Result]] = SimpleQueue()
     try:
         for index, item in enumerate(items):
-            pending[pool.submit(contextvars.copy_context().run, function, item)] = index
-        while pending:
-            done, _ = wait(pending, timeout=WAKE_UP_S, return_when=FIRST_COMPLETED)
-            for future in sorted(done, key=pending.__getitem__):
-                index = pending.pop(future)
-                results[index] = future.result()
-                if on_result:
-                    on_result(index, results[index])
+            future = pool.submit(contextvars.copy_context().run, function, item)
+            indices[future] = index
+            future.add_done_callback(finished.put)
+        while len(results) < len(items):
+            try:
+                future = finished.get(timeout=WAKE_UP_S)
+            except Empty:
+                continue
+            index = indices[future]
+            results[index] = future.result()
+            if on_result:
+                on_result(index, results[index])
     finally:
-        pool.shutdown(wait=not pending, cancel_futures=True)
+        pool.shutdown(wait=len(results) == len(items), cancel_futures=True)
     return [results[index] for index in range(len(items))]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from .errors import ProgramError
 
 RESULTS = ("candidate_programs", "trial_logs", "detailed_results", "report", "flag_compilation_error_occurred")
 """What optimizers hang on the program that they return: other programs and reports, no part of it."""
+
+_NO_PARTS = frozenset({*RESULTS, "history", "callbacks", "demos", "traces", "train", "lm", "signature"})
 
 
 def copy_program(program: dspy.Module) -> dspy.Module:
@@ -40,9 +43,20 @@ def drop_results(program: dspy.Module) -> None:
 
 
 def modules_of(program: dspy.Module) -> list[tuple[str, dspy.Module]]:
-    """The modules that a program is made of, itself first, by name."""
-    prefixes = tuple(f"self.{name}" for name in RESULTS)
-    return [(name, m) for name, m in program.named_sub_modules(dspy.Module) if not name.startswith(prefixes)]
+    """The modules that a program is made of, itself first, by name: those that are frozen too, unlike
+    `named_predictors`, and neither in `RESULTS` nor among the demos and histories, unlike `named_sub_modules`."""
+    found: dict[int, tuple[str, dspy.Module]] = {}
+    queue: deque[tuple[str, Any]] = deque([("self", program)])
+    while queue:
+        name, value = queue.popleft()
+        if isinstance(value, dspy.Module) and id(value) not in found:
+            found[id(value)] = (name, value)
+            queue.extend((f"{name}.{k}", v) for k, v in value.__dict__.items() if k not in _NO_PARTS)
+        elif isinstance(value, dict):
+            queue.extend((f"{name}[{key!r}]", item) for key, item in value.items())
+        elif isinstance(value, list | tuple):
+            queue.extend((f"{name}[{index}]", item) for index, item in enumerate(value))
+    return list(found.values())
 
 
 def _uncopyable(program: dspy.Module, memo: Mapping[int, Any]) -> dict[int, Any]:

@@ -104,7 +104,9 @@ class Runner:
         self._seed = seed
         self._key = program_key(program)
         self._store = store if self._key is not None else None
-        self._spare: list[dspy.Module] = []
+        self._predictors = program.predictors()
+        self._attribution = Attribution(program)
+        self._spare: list[tuple[dspy.Module, Attribution]] = []
         """Copies of the program that no thread is using; copying one for each attempt would cost more than the run
         of a small program, and as much memory as what it holds, such as a search index."""
 
@@ -114,8 +116,8 @@ class Runner:
         key = (self._key or "", content, f"{self._seed if self._is_changed(attempt) else ''}|{attempt.key}")
         if self._store and (known := self._store.get(key)):
             return Run(known.prediction, known.calls, known.raw_trace, known.failure, known.error)
-        with self._prepared(attempt, stable_seed(self._seed, content, attempt.number)) as program:
-            run = run_program(program, example)
+        with self._prepared(attempt, stable_seed(self._seed, content, attempt.number)) as (program, attribution):
+            run = run_program(program, example, attribution)
         if self._store:
             self._store.put(key, run)
         return run
@@ -123,26 +125,27 @@ class Runner:
     def _is_changed(self, attempt: Attempt) -> bool:
         """Whether an attempt needs other LMs or prompts than the program's."""
         asked = attempt.number > 0 or attempt.temperature is not None or bool(attempt.narrow)
-        return asked or any(_needs_seed(predictor.lm) for predictor in self._program.predictors())
+        return asked or any(_needs_seed(predictor.lm) for predictor in self._predictors)
 
     @contextmanager
-    def _prepared(self, attempt: Attempt, seed: int) -> Iterator[dspy.Module]:
+    def _prepared(self, attempt: Attempt, seed: int) -> Iterator[tuple[dspy.Module, Attribution]]:
         """The program as it is, or a copy that samples, or one that knows the label."""
         if not self._is_changed(attempt):
-            yield self._program
+            yield self._program, self._attribution
             return
         try:
-            program = self._spare.pop()
+            program, attribution = self._spare.pop()
         except IndexError:
             program = copy_program(self._program)
-        for predictor, original in zip(program.predictors(), self._program.predictors(), strict=True):
+            attribution = Attribution(program)
+        for predictor, original in zip(program.predictors(), self._predictors, strict=True):
             lm = original.lm or dspy.settings.lm
             predictor.lm = None if lm is None else _sampling_lm(lm, attempt, seed)
             predictor.signature = original.signature
         if attempt.narrow:
             narrow_signatures(program, attempt.narrow)
-        yield program
-        self._spare.append(program)
+        yield program, attribution
+        self._spare.append((program, attribution))
 
 
 def _needs_seed(lm: Any) -> bool:
@@ -185,12 +188,13 @@ def narrow_signatures(program: dspy.Module, labels: Mapping[str, Any]) -> None:
         )
 
 
-def run_program(program: dspy.Module, example: dspy.Example) -> Run:
-    """One run with its own trace and its own count of tokens."""
+def run_program(program: dspy.Module, example: dspy.Example, attribution: Attribution | None = None) -> Run:
+    """One run with its own trace and its own count of tokens. DSPy's histories, which keep every prompt of a pass in
+    memory, are left alone."""
     tracker = _SharedTracker()
     trace = _Trace()
     prediction, failure, error = None, None, None
-    with dspy.context(trace=trace, usage_tracker=tracker):
+    with dspy.context(trace=trace, usage_tracker=tracker, disable_history=True):
         try:
             prediction = _call(program, dict(example.inputs()))
         except Exception as caught:
@@ -203,7 +207,7 @@ def run_program(program: dspy.Module, example: dspy.Example) -> Run:
             for entry in entries:
                 outer.add_usage(model, entry)
     entries = trace.in_order()
-    calls = attribute_calls(program, entries)
+    calls = (attribution or Attribution(program)).calls(entries)
     return Run(prediction, calls, tuple(entries), failure, error, _ledger(tracker, len(trace)))
 
 
@@ -276,40 +280,50 @@ def _ledger(tracker: UsageTracker, calls: int) -> Ledger:
     )
 
 
-def attribute_calls(program: dspy.Module, trace: Sequence[Any]) -> tuple[Call, ...]:
-    """The calls of a trace by predictor name: by object; failing that (a program that calls deep copies of its
+class Attribution:
+    """Which predictor of a program made which call: by object; failing that (a program that calls deep copies of its
     predictors) by the identity that a deep copy keeps, by signature, then by position.
 
     Calls of frozen (compiled) sub-modules belong to nobody and are left out.
     """
-    predictors = predictors_of(program)
-    by_object = {id(predictor): name for name, predictor in predictors.items()}
-    fallbacks: list[Callable[[Any, int], str | None]] = [
-        _unique_lookup(predictors, lambda p: getattr(p, "stage", None)),
-        _unique_lookup(predictors, lambda p: repr(p.signature.dump_state()) + repr(sorted(p.signature.fields))),
-        lambda _, position: list(predictors)[position] if len(trace) == len(predictors) else None,
-    ]
-    frozen = _frozen_predictors(program)
-    calls = []
-    for position, (predictor, inputs, prediction) in enumerate(trace):
-        name = by_object.get(id(predictor))
-        if name is None and not {id(predictor), getattr(predictor, "stage", None)} & frozen:
-            name = next((found for look in fallbacks if (found := look(predictor, position))), None)
-        if name is None:
-            continue
-        outputs = {key: value for key, value in prediction.items() if key in predictor.signature.output_fields}
-        calls.append(Call(name, dict(inputs), outputs))
-    return tuple(calls)
+
+    def __init__(self, program: dspy.Module) -> None:
+        predictors = predictors_of(program)
+        self._names = list(predictors)
+        self._by_object = {id(predictor): name for name, predictor in predictors.items()}
+        self._frozen = _frozen_predictors(program)
+        self._by_identity: list[Callable[[Any], str | None]] = [
+            _unique_lookup(predictors, lambda p: getattr(p, "stage", None)),
+            _unique_lookup(predictors, lambda p: repr(p.signature.dump_state()) + repr(sorted(p.signature.fields))),
+        ]
+
+    def calls(self, trace: Sequence[Any]) -> tuple[Call, ...]:
+        """The calls of a trace, by predictor name."""
+        found = []
+        for position, (predictor, inputs, prediction) in enumerate(trace):
+            name = self._by_object.get(id(predictor)) or self._name_of_copy(predictor, position, len(trace))
+            if name is not None:
+                outputs = {key: value for key, value in prediction.items() if key in predictor.signature.output_fields}
+                found.append(Call(name, dict(inputs), outputs))
+        return tuple(found)
+
+    def _name_of_copy(self, predictor: Any, position: int, calls: int) -> str | None:
+        if {id(predictor), getattr(predictor, "stage", None)} & self._frozen:
+            return None
+        for look in self._by_identity:
+            if name := look(predictor):
+                return name
+        return self._names[position] if calls == len(self._names) else None
 
 
 def _unique_lookup(
     predictors: Mapping[str, dspy.Predict], identity: Callable[[Any], object]
-) -> Callable[[Any, int], str | None]:
+) -> Callable[[Any], str | None]:
     names: dict[object, list[str]] = {}
     for name, predictor in predictors.items():
         names.setdefault(identity(predictor), []).append(name)
 
-    def look(predictor: Any, _: int) -> str | None:
+    def look(predictor: Any) -> str | None:
         found = names.get(identity(predictor), [])
         return found[0] if len(found) == 1 else None
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -273,6 +274,7 @@ def _key(messages: Sequence[ChatMessage]) -> str:
     return json.dumps(list(messages))
 
 
+@functools.lru_cache(maxsize=100_000)
 def _word(word: str) -> int:
     return int.from_bytes(hashlib.sha256(word.encode()).digest()[:3], "big") + 1
 

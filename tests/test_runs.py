@@ -323,6 +323,25 @@ def test_usage_reaches_a_tracker_outside_and_the_prediction(engine: FakeEngine) 
     assert run.prediction.get_lm_usage() == tracker.get_total_tokens()
 
 
+def test_runs_leave_no_prompts_in_dspys_histories(engine: FakeEngine) -> None:
+    program = two_step_program(engine)
+    run_program(program, ONE)
+    assert (program.history, program.remark.history, program.remark.lm.history) == ([], [], [])
+
+
+def test_a_long_history_does_not_slow_runs_down(engine: FakeEngine) -> None:
+    def seconds(program: Any) -> float:
+        runner = Runner(program)
+        started = time.process_time()
+        for example in numbers(50):
+            runner.run(example)
+        return time.process_time() - started
+
+    fresh, used = two_step_program(engine), two_step_program(engine)
+    used.history = [{"messages": [{"content": str(i)}]} for i in range(20_000)]
+    assert seconds(used) < 3 * seconds(fresh)
+
+
 def test_a_plain_attempt_runs_the_program_itself(engine: FakeEngine) -> None:
     program = two_step_program(engine)
     run = Runner(program).run(ONE)
