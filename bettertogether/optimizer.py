@@ -140,6 +140,10 @@ class BetterTogether(Teleprompter):
         used = {key for steps in parsed for key in steps} if parsed else set(self.optimizers)
         for key in sorted(used):
             _check_trainable(self.optimizers[key], key, student)
+            if teachers and isinstance(self.optimizers[key], dspy.GEPA):
+                raise ConfigError(
+                    f"GEPA does not accept a teacher argument. Please remove the teacher argument, or step {key!r}."
+                )
         plan = Plan(
             student=copy_program(student),
             trainset=trainset,

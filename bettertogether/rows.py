@@ -106,12 +106,14 @@ def take_request(predictor: dspy.Predict, inputs: Mapping[str, Any], demos: Sequ
     taker.lm = predictor.lm.copy(engine=_RequestTaker(predictor.lm.engine), cache=False, callbacks=[])
     taker.demos = list(demos)
     taker.callbacks = []
+    # Of a predictor that is a program by itself, an optimizer may have replaced it.
+    taker.__dict__.pop("forward", None)
     try:
         with dspy.context(callbacks=[], trace=[], disable_history=True, send_stream=None):
             taker(**inputs)
     except RequestTaken as taken:
         return taken.request
-    raise DataError(f"Predictor {predictor} answered {inputs!r:.200} without calling its LM, so it has no prompt.")
+    raise DataError(f"a {type(predictor).__name__} answers without calling its LM, so it has no prompt")
 
 
 def render_prompt(

@@ -17,7 +17,7 @@ from dspy.utils.callback import BaseCallback
 
 from .errors import ProgramError
 from .lm import local_engine
-from .programs import copy_for_step, drop_results, predictors_of
+from .programs import copy_for_step, drop_results, modules_of, predictors_of
 from .records import Ledger
 
 
@@ -93,6 +93,7 @@ def run_step(
     with _fallback_lm(lms), _counting(None if own_store else counter):
         result = unmark(prepared.compile(student, **arguments))
     drop_results(result)
+    _free_forward(result)
     for name, predictor in predictors_of(result).items():
         if predictor.lm is None:
             predictor.lm = lms.get(name)
@@ -164,6 +165,14 @@ def unmark(result: dspy.Module) -> dspy.Module:
         for _, predictor in each.named_sub_modules(dspy.Predict):
             predictor.__dict__.pop("reset", None)
     return result
+
+
+def _free_forward(program: dspy.Module) -> None:
+    """Undo `module.forward = module.forward`, with which DSPy ends its tracing: it binds the method to the object that
+    was traced, which in a copy is another one."""
+    for _, module in modules_of(program):
+        if getattr(module.__dict__.get("forward"), "__func__", ...) is getattr(type(module), "forward", None):
+            del module.__dict__["forward"]
 
 
 def _marked_copy(teacher: Any) -> Any:

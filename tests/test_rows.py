@@ -241,8 +241,15 @@ def test_a_predictor_that_answers_without_its_lm_has_no_prompt() -> None:
 
     program = Constant(Parity)
     program.set_lm(plain_lm(parity_engine(lambda *_: True)))
-    with pytest.raises(DataError, match="without calling its LM"):
+    with pytest.raises(DataError, match="a Constant answers without calling its LM"):
         take_request(program, {"number": 1}, [])
+
+
+def test_a_predictor_whose_forward_was_replaced_has_the_prompt_of_its_class() -> None:
+    program = parity_program(parity_engine(lambda *_: True))
+    prompt = take_request(program, {"number": 1}, [])
+    program.forward = lambda **inputs: dspy.Prediction(parity="odd")
+    assert take_request(program, {"number": 1}, []) == prompt
 
 
 def call(number: int) -> Call:

@@ -173,6 +173,11 @@ def test_bootstrap_finetune_trains_on_the_lms_own_engine() -> None:
     assert program.lm.model == "local/fake"
 
 
+def test_the_forward_that_bootstrap_finetune_leaves_on_its_program_is_taken_off() -> None:
+    result = run("BootstrapFinetune", parity_program(parity_engine(careful))).program
+    assert "forward" not in result.__dict__
+
+
 def test_bootstrap_finetune_goes_on_with_a_tuned_lm() -> None:
     engine = parity_engine(careful)
     tuned = LoRAFinetune(parity_match).compile(parity_program(engine), trainset=TRAIN)
