@@ -13,6 +13,7 @@ from typing import Any, Literal
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
+from . import __version__
 from . import callbacks as events
 from . import strategy as strategies
 from .budget import Budget
@@ -329,8 +330,8 @@ def _describe(optimizer: Teleprompter) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("bettertogether", "dspy", "torch", "transformers", "peft", "accelerate"):
+    found = {"bettertogether": __version__}
+    for package in ("dspy", "torch", "transformers", "peft", "accelerate"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
