@@ -34,15 +34,6 @@ def test_no_items_give_no_results() -> None:
     assert parallel_map(str, [], num_threads=4) == []
 
 
-def test_the_time_an_item_takes_does_not_grow_with_their_number() -> None:
-    def seconds(count: int) -> float:
-        started = time.process_time()
-        parallel_map(str, range(count), num_threads=2)
-        return (time.process_time() - started) / count
-
-    assert seconds(4000) < 4 * seconds(400)
-
-
 def test_no_more_than_num_threads_run_at_once() -> None:
     lock, running, most = threading.Lock(), 0, 0
 
