@@ -1,0 +1,186 @@
+"""Time of the engine against the other ways to answer the same prompts, side by side in one process.
+
+    python tests/benchmarks/generation.py MODEL_FOLDER [--requests 64] [--demos 8] [--new-tokens 64] [--repeats 3]
+
+64 requests of an Iris program (chain of thought, JSON) with 8 demos each, greedy and of a fixed length, so that every
+way does the same work. A way that is slow is timed on a part of the requests, and the time is scaled to all of them
+(`--share one-by-one=8`): one by one and in padded batches it is proportional to their number. The texts of all ways
+are compared. llama.cpp is timed when `llama_cpp` can be imported and --gguf names its file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import dspy
+import torch
+from sklearn.datasets import load_iris
+from transformers import GenerationConfig
+
+from bettertogether.engines.adapters import AdapterBank, linear_shapes
+from bettertogether.engines.base import ChatMessage
+from bettertogether.engines.decoding import Row
+from bettertogether.engines.loading import load_model, make_decoder, pick_dtype, read_card
+from bettertogether.engines.rendering import PromptRenderer
+from bettertogether.engines.scheduler import Job, Scheduler
+from bettertogether.engines.text_stream import TextStream
+
+Prompts = Sequence[list[int]]
+Answers = list[list[int]]
+Way = Callable[[Prompts], Answers]
+
+
+class Iris(dspy.Signature):
+    """Tell the species of an iris flower from its measures in centimetres."""
+
+    sepal_length: float = dspy.InputField()
+    sepal_width: float = dspy.InputField()
+    petal_length: float = dspy.InputField()
+    petal_width: float = dspy.InputField()
+    reasoning: str = dspy.OutputField()
+    species: Literal["setosa", "versicolor", "virginica"] = dspy.OutputField()
+
+
+def chats(requests: int, demos: int) -> list[list[ChatMessage]]:
+    """The messages that DSPy's JSONAdapter sends for Iris flowers."""
+    data = load_iris()
+    names = ["sepal_length", "sepal_width", "petal_length", "petal_width"]
+    flowers = [
+        dict(zip(names, map(float, data.data[place * 37 % 150]), strict=True))
+        | {"species": str(data.target_names[data.target[place * 37 % 150]])}
+        for place in range(requests + demos)
+    ]
+    shots = [
+        {**flower, "reasoning": f"The petals are {flower['petal_length']} cm long and {flower['petal_width']} cm wide, "
+         f"as those of {flower['species']} are."} for flower in flowers[:demos]
+    ]  # fmt: skip
+    adapter = dspy.JSONAdapter()
+    return [adapter.format(Iris, shots, {name: flower[name] for name in names}) for flower in flowers[demos:]]
+
+
+class Bench:
+    """One model in memory, and the ways to answer with it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.card = read_card(options.model)
+        device = torch.device("cpu")
+        self.model = load_model(self.card, device, pick_dtype(options.dtype, device))
+        self.renderer = PromptRenderer(self.card.tokenizer, self.card.eos_ids, None)
+        adapters = AdapterBank("model", lambda: linear_shapes(self.model))
+        adapters.attach(self.model)
+        self._make_decoder = lambda: make_decoder(self.model, adapters, 2 << 30)
+
+    def engine(self, prompts: Prompts) -> Answers:
+        """This library's, from nothing cached."""
+        scheduler = Scheduler(
+            self._make_decoder, eos_ids=frozenset(), max_batch_size=64, out_of_memory=lambda error: False
+        )
+        rows = [Row(prompt, self.options.new_tokens) for prompt in prompts]
+        jobs = [Job(row, TextStream(lambda ids: "")) for row in rows]
+        for job in jobs:
+            scheduler.submit(job)
+        for job in jobs:
+            job.future.result()
+        scheduler.close()
+        return [row.output_ids for row in rows]
+
+    def one_by_one(self, prompts: Prompts) -> Answers:
+        """`model.generate` for each prompt."""
+        return [self._generate([prompt])[0] for prompt in prompts]
+
+    def padded(self, prompts: Prompts) -> Answers:
+        """`model.generate` for padded batches."""
+        size = self.options.padded_batch
+        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        return [answer for batch in batches for answer in self._generate(batch)]
+
+    def continuous(self, prompts: Prompts) -> Answers:
+        """transformers' continuous batching (`generate_batch`)."""
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=self.options.new_tokens, eos_token_id=-1, pad_token_id=0
+        )
+        results = self.model.generate_batch(inputs=list(prompts), generation_config=config)
+        return [list(results[key].generated_tokens) for key in sorted(results, key=lambda key: int(key.split("_")[-1]))]
+
+    def llama_cpp(self, prompts: Prompts) -> Answers:
+        """llama.cpp, one by one, with its own reuse of the prefix."""
+        import llama_cpp
+
+        context = max(map(len, prompts)) + self.options.new_tokens + 8
+        llama = llama_cpp.Llama(
+            str(self.options.gguf), n_ctx=context, n_threads=torch.get_num_threads(), verbose=False, logits_all=False
+        )
+        answers = []
+        for prompt in prompts:
+            stream = llama.generate(prompt, temp=0.0, top_k=1)
+            answers.append([next(stream) for _ in range(self.options.new_tokens)])
+        return answers
+
+    def _generate(self, prompts: Prompts) -> Answers:
+        longest = max(map(len, prompts))
+        ids_B_T = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask_B_T = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        out = self.model.generate(
+            ids_B_T, attention_mask=mask_B_T, do_sample=False, max_new_tokens=self.options.new_tokens,
+            min_new_tokens=self.options.new_tokens, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        return out[:, longest:].tolist()
+
+
+def timed(way: Way, prompts: Prompts, repeats: int, clock: Callable[[], float]) -> tuple[float, Answers]:
+    """Median seconds, and the answers."""
+    seconds = []
+    answers: Answers = []
+    for _ in range(repeats):
+        start = clock()
+        answers = way(prompts)
+        seconds.append(clock() - start)
+    return statistics.median(seconds), answers
+
+
+def main() -> int:
+    """Time the ways and print the ratios; fails where texts differ in float32."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--dtype", default="float32")
+    for name, default in (("requests", 64), ("demos", 8), ("new-tokens", 64), ("repeats", 3), ("padded-batch", 16)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--ways", nargs="*", default=["engine", "one_by_one", "padded", "continuous", "llama_cpp"])
+    parser.add_argument("--share", nargs="*", default=["one_by_one=8", "padded=16"], help="WAY=REQUESTS, then scaled")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="with --threads 1: fair on a machine that others use")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    bench = Bench(options)
+    prompts = [bench.renderer.prompt_tokens(chat) for chat in chats(options.requests, options.demos)]
+    shares = dict(share.split("=") for share in options.share)
+    print(f"{len(prompts)} prompts of {len(prompts[0])} tokens, {options.new_tokens} new ones each, {options.dtype}")
+    reference: Answers = []
+    base = 0.0
+    wrong = 0
+    for name in options.ways:
+        if name == "llama_cpp" and options.gguf is None:
+            print("llama_cpp   skipped: no --gguf")
+            continue
+        part = prompts[: min(int(shares.get(name, len(prompts))), len(prompts))]
+        seconds, answers = timed(getattr(bench, name), part, options.repeats, clock)
+        seconds *= len(prompts) / len(part)
+        reference, base = (reference, base) if reference else (answers, seconds)
+        same = sum(a == b for a, b in zip(answers, reference, strict=False))
+        wrong += name not in ("engine", "llama_cpp") and same < len(part)
+        text = f"same text {same}/{len(part)} (timed on {len(part)})"
+        print(f"{name:11} {seconds:8.1f} s {seconds / base:6.1f}x   {text}", flush=True)
+    return int(wrong > 0 and options.dtype == "float32")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
