@@ -74,14 +74,16 @@ def partial_attention(
             q_B_K_N_D, k_B_K_S_D, v_B_K_S_D, 0.0, False, attn_mask=mask, scale=kind.scale
         )
         return out, log_sum
-    scores_B_K_N_S = torch.matmul(q_B_K_N_D, k_B_K_S_D.transpose(-1, -2)).float() * kind.scale
+    scores_B_K_N_S = torch.matmul(q_B_K_N_D, k_B_K_S_D.transpose(-1, -2)).float().mul_(kind.scale)
     if kind.softcap is not None:
-        scores_B_K_N_S = torch.tanh(scores_B_K_N_S / kind.softcap) * kind.softcap
+        scores_B_K_N_S.div_(kind.softcap).tanh_().mul_(kind.softcap)
     if mask_B_1_N_S is not None:
-        scores_B_K_N_S = scores_B_K_N_S + mask_B_1_N_S
-    log_sum_B_K_N = torch.logsumexp(scores_B_K_N_S, -1)
-    weights_B_K_N_S = (scores_B_K_N_S - log_sum_B_K_N[..., None]).exp_().to(v_B_K_S_D.dtype)
-    return torch.matmul(weights_B_K_N_S, v_B_K_S_D), log_sum_B_K_N
+        scores_B_K_N_S.add_(mask_B_1_N_S)
+    largest_B_K_N_1 = scores_B_K_N_S.amax(-1, keepdim=True)
+    weights_B_K_N_S = scores_B_K_N_S.sub_(largest_B_K_N_1).exp_()
+    total_B_K_N_1 = weights_B_K_N_S.sum(-1, keepdim=True)
+    out_B_K_N_D = torch.matmul(weights_B_K_N_S.to(v_B_K_S_D.dtype), v_B_K_S_D) / total_B_K_N_1
+    return out_B_K_N_D.to(v_B_K_S_D.dtype), (largest_B_K_N_1 + total_B_K_N_1.log())[..., 0]
 
 
 def merge(out_a: Tensor, log_sum_a: Tensor, out_b: Tensor, log_sum_b: Tensor) -> Tensor:
