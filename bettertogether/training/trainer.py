@@ -26,7 +26,7 @@ from .config import LoRAConfig, TrainingConfig
 from .fused import fused_lora
 from .loss import RowLoss, row_loss
 from .packing import TokenizedRow, epoch_batches
-from .precision import checkpoint_gradients, compute_dtype, four_bit_copy
+from .precision import checkpoint_gradients, compute_dtype, four_bit_copy, tokens_in_memory
 
 EVALUATION_ROWS = 256
 """Validation rows whose prefixes are sought together; the search is quadratic in them."""
@@ -140,7 +140,7 @@ class _Run:
         self.parameters = adapter.parameters
         self.steps_per_epoch = math.ceil(len(rows) / training.batch_size)
         self.total_steps = self.steps_per_epoch * training.epochs
-        self.max_tokens = training.max_tokens_per_batch
+        self.max_tokens = min(training.max_tokens_per_batch, tokens_in_memory(adapter.base, loss.dtype))
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay
         )

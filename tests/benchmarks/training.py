@@ -2,6 +2,7 @@
 
     pip install trl
     python tests/benchmarks/training.py MODEL_FOLDER [--rows 64] [--demos 0 4] [--dtypes float32 bfloat16]
+        [--their-batch 8]
 
 The rows are an Iris program's (chain of thought, ChatAdapter) with 0 and with 4 demos in the prompt. Both sides train
 the same LoRA (all linear layers, rank 16, equal initial weights) with AdamW at a constant rate on the same batches;
@@ -83,8 +84,10 @@ def train_ours(model_folder: str, rows: Sequence[TokenizedRow], dtype: str) -> t
         return time.perf_counter() - started, [line.loss for line in result.history if line.loss is not None]
 
 
-def train_theirs(model_folder: str, rows: Sequence[TokenizedRow], dtype: str) -> tuple[float, list[float]]:
-    """The same with trl."""
+def train_theirs(
+    model_folder: str, rows: Sequence[TokenizedRow], dtype: str, micro_batch: int
+) -> tuple[float, list[float]]:
+    """The same with trl, in forward passes of `micro_batch` rows."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -109,7 +112,8 @@ def train_theirs(model_folder: str, rows: Sequence[TokenizedRow], dtype: str) ->
         columns["completion_mask"].append([0] * len(row.prompt_ids) + [1] * len(row.completion_ids))
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
-            output_dir=folder, num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=RATE,
+            output_dir=folder, num_train_epochs=1, per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=BATCH // micro_batch, learning_rate=RATE,
             lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, max_length=None,
             completion_only_loss=True, gradient_checkpointing=False, bf16=dtype == "bfloat16", use_cpu=True,
             logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, dataloader_drop_last=False,
@@ -124,21 +128,24 @@ def train_theirs(model_folder: str, rows: Sequence[TokenizedRow], dtype: str) ->
         return time.perf_counter() - started, losses
 
 
-def run_one(side: str, model_folder: str, rows_file: Path, dtype: str) -> None:
+def run_one(side: str, model_folder: str, rows_file: Path, dtype: str, micro_batch: int) -> None:
     """Train one side and print its figures as JSON."""
     rows = [TokenizedRow(**line) for line in json.loads(rows_file.read_text())]
     before = resource.getrusage(resource.RUSAGE_SELF)
-    train = train_ours if side == "ours" else train_theirs
-    seconds, losses = train(model_folder, rows, dtype)
+    if side == "ours":
+        seconds, losses = train_ours(model_folder, rows, dtype)
+    else:
+        seconds, losses = train_theirs(model_folder, rows, dtype, micro_batch)
     after = resource.getrusage(resource.RUSAGE_SELF)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     figures = {"seconds": seconds, "processor": processor, "peak_gib": after.ru_maxrss / 2**20, "losses": losses}
     print("RESULT " + json.dumps(figures))
 
 
-def measure(side: str, model_folder: str, rows_file: Path, dtype: str) -> dict[str, Any]:
+def measure(side: str, model_folder: str, rows_file: Path, dtype: str, micro_batch: int) -> dict[str, Any]:
     """Run one side in a process of its own."""
     command = [sys.executable, __file__, model_folder, "--side", side, "--file", str(rows_file), "--dtypes", dtype]
+    command += ["--their-batch", str(micro_batch)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -154,7 +161,7 @@ def measure(side: str, model_folder: str, rows_file: Path, dtype: str) -> dict[s
     return figures
 
 
-def compare(model_folder: str, number: int, demos: int, dtype: str) -> None:
+def compare(model_folder: str, number: int, demos: int, dtype: str, micro_batch: int) -> None:
     """Measure both sides and print the ratios."""
     rows = iris_rows(model_folder, number, demos)
     tokens = sum(map(len, rows)) / len(rows)
@@ -162,8 +169,8 @@ def compare(model_folder: str, number: int, demos: int, dtype: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         file.write_text(json.dumps([asdict(row) for row in rows]))
-        ours = measure("ours", model_folder, file, dtype)
-        theirs = measure("theirs", model_folder, file, dtype)
+        ours = measure("ours", model_folder, file, dtype, micro_batch)
+        theirs = measure("theirs", model_folder, file, dtype, micro_batch)
     gap = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
     print(
         f"  ratio  {theirs['seconds'] / ours['seconds']:.2f} of time, {theirs['processor'] / ours['processor']:.2f} of "
@@ -179,17 +186,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--demos", type=int, nargs="+", default=[0, 4])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--their-batch", type=int, default=BATCH, choices=[1, 2, 4, 8],
+        help="rows in a forward pass of trl's, which accumulates gradients over them up to 8 (memory)",
+    )  # fmt: skip
     parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        run_one(options.side, options.model, options.file, options.dtypes[0])
+        run_one(options.side, options.model, options.file, options.dtypes[0], options.their_batch)
         return
     if importlib.util.find_spec("trl") is None:
         raise SystemExit("This benchmark compares with trl, which is not installed: pip install trl")
     for dtype in options.dtypes:
         for demos in options.demos:
-            compare(options.model, options.rows, demos, dtype)
+            compare(options.model, options.rows, demos, dtype, options.their_batch)
 
 
 if __name__ == "__main__":

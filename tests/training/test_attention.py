@@ -38,7 +38,7 @@ def test_loss_and_gradients_equal_the_padded_batchs(family: str) -> None:
         found = loss.loss_sum(batch)
         grads = torch.autograd.grad(found, weights)
     assert loss.packed
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     assert relative_error(grads, expected_grads) < 1e-5
 
 

@@ -27,7 +27,7 @@ def test_a_family_with_capped_attention_scores_trains_on_padded_rows_with_the_sa
         grads = torch.autograd.grad(found, weights)
     assert not loss.packed
     assert len(batches) > 1
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     assert relative_error(grads, expected_grads) < 1e-5
 
 
@@ -96,7 +96,7 @@ def test_completion_loss_and_its_gradient_are_cross_entropys(monkeypatch: pytest
     expected = torch.nn.functional.cross_entropy(logits_N_V, labels_N, reduction="sum")
     found = completion_loss_sum(logits_N_V, labels_N)
     grads = [torch.autograd.grad(x / 7, logits_N_V)[0] for x in (found, expected)]
-    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     assert relative_error(grads[:1], grads[1:]) < 1e-6
 
 

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import SIZES, tiny_model
+from transformers import LlamaConfig
+
+from bettertogether.errors import ConfigError
+from bettertogether.training import TrainingConfig, precision
+from bettertogether.training.precision import checkpoint_gradients, compute_dtype, tokens_in_memory
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, fast: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert compute_dtype(tiny_model(), TrainingConfig()) == expected
+
+
+def test_what_was_asked_for_is_taken_whatever_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert compute_dtype(tiny_model(), TrainingConfig(dtype="float32")) == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert compute_dtype(tiny_model(), TrainingConfig(dtype="bfloat16")) == torch.bfloat16
+
+
+def test_checkpointing_is_off_by_default_on_the_processor() -> None:
+    model = tiny_model()
+    assert not checkpoint_gradients(model, TrainingConfig())
+    assert not model.is_gradient_checkpointing
+
+
+def test_checkpointing_of_a_family_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM doesn't support it"):
+        checkpoint_gradients(model, TrainingConfig(gradient_checkpointing=True))
+
+
+def test_passes_on_the_processor_are_bounded_by_half_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: SimpleNamespace(total=2 * 10**9))
+    model = tiny_model(LlamaConfig(**SIZES))
+    a_token = 2 * (14 * 64 + 6 * 96) * 4
+    assert tokens_in_memory(model, torch.float32) == 10**9 // a_token
+    assert tokens_in_memory(model, torch.bfloat16) == 10**9 // (a_token // 2)
