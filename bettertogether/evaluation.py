@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import dspy
 
@@ -46,23 +47,6 @@ def evaluate(
     A parse failure scores 0. An example whose program or metric raises scores 0 too, and counts against `max_errors`
     (None: `dspy.settings.max_errors`); raises TooManyErrors above it.
     """
-    return evaluate_many(
-        [program], examples, metric, num_threads=num_threads, max_errors=max_errors, seed=seed, store=store, phase=phase
-    )[0]
-
-
-def evaluate_many(
-    programs: Sequence[dspy.Module],
-    examples: Sequence[dspy.Example],
-    metric: Metric,
-    *,
-    num_threads: int | None = None,
-    max_errors: int | None = None,
-    seed: int = 0,
-    store: RunStore | None = None,
-    phase: str = "evaluate",
-) -> list[Evaluation]:
-    """`evaluate` for several programs, one after the other."""
     options = Pass(
         metric,
         num_threads=num_threads,
@@ -73,13 +57,27 @@ def evaluate_many(
         judge_with_trace=False,
         judge_passes=False,
     )
-    results = []
-    for number, program in enumerate(programs, 1):
-        options = replace(options, phase=f"{phase} {number}/{len(programs)}" if len(programs) > 1 else phase)
-        traces = options.over(program, examples, [(index, Attempt()) for index in range(len(examples))])
-        ledger = sum((trace.ledger for trace in traces), Ledger())
-        results.append(Evaluation(tuple(trace.score for trace in traces), ledger, tuple(traces)))
-    return results
+    traces = options.over(program, examples, [(index, Attempt()) for index in range(len(examples))])
+    ledger = sum((trace.ledger for trace in traces), Ledger())
+    return Evaluation(tuple(trace.score for trace in traces), ledger, tuple(traces))
+
+
+def evaluate_many(
+    programs: Sequence[dspy.Module],
+    examples: Sequence[dspy.Example],
+    metric: Metric,
+    *,
+    phase: str = "evaluate",
+    **options: Any,
+) -> list[Evaluation]:
+    """`evaluate`, with its options, for several programs, one after the other."""
+    several = len(programs) > 1
+    return [
+        evaluate(
+            program, examples, metric, phase=f"{phase} {number}/{len(programs)}" if several else phase, **options
+        )
+        for number, program in enumerate(programs, 1)
+    ]
 
 
 def compare(evaluations: Mapping[str, Evaluation]) -> str:

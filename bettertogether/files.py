@@ -18,6 +18,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def cache_folder() -> Path:
+    """Where everything that can be made again is kept: $BETTERTOGETHER_CACHE, or ~/.cache/bettertogether."""
+    return Path(os.environ.get("BETTERTOGETHER_CACHE") or "~/.cache/bettertogether").expanduser()
+
+
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write a file whole or not at all, and durably. Raises RunDirectoryError; an earlier file is then unchanged."""
     path = Path(path)

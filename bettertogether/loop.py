@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -26,12 +27,12 @@ from .run_directory import RunDirectory
 from .runs import RunStore, stable_seed
 from .selection import still_gaining
 from .statistics import CELLS
-from .steps import StepResult, run_step
+from .steps import StepResult, is_ours, run_step
 from .strategy import Steps
 
 logger = logging.getLogger(__name__)
 
-EnoughForBoth = 20
+ENOUGH_FOR_BOTH = 20
 """Trainset examples from which our prompt step needs no valset of its own."""
 
 
@@ -172,13 +173,11 @@ class Loop:
         optimizer = plan.optimizers[key]
         trainset = list(plan.trainset)
         if plan.shuffle:
-            import random
-
             random.Random(stable_seed(plan.seed, "shuffle", index)).shuffle(trainset)
-        own = hasattr(optimizer, "step_gain")
+        own = is_ours(optimizer)
         data = {
             "trainset": trainset,
-            "valset": None if own and len(trainset) >= EnoughForBoth else (plan.valset or None),
+            "valset": None if own and len(trainset) >= ENOUGH_FOR_BOTH else (plan.valset or None),
             "teacher": (plan.teachers if own else _one_or_all(plan.teachers)) or None,
             "original": plan.student if own else None,
             "store": self.store if own else None,

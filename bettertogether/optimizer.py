@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import platform
@@ -20,7 +21,7 @@ from .budget import Budget
 from .errors import ConfigError, NotTrainableError, ProgramError, StrategyError
 from .loop import Loop, Plan, final_program
 from .metrics import Metric
-from .programs import copy_program, model_names, predictors_of, prompts_state, require_program
+from .programs import as_programs, copy_program, model_names, predictors_of, prompts_state, require_program
 from .prompts import BootstrapFewShotRS
 from .records import Ledger
 from .report import CompileReport
@@ -210,7 +211,7 @@ class BetterTogether(Teleprompter):
         loop = Loop(plan, directory, meter, warnings=list(warnings))
         loop.run()
         report = self._report(loop, plan, text)
-        directory.write_text("report.json", _json(report.to_dict()))
+        directory.write_text("report.json", json.dumps(report.to_dict(), ensure_ascii=False))
         report.to_html(directory.report)
         if loop.error is None:
             directory.finish()
@@ -249,7 +250,7 @@ class BetterTogether(Teleprompter):
 
 
 def _teachers(student: dspy.Module, teacher: dspy.Module | Sequence[dspy.Module] | None) -> list[dspy.Module]:
-    given = [teacher] if isinstance(teacher, dspy.Module) else list(teacher or ())
+    given = as_programs(teacher)
     names = predictors_of(student).keys()
     for each in given:
         other = predictors_of(require_program(each, "teacher")).keys()
@@ -341,9 +342,3 @@ def _versions() -> dict[str, str]:
 
 def _machine() -> dict[str, str]:
     return {"platform": platform.platform(), "python": platform.python_version(), "cpus": str(os.cpu_count())}
-
-
-def _json(value: Any) -> str:
-    import json
-
-    return json.dumps(value, ensure_ascii=False)

@@ -121,6 +121,11 @@ def require_program(program: object, role: str = "student") -> dspy.Module:
     return program
 
 
+def as_programs(programs: dspy.Module | Iterable[dspy.Module] | None) -> list[dspy.Module]:
+    """A list from one program, several or none."""
+    return [programs] if isinstance(programs, dspy.Module) else list(programs or ())
+
+
 def require_reachable(program: dspy.Module) -> None:
     """Check that other LMs in the program's predictors would be used. Raises ProgramError for a program whose
     `forward` an optimizer replaced by one that runs a program of its own, as `dspy.KNNFewShot` does."""

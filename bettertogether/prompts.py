@@ -18,9 +18,10 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from . import callbacks
 from .demos import Candidate, DemoSets, demo_states
 from .errors import ConfigError, DataError
+from .evaluation import evaluate
 from .labels import stratified_split
 from .metrics import Metric
-from .programs import copy_for_step, require_program, with_prompts
+from .programs import as_programs, copy_for_step, require_program, with_prompts
 from .racing import RaceResult, run_race
 from .records import Ledger
 from .runs import RunStore, stable_seed
@@ -90,8 +91,7 @@ class BootstrapFewShotRS(Teleprompter):
         self.threshold = threshold
         self.restart = restart
         self.race = race
-        schedule = tuple(temperature) if isinstance(temperature, Sequence) else temperature
-        self.sampling = Sampling(num_samples, schedule, rescue)
+        self.sampling = Sampling(num_samples, temperature, rescue)
         self.num_threads = num_threads
         self.max_errors = max_errors
         self.seed = seed
@@ -132,19 +132,17 @@ class BootstrapFewShotRS(Teleprompter):
         started = time.monotonic()
         require_program(student)
         seed = self.seed if seed is None else seed
-        options = Pass(
-            self.metric,
-            self.threshold,
-            num_threads if num_threads is not None else self.num_threads,
-            max_errors if max_errors is not None else self.max_errors,
-            seed,
-            store or RunStore(),
+        options = Pass.of_step(
+            self,
+            num_threads=num_threads,
+            max_errors=max_errors,
+            seed=seed,
+            store=store or RunStore(),
             phase="bootstrap demos",
         )
         train, validation = self._split(trainset, valset, seed)
         start = self._start(student, original)
-        teachers = [teacher] if isinstance(teacher, dspy.Module) else list(teacher or ())
-        traces = collect_traces(start, train, options, sampling=self.sampling, teachers=teachers)
+        traces = collect_traces(start, train, options, sampling=self.sampling, teachers=as_programs(teacher))
         sets = DemoSets(start, select_traces(traces.traces), train)
         candidates = self._candidates(student, start, sets, seed)
         self.ledger = traces.ledger
@@ -198,8 +196,6 @@ class BootstrapFewShotRS(Teleprompter):
         return None
 
     def _scorer(self, validation: Sequence[dspy.Example], options: Pass, candidates: Sequence[Candidate]) -> Any:
-        from .evaluation import evaluate
-
         def score(candidate: Candidate, positions: Sequence[int]) -> tuple[float, ...]:
             number = candidates.index(candidate) + 1
             result = evaluate(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from .errors import RunDirectoryError
-from .files import FileLock, append_line, atomic_write, disk_errors, now
+from .files import FileLock, append_line, atomic_write, cache_folder, disk_errors, now
 from .records import StepRecord
 
 __all__ = ["RunDirectory", "atomic_write", "cache_folder", "dataset_hash", "default_run_directory", "fingerprint"]
@@ -36,11 +36,6 @@ INFORMATIVE = ("versions", "machine")
 
 _TEMPORARY = re.compile(r"\..+\.tmp")
 _SHOWN = 120
-
-
-def cache_folder() -> Path:
-    """$BETTERTOGETHER_CACHE, or ~/.cache/bettertogether."""
-    return Path(os.environ.get("BETTERTOGETHER_CACHE") or Path.home() / ".cache" / "bettertogether")
 
 
 def default_run_directory(key: str) -> Path:

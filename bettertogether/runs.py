@@ -105,6 +105,7 @@ class Runner:
         self._key = program_key(program)
         self._store = store if self._key is not None else None
         self._predictors = program.predictors()
+        self._needs_seeds = any(_needs_seed(predictor.lm) for predictor in self._predictors)
         self._attribution = Attribution(program)
         self._spare: list[tuple[dspy.Module, Attribution]] = []
         """Copies of the program that no thread is using; copying one for each attempt would cost more than the run
@@ -125,7 +126,7 @@ class Runner:
     def _is_changed(self, attempt: Attempt) -> bool:
         """Whether an attempt needs other LMs or prompts than the program's."""
         asked = attempt.number > 0 or attempt.temperature is not None or bool(attempt.narrow)
-        return asked or any(_needs_seed(predictor.lm) for predictor in self._predictors)
+        return asked or self._needs_seeds
 
     @contextmanager
     def _prepared(self, attempt: Attempt, seed: int) -> Iterator[tuple[dspy.Module, Attribution]]:

@@ -41,6 +41,11 @@ class _CallCounter(BaseCallback):
             self.calls += 1
 
 
+def is_ours(optimizer: Teleprompter) -> bool:
+    """Whether an optimizer takes a store of runs and says afterwards what it did (`ledger`, `details`, `step_gain`)."""
+    return hasattr(optimizer, "step_gain")
+
+
 _USUAL = ("trainset", "teacher", "valset")
 
 
@@ -80,7 +85,7 @@ def run_step(
     The program's LMs answer during the step, whatever `dspy.settings.lm` is, and are those of the result, unless the
     optimizer put others in their place.
     """
-    own_store = getattr(optimizer, "ledger", None) is not None
+    ours = is_ours(optimizer)
     student = copy_for_step(program)
     lms = {name: predictor.lm for name, predictor in predictors_of(student).items()}
     prepared = prepare_optimizer(optimizer, settings)
@@ -88,16 +93,16 @@ def run_step(
     counter = _CallCounter()
     before = _engine_counters(lms.values())
     keep_lms(student)
-    if not own_store and arguments.get("teacher") is not None:
+    if not ours and arguments.get("teacher") is not None:
         arguments["teacher"] = _marked_copy(arguments["teacher"])
-    with _fallback_lm(lms), _counting(None if own_store else counter):
+    with _fallback_lm(lms), _counting(None if ours else counter):
         result = unmark(prepared.compile(student, **arguments))
     drop_results(result)
     _free_forward(result)
     for name, predictor in predictors_of(result).items():
         if predictor.lm is None:
             predictor.lm = lms.get(name)
-    if own_store:
+    if ours:
         return StepResult(result, prepared.ledger, prepared.details, prepared.step_gain)
     after = _engine_counters(lms.values())
     ledger = Ledger(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import dspy
 
@@ -61,7 +61,7 @@ class Sampling:
 
     num_samples: int = 4
     """More tries for an example that failed, each with its own seed."""
-    temperature: float | tuple[float, ...] = 1.0
+    temperature: float | Sequence[float] = 1.0
     """Temperature of those tries; several values are used in turn."""
     rescue: bool = True
     """For examples that still fail: once more with the label as a hint, which no training row shows."""
@@ -80,7 +80,7 @@ class Sampling:
     @property
     def temperatures(self) -> tuple[float, ...]:
         """The schedule."""
-        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+        return tuple(self.temperature) if isinstance(self.temperature, Sequence) else (self.temperature,)
 
     def temperature_of(self, number: int) -> float:
         """Temperature of the try with this number, from 1."""
@@ -104,10 +104,6 @@ class TraceSet:
         """How many attempts failed, by reason."""
         return dict(Counter(trace.reason or "?" for trace in self.traces if not trace.passed).most_common())
 
-    def first_attempts(self) -> tuple[Trace, ...]:
-        """One trace per example: the student's own run."""
-        return tuple(trace for trace in self.traces if trace.attempt == 0 and trace.source == "student")
-
 
 @dataclass
 class Pass:
@@ -124,6 +120,28 @@ class Pass:
     """Give the metric the trace (bootstrapping) or None (evaluation), as DSPy does."""
     judge_passes: bool = True
     """Evaluation needs no verdict, only the score."""
+
+    @classmethod
+    def of_step(
+        cls,
+        step: Any,
+        *,
+        num_threads: int | None,
+        max_errors: int | None,
+        seed: int | None,
+        store: RunStore | None,
+        phase: str,
+    ) -> Self:
+        """The options of one of our optimizers; what its `compile` was given wins over what it was made with."""
+        return cls(
+            step.metric,
+            step.threshold,
+            step.num_threads if num_threads is None else num_threads,
+            step.max_errors if max_errors is None else max_errors,
+            step.seed if seed is None else seed,
+            store,
+            phase,
+        )
 
     def over(
         self,

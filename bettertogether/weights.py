@@ -24,7 +24,7 @@ from .errors import ConfigError, DataError, NoTrainingDataError, NotTrainableErr
 from .labels import stratified_order
 from .lm import local_engine, require_engine
 from .metrics import Metric
-from .programs import copy_for_step, predictors_of, require_program, require_reachable
+from .programs import as_programs, copy_for_step, predictors_of, require_program, require_reachable
 from .records import Ledger
 from .rows import Row, TrainPrompt, make_data_card, read_rows, write_rows
 from .runs import RunStore
@@ -101,8 +101,7 @@ class LoRAFinetune(Teleprompter):
         self.metric = metric
         self.lora = lora
         self.training = training
-        schedule = tuple(temperature) if isinstance(temperature, Sequence) else temperature
-        self.sampling = Sampling(num_samples, schedule, rescue, sample_passing)
+        self.sampling = Sampling(num_samples, temperature, rescue, sample_passing)
         self.rows = RowOptions(train_prompt, max_traces_per_example, max_rescue_share, balance, label_field)
         self.multitask = multitask
         self.start_from = start_from
@@ -206,18 +205,21 @@ class LoRAFinetune(Teleprompter):
         trainable = self.trainable(student)
         if not trainset:
             raise DataError("trainset cannot be empty: give the examples to run the program on.")
-        options = Pass(
-            self.metric,
-            self.threshold,
-            num_threads if num_threads is not None else self.num_threads,
-            max_errors if max_errors is not None else self.max_errors,
-            self.seed if seed is None else seed,
-            store,
+        options = Pass.of_step(
+            self,
+            num_threads=num_threads,
+            max_errors=max_errors,
+            seed=seed,
+            store=store,
             phase="collect training data",
         )
-        teachers = [teacher] if isinstance(teacher, dspy.Module) else list(teacher or ())
         traces = collect_traces(
-            student, trainset, options, sampling=self.sampling, teachers=teachers, label_field=self.rows.label_field
+            student,
+            trainset,
+            options,
+            sampling=self.sampling,
+            teachers=as_programs(teacher),
+            label_field=self.rows.label_field,
         )
         return rows_from_traces(student, trainset, traces, trainable, self.rows)
 

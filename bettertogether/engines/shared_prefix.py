@@ -144,7 +144,3 @@ class PrefixCache(Generic[P]):
     def clear(self) -> None:
         """Forget every prefix."""
         self._prefixes.clear()
-
-    def clear_unused(self) -> None:
-        """Forget every prefix that no row attends to."""
-        self._prefixes = [prefix for prefix in self._prefixes if prefix.users]

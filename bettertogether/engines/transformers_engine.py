@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -16,6 +15,7 @@ from dspy.clients.engines.base import validate_request
 from dspy.lm15 import ContextLengthError, Request, Response
 
 from ..errors import ConfigError
+from ..files import cache_folder
 from ..training.config import LoRAConfig, TrainingConfig
 from .adapters import AdapterBank, linear_shapes, meta_linear_shapes
 from .base import ChatMessage, FinetuneResult, ProgressFunction, TrainingRow
@@ -242,8 +242,7 @@ class TransformersEngine:
     def _adapters_folder(self) -> Path:
         if self._options["cache_folder"] is not None:
             return Path(self._options["cache_folder"])
-        cache = os.environ.get("BETTERTOGETHER_CACHE") or Path.home() / ".cache" / "bettertogether"
-        return Path(cache) / "adapters"
+        return cache_folder() / "adapters"
 
     def counters(self) -> dict[str, int]:
         """requests, prompt_tokens, prefix_tokens_reused, generated_tokens, forced_tokens, forward_passes, batches."""

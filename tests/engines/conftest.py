@@ -1,11 +1,15 @@
-"""Tiny models are fastest on one thread: others only wait for one another."""
+"""A tiny model and an engine for it. Tiny models are fastest on one thread: others only wait for one another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from small_models import save_model
+
+from bettertogether.engines import TransformersEngine
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +18,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[TransformersEngine]:
+    made = TransformersEngine(folder)
+    yield made
+    made.close()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from dspy.lm15 import Config, Message, Request
 from peft import PeftModel
-from small_models import generated, save_model
+from small_models import generated
 from transformers import AutoModelForCausalLM
 
 from bettertogether.engines import FinetuneResult, TrainingProgress, TrainingRow, TransformersEngine
@@ -21,18 +21,6 @@ from bettertogether.training.config import LoRAConfig, TrainingConfig
 TRAINING = TrainingConfig(epochs=12, batch_size=4, learning_rate=2e-2, dtype="float32")
 LORA = LoRAConfig(rank=4)
 ROWS = [TrainingRow(({"role": "user", "content": f"Say {word}."},), word) for word in ("yes", "no", "maybe", "never")]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def engine(folder: Path) -> Iterator[TransformersEngine]:
-    made = TransformersEngine(folder)
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import math
 import pickle
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,18 +25,6 @@ from bettertogether.errors import ConfigError, EngineClosedError, ModelError, Un
 from bettertogether.lm import engine_lm
 
 TOKENIZER = byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def engine(folder: Path) -> Iterator[TransformersEngine]:
-    made = TransformersEngine(folder)
-    yield made
-    made.close()
 
 
 def ask(text: str = "Hello", model: str = "local/tiny", **config: Any) -> Request:
