@@ -46,8 +46,8 @@ class RowOptions:
     """"vanilla": no demos (the paper's); "optimized": the predictor's demos; "mixed": a row with each."""
     max_traces_per_example: int = 2
     """Distinct passing traces kept of one example."""
-    max_rescue_share: float = 0.8
-    """Rescued traces are at most this share of all."""
+    max_rescue_share: float = 1.0
+    """Rescued traces are at most this share of all. Below 1, a student that solves nothing by itself gets no rows."""
     balance: bool = True
     """Give the rows the trainset's shares of labels, where labels repeat."""
     label_field: str | None = None
@@ -139,5 +139,6 @@ def _no_rows(traces: TraceSet, dropped: Mapping[tuple[str, str], int]) -> str:
     return (
         f"No training rows: {len(traces.traces)} runs on {traces.examples} examples, {len(traces.passing)} passed. "
         f"Dropped: {reasons}. Three things to try: run a prompt step first (strategy 'p -> w'); let failing examples "
-        "be tried again (num_samples=8, rescue=True); or give a teacher program or a lower threshold."
+        "be tried again (num_samples=8, rescue=True, max_rescue_share=1.0); or give a teacher program or a lower "
+        "threshold."
     )

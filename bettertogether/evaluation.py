@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import dspy
 
@@ -47,6 +46,30 @@ def evaluate(
     A parse failure scores 0. An example whose program or metric raises scores 0 too, and counts against `max_errors`
     (None: `dspy.settings.max_errors`); raises TooManyErrors above it.
     """
+    return evaluate_many(
+        [program],
+        examples,
+        metric,
+        num_threads=num_threads,
+        max_errors=max_errors,
+        seed=seed,
+        store=store,
+        phase=phase,
+    )[0]
+
+
+def evaluate_many(
+    programs: Sequence[dspy.Module],
+    examples: Sequence[dspy.Example],
+    metric: Metric,
+    *,
+    num_threads: int | None = None,
+    max_errors: int | None = None,
+    seed: int = 0,
+    store: RunStore | None = None,
+    phase: str = "evaluate",
+) -> list[Evaluation]:
+    """`evaluate` for several programs at once: their calls share the engine's batches."""
     options = Pass(
         metric,
         num_threads=num_threads,
@@ -57,27 +80,16 @@ def evaluate(
         judge_with_trace=False,
         judge_passes=False,
     )
-    traces = options.over(program, examples, [(index, Attempt()) for index in range(len(examples))])
+    size = len(examples)
+    jobs = [(number, index, Attempt()) for number in range(len(programs)) for index in range(size)]
+    traces = options.over_many(programs, examples, jobs) if jobs else []
+    parts = [tuple(traces[size * number : size * (number + 1)]) for number in range(len(programs))]
+    return [_evaluation(part) for part in parts]
+
+
+def _evaluation(traces: tuple[Trace, ...]) -> Evaluation:
     ledger = sum((trace.ledger for trace in traces), Ledger())
-    return Evaluation(tuple(trace.score for trace in traces), ledger, tuple(traces))
-
-
-def evaluate_many(
-    programs: Sequence[dspy.Module],
-    examples: Sequence[dspy.Example],
-    metric: Metric,
-    *,
-    phase: str = "evaluate",
-    **options: Any,
-) -> list[Evaluation]:
-    """`evaluate`, with its options, for several programs, one after the other."""
-    several = len(programs) > 1
-    return [
-        evaluate(
-            program, examples, metric, phase=f"{phase} {number}/{len(programs)}" if several else phase, **options
-        )
-        for number, program in enumerate(programs, 1)
-    ]
+    return Evaluation(tuple(trace.score for trace in traces), ledger, traces)
 
 
 def compare(evaluations: Mapping[str, Evaluation]) -> str:

@@ -18,7 +18,7 @@ from . import callbacks, strategy
 from .budget import BudgetMeter
 from .engines.base import MODEL_PREFIX
 from .errors import BetterTogetherError, BudgetExceeded, ConfigError
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, evaluate_many
 from .lm import local_engine
 from .metrics import FULL_MARK, Metric
 from .programs import copy_for_step, load_prompts, model_names, predictors_of, prompts_state, with_prompts
@@ -188,18 +188,23 @@ class Loop:
         return run_step(optimizer, parent, settings, data, plan.compile_args.get(key, {}))
 
     def _evaluate(self, program: dspy.Module, phase: str) -> Evaluation | None:
+        scored = self._evaluate_many([program], f"score {phase}")
+        return scored[0] if scored else None
+
+    def _evaluate_many(self, programs: Sequence[dspy.Module], phase: str) -> list[Evaluation]:
+        """Each program on the valset; empty without one."""
         plan = self.plan
         if not plan.valset:
-            return None
-        return evaluate(
-            program,
+            return []
+        return evaluate_many(
+            programs,
             plan.valset,
             plan.metric,
             num_threads=plan.num_threads,
             max_errors=plan.max_errors,
             seed=plan.seed,
             store=self.store,
-            phase=f"score {phase}",
+            phase=phase,
         )
 
     def _two_by_two(self, parent: dspy.Module, tuned: dspy.Module) -> tuple[dict[str, Any], Ledger]:
@@ -214,14 +219,9 @@ class Loop:
             "tuned_old": with_prompts(tuned, student),
             "tuned_new": with_prompts(tuned, parent),
         }
-        cells: dict[str, list[float]] = {}
-        cost = Ledger()
-        for cell in CELLS:
-            scored = self._evaluate(programs[cell], f"2x2 {cell}")
-            if scored is not None:
-                cells[cell] = list(scored.scores)
-                cost += scored.ledger
-        return {"two_by_two": cells}, cost
+        scored = dict(zip(CELLS, self._evaluate_many([programs[cell] for cell in CELLS], "score the 2x2"), strict=True))
+        cost = sum((evaluation.ledger for evaluation in scored.values()), Ledger())
+        return {"two_by_two": {cell: list(evaluation.scores) for cell, evaluation in scored.items()}}, cost
 
     def _record(
         self, index: int, steps: Steps, result: StepResult, scored: Evaluation | None, started: float

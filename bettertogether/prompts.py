@@ -18,11 +18,11 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from . import callbacks
 from .demos import Candidate, DemoSets, demo_states
 from .errors import ConfigError, DataError
-from .evaluation import evaluate
+from .evaluation import evaluate_many
 from .labels import stratified_split
 from .metrics import Metric
 from .programs import as_programs, copy_for_step, require_program, with_prompts
-from .racing import RaceResult, run_race
+from .racing import RaceResult, ScoreFunction, run_race
 from .records import Ledger
 from .runs import RunStore, stable_seed
 from .traces import Pass, Sampling, TraceSet, collect_traces, select_traces
@@ -66,7 +66,7 @@ class BootstrapFewShotRS(Teleprompter):
         threshold: float | None = None,
         restart: bool = True,
         race: bool = True,
-        num_samples: int = 2,
+        num_samples: int = 1,
         temperature: float | Sequence[float] = 1.0,
         rescue: bool = True,
         num_threads: int | None = None,
@@ -195,31 +195,29 @@ class BootstrapFewShotRS(Teleprompter):
                 return candidate
         return None
 
-    def _scorer(self, validation: Sequence[dspy.Example], options: Pass, candidates: Sequence[Candidate]) -> Any:
-        def score(candidate: Candidate, positions: Sequence[int]) -> tuple[float, ...]:
-            number = candidates.index(candidate) + 1
-            result = evaluate(
-                candidate.program,
+    def _scorer(
+        self, validation: Sequence[dspy.Example], options: Pass, candidates: Sequence[Candidate]
+    ) -> ScoreFunction:
+        def score(running: Sequence[Candidate], positions: Sequence[int]) -> list[tuple[float, ...]]:
+            results = evaluate_many(
+                [candidate.program for candidate in running],
                 [validation[position] for position in positions],
                 self.metric,
                 num_threads=options.num_threads,
                 max_errors=options.max_errors,
                 seed=options.seed,
                 store=options.store,
-                phase=f"candidate {number}/{len(candidates)} ({candidate.name})",
+                phase=f"{len(running)} of {len(candidates)} candidates, to {positions[-1] + 1} of {len(validation)}",
             )
-            self.ledger += result.ledger
-            so_far = [c.mean for c in candidates if c.scores and c is not candidate]
-            callbacks.emit(
-                "candidate",
-                {
-                    "number": number,
-                    "total": len(candidates),
-                    "score": result.mean,
-                    "best_score": max([result.mean, *so_far]),
-                },
-            )
-            return result.scores
+            best = max(result.mean for result in results)
+            for candidate, result in zip(running, results, strict=True):
+                self.ledger += result.ledger
+                number = candidates.index(candidate) + 1
+                callbacks.emit(
+                    "candidate",
+                    {"number": number, "total": len(candidates), "score": result.mean, "best_score": best},
+                )
+            return [result.scores for result in results]
 
         return score
 

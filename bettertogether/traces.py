@@ -5,7 +5,7 @@ Paper, section 3.2 (bootstrapping); RFT, arXiv 2308.01825 (several samples); STa
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -151,27 +151,39 @@ class Pass:
         labels: Sequence[str | None] | None = None,
     ) -> list[Trace]:
         """Run and judge (example index, attempt) jobs, concurrently. Raises TooManyErrors."""
-        runner = Runner(program, seed=self.seed, store=self.store)
+        return self.over_many([program], examples, [(0, *job) for job in jobs], labels)
+
+    def over_many(
+        self,
+        programs: Sequence[dspy.Module],
+        examples: Sequence[dspy.Example],
+        jobs: Sequence[tuple[int, int, Attempt]],
+        labels: Sequence[str | None] | None = None,
+    ) -> list[Trace]:
+        """`over` for several programs at once: (program index, example index, attempt) jobs share the threads."""
+        runners = [Runner(program, seed=self.seed, store=self.store) for program in programs]
         limit = dspy.settings.max_errors if self.max_errors is None else self.max_errors
-        failures: dict[int, Trace] = {}
+        failures: dict[int, dict[int, Trace]] = defaultdict(dict)
         done = 0
 
-        def one(job: tuple[int, Attempt]) -> Trace:
-            index, attempt = job
-            trace = self._judged(index, examples[index], runner.run(examples[index], attempt), attempt)
+        def one(job: tuple[int, int, Attempt]) -> Trace:
+            program, index, attempt = job
+            trace = self._judged(index, examples[index], runners[program].run(examples[index], attempt), attempt)
             return replace(trace, label=labels[index]) if labels else trace
 
-        def note(_: int, trace: Trace) -> None:
+        def note(position: int, trace: Trace) -> None:
             nonlocal done
             done += 1
             tokens = trace.ledger.prompt_tokens + trace.ledger.generated_tokens
             callbacks.emit("progress", {"phase": self.phase, "done": done, "total": len(jobs), "tokens": tokens})
+            failed = failures[jobs[position][0]]
             if trace.failed:
-                failures[trace.index] = trace
-            if limit is not None and len(failures) > limit:
-                raise TooManyErrors(_too_many(failures, len(examples), limit))
+                failed[trace.index] = trace
+            if limit is not None and len(failed) > limit:
+                raise TooManyErrors(_too_many(failed, len(examples), limit))
 
-        return parallel_map(one, jobs, num_threads=thread_count(program, self.num_threads), on_result=note)
+        threads = max(thread_count(program, self.num_threads) for program in programs)
+        return parallel_map(one, jobs, num_threads=threads, on_result=note)
 
     def _judged(self, index: int, example: dspy.Example, run: Run, attempt: Attempt) -> Trace:
         verdict, failed = self._verdict(example, run)

@@ -53,7 +53,8 @@ class LoRAFinetune(Teleprompter):
         num_samples: More tries, at `temperature`, for an example whose run failed. 0 turns them off.
         temperature: One number, or several used in turn.
         rescue: Give an example that failed all tries one more, with its label as a hint that no row shows (STaR).
-        max_rescue_share: Rescued traces are at most this share of all.
+        max_rescue_share: Rescued traces are at most this share of all (below 1: none for a student that solves nothing
+            by itself).
         sample_passing: Sample examples that passed as well, for more distinct traces (RFT).
         max_traces_per_example: Distinct passing traces kept of one example.
         balance: Give the rows the trainset's shares of labels, where labels repeat.
@@ -77,7 +78,7 @@ class LoRAFinetune(Teleprompter):
         num_samples: int = 4,
         temperature: float | Sequence[float] = 1.0,
         rescue: bool = True,
-        max_rescue_share: float = 0.8,
+        max_rescue_share: float = 1.0,
         sample_passing: bool = False,
         max_traces_per_example: int = 2,
         balance: bool = True,

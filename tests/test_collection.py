@@ -197,12 +197,17 @@ def test_rescued_rows_are_left_out_evenly_by_label() -> None:
     assert Counter(row.label for row in collected.rows if row.source == "rescue") == {"even": 8, "odd": 8}
 
 
-def test_without_a_trace_of_its_own_a_student_needs_max_rescue_share_one() -> None:
+def test_a_student_without_a_passing_run_of_its_own_learns_from_rescued_ones() -> None:
     engine = parity_engine(lambda request, number: "is known" in request.system)
-    with pytest.raises(NoTrainingDataError, match="3 x over max_rescue_share"):
-        collector(rescue=True).collect(parity_program(engine), trainset=numbers(3))
-    everything = collector(rescue=True, max_rescue_share=1.0)
-    assert len(everything.collect(parity_program(engine), trainset=numbers(3)).rows) == 3
+    card = collector(rescue=True).collect(parity_program(engine), trainset=numbers(4)).card
+    assert card.kept_by_source == {"rescue": 4}
+    assert card.kept_by_label == {"even": 2, "odd": 2}
+
+
+def test_a_share_of_rescued_rows_below_one_leaves_none_where_there_are_no_others() -> None:
+    engine = parity_engine(lambda request, number: "is known" in request.system)
+    with pytest.raises(NoTrainingDataError, match=r"3 x over max_rescue_share.*max_rescue_share=1\.0"):
+        collector(rescue=True, max_rescue_share=0.8).collect(parity_program(engine), trainset=numbers(3))
 
 
 def test_balance_gives_rows_the_trainsets_shares_of_labels() -> None:

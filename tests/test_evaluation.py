@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import dspy
@@ -74,13 +75,42 @@ def test_runs_of_the_store_are_used_again() -> None:
     assert (result.ledger.lm_calls, result.ledger.metric_calls) == (0, 3)
 
 
-def test_several_programs_are_evaluated_one_after_the_other() -> None:
-    programs = [parity_program(parity_engine(lambda _, n, k=k: n < k)) for k in (1, 2)]
-    assert [result.mean for result in evaluate_many(programs, numbers(2), parity_match)] == [0.5, 1.0]
-
-
 def test_a_comparison_shows_means_intervals_and_paired_gains() -> None:
     text = compare({"base": Evaluation((0.0, 1.0, 0.0, 1.0), Ledger()), "new": Evaluation((1.0,) * 4, Ledger())})
     first, second = text.splitlines()
     assert first.startswith("base  0.500 [")
     assert second.startswith("new   1.000 [1.000, 1.000]   gain +0.500 [")
+
+
+def test_programs_scored_together_have_the_scores_that_each_has_alone() -> None:
+    programs = [parity_program(parity_engine(lambda _, n, k=k: n % k == 0)) for k in (1, 2, 3)]
+    together = evaluate_many(programs, numbers(7), parity_match)
+    assert [result.scores for result in together] == [
+        evaluate(program, numbers(7), parity_match).scores for program in programs
+    ]
+    assert [result.ledger.metric_calls for result in together] == [7, 7, 7]
+
+
+def test_programs_scored_together_are_in_flight_together() -> None:
+    meeting = threading.Barrier(2, timeout=10)
+
+    def wait_for_the_other(*_: Any) -> bool:
+        meeting.wait()
+        return True
+
+    programs = [parity_program(parity_engine(wait_for_the_other)) for _ in range(2)]
+    assert [result.mean for result in evaluate_many(programs, numbers(1), parity_match, num_threads=2)] == [1.0, 1.0]
+
+
+def test_each_program_has_its_own_count_of_errors() -> None:
+    def metric(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> float:
+        return 1 / example.number
+
+    programs = [parity_program(parity_engine(lambda *_: True)) for _ in range(3)]
+    results = evaluate_many(programs, numbers(2), metric, max_errors=1)
+    assert [result.scores for result in results] == [(0.0, 1.0)] * 3
+
+
+def test_no_examples_are_no_scores() -> None:
+    programs = [parity_program(parity_engine(lambda *_: True))] * 2
+    assert [result.scores for result in evaluate_many(programs, [], parity_match)] == [(), ()]

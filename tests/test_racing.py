@@ -18,10 +18,10 @@ def candidates(table: Table) -> list[Candidate]:
 
 
 def scorer(table: Table, calls: list[tuple[str, int]] | None = None) -> ScoreFunction:
-    def score(candidate: Candidate, positions: Sequence[int]) -> list[float]:
+    def score(running: Sequence[Candidate], positions: Sequence[int]) -> list[list[float]]:
         if calls is not None:
-            calls.extend((candidate.name, position) for position in positions)
-        return [table[candidate.name][position] for position in positions]
+            calls.extend((candidate.name, position) for candidate in running for position in positions)
+        return [[table[candidate.name][position] for position in positions] for candidate in running]
 
     return score
 
@@ -35,9 +35,9 @@ def separable(size: int, best: int, others: int, seed: int = 0) -> Table:
 
 @pytest.mark.parametrize(
     ("size", "ends"),
-    [(250, [62, 124, 248, 250]), (100, [25, 50, 100]), (40, [12, 24, 40]), (12, [12]), (5, [5]), (1, [1])],
+    [(250, [32, 64, 96, 128, 160, 192, 224, 250]), (40, [8, 16, 24, 32, 40]), (12, [8, 12]), (5, [5]), (1, [1])],
 )
-def test_the_first_slice_is_a_quarter_and_at_least_twelve_then_they_double(size: int, ends: list[int]) -> None:
+def test_a_slice_is_an_eighth_and_at_least_eight(size: int, ends: list[int]) -> None:
     parts = slices(size, race=True)
     assert [part.stop for part in parts] == ends
     assert [position for part in parts for position in part] == list(range(size))
@@ -60,8 +60,8 @@ def test_losers_stop_after_the_first_slice_and_the_calls_saved_are_counted() -> 
     racers = candidates(table)
     result = run_race(racers, 100, scorer(table))
     assert [racer.stopped for racer in racers] == [True, False, True, True]
-    assert [len(racer.scores) for racer in racers] == [25, 100, 25, 25]
-    assert (result.calls_made, result.calls_saved) == (175, 225)
+    assert [len(racer.scores) for racer in racers] == [13, 100, 13, 13]
+    assert (result.calls_made, result.calls_saved) == (139, 261)
     assert result.confidence == 0.95
 
 
@@ -82,16 +82,18 @@ def test_the_winner_is_that_of_the_full_scoring_on_separable_data(seed: int) -> 
     assert winners[0] == winners[1] == f"c{seed % 5}"
 
 
-def test_the_winner_is_rarely_stopped_on_data_that_is_hard_to_separate() -> None:
-    lost = 0
+def test_little_is_lost_where_all_candidates_are_equally_good() -> None:
+    """The hardest case: only chance makes a best one. Its lead over what is kept instead is small."""
+    losses = []
     for seed in range(200):
         rng = random.Random(seed)
         table = {f"c{i}": [float(rng.random() < 0.5) for _ in range(100)] for i in range(5)}
         racers = candidates(table)
         run_race(racers, 100, scorer(table))
         best = max(sum(scores) for scores in table.values())
-        lost += sum(table[choose(racers, 100).name]) < best
-    assert lost <= 0.05 * 200
+        losses.append((best - sum(table[choose(racers, 100).name])) / 100)
+    assert sum(loss > 0 for loss in losses) <= 0.2 * len(losses)
+    assert sum(losses) / len(losses) <= 0.005
 
 
 def test_equal_candidates_are_never_stopped() -> None:

@@ -1,0 +1,60 @@
+"""What racing saves and what it costs: simulated candidates whose full scores are known.
+
+    python tests/benchmarks/race.py [--candidates 8] [--races 2000]
+
+Each race has candidates of different accuracy on examples of different difficulty (a logistic model), as on real
+validation sets. Prints, by number of examples and by confidence of a stop, the share of program calls made, how often
+the candidate that full scoring would choose was lost, and the mean score lost by it. A second, no model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+
+import dspy
+
+from bettertogether import racing
+from bettertogether.demos import Candidate
+from bettertogether.prompts import choose
+
+
+def table(candidates: int, size: int, rng: random.Random) -> list[list[float]]:
+    """Right or wrong, by candidate and example."""
+    skills = [rng.gauss(0.5, 0.8) for _ in range(candidates)]
+    ease = [rng.gauss(0, 1.5) for _ in range(size)]
+    return [[float(rng.random() < 1 / (1 + math.exp(-skill - e))) for e in ease] for skill in skills]
+
+
+def race(scores: list[list[float]], size: int) -> tuple[int, float]:
+    """Calls made, and the score lost against scoring everything."""
+    candidates = [Candidate(str(number), dspy.Module()) for number in range(len(scores))]
+    result = racing.run_race(
+        candidates, size, lambda running, part: [[scores[int(c.name)][i] for i in part] for c in running]
+    )
+    chosen = scores[int(choose(candidates, size).name)]
+    return result.calls_made, max(map(statistics.mean, scores)) - statistics.mean(chosen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--races", type=int, default=2000)
+    options = parser.parse_args()
+    print(f"{options.candidates} candidates, {options.races} races\nexamples  confidence  calls made  best lost  loss")
+    for size in (24, 60, 250):
+        for confidence in (0.8, 0.9, 0.95, 0.99):
+            racing.CONFIDENCE = confidence
+            rng = random.Random(0)
+            results = [race(table(options.candidates, size, rng), size) for _ in range(options.races)]
+            calls = statistics.mean(calls for calls, _ in results) / (options.candidates * size)
+            lost = statistics.mean(loss > 0 for _, loss in results)
+            print(
+                f"{size:8}  {confidence:10}  {calls:10.0%}  {lost:9.1%}  {statistics.mean(x for _, x in results):.4f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
