@@ -22,6 +22,7 @@ from dspy.lm15 import Request
 
 from .engines.base import ChatMessage, LocalEngine, TrainingRow
 from .errors import DataError
+from .files import atomic_write
 from .runs import Call
 
 TrainPrompt = Literal["vanilla", "optimized", "mixed"]
@@ -270,7 +271,7 @@ def balance_labels(labels: Sequence[str | None], wanted: Sequence[str | None], m
 def write_rows(rows: Iterable[Row], path: Path) -> Path:
     """Write rows as JSON lines that `datasets.load_dataset("json")` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    atomic_write(path, "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
     return path
 
 

@@ -15,7 +15,7 @@ import time
 import dspy
 from tasks import Sentiment, sentiment_data, sentiment_match
 
-from bettertogether import BetterTogether, default_model, local_lm
+from bettertogether import BetterTogether, default_model, local_lm, save
 from bettertogether.evaluation import compare, evaluate
 
 
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder or hub id of another model")
     parser.add_argument("--strategy", default="p -> w -> p")
     parser.add_argument("--run-dir", help="where to keep records, adapters and the report; the same call goes on")
+    parser.add_argument("--save", help="folder for the compiled program")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
 
@@ -56,6 +57,8 @@ def main() -> None:
     after = evaluate(compiled, testset, sentiment_match, phase="test the compiled program")
     clock.lap("compiled program tested")
 
+    if arguments.save:
+        save(compiled, arguments.save)
     print(compiled.report)
     print(f"\nOn {len(testset)} test messages that no step has seen:")
     print(compare({"untouched": before, "compiled": after}))
