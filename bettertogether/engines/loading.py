@@ -21,6 +21,7 @@ from ..errors import ConfigError, ModelError
 from .adapters import AdapterBank
 from .decoding import Decoder
 from .packed_decoder import PackedDecoder
+from .packed_linear import pack_linear_layers
 from .plain_decoder import PlainDecoder
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,9 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Any
         model = AutoModelForCausalLM.from_pretrained(card.source, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The weights of {card.source!r} can't be loaded: {error}") from error
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    pack_linear_layers(model)
+    return model
 
 
 def make_decoder(model: Any, adapters: AdapterBank, cache_bytes: int) -> Decoder:

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 ROWS = (1, 8, 32, 64, 256, 1024)
 KINDS = {
-    "matrix products": ("linear", "addmm", "mm", "matmul", "bmm"),
+    "matrix products": ("mkldnn", "linear", "addmm", "mm", "matmul", "bmm"),
     "attention": ("flash_attention", "scaled_dot", "lerp", "sigmoid"),
 }
 
