@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from generation import Bench, chats
+from linear_layers import rate
 from torch.profiler import ProfilerActivity, profile
 
 ROWS = (1, 8, 32, 64, 256, 1024)
@@ -32,21 +33,8 @@ def linear_layers(model: torch.nn.Module) -> list[torch.nn.Linear]:
 def gemm_rates(model: torch.nn.Module) -> dict[int, float]:
     """GFLOP/s of one pass over all linear layers but the output head, by the number of rows."""
     layers = [layer for layer in linear_layers(model) if layer.out_features < 2**15]
-    work = sum(2 * layer.weight.numel() for layer in layers)
-    rates = {}
     with torch.inference_mode():
-        for rows in ROWS:
-            inputs = {
-                layer.in_features: torch.randn(rows, layer.in_features).to(layer.weight.dtype) for layer in layers
-            }
-            times = []
-            for _ in range(5):
-                started = time.perf_counter()
-                for layer in layers:
-                    layer(inputs[layer.in_features])
-                times.append(time.perf_counter() - started)
-            rates[rows] = work * rows / min(times) / 1e9
-    return rates
+        return {rows: rate(layers, rows) for rows in ROWS}
 
 
 def operations(bench: Bench, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:

@@ -23,9 +23,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import dspy
+from generation import Iris
 from sklearn.datasets import load_iris
 
 from bettertogether.engines.transformers_engine import TransformersEngine
@@ -34,17 +35,6 @@ from bettertogether.training.packing import TokenizedRow, epoch_batches
 
 BATCH = 8
 RATE = 2e-4
-
-
-class Iris(dspy.Signature):
-    """Tell the species of an iris flower from its measures in centimetres."""
-
-    sepal_length: float = dspy.InputField()
-    sepal_width: float = dspy.InputField()
-    petal_length: float = dspy.InputField()
-    petal_width: float = dspy.InputField()
-    reasoning: str = dspy.OutputField()
-    species: Literal["setosa", "versicolor", "virginica"] = dspy.OutputField()
 
 
 def iris_rows(model: str, number: int, demos: int) -> list[TokenizedRow]:

@@ -97,7 +97,6 @@ def run_one(side: str, options: argparse.Namespace) -> None:
         "seconds": seconds,
         "calls": calls,
         "rows": rows,
-        "val": compiled.candidate_programs[0]["score"],
         "test": score,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "strategies": {c["strategy"] or "student": c["score"] for c in compiled.candidate_programs},
