@@ -2,12 +2,13 @@
 
     pip install trl
     python tests/benchmarks/training.py MODEL_FOLDER [--rows 64] [--demos 0 4] [--dtypes float32 bfloat16]
-        [--their-batch 8]
+        [--repeats 3] [--their-batch 8]
 
 The rows are an Iris program's (chain of thought, ChatAdapter) with 0 and with 4 demos in the prompt. Both sides train
 the same LoRA (all linear layers, rank 16, equal initial weights) with AdamW at a constant rate on the same batches;
 trl gets the tokens ready-made and its loss is on the completion too. Each side runs in a process of its own. Prints
-seconds (wall and processor), peak memory and the mean loss of each side, then the ratios (theirs / ours).
+seconds (wall and processor), peak memory and the mean loss of each side, then the ratios of the medians (theirs /
+ours).
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import argparse
 import importlib.util
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from typing import Any
 
 import dspy
 from generation import Iris
+from sides import Figures, measure, ratios, report
 from sklearn.datasets import load_iris
 
 from bettertogether.engines.transformers_engine import TransformersEngine
@@ -119,7 +119,7 @@ def train_theirs(
 
 
 def run_one(side: str, model_folder: str, rows_file: Path, dtype: str, micro_batch: int) -> None:
-    """Train one side and print its figures as JSON."""
+    """Train one side and report its figures."""
     rows = [TokenizedRow(**line) for line in json.loads(rows_file.read_text())]
     before = resource.getrusage(resource.RUSAGE_SELF)
     if side == "ours":
@@ -128,46 +128,38 @@ def run_one(side: str, model_folder: str, rows_file: Path, dtype: str, micro_bat
         seconds, losses = train_theirs(model_folder, rows, dtype, micro_batch)
     after = resource.getrusage(resource.RUSAGE_SELF)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    figures = {"seconds": seconds, "processor": processor, "peak_gib": after.ru_maxrss / 2**20, "losses": losses}
-    print("RESULT " + json.dumps(figures))
+    report({"seconds": seconds, "processor": processor, "losses": losses})
 
 
-def measure(side: str, model_folder: str, rows_file: Path, dtype: str, micro_batch: int) -> dict[str, Any]:
-    """Run one side in a process of its own."""
-    command = [sys.executable, __file__, model_folder, "--side", side, "--file", str(rows_file), "--dtypes", dtype]
-    command += ["--their-batch", str(micro_batch)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    figures: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT "))
-    mean = sum(figures["losses"]) / len(figures["losses"])
+def run_side(side: str, arguments: Sequence[str]) -> Figures:
+    """Run one side in a process of its own, and print its line."""
+    figures = measure(__file__, [*arguments, "--side", side])
+    losses = figures["losses"]
     print(
         f"  {side:6} {figures['seconds']:7.1f} s  processor {figures['processor']:7.1f} s  "
-        f"peak {figures['peak_gib']:5.2f} GiB  loss {mean:.4f} (first {figures['losses'][0]:.4f}, "
-        f"last {figures['losses'][-1]:.4f})",
+        f"peak {figures['peak_gib']:5.2f} GiB  loss {sum(losses) / len(losses):.4f} (first {losses[0]:.4f}, "
+        f"last {losses[-1]:.4f})",
         flush=True,
     )
     return figures
 
 
-def compare(model_folder: str, number: int, demos: int, dtype: str, micro_batch: int) -> None:
-    """Measure both sides and print the ratios."""
-    rows = iris_rows(model_folder, number, demos)
+def compare(options: argparse.Namespace, demos: int, dtype: str) -> None:
+    """Run both sides in turn, several times, and print the ratios of the medians."""
+    rows = iris_rows(options.model, options.rows, demos)
     tokens = sum(map(len, rows)) / len(rows)
-    print(f"{number} rows of {tokens:.0f} tokens, {demos} demos, {dtype}")
+    print(f"{options.rows} rows of {tokens:.0f} tokens, {demos} demos, {dtype}")
+    ours, theirs = [], []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         file.write_text(json.dumps([asdict(row) for row in rows]))
-        ours = measure("ours", model_folder, file, dtype, micro_batch)
-        theirs = measure("theirs", model_folder, file, dtype, micro_batch)
-    gap = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
-    print(
-        f"  ratio  {theirs['seconds'] / ours['seconds']:.2f} of time, {theirs['processor'] / ours['processor']:.2f} of "
-        f"processor time, {theirs['peak_gib'] / ours['peak_gib']:.2f} of memory; largest difference of a step's "
-        f"loss {gap:.5f}",
-        flush=True,
-    )
+        arguments = [options.model, "--file", str(file), "--dtypes", dtype, "--their-batch", str(options.their_batch)]
+        for _ in range(options.repeats):
+            ours.append(run_side("ours", arguments))
+            theirs.append(run_side("theirs", arguments))
+    gap = max(abs(a - b) for a, b in zip(ours[0]["losses"], theirs[0]["losses"], strict=True))
+    names = {"seconds": "time", "processor": "processor time", "peak_gib": "memory"}
+    print(f"  ratio  {ratios(ours, theirs, **names)}; largest difference of a step's loss {gap:.5f}", flush=True)
 
 
 def main() -> None:
@@ -175,6 +167,7 @@ def main() -> None:
     parser.add_argument("model", help="folder of the base model")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--demos", type=int, nargs="+", default=[0, 4])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument(
         "--their-batch", type=int, default=BATCH, choices=[1, 2, 4, 8],
@@ -190,7 +183,7 @@ def main() -> None:
         raise SystemExit("This benchmark compares with trl, which is not installed: pip install trl")
     for dtype in options.dtypes:
         for demos in options.demos:
-            compare(options.model, options.rows, demos, dtype, options.their_batch)
+            compare(options, demos, dtype)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A whole "p -> w -> p" against `dspy.BetterTogether` over plain `generate` and trl, with equal candidates and epochs.
 
     pip install trl
-    python tests/benchmarks/whole_run.py [--train 12] [--val 8] [--test 40]
+    python tests/benchmarks/whole_run.py [--train 12] [--val 8] [--test 40] [--seeds 0 1 2]
 
 Both sides get the same program (ChatAdapter, DSPy's default), model, messages, metric, number of demo sets, examples
 to score them on, LoRA and training settings. Theirs is `dspy.BetterTogether` with `BootstrapFewShotWithRandomSearch`
@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,6 +25,7 @@ import dspy
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from plain_engine import PlainEngine, plain_lm
+from sides import Figures, measure, median, ratios, report
 from tasks import Sentiment, sentiment_data, sentiment_match
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, default_model, local_lm
@@ -78,9 +76,9 @@ def compile_theirs(student: dspy.Module, lm: dspy.LM, data: tuple[list, list], s
 
 
 def run_one(side: str, options: argparse.Namespace) -> None:
-    """Compile one side and print its figures as JSON."""
+    """Compile one side and report its figures."""
     dspy.configure_cache(enable_disk_cache=False)
-    train, val, test = sentiment_data(options.train, options.val, options.test, options.seed)
+    train, val, test = sentiment_data(options.train, options.val, options.test, options.seeds[0])
     folder = options.model or default_model()
     student = dspy.Predict(Sentiment)
     lm = (
@@ -89,30 +87,24 @@ def run_one(side: str, options: argparse.Namespace) -> None:
         else plain_lm(PlainEngine(folder), max_tokens=MAX_TOKENS)
     )
     started = time.perf_counter()
-    compiled, rows = (compile_ours if side == "ours" else compile_theirs)(student, lm, (train, val), options.seed)
+    compiled, rows = (compile_ours if side == "ours" else compile_theirs)(student, lm, (train, val), options.seeds[0])
     seconds = time.perf_counter() - started
     calls = lm.engine.counters()["requests"]
     score = evaluate(compiled, test, sentiment_match).mean
-    figures = {
+    figures: Figures = {
         "seconds": seconds,
         "calls": calls,
         "rows": rows,
         "test": score,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "strategies": {c["strategy"] or "student": c["score"] for c in compiled.candidate_programs},
         "seconds_by_part": getattr(lm.engine, "seconds", {}),
     }
-    print("RESULT " + json.dumps(figures))
+    report(figures)
 
 
-def measure(side: str, arguments: list[str]) -> dict[str, Any]:
-    """Run one side in a process of its own."""
-    command = [sys.executable, __file__, "--side", side, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(f"{side} failed:\n{done.stdout[-4000:]}")
-    figures: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT "))
+def run_side(side: str, arguments: list[str]) -> Figures:
+    """Run one side in a process of its own, and print its line."""
+    figures = measure(__file__, [*arguments, "--side", side])
     print(
         f"{side:6} {figures['seconds']:7.1f} s  {figures['calls']:5d} calls  {figures['rows']:3d} rows  "
         f"peak {figures['peak_gib']:5.2f} GiB  test {figures['test']:.3f}  {figures['strategies']} "
@@ -124,8 +116,9 @@ def measure(side: str, arguments: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("train", 12), ("val", 8), ("test", 40), ("seed", 0)):
+    for name, default in (("train", 12), ("val", 8), ("test", 40)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", help="folder of another model")
     parser.add_argument("--side", choices=["ours", "theirs"], help="run this side alone")
     options = parser.parse_args()
@@ -134,11 +127,14 @@ def main() -> None:
         return
     if importlib.util.find_spec("trl") is None:
         raise SystemExit("This benchmark compares with trl, which is not installed: pip install trl")
-    ours, theirs = (measure(side, sys.argv[1:]) for side in ("ours", "theirs"))
-    print(
-        f"ratio  {theirs['seconds'] / ours['seconds']:.1f} of time, {theirs['calls'] / ours['calls']:.2f} of calls, "
-        f"{theirs['peak_gib'] / ours['peak_gib']:.2f} of memory"
-    )
+    ours, theirs = [], []
+    for seed in options.seeds:
+        print(f"seed {seed}")
+        arguments = [*sys.argv[1:], "--seeds", str(seed)]
+        ours.append(run_side("ours", arguments))
+        theirs.append(run_side("theirs", arguments))
+    print(f"ratio  {ratios(ours, theirs, seconds='time', calls='calls', peak_gib='memory')}")
+    print(f"median test  {median(ours, 'test'):.3f}, theirs {median(theirs, 'test'):.3f}")
 
 
 if __name__ == "__main__":
