@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .budget import Budget
     from .callbacks import Callback, ProgressDisplay
     from .downloads import default_model
-    from .lm import local_lm
+    from .lm import local_lm, vllm_lm
     from .optimizer import BetterTogether
     from .prompts import BootstrapFewShotRS
     from .report import CompileReport
@@ -35,6 +35,7 @@ _PUBLIC = {
     "local_lm": ".lm",
     "merge": ".artifact",
     "save": ".artifact",
+    "vllm_lm": ".lm",
 }
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "local_lm",
     "merge",
     "save",
+    "vllm_lm",
 ]
 
 __version__ = "0.1.0"

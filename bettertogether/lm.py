@@ -1,4 +1,4 @@
-"""`local_lm(...)`: a `dspy.LM` whose engine holds the weights and whose provider trains them."""
+"""`local_lm(...)` and `vllm_lm(...)`: a `dspy.LM` whose engine runs the model and whose provider trains it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .errors import ConfigError, DataError, NotTrainableError
 from .training.config import LoRAConfig, TrainingConfig
 
 if TYPE_CHECKING:
-    from .engines.transformers_engine import TransformersEngine
+    from .engines.shared_engine import SharedEngine
 
 
 class LocalTrainingJob(TrainingJob):
@@ -121,9 +121,52 @@ def local_lm(
     """
     from .engines import TransformersEngine
 
-    engine: TransformersEngine = TransformersEngine.shared(model, **dict(engine_options or {}))
+    lm_options |= {"temperature": temperature, "max_tokens": max_tokens, "cache": cache}
+    return _shared_lm(TransformersEngine, model, adapter, engine_options, lm_options)
+
+
+def vllm_lm(
+    model: str | Path,
+    *,
+    url: str | None = None,
+    adapter: str | Path | None = None,
+    temperature: float = 0.0,
+    max_tokens: int | None = None,
+    cache: bool = True,
+    engine_options: Mapping[str, Any] | None = None,
+    **lm_options: Any,
+) -> LocalLM:
+    """The same as `local_lm`, with the model served by vLLM: for models, batches and machines beyond one process.
+
+    Args:
+        model: Folder of a transformers model, or a hub id.
+        url: vLLM server that serves it already; None starts one on this machine at the first request.
+        adapter: PEFT folder to answer with; None for the base model.
+        temperature: 0 takes the likeliest token each time.
+        max_tokens: Tokens of an answer at most; None: 1024, or what the context has left.
+        cache: Use DSPy's cache of answers. It can't be stale: new weights get a new model name.
+        engine_options: Options of `VLLMEngine`: server_options, command, concurrency, stop_while_training, ...
+        lm_options: Anything else `dspy.LM` takes.
+
+    Raises ModelError for a folder or id that holds no model, and for a `url` where no vLLM answers.
+    """
+    from .engines import VLLMEngine
+
+    lm_options |= {"temperature": temperature, "max_tokens": max_tokens, "cache": cache}
+    return _shared_lm(VLLMEngine, model, adapter, {**(engine_options or {}), "url": url}, lm_options)
+
+
+def _shared_lm(
+    engine_class: type[SharedEngine],
+    model: str | Path,
+    adapter: str | Path | None,
+    engine_options: Mapping[str, Any] | None,
+    lm_options: Mapping[str, Any],
+) -> LocalLM:
+    """The LM for this process's engine of a model."""
+    engine: Any = engine_class.shared(model, **(engine_options or {}))
     name = engine.add_adapter(Path(adapter)) if adapter is not None else None
-    return engine_lm(engine, name, temperature=temperature, max_tokens=max_tokens, cache=cache, **lm_options)
+    return engine_lm(engine, name, **lm_options)
 
 
 def local_engine(lm: Any) -> LocalEngine | None:
@@ -138,7 +181,8 @@ def require_engine(lm: Any, predictor: str) -> LocalEngine:
     if engine is None:
         raise NotTrainableError(
             f"Predictor {predictor!r} uses {getattr(lm, 'model', lm)!r}, which can't be trained here: weights "
-            "that this process holds are needed. Use bettertogether.local_lm(folder_or_hub_id), or name the predictor "
-            "in frozen=[...] to leave it as it is, or use dspy.BootstrapFinetune for a provider's own training service."
+            "within reach are needed. Use bettertogether.local_lm(folder_or_hub_id) or vllm_lm(...), or name the "
+            "predictor in frozen=[...] to leave it as it is, or use dspy.BootstrapFinetune for a provider's own "
+            "training service."
         )
     return engine

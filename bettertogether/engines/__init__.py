@@ -18,8 +18,9 @@ from .base import (
 
 if TYPE_CHECKING:
     from .transformers_engine import TransformersEngine
+    from .vllm_engine import VLLMEngine
 
-_LAZY = {"TransformersEngine": ".transformers_engine"}
+_LAZY = {"TransformersEngine": ".transformers_engine", "VLLMEngine": ".vllm_engine"}
 
 __all__ = [
     "MODEL_PREFIX",
@@ -29,6 +30,7 @@ __all__ = [
     "TrainingProgress",
     "TrainingRow",
     "TransformersEngine",
+    "VLLMEngine",
     "adapter_model_name",
     "adapter_round",
 ]

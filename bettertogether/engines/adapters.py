@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +63,10 @@ class AdapterBank:
 
     def add(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
-        config = _read_config(folder)
-        name = adapter_model_name(self._base_name, _round_of(folder), content_hash(folder))
+        name = adapter_name(self._base_name, folder)
         with self._lock:
             if name not in self._adapters:
-                weights = _read_weights(folder, config, self._layer_shapes())
+                weights = _read_weights(folder, read_adapter_config(folder), self._layer_shapes())
                 self._adapters[name] = _Adapter(folder, weights)
                 self._attach()
         return name
@@ -79,11 +78,7 @@ class AdapterBank:
         with self._lock:
             if model in self._adapters:
                 return self._adapters[model].folder
-            held = [MODEL_PREFIX + self._base_name, *self._adapters]
-        raise UnknownAdapterError(
-            f"{model!r} is not served by this engine. Held: {', '.join(held)}. Add the adapter's folder with "
-            "engine.add_adapter(folder)."
-        )
+            raise unknown_adapter(model, self._base_name, self._adapters)
 
     def folders(self) -> list[Path]:
         """Folders of all adapters, in the order they were added."""
@@ -134,9 +129,23 @@ class AdapterBank:
         return add_updates
 
 
+def adapter_name(base_name: str, folder: Path) -> str:
+    """Model name of the adapter in a PEFT folder: its round and a hash of its content. Raises ModelError."""
+    return adapter_model_name(base_name, _round_of(folder), content_hash(folder))
+
+
+def unknown_adapter(model: str, base_name: str, adapters: Iterable[str]) -> UnknownAdapterError:
+    """The error for a model name that is neither the base's nor an adapter's."""
+    held = ", ".join([MODEL_PREFIX + base_name, *adapters])
+    return UnknownAdapterError(
+        f"{model!r} is not served by this engine. Held: {held}. Add the adapter's folder with "
+        "engine.add_adapter(folder)."
+    )
+
+
 def content_hash(folder: Path) -> str:
     """SHA-256 (hex) of an adapter's weights and of the settings that change what they do."""
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
     relevant = {field: config[field] for field in CONTENT_FIELDS if config.get(field)}
     if isinstance(relevant.get("target_modules"), list):
         relevant["target_modules"] = sorted(relevant["target_modules"])
@@ -162,7 +171,8 @@ def _round_of(folder: Path) -> int:
         raise ModelError(f"{path} is damaged ({error!r}); it holds {{'round': a whole number}}. Delete it.") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a plain LoRA adapter. Raises ModelError for any other."""
     missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
     if missing:
         raise ModelError(

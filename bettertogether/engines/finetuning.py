@@ -122,7 +122,7 @@ def _run(job: TrainingJob, model: Any, source: str, folder: Path, on_progress: P
         "start_from": job.start_from,
         "on_progress": on_progress,
     }
-    if job.training.num_processes > 1:
+    if model is None:
         from ..training.worker import launch
 
         return launch(source, job.rows, **options)

@@ -126,14 +126,19 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model with its weights, ready to answer. Raises ModelError."""
+def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype, *, pack: bool = True) -> Any:
+    """The model with its weights, frozen and in eval mode. Raises ModelError.
+
+    `pack` holds the weights of linear layers a second time where that makes answers faster; training has no use for
+    it.
+    """
     try:
         model = AutoModelForCausalLM.from_pretrained(card.source, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The weights of {card.source!r} can't be loaded: {error}") from error
     model = model.to(device).eval().requires_grad_(False)
-    pack_linear_layers(model)
+    if pack:
+        pack_linear_layers(model)
     return model
 
 

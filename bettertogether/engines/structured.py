@@ -118,12 +118,11 @@ class GrammarCompiler:
 
         Raises MissingExtraError without llguidance, and UnsupportedFeatureError for a schema it can't compile.
         """
-        schema = response_format.get("schema") if response_format["type"] == "json_schema" else None
-        key = json.dumps(schema)
+        key = json.dumps(response_format)
         with self._lock:
             tokenizer, token_bytes = self._wrap()
             if key not in self._matchers:
-                self._matchers[key] = _compile(tokenizer, schema)
+                self._matchers[key] = _compile(tokenizer, response_format)
             return GrammarConstraint(self._matchers[key].deep_copy(), token_bytes)
 
     def _wrap(self) -> tuple[Any, TokenBytes]:
@@ -140,21 +139,28 @@ class GrammarCompiler:
         return self._wrapped
 
 
-def _compile(tokenizer: Any, schema: Mapping[str, Any] | None) -> Any:
-    from llguidance import LLMatcher
-
+def answer_grammar(response_format: Mapping[str, Any]) -> str:
+    """The grammar (lark, as llguidance reads it) of the answers to a request's `response_format`: {"type":
+    "json_object"} or "json_schema". Raises UnsupportedFeatureError for a schema that can't be read."""
+    schema = response_format.get("schema") if response_format["type"] == "json_schema" else None
     try:
-        grammar = lark_grammar(schema)
+        return lark_grammar(schema)
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedFeatureError(
-            f"The JSON schema of the answer can't be read: {error!r}. Schema: {json.dumps(schema)[:500]}",
+            f"The JSON schema of the answer can't be read: {error!r}. Asked: {json.dumps(response_format)[:500]}",
             feature="config.response_format",
         ) from error
-    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
+
+
+def _compile(tokenizer: Any, response_format: Mapping[str, Any]) -> Any:
+    from llguidance import LLMatcher
+
+    grammar = LLMatcher.grammar_from_lark(answer_grammar(response_format))
+    matcher = LLMatcher(tokenizer, grammar, log_level=0)
     if matcher.is_error():
         raise UnsupportedFeatureError(
-            f"The JSON schema of the answer can't be enforced: {_problem(matcher.get_error())}. Simplify the "
-            f"output field's type, or use an adapter without response_format. Schema: {json.dumps(schema)[:500]}",
+            f"The JSON schema of the answer can't be enforced: {_problem(matcher.get_error())}. Simplify the output "
+            f"field's type, or use an adapter without response_format. Asked: {json.dumps(response_format)[:500]}",
             feature="config.response_format",
         )
     return matcher

@@ -8,33 +8,29 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Self
+from typing import Any
 
 from dspy._vendor.lm15.types import StreamEvent
-from dspy.clients.engines.base import validate_request
-from dspy.lm15 import ContextLengthError, Request, Response
+from dspy.lm15 import Request, Response
 
 from ..errors import ConfigError
-from ..files import cache_folder
 from ..training.config import LoRAConfig, TrainingConfig
 from .adapters import AdapterBank, linear_shapes, meta_linear_shapes
-from .base import ChatMessage, FinetuneResult, ProgressFunction, TrainingRow
-from .decoding import Decoder, Row, SamplingOptions, TokenScore
+from .base import FinetuneResult, ProgressFunction, TrainingRow
+from .decoding import Decoder, Row, TokenScore
 from .finetuning import prepare, train
-from .loading import is_out_of_memory, load_model, make_decoder, pick_device, pick_dtype, read_card
-from .rendering import PromptRenderer, messages_of
+from .loading import is_out_of_memory, load_model, make_decoder, pick_device, pick_dtype
 from .responses import ResponseWriter
 from .scheduler import Answer, Job, Scheduler
+from .shared_engine import PARAMS, AsyncSide, SharedEngine
 from .structured import GrammarCompiler, structured_output_available
 from .text_stream import TextStream
 
-DEFAULT_MAX_TOKENS = 1024
 WAIT_S = 0.2
 """A waiting thread wakes so often, so that Ctrl-C reaches it."""
-PARAMS = frozenset({"temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "logprobs"})
 
 
-class TransformersEngine:
+class TransformersEngine(SharedEngine):
     """Answers requests with a model of transformers, many at once, and trains LoRA adapters on it.
 
     The weights are loaded at the first request. Threads may call `complete` at the same time; their requests are
@@ -69,61 +65,33 @@ class TransformersEngine:
         for name, value in (("max_batch_size", max_batch_size), ("cache_bytes", cache_bytes)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} is not allowed: give a whole number above 0.")
+        options = {
+            "dtype": dtype, "device": device, "max_batch_size": max_batch_size, "cache_bytes": cache_bytes,
+            "chat_template_kwargs": chat_template_kwargs, "cache_folder": cache_folder,
+        }  # fmt: skip
+        super().__init__(model, options)
         self._device = pick_device(device)
         self._dtype = pick_dtype(dtype, self._device)
-        self._card = read_card(model)
-        self._options: dict[str, Any] = {
-            "max_batch_size": max_batch_size,
-            "cache_bytes": cache_bytes,
-            "chat_template_kwargs": None if chat_template_kwargs is None else dict(chat_template_kwargs),
-            "cache_folder": None if cache_folder is None else str(cache_folder),
-        }
-        self.base_name = Path(str(model).rstrip("/")).resolve().name if Path(model).is_dir() else Path(model).name
-        self.max_length = self._card.max_length
         self.concurrency = max_batch_size
         self.supports_response_schema = structured_output_available()
         self.supported_params = PARAMS | ({"response_format"} if self.supports_response_schema else frozenset())
-        self._renderer = PromptRenderer(self._card.tokenizer, self._card.eos_ids, chat_template_kwargs)
-        eos_ids = frozenset({*self._card.eos_ids, self._renderer.end_id})
-        self._grammars = GrammarCompiler(self._card.tokenizer, self._card.vocabulary, sorted(eos_ids))
+        self._grammars = GrammarCompiler(self._card.tokenizer, self._card.vocabulary, sorted(self._eos_ids))
         self._writer = ResponseWriter(self._card.tokenizer)
         self._model: Any = None
         self._load_lock = threading.Lock()
         self._adapters = AdapterBank(self.base_name, self._layer_shapes)
         self._scheduler = Scheduler(
-            self._make_decoder, eos_ids=eos_ids, max_batch_size=max_batch_size, out_of_memory=is_out_of_memory
+            self._make_decoder, eos_ids=self._eos_ids, max_batch_size=max_batch_size, out_of_memory=is_out_of_memory
         )
         for folder in adapters:
             self.add_adapter(folder)
 
     @classmethod
-    def shared(
-        cls, model: str | Path, *, dtype: str = "auto", device: str = "auto", **options: Any
-    ) -> TransformersEngine:
-        """The engine of this process for a model, dtype and device: made at the first call, found at later ones.
-
-        Raises ConfigError when it was made with other options than those given now.
-        """
-        where = pick_device(device)
-        key = (cls, _identity(model), pick_dtype(dtype, where), where)
-        adapters = options.pop("adapters", ())
-        with _SHARED_LOCK:
-            engine = _SHARED.get(key)
-            if engine is None:
-                engine = _SHARED[key] = cls(model, dtype=dtype, device=device, **options)
-        engine._check_options(options)
-        for folder in adapters:
-            engine.add_adapter(Path(folder))
-        return engine
-
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        for name, value in options.items():
-            value = str(value) if isinstance(value, Path) else value
-            if name not in self._options or self._options[name] != value:
-                raise ConfigError(
-                    f"{name}={value!r} was asked for, but {self.base_name!r} is loaded in this process with "
-                    f"{name}={self._options.get(name)!r}. Use the same options, or close() the engine first."
-                )
+    def place(cls, options: Mapping[str, Any]) -> dict[str, str | None]:
+        """Device and precision."""
+        device = pick_device(options.get("device", "auto"))
+        dtype = pick_dtype(options.get("dtype", "auto"), device)
+        return {"dtype": str(dtype).removeprefix("torch."), "device": str(device)}
 
     def complete(self, request: Request) -> Response:
         """Answer one request; `request.model` names the base or an adapter.
@@ -180,33 +148,13 @@ class TransformersEngine:
         return AsyncTransformersEngine(self)
 
     def _job(self, request: Request) -> Job:
-        validate_request(request)
         self._scheduler.check_open()
         adapter = "" if self._adapters.folder(request.model) is None else request.model
-        sampling = SamplingOptions.from_config(request.config)
-        prompt_ids = self.prompt_tokens(self.messages(request))
-        room = self.max_length - len(prompt_ids)
-        if room < 1:
-            raise ContextLengthError(
-                f"The prompt has {len(prompt_ids)} tokens; {self.base_name} takes {self.max_length} for prompt and "
-                "answer together. Use fewer or shorter demos, or a model with a longer context."
-            )
-        row = Row(prompt_ids, min(request.config.max_tokens or DEFAULT_MAX_TOKENS, room), adapter, sampling)
+        prompt_ids, max_new_tokens, sampling = self._rendered(request)
+        row = Row(prompt_ids, max_new_tokens, adapter, sampling)
         if request.config.response_format is not None:
             row.constraint = self._grammars.constraint(request.config.response_format)
         return Job(row, TextStream(self._writer.decode, sampling.stop))
-
-    def messages(self, request: Request) -> tuple[ChatMessage, ...]:
-        """The chat messages that a request is rendered from (system first). Raises UnsupportedFeatureError."""
-        return messages_of(request)
-
-    def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Token ids of a prompt, ending where the answer begins."""
-        return self._renderer.prompt_tokens(messages)
-
-    def completion_tokens(self, completion: str) -> list[int]:
-        """Token ids of an answer, ended by the end-of-turn token."""
-        return self._renderer.completion_tokens(completion)
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
@@ -215,6 +163,10 @@ class TransformersEngine:
     def adapter_folder(self, model: str) -> Path | None:
         """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
         return self._adapters.folder(model)
+
+    def adapter_folders(self) -> list[Path]:
+        """Folders of all adapters, in the order they were added."""
+        return self._adapters.folders()
 
     def finetune(
         self,
@@ -239,48 +191,16 @@ class TransformersEngine:
         self.add_adapter(result.folder)
         return result
 
-    def _adapters_folder(self) -> Path:
-        if self._options["cache_folder"] is not None:
-            return Path(self._options["cache_folder"])
-        return cache_folder() / "adapters"
-
     def counters(self) -> dict[str, int]:
         """requests, prompt_tokens, prefix_tokens_reused, generated_tokens, forced_tokens, forward_passes, batches."""
         return self._scheduler.counters()
-
-    def dump_state(self) -> dict[str, Any]:
-        """Model, dtype, device, options and the folders of the adapters."""
-        return {
-            "model": self._card.source,
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "device": str(self._device),
-            "adapters": [str(folder) for folder in self._adapters.folders()],
-            **self._options,
-        }
-
-    @classmethod
-    def load_state(cls, state: dict[str, Any]) -> TransformersEngine:
-        """The engine for a saved state: the one already loaded in this process where there is one."""
-        options = {**state, "adapters": [Path(folder) for folder in state["adapters"]]}
-        return cls.shared(options.pop("model"), **options)
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: Any) -> Self:
-        return self
-
-    def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
-        return type(self).load_state, (self.dump_state(),)
 
     def close(self) -> None:
         """Stop the worker and free the weights. Pending requests fail with EngineClosedError."""
         self._scheduler.close()
         self._adapters.attach(None)
         self._model = None
-        with _SHARED_LOCK:
-            for key in [key for key, engine in _SHARED.items() if engine is self]:
-                del _SHARED[key]
+        super().close()
 
     def _layer_shapes(self) -> Mapping[str, tuple[int, int]]:
         return linear_shapes(self._model) if self._model is not None else meta_linear_shapes(self._card.config)
@@ -297,40 +217,10 @@ class TransformersEngine:
         return make_decoder(self._loaded_model(), self._adapters, self._options["cache_bytes"])
 
 
-class AsyncTransformersEngine:
-    """A `TransformersEngine` whose `complete` is awaited; the event loop stays free."""
+class AsyncTransformersEngine(AsyncSide):
+    """A `TransformersEngine` whose `complete` is awaited."""
 
-    def __init__(self, engine: TransformersEngine) -> None:
-        self.engine = engine
-
-    async def complete(self, request: Request) -> Response:
-        """Answer one request."""
-        return await self.engine.complete_async(request)
-
-    async def stream(self, request: Request) -> AsyncIterator[StreamEvent]:
-        """Answer one request as events."""
-        async for event in self.engine.stream_async(request):
-            yield event
-
-    async def aclose(self) -> None:
-        """Nothing to do: the engine belongs to whoever made it."""
-
-    def dump_state(self) -> dict[str, Any]:
-        """State of the engine."""
-        return self.engine.dump_state()
-
-    @classmethod
-    def load_state(cls, state: dict[str, Any]) -> Self:
-        """The asynchronous side of the engine for a saved state."""
-        return cls(TransformersEngine.load_state(state))
-
-
-_SHARED: dict[tuple[Any, ...], TransformersEngine] = {}
-_SHARED_LOCK = threading.Lock()
-
-
-def _identity(model: str | Path) -> str:
-    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+    engine_class = TransformersEngine
 
 
 def _wait(future: Future[Answer]) -> Answer:

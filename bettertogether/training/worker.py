@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,14 +24,12 @@ from .. import errors
 from ..engines.base import ProgressFunction, TrainingProgress
 from ..errors import BetterTogetherError, ConfigError, TrainingError
 from ..files import atomic_write
+from ..processes import WatchedProcess, last_lines
 from .config import LoRAConfig, TrainingConfig
 from .packing import TokenizedRow
 from .trainer import TrainedAdapter, train_adapter
 
 POLL_S = 0.1
-STOP_S = 10.0
-"""Time the processes get to end after they were asked to, before they are killed."""
-LOG_LINES = 30
 
 
 def launch(
@@ -73,13 +69,12 @@ def launch(
         command += ["--num_processes", str(training.num_processes), "--num_machines", "1", "--machine_rank", "0"]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
         command += [__name__, str(work / "spec.json")]
-        with (work / "log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = WatchedProcess(command, work / "log", environment)
         try:
             _follow(process, work / "progress.jsonl", on_progress)
         finally:
-            _stop(process)
-        return _result(work, process.returncode, training.num_processes)
+            process.stop()
+        return _result(work, process.exit_code, training.num_processes)
 
 
 def _environment(processes: int) -> dict[str, str]:
@@ -96,7 +91,7 @@ def _environment(processes: int) -> dict[str, str]:
     return environment
 
 
-def _follow(process: subprocess.Popen[bytes], path: Path, on_progress: ProgressFunction | None) -> None:
+def _follow(process: WatchedProcess, path: Path, on_progress: ProgressFunction | None) -> None:
     """Pass progress lines on until the process ends."""
     path.touch()
     with path.open() as file:
@@ -104,7 +99,7 @@ def _follow(process: subprocess.Popen[bytes], path: Path, on_progress: ProgressF
         running = True
         while running:
             # Asked before reading, so that lines written just before the end are read as well.
-            running = process.poll() is None
+            running = process.exit_code is None
             for line in lines:
                 if line is None:
                     break
@@ -126,20 +121,7 @@ def _whole_lines(file: IO[str]) -> Iterator[str | None]:
             yield None
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher and its workers, which are a process group of their own."""
-    if process.poll() is not None:
-        return
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        os.killpg(process.pid, number)
-        try:
-            process.wait(STOP_S)
-            return
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def _result(work: Path, code: int, processes: int) -> TrainedAdapter:
+def _result(work: Path, code: int | None, processes: int) -> TrainedAdapter:
     path = work / "result.json"
     values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if values.get("error"):
@@ -147,9 +129,8 @@ def _result(work: Path, code: int, processes: int) -> TrainedAdapter:
     if code != 0 or "message" in values:
         log = values.get("message") or (work / "log").read_text(errors="replace")
         raise TrainingError(
-            f"Training in {processes} processes ended with code {code}. The end of its log:\n"
-            + "\n".join(log.splitlines()[-LOG_LINES:])
-            + "\nThe checkpoint of the last full epoch is kept: the same call goes on from there. num_processes=1 "
+            f"Training in {processes} processes ended with code {code}. The end of its log:\n{last_lines(log)}\n"
+            "The checkpoint of the last full epoch is kept: the same call goes on from there. num_processes=1 "
             "trains in this process."
         )
     history = tuple(TrainingProgress(**line) for line in values.pop("history"))

@@ -1,0 +1,198 @@
+"""What the engines for a transformers model have in common: its tokens, and one engine per process and model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from dspy._vendor.lm15.types import StreamEvent
+from dspy.clients.engines.base import validate_request
+from dspy.lm15 import ContextLengthError, Request, Response
+
+from ..errors import ConfigError
+from ..files import cache_folder
+from .base import ChatMessage
+from .decoding import SamplingOptions
+from .loading import read_card
+from .rendering import PromptRenderer, messages_of
+
+DEFAULT_MAX_TOKENS = 1024
+PARAMS = frozenset({"temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "logprobs"})
+
+
+class SharedEngine:
+    """Base of an engine: `copy`, `deepcopy` and `pickle` of it give the same engine.
+
+    A subclass's arguments are the model, `adapters` (PEFT folders to serve from the start) and options, which it
+    hands on to this class: "chat_template_kwargs", "cache_folder" and its own.
+    """
+
+    def __init__(self, model: str | Path, options: Mapping[str, Any]) -> None:
+        self._card = read_card(model)
+        self._place = self.place(options)
+        self._options = {name: _plain(value) for name, value in options.items() if name not in self._place}
+        self.base_name = Path(str(model).rstrip("/")).resolve().name if Path(model).is_dir() else Path(model).name
+        self.max_length = self._card.max_length
+        template_kwargs = self._options["chat_template_kwargs"]
+        self._renderer = PromptRenderer(self._card.tokenizer, self._card.eos_ids, template_kwargs)
+        self._eos_ids = frozenset({*self._card.eos_ids, self._renderer.end_id})
+
+    @classmethod
+    def place(cls, options: Mapping[str, Any]) -> dict[str, str | None]:
+        """The options of which each value has an engine of its own, as they come out here: where and in what
+        precision the model runs. Raises ConfigError."""
+        return {}
+
+    def add_adapter(self, folder: Path) -> str:
+        """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
+        raise NotImplementedError
+
+    def adapter_folders(self) -> list[Path]:
+        """Folders of all adapters, in the order they were added."""
+        raise NotImplementedError
+
+    @classmethod
+    def shared(cls, model: str | Path, *, adapters: Sequence[str | Path] = (), **options: Any) -> Self:
+        """The engine of this process for a model and place: made at the first call, found at later ones.
+
+        Raises ConfigError when it was made with other options than those given now.
+        """
+        key = (cls, _identity(model), *cls.place(options).values())
+        with _SHARED_LOCK:
+            engine = _SHARED.get(key)
+            if engine is None:
+                engine = _SHARED[key] = cls(model, **options)
+        assert isinstance(engine, cls)
+        engine._check_options(options)
+        for folder in adapters:
+            engine.add_adapter(Path(folder))
+        return engine
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        for name, value in options.items():
+            if name not in self._place and self._options.get(name, _MISSING) != _plain(value):
+                raise ConfigError(
+                    f"{name}={_plain(value)!r} was asked for, but {self.base_name!r} is loaded in this process with "
+                    f"{name}={self._options.get(name)!r}. Use the same options, or close() the engine first."
+                )
+
+    def messages(self, request: Request) -> tuple[ChatMessage, ...]:
+        """The chat messages that a request is rendered from (system first). Raises UnsupportedFeatureError."""
+        return messages_of(request)
+
+    def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Token ids of a prompt, ending where the answer begins."""
+        return self._renderer.prompt_tokens(messages)
+
+    def completion_tokens(self, completion: str) -> list[int]:
+        """Token ids of an answer, ended by the end-of-turn token."""
+        return self._renderer.completion_tokens(completion)
+
+    def _rendered(self, request: Request) -> tuple[list[int], int, SamplingOptions]:
+        """The prompt's tokens, how many the answer may have at most, and how they are picked.
+
+        Raises lm15's ContextLengthError and UnsupportedFeatureError.
+        """
+        validate_request(request)
+        sampling = SamplingOptions.from_config(request.config)
+        prompt_ids = self.prompt_tokens(self.messages(request))
+        room = self.max_length - len(prompt_ids)
+        if room < 1:
+            raise ContextLengthError(
+                f"The prompt has {len(prompt_ids)} tokens; {self.base_name} takes {self.max_length} for prompt and "
+                "answer together. Use fewer or shorter demos, or a model with a longer context."
+            )
+        return prompt_ids, min(request.config.max_tokens or DEFAULT_MAX_TOKENS, room), sampling
+
+    def _adapters_folder(self) -> Path:
+        """Where trained adapters go by default."""
+        if self._options["cache_folder"] is not None:
+            return Path(self._options["cache_folder"])
+        return cache_folder() / "adapters"
+
+    def dump_state(self) -> dict[str, Any]:
+        """Model, place, options and the folders of the adapters, as JSON."""
+        adapters = [str(folder) for folder in self.adapter_folders()]
+        return {"model": self._card.source, "adapters": adapters, **self._place, **self._options}
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any]) -> Self:
+        """The engine for a saved state: the one already loaded in this process where there is one."""
+        options = dict(state)
+        return cls.shared(options.pop("model"), **options)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
+        return type(self).load_state, (self.dump_state(),)
+
+    def close(self) -> None:
+        """Free what the engine holds; a later call of `shared` makes a new one."""
+        with _SHARED_LOCK:
+            for key in [key for key, engine in _SHARED.items() if engine is self]:
+                del _SHARED[key]
+
+    async def complete_async(self, request: Request) -> Response:
+        """`complete` for an event loop."""
+        raise NotImplementedError
+
+    def stream_async(self, request: Request) -> AsyncIterator[StreamEvent]:
+        """`stream` for an event loop."""
+        raise NotImplementedError
+
+
+class AsyncSide:
+    """An engine whose `complete` is awaited, for `dspy.LM(async_engine=...)`; the event loop stays free.
+
+    A subclass names the class of its engines.
+    """
+
+    engine_class: type[SharedEngine] = SharedEngine
+
+    def __init__(self, engine: SharedEngine) -> None:
+        self.engine = engine
+
+    async def complete(self, request: Request) -> Response:
+        """Answer one request."""
+        return await self.engine.complete_async(request)
+
+    async def stream(self, request: Request) -> AsyncIterator[StreamEvent]:
+        """Answer one request as events."""
+        async for event in self.engine.stream_async(request):
+            yield event
+
+    async def aclose(self) -> None:
+        """Nothing to do: the engine belongs to whoever made it."""
+
+    def dump_state(self) -> dict[str, Any]:
+        """State of the engine."""
+        return self.engine.dump_state()
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any]) -> Self:
+        """The asynchronous side of the engine for a saved state."""
+        return cls(cls.engine_class.load_state(state))
+
+
+_SHARED: dict[tuple[Any, ...], SharedEngine] = {}
+_SHARED_LOCK = threading.Lock()
+_MISSING = object()
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as JSON."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _identity(model: str | Path) -> str:
+    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)

@@ -1,0 +1,90 @@
+"""A command that never outlives the process that started it.
+
+`WatchedProcess` runs this very file as a script between the two. It ends the command, with all that the command
+started, when its own standard input closes: at `stop()`, and when the parent is gone, however it went. Nothing of the
+package is imported in that script.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+STOP_S = 10.0
+"""Time the processes get to end after they were asked to, before they are killed."""
+LOG_LINES = 30
+
+
+class WatchedProcess:
+    """A running command whose output goes to a file.
+
+    Args:
+        command: Program and arguments.
+        log: File for its output, written anew.
+        environment: Its variables; those of this process when None.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.log = log
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, *command], stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment
+            )
+
+    @property
+    def exit_code(self) -> int | None:
+        """The command's exit code; None while it runs."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """End it and wait for its end."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+
+
+def last_lines(text: str) -> str:
+    """The end of a log, for an error's message."""
+    return "\n".join(text.splitlines()[-LOG_LINES:])
+
+
+def stop_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a group of its own, and the rest of the group."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return
+
+
+def _end_with_input(process: subprocess.Popen[bytes]) -> None:
+    # Not through sys.stdin: a thread that waits in there makes Python abort when the main thread ends.
+    while os.read(0, 1):
+        pass
+    stop_group(process)
+
+
+def main(command: Sequence[str]) -> int:
+    """Run a command until it ends or standard input closes; returns its exit code."""
+    # Ctrl-C is for the parent, which decides what becomes of the command.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    watcher = threading.Thread(target=_end_with_input, args=(process,), daemon=True)
+    watcher.start()
+    code = process.wait()
+    stop_group(process)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

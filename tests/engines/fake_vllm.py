@@ -1,0 +1,110 @@
+"""A stand-in for `vllm serve`: the part of its command line and of its HTTP API that the engine uses, on no model.
+
+An answer is five words made from the prompt's tokens, the model's name and, when sampling, the seed. `/seen` gives the
+bodies of all completions so far. Environment: FAKE_VLLM_FAILS=text ends with that text in the log;
+FAKE_VLLM_DIES_AFTER=n exits at the n-th completion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+def option(name: str, default: str) -> str:
+    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default
+
+
+BASE = option("--served-model-name", sys.argv[2])
+MAX_RANK = int(option("--max-lora-rank", "16"))
+adapters: dict[str, str] = {}
+seen: list[dict[str, Any]] = []
+
+
+def words(body: dict[str, Any]) -> list[str]:
+    seed = body["seed"] if body["temperature"] > 0 else None
+    text = json.dumps([body["prompt"], body["model"], seed, os.getpid() if body["temperature"] and seed is None else 0])
+    digest = hashlib.sha256(text.encode()).digest()
+    return [f"w{number}" for number in digest[: min(5, body["max_tokens"])]]
+
+
+def choice(text: str, body: dict[str, Any], numbers: list[str], finish: str | None) -> dict[str, Any]:
+    logprobs = None
+    if body.get("logprobs") is not None:
+        tokens = [f"token_id:{word[1:]}" for word in numbers]
+        logprobs = {"tokens": tokens, "token_logprobs": [-0.5] * len(tokens)}
+        logprobs["top_logprobs"] = [{token: -0.5, "token_id:9": -1.5} for token in tokens]
+    return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish, "stop_reason": None}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def reply(self, status: int, content: object) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        models = [{"id": BASE, "parent": None, "max_model_len": 4096}]
+        models += [{"id": name, "parent": BASE} for name in adapters]
+        self.reply(200, {"/v1/models": {"data": models}, "/seen": seen}.get(self.path, {}))
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        {"/v1/completions": self.complete, "/v1/load_lora_adapter": self.load}[self.path](body)
+
+    def load(self, body: dict[str, Any]) -> None:
+        config = Path(body["lora_path"]) / "adapter_config.json"
+        if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING") != "True":
+            self.reply(404, {"detail": "Not Found"})
+        elif body["lora_name"] in adapters:
+            self.reply(400, {"error": {"message": "The lora adapter has already been loaded."}})
+        elif not config.is_file():
+            self.reply(404, {"error": {"message": f"No adapter found for {body['lora_path']}"}})
+        elif json.loads(config.read_text())["r"] > MAX_RANK:
+            self.reply(400, {"error": {"message": "LoRA rank is greater than max_lora_rank"}})
+        else:
+            adapters[body["lora_name"]] = body["lora_path"]
+            self.reply(200, "Success")
+
+    def complete(self, body: dict[str, Any]) -> None:
+        seen.append(body)
+        if len(seen) == int(os.environ.get("FAKE_VLLM_DIES_AFTER", "0")):
+            os.write(1, b"out of memory, said the fake\n")
+            os._exit(3)
+        if body["model"] not in {BASE, *adapters}:
+            self.reply(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
+            return
+        answer = words(body)
+        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": len(answer)}
+        usage["prompt_tokens_details"] = {"cached_tokens": 2}
+        if not body.get("stream"):
+            self.reply(200, {"choices": [choice(" ".join(answer), body, answer, "stop")], "usage": usage})
+            return
+        pieces = [choice(word if place == 0 else f" {word}", body, [word], None) for place, word in enumerate(answer)]
+        events = [{"choices": [piece]} for piece in pieces] + [{"choices": [choice("", body, [], "stop")]}]
+        events.append({"choices": [], "usage": usage})
+        data = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data.encode())
+
+
+if __name__ == "__main__":
+    if "FAKE_VLLM_FAILS" in os.environ:
+        sys.exit(os.environ["FAKE_VLLM_FAILS"])
+    ThreadingHTTPServer(("127.0.0.1", int(option("--port", "8000"))), Handler).serve_forever()

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bettertogether.processes import WatchedProcess, last_lines
+
+CHILD = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
+PARENT = """
+import sys, time
+from pathlib import Path
+from bettertogether.processes import WatchedProcess
+WatchedProcess([sys.executable, "-c", sys.argv[1]], Path(sys.argv[2]))
+time.sleep(60)
+"""
+
+
+def wait_for(condition: object, seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():  # type: ignore[operator]
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A process that ended and was not waited for still has a number.
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def pid_in(log: Path) -> int:
+    assert wait_for(lambda: log.exists() and log.read_text().endswith("\n"))
+    return int(log.read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_it_ends_when_its_parent_is_killed(tmp_path: Path, number: signal.Signals) -> None:
+    log = tmp_path / "log"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(log)])
+    child = pid_in(log)
+    assert is_alive(child)
+    parent.send_signal(number)
+    parent.wait()
+    assert wait_for(lambda: not is_alive(child))
+
+
+def test_stop_ends_it_and_all_that_it_started(tmp_path: Path) -> None:
+    grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {CHILD!r}])"
+    process = WatchedProcess([sys.executable, "-c", grandchild], tmp_path / "log")
+    pid = pid_in(tmp_path / "log")
+    assert process.exit_code is None
+    process.stop()
+    assert process.exit_code is not None
+    assert wait_for(lambda: not is_alive(pid))
+
+
+def test_its_exit_code_and_output_are_kept(tmp_path: Path) -> None:
+    process = WatchedProcess([sys.executable, "-c", "print('hello'); raise SystemExit(7)"], tmp_path / "log")
+    assert wait_for(lambda: process.exit_code is not None)
+    assert process.exit_code == 7
+    assert (tmp_path / "log").read_text() == "hello\n"
+    process.stop()
+
+
+def test_the_end_of_a_log_is_its_last_lines() -> None:
+    assert last_lines("\n".join(map(str, range(100)))) == "\n".join(map(str, range(70, 100)))
