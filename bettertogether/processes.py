@@ -33,9 +33,12 @@ class WatchedProcess:
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
         with log.open("wb") as file:
+            # A session of its own: a signal to this process's group (Ctrl-C, `timeout`) must not take the watcher away
+            # from the command.
             self._process = subprocess.Popen(
-                [sys.executable, __file__, *command], stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment
-            )
+                [sys.executable, __file__, *command], stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
 
     @property
     def exit_code(self) -> int | None:
@@ -76,14 +79,13 @@ def _end_with_input(process: subprocess.Popen[bytes]) -> None:
 
 def main(command: Sequence[str]) -> int:
     """Run a command until it ends or standard input closes; returns its exit code."""
-    # Ctrl-C is for the parent, which decides what becomes of the command.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    watcher = threading.Thread(target=_end_with_input, args=(process,), daemon=True)
-    watcher.start()
-    code = process.wait()
-    stop_group(process)
-    return code
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    threading.Thread(target=_end_with_input, args=(process,), daemon=True).start()
+    try:
+        return process.wait()
+    finally:
+        stop_group(process)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import time
 import dspy
 from tasks import Sentiment, sentiment_data, sentiment_match
 
-from bettertogether import BetterTogether, default_model, local_lm, save
+from bettertogether import BetterTogether, default_model, local_lm, save, vllm_lm
 from bettertogether.evaluation import compare, evaluate
 
 
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="less data: minutes instead of a quarter of an hour")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="folder or hub id of another model")
+    parser.add_argument("--vllm", nargs="?", const="vllm", help="let vLLM answer: the program, where not on the PATH")
     parser.add_argument("--strategy", default="p -> w -> p")
     parser.add_argument("--run-dir", help="where to keep records, adapters and the report; the same call goes on")
     parser.add_argument("--save", help="folder for the compiled program")
@@ -31,7 +32,11 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
 
     clock = Clock()
-    lm = local_lm(arguments.model or default_model(), max_tokens=64)
+    model = arguments.model or default_model()
+    if arguments.vllm:
+        lm = vllm_lm(model, max_tokens=64, engine_options={"command": arguments.vllm})
+    else:
+        lm = local_lm(model, max_tokens=64)
     # The times below would mean nothing if answers came from an earlier run's disk cache.
     dspy.configure_cache(enable_disk_cache=False)
     dspy.configure(adapter=dspy.JSONAdapter())

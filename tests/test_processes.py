@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,10 @@ time.sleep(60)
 """
 
 
-def wait_for(condition: object, seconds: float = 10.0) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if condition():  # type: ignore[operator]
+        if condition():
             return True
         time.sleep(0.05)
     return False
@@ -46,14 +47,25 @@ def pid_in(log: Path) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_it_ends_when_its_parent_is_killed(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["alone", "with its group"])
+def test_it_ends_when_its_parent_is_killed(
+    tmp_path: Path, number: signal.Signals, kill: Callable[[int, int], None]
+) -> None:
     log = tmp_path / "log"
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(log)])
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(log)], start_new_session=True)
     child = pid_in(log)
     assert is_alive(child)
-    parent.send_signal(number)
+    kill(parent.pid, number)
     parent.wait()
     assert wait_for(lambda: not is_alive(child))
+
+
+def test_it_ends_when_its_watcher_is_asked_to(tmp_path: Path) -> None:
+    process = WatchedProcess([sys.executable, "-c", CHILD], tmp_path / "log")
+    child = pid_in(tmp_path / "log")
+    process._process.terminate()
+    assert wait_for(lambda: not is_alive(child))
+    process.stop()
 
 
 def test_stop_ends_it_and_all_that_it_started(tmp_path: Path) -> None:
