@@ -169,6 +169,17 @@ class EngineContract:
         shutil.copytree(result.folder, moved)
         assert engine.add_adapter(moved) == result.model
 
+    def test_an_adapter_that_was_moved_is_found_where_it_is_added_again(
+        self, engine: LocalEngine, tmp_path: Path
+    ) -> None:
+        # Rows of its own: the same content may be held from another folder, which stays the one to name.
+        result = self.finetune(engine, tmp_path, "a tint")
+        moved = tmp_path / "elsewhere" / result.folder.name
+        moved.parent.mkdir()
+        shutil.move(result.folder, moved)
+        assert engine.add_adapter(moved) == result.model
+        assert engine.adapter_folder(result.model) == moved
+
     def test_the_same_training_gives_the_same_adapter(self, engine: LocalEngine, tmp_path: Path) -> None:
         assert self.finetune(engine, tmp_path / "a").model == self.finetune(engine, tmp_path / "b").model
 

@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,13 @@ class AdapterBank:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
         name = adapter_name(self._base_name, folder)
         with self._lock:
-            if name not in self._adapters:
+            held = self._adapters.get(name)
+            if held is None:
                 weights = _read_weights(folder, read_adapter_config(folder), self._layer_shapes())
                 self._adapters[name] = _Adapter(folder, weights)
                 self._attach()
+            elif not held.folder.exists():
+                self._adapters[name] = replace(held, folder=folder)
         return name
 
     def folder(self, model: str) -> Path | None:

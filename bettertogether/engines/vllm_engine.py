@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,20 +146,18 @@ class VLLMEngine(SharedEngine):
         ContextLengthError, UnsupportedFeatureError, InvalidRequestError, TransportError and ServerError.
         """
         body = self._body(request)
-        with self._gate.together(self._kind(request.model)):
-            reply = self._ask(request.model, body)
+        with self._gate.together(self._kind(request.model)), self._translated():
+            reply = self._ask(request.model, body).json()
         return self._writer.response(request, self._answer(reply["choices"][0], reply["usage"]))
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """Answer one request as events."""
         body = self._body(request) | {"stream": True, "stream_options": {"include_usage": True}}
-        with self._gate.together(self._kind(request.model)):
-            address = self._prepare(request.model)
+        usage: dict[str, Any] = {}
+        last: dict[str, Any] = {}
+        with self._gate.together(self._kind(request.model)), self._translated():
             yield self._writer.start(request)
-            usage: dict[str, Any] = {}
-            last: dict[str, Any] = {}
-            with self._translated(), self._client.stream("POST", f"{address}/v1/completions", json=body) as reply:
-                check(reply)
+            with closing(self._ask(request.model, body, stream=True)) as reply:
                 for chunk in chunks_of(reply):
                     usage = chunk.get("usage") or usage
                     for choice in chunk["choices"]:
@@ -203,17 +201,21 @@ class VLLMEngine(SharedEngine):
         """Requests of one kind may run together."""
         return "any" if self._mixed_batches else "base" if model == self._base_model else "adapters"
 
-    def _ask(self, model: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        with self._translated():
-            reply = self._client.post(f"{self._prepare(model)}/v1/completions", json=body)
-            if reply.status_code == 404 and model != self._base_model:
-                # A server that is not ours was started anew since the adapter was loaded there.
-                with self._lock:
-                    self._loaded.clear()
-                reply = self._client.post(f"{self._prepare(model)}/v1/completions", json=body)
-            check(reply)
-            answer: dict[str, Any] = reply.json()
-            return answer
+    def _ask(self, model: str, body: Mapping[str, Any], *, stream: bool = False) -> httpx.Response:
+        """The server's reply, which is not an error; its body is still to be read where it is a `stream`."""
+        reply = self._send(model, body, stream)
+        if reply.status_code == 404 and model != self._base_model:
+            # A server that is not ours was started anew since the adapter was loaded there.
+            reply.close()
+            with self._lock:
+                self._loaded.clear()
+            reply = self._send(model, body, stream)
+        check(reply)
+        return reply
+
+    def _send(self, model: str, body: Mapping[str, Any], stream: bool) -> httpx.Response:
+        request = self._client.build_request("POST", f"{self._prepare(model)}/v1/completions", json=body)
+        return self._client.send(request, stream=stream)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -259,10 +261,12 @@ class VLLMEngine(SharedEngine):
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
-        self._check_rank(int(read_adapter_config(Path(folder))["r"]), f"The adapter in {folder}", ModelError)
-        name = adapter_name(self.base_name, Path(folder))
+        folder = Path(folder)
+        self._check_rank(int(read_adapter_config(folder)["r"]), f"The adapter in {folder}", ModelError)
+        name = adapter_name(self.base_name, folder)
         with self._lock:
-            self._adapters.setdefault(name, Path(folder))
+            if name not in self._adapters or not self._adapters[name].exists():
+                self._adapters[name] = folder
         return name
 
     def _check_rank(self, rank: int, what: str, error: type[Exception]) -> None:

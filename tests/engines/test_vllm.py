@@ -277,6 +277,9 @@ def test_a_server_that_runs_already_is_used_under_its_own_name_and_found_again_a
     running.stop()
     running = Running(port, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")
     assert engine.complete(request(engine, model=name)).text == answer
+    running.stop()
+    running = Running(port, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")
+    assert list(engine.stream(request(engine, model=name)))[-1].type == "end"
     engine.close()
     assert running.process.poll() is None
     running.stop()
@@ -300,6 +303,7 @@ def test_a_url_where_nothing_answers_is_an_error(folder: Path, port: int) -> Non
 
 
 def test_what_the_server_refuses_is_an_error_of_dspys(served: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served._client, "post", lambda *args, **options: httpx.Response(503, text="overloaded"))
-    with pytest.raises(ServerError, match="vLLM answered 503: overloaded"):
-        served.complete(request(served))
+    monkeypatch.setattr(served._client, "send", lambda *args, **options: httpx.Response(503, text="overloaded"))
+    for ask in (served.complete, lambda asked: list(served.stream(asked))):
+        with pytest.raises(ServerError, match="vLLM answered 503: overloaded"):
+            ask(request(served))
