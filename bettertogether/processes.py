@@ -31,7 +31,6 @@ class WatchedProcess:
     """
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
-        self.log = log
         with log.open("wb") as file:
             # A session of its own: a signal to this process's group (Ctrl-C, `timeout`) must not take the watcher away
             # from the command.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -174,3 +175,13 @@ def proposing_engine(knows: Callable[[FakeRequest, int], bool], **options: Any) 
 def careful(request: FakeRequest, number: int) -> bool:
     """What `learner` knows, and every number below 20 with the instructions of a proposal."""
     return learner(request, number) or ("carefully" in request.system and number < 20)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether a condition comes true in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False

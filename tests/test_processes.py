@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fakes import wait_for
 
 from bettertogether.processes import WatchedProcess, last_lines
 
@@ -20,15 +20,6 @@ from bettertogether.processes import WatchedProcess
 WatchedProcess([sys.executable, "-c", sys.argv[1]], Path(sys.argv[2]))
 time.sleep(60)
 """
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def is_alive(pid: int) -> bool:

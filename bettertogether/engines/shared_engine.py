@@ -13,8 +13,10 @@ from dspy.lm15 import ContextLengthError, Request, Response
 
 from ..errors import ConfigError
 from ..files import cache_folder
-from .base import ChatMessage
+from ..training.config import LoRAConfig, TrainingConfig
+from .base import ChatMessage, FinetuneResult, ProgressFunction, TrainingRow
 from .decoding import SamplingOptions
+from .finetuning import TrainingJob, prepare
 from .loading import read_card
 from .rendering import PromptRenderer, messages_of
 
@@ -47,6 +49,10 @@ class SharedEngine:
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
+        raise NotImplementedError
+
+    def adapter_folder(self, model: str) -> Path | None:
+        """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
         raise NotImplementedError
 
     def adapter_folders(self) -> list[Path]:
@@ -105,6 +111,29 @@ class SharedEngine:
                 "answer together. Use fewer or shorter demos, or a model with a longer context."
             )
         return prompt_ids, min(request.config.max_tokens or DEFAULT_MAX_TOKENS, room), sampling
+
+    def finetune(
+        self,
+        rows: Sequence[TrainingRow],
+        *,
+        validation_rows: Sequence[TrainingRow] = (),
+        lora: LoRAConfig = LoRAConfig(),
+        training: TrainingConfig = TrainingConfig(),
+        start_from: str | None = None,
+        folder: Path | None = None,
+        on_progress: ProgressFunction | None = None,
+    ) -> FinetuneResult:
+        """Train an adapter and serve it under a new name; answers wait meanwhile. See `LocalEngine.finetune`."""
+        parent = Path(folder) if folder is not None else self._adapters_folder()
+        origin = None if start_from is None else (start_from, self.adapter_folder(start_from))
+        job = prepare(self, rows, validation_rows, lora, training, origin, parent)
+        result = self._train(job, on_progress)
+        self.add_adapter(result.folder)
+        return result
+
+    def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
+        """Run a training on this engine's model."""
+        raise NotImplementedError
 
     def _adapters_folder(self) -> Path:
         """Where trained adapters go by default."""

@@ -14,11 +14,10 @@ from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response
 
 from ..errors import ConfigError
-from ..training.config import LoRAConfig, TrainingConfig
 from .adapters import AdapterBank, linear_shapes, meta_linear_shapes
-from .base import FinetuneResult, ProgressFunction, TrainingRow
+from .base import FinetuneResult, ProgressFunction
 from .decoding import Decoder, Row, TokenScore
-from .finetuning import prepare, train
+from .finetuning import TrainingJob, train
 from .loading import is_out_of_memory, load_model, make_decoder, pick_device, pick_dtype
 from .responses import ResponseWriter
 from .scheduler import Answer, Job, Scheduler
@@ -168,28 +167,11 @@ class TransformersEngine(SharedEngine):
         """Folders of all adapters, in the order they were added."""
         return self._adapters.folders()
 
-    def finetune(
-        self,
-        rows: Sequence[TrainingRow],
-        *,
-        validation_rows: Sequence[TrainingRow] = (),
-        lora: LoRAConfig = LoRAConfig(),
-        training: TrainingConfig = TrainingConfig(),
-        start_from: str | None = None,
-        folder: Path | None = None,
-        on_progress: ProgressFunction | None = None,
-    ) -> FinetuneResult:
-        """Train an adapter and serve it under a new name; answers wait meanwhile. See `LocalEngine.finetune`."""
-        parent = Path(folder) if folder is not None else self._adapters_folder()
-        origin = None if start_from is None else (start_from, self.adapter_folder(start_from))
-        job = prepare(self, rows, validation_rows, lora, training, origin, parent)
-        if training.num_processes > 1:
-            result = train(self, job, None, self._card.source, on_progress)
-        else:
-            with self._scheduler.exclusive():
-                result = train(self, job, self._loaded_model(), self._card.source, on_progress)
-        self.add_adapter(result.folder)
-        return result
+    def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
+        if job.training.num_processes > 1:
+            return train(self, job, None, self._card.source, on_progress)
+        with self._scheduler.exclusive():
+            return train(self, job, self._loaded_model(), self._card.source, on_progress)
 
     def counters(self) -> dict[str, int]:
         """requests, prompt_tokens, prefix_tokens_reused, generated_tokens, forced_tokens, forward_passes, batches."""

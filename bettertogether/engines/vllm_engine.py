@@ -18,10 +18,9 @@ from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response, ServerError, TransportError
 
 from ..errors import ConfigError, EngineClosedError, ModelError
-from ..training.config import LoRAConfig, TrainingConfig
 from .adapters import adapter_name, read_adapter_config, unknown_adapter
-from .base import MODEL_PREFIX, FinetuneResult, ProgressFunction, TrainingRow
-from .finetuning import TrainingJob, prepare, train
+from .base import MODEL_PREFIX, FinetuneResult, ProgressFunction
+from .finetuning import TrainingJob, train
 from .gate import Gate
 from .loading import load_model, pick_device, pick_dtype
 from .responses import ResponseWriter
@@ -291,27 +290,6 @@ class VLLMEngine(SharedEngine):
         with self._lock:
             return list(self._adapters.values())
 
-    def finetune(
-        self,
-        rows: Sequence[TrainingRow],
-        *,
-        validation_rows: Sequence[TrainingRow] = (),
-        lora: LoRAConfig = LoRAConfig(),
-        training: TrainingConfig = TrainingConfig(),
-        start_from: str | None = None,
-        folder: Path | None = None,
-        on_progress: ProgressFunction | None = None,
-    ) -> FinetuneResult:
-        """Train an adapter and serve it under a new name; answers wait meanwhile. See `LocalEngine.finetune`."""
-        self._check_rank(lora.rank, "lora", ConfigError)
-        parent = Path(folder) if folder is not None else self._adapters_folder()
-        origin = None if start_from is None else (start_from, self.adapter_folder(start_from))
-        job = prepare(self, rows, validation_rows, lora, training, origin, parent)
-        with self._paused():
-            result = self._train(job, on_progress)
-        self.add_adapter(result.folder)
-        return result
-
     @contextmanager
     def _paused(self) -> Iterator[None]:
         if not (self._server.ours and self._options["stop_while_training"]):
@@ -322,8 +300,14 @@ class VLLMEngine(SharedEngine):
             yield
 
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
-        if job.training.num_processes > 1:
-            return train(self, job, None, self._card.source, on_progress)
+        self._check_rank(job.lora.rank, "lora", ConfigError)
+        with self._paused():
+            if job.training.num_processes > 1:
+                return train(self, job, None, self._card.source, on_progress)
+            return self._train_here(job, on_progress)
+
+    def _train_here(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
+        """Train in this process, on a model of its own that is freed afterwards."""
         device = pick_device("auto")
         model = load_model(self._card, device, pick_dtype("auto", device), pack=False)
         try:

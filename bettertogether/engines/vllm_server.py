@@ -102,7 +102,7 @@ class VLLMServer:
                 f"{program!r} is not to be found. Install vLLM (pip install 'bettertogether[vllm]'), or give command= "
                 "the path of `vllm` in another environment, or url= the address of a server that runs."
             )
-        port = _free_port()
+        port = free_port()
         self._url = f"http://127.0.0.1:{port}"
         own = {"host": "127.0.0.1", "port": port, "served_model_name": self._served_name}
         command = [*self._command, "serve", self._source, *_arguments({**self.options, **own})]
@@ -157,7 +157,8 @@ def _arguments(options: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +15,12 @@ import dspy
 import httpx
 import pytest
 from dspy.lm15 import Config, ContextLengthError, Message, Request, ServerError, StreamDeltaEvent, TransportError
+from fakes import wait_for
 
 from bettertogether import vllm_lm
 from bettertogether.engines import VLLMEngine
 from bettertogether.engines.base import TrainingRow
+from bettertogether.engines.vllm_server import free_port
 from bettertogether.errors import ConfigError, EngineClosedError, MissingExtraError, ModelError
 from bettertogether.testing import EngineContract
 from bettertogether.training.config import LoRAConfig, TrainingConfig
@@ -198,9 +198,7 @@ def test_a_server_that_ended_is_an_error_with_its_log_and_the_next_request_start
     answer = engine.complete(request(engine)).text
     with pytest.raises(TransportError, match="No answer from the vLLM server") as error:
         engine.complete(request(engine))
-    deadline = time.monotonic() + 5
-    while not engine._server.why_gone() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert wait_for(lambda: bool(engine._server.why_gone()))
     assert "code 3" in engine._server.why_gone() or "code 3" in str(error.value)
     assert "out of memory, said the fake" in engine._server.why_gone()
     assert engine.complete(request(engine)).text == answer
@@ -244,13 +242,13 @@ class Running:
     def __init__(self, port: int, **environment: str) -> None:
         command = [*FAKE, "serve", "some/model", "--port", str(port)]
         self.process = subprocess.Popen(command, env={**os.environ, **environment})
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health")
-                return
-            except httpx.TransportError:
-                time.sleep(0.05)
+        assert wait_for(lambda: self.answers(port), seconds=20)
+
+    def answers(self, port: int) -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+        except httpx.TransportError:
+            return False
 
     def stop(self) -> None:
         self.process.kill()
@@ -259,9 +257,7 @@ class Running:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 def test_a_server_that_runs_already_is_used_under_its_own_name_and_found_again_after_a_restart(
