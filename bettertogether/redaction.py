@@ -1,0 +1,128 @@
+"""What must not get onto disk: keys, passwords, headers, credentials in addresses. One rule for everything saved.
+
+`without_secrets` is for options (what an LM, a predictor or an optimizer was made with), `masked` for texts that may
+quote them (exceptions, tracebacks). Prompts and examples are the user's data and go through neither.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+MASK = "***"
+"""What stands in a masked text for a secret."""
+
+_WORDS = (
+    "key|secrets?|password|passwd|passphrase|passcode|pwd|token|jwt|credentials?|headers?|auth|oauth|"
+    "authorization|authentication|bearer|cookies?|dsn|(api|access|auth|secret|private|client|session)(keys?|tokens?|"
+    "secrets?)"
+)
+_NAME = re.compile(rf"(^|_)({_WORDS}|(api|access|secret|private|auth)_(keys|tokens)|connection_string)\d*($|_)")
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_VALUE = re.compile(
+    r"\b(?:(?:sk|pk|rk|ak)-|gh[pousr]_|github_pat_|glpat-|hf_|gsk_|xai-|pplx-|nvapi-|r8_|xox[abeoprs]-|AKIA|ASIA|AIza|"
+    r"ya29\.|eyJ)[\w.-]{11,}\w|\bBearer\s+[\w.~+/=-]{12,}|\bBasic\s+[\w+/]{8,}={1,2}"
+)
+_QUOTED = re.compile(
+    r"""(?P<name>(?<![\w-])[\w-]+)(?P<sign>["']?\s{0,9}[=:]\s{0,9}b?)(?P<quote>["'])(?:\\.|(?!(?P=quote)).)*"""
+)
+_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{0,30}://[^\s\"'<>]+")
+
+
+def is_secret_name(name: object) -> bool:
+    """Whether what goes by this name is taken for a secret: "api_key", "apiKey", "X-Api-Key", "extra_headers", ..."""
+    words = _CAMEL.sub("_", str(name))
+    return _NAME.search(re.sub(r"\W+", "_", words).lower()) is not None
+
+
+def without_secrets(value: Any) -> Any:
+    """A copy of options (mappings, lists and plain values, at any depth) without what looks like a secret."""
+    return split_secrets(value)[0]
+
+
+def split_secrets(value: Any) -> tuple[Any, set[str]]:
+    """`without_secrets`, and the names of what was left out.
+
+    Left out are entries with the name of a secret (unless they are None, True or False), texts in the form of a known
+    kind of key, and user, password and secret parameters in addresses.
+    """
+    left_out: set[str] = set()
+    kept = _kept(value, left_out, "value")
+    return (MASK if kept is _LEFT_OUT else kept), left_out
+
+
+_LEFT_OUT = object()
+
+
+def _kept(value: Any, left_out: set[str], name: str) -> Any:
+    if isinstance(value, Mapping):
+        return _kept_entries(value, left_out)
+    if isinstance(value, list | tuple | set | frozenset):
+        if _is_named_secret(value):
+            left_out.add(str(next(iter(value))))
+            return _LEFT_OUT
+        items = [_kept(item, left_out, name) for item in value]
+        return [item for item in items if item is not _LEFT_OUT]
+    if isinstance(value, str):
+        if _VALUE.fullmatch(value.strip()):
+            left_out.add(name)
+            return _LEFT_OUT
+        return _address_kept(value, left_out, name)
+    return value
+
+
+def _kept_entries(value: Mapping[Any, Any], left_out: set[str]) -> dict[Any, Any]:
+    kept = {}
+    named = any(str(key).lower() in ("name", "key", "header") and is_secret_name(item) for key, item in value.items())
+    for key, item in value.items():
+        secret = (is_secret_name(key) and not named) or (named and str(key).lower() == "value")
+        if secret and not isinstance(item, bool | None):
+            left_out.add(str(key))
+        elif (inner := _kept(item, left_out, str(key))) is not _LEFT_OUT:
+            kept[key] = inner
+    return kept
+
+
+def _is_named_secret(value: Any) -> bool:
+    """Whether this is a header or parameter as a pair: ("Authorization", "...")."""
+    pair = list(value) if isinstance(value, list | tuple) and len(value) == 2 else []
+    return bool(pair) and all(isinstance(item, str) for item in pair) and is_secret_name(pair[0])
+
+
+def _address_kept(text: str, left_out: set[str], name: str) -> str:
+    def clean(match: re.Match[str]) -> str:
+        kept = _clean_address(match[0], "")
+        if kept != match[0]:
+            left_out.add(name)
+        return kept
+
+    return _ADDRESS.sub(clean, text)
+
+
+def _clean_address(address: str, mask: str) -> str:
+    """An address without user, password and secret parameters; `mask` in their place."""
+    try:
+        parts = urlsplit(address)
+        query = parse_qsl(parts.query, keep_blank_values=True)
+    except ValueError:
+        return address
+    _, at, host = parts.netloc.rpartition("@")
+    secret = [key for key, _ in query if is_secret_name(key) or key.lower() == "sig"]
+    if not at and not secret:
+        return address
+    kept = [(key, value) for key, value in query if key not in secret]
+    netloc = f"{mask}@{host}" if at and mask else host
+    return urlunsplit(parts._replace(netloc=netloc, query=urlencode(kept)))
+
+
+def masked(text: str) -> str:
+    """A text with the secrets in it replaced: `name='...'` of a secret's name, known kinds of keys, addresses."""
+    text = _ADDRESS.sub(lambda match: _clean_address(match[0], MASK), text)
+    text = _QUOTED.sub(lambda m: m[0] if not is_secret_name(m["name"]) else _hidden(m), text)
+    return _VALUE.sub(MASK, text)
+
+
+def _hidden(match: re.Match[str]) -> str:
+    return f"{match['name']}{match['sign']}{match['quote']}{MASK}"

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bettertogether.redaction import is_secret_name, masked, split_secrets, without_secrets
+
+KEY = "sk-proj-0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "api_key", "apiKey", "apikey", "API-Key", "X-Api-Key", "OPENAI_API_KEY", "wandb_api_key", "api_key2", "token",
+        "azure_ad_token", "accessToken", "aws_secret_access_key", "client_secret", "password", "passwd", "auth",
+        "Authorization", "extra_headers", "headers", "cookies", "vertex_credentials", "connection_string", "api_keys",
+        "Ocp-Apim-Subscription-Key", "proxy_auth", "secretKey", "authtoken", "bearer",
+    ],
+)  # fmt: skip
+def test_a_name_of_a_secret_is_known_in_each_spelling(name: str) -> None:
+    assert is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["max_tokens", "temperature", "keys_per_row", "tokenizer", "author", "monkey", "num_threads", "passes", "seed"],
+)
+def test_a_harmless_name_is_kept(name: str) -> None:
+    assert not is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"api_key": "x", "top_p": 0.9}, {"top_p": 0.9}),
+        ({"fallbacks": [{"model": "m", "api_key": "x"}]}, {"fallbacks": [{"model": "m"}]}),
+        ({"body": {"tools": [{"headers": {"Authorization": "x"}, "n": 1}]}}, {"body": {"tools": [{"n": 1}]}}),
+        ({"extra_query": {"api-key": "x", "v": "1"}}, {"extra_query": {"v": "1"}}),
+        ({"pairs": [("Authorization", "x"), ("Accept", "json")]}, {"pairs": [["Accept", "json"]]}),
+        ({"list": [{"name": "X-Api-Key", "value": "x"}]}, {"list": [{"name": "X-Api-Key"}]}),
+        ({"user": KEY, "stop": ["a", KEY]}, {"stop": ["a"]}),
+        ({"use_auth": True, "token": None}, {"use_auth": True, "token": None}),
+        ({"api_base": "http://me:pw@host:80/v1"}, {"api_base": "http://host:80/v1"}),
+        ({"api_base": "https://host/v1?api_key=x&v=1"}, {"api_base": "https://host/v1?v=1"}),
+        ({"api_base": "https://host/v1?q=a%20b"}, {"api_base": "https://host/v1?q=a%20b"}),
+    ],
+)  # fmt: skip
+def test_options_are_kept_without_their_secrets_at_any_depth(options: dict[str, Any], kept: dict[str, Any]) -> None:
+    assert without_secrets(options) == kept
+
+
+def test_what_was_left_out_is_named() -> None:
+    options = {"api_key": "x", "extra_body": {"apiKey": "y"}, "api_base": "http://u:p@h", "user": KEY, "seed": 1}
+    assert split_secrets(options)[1] == {"api_key", "apiKey", "api_base", "user"}
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        (f"Incorrect API key provided: {KEY}.", "Incorrect API key provided: ***."),
+        ("LM(model='m', api_key='abc', top_p=1)", "LM(model='m', api_key='***', top_p=1)"),
+        ("""{"Authorization": "abc", "n": 1}""", """{"Authorization": "***", "n": 1}"""),
+        ("GET http://u:pw@host/v1?token=abc&n=1 failed", "GET http://***@host/v1?n=1 failed"),
+        ("Authorization: Bearer abcdefghijkl0", "Authorization: ***"),
+        ("max_tokens='5' of http://host/x", "max_tokens='5' of http://host/x"),
+    ],
+)
+def test_a_text_is_masked_where_it_quotes_a_secret(text: str, hidden: str) -> None:
+    assert masked(text) == hidden
