@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import shutil
@@ -23,11 +22,12 @@ import dspy
 
 from .errors import ArtifactError, RunDirectoryError
 from .files import atomic_write, now
+from .printable import get_logger
 from .report import CompileReport
 from .saved_lm import BaseModel, dump_lm, load_lm
 from .saved_program import class_path, dump_parameter, load_prompts, parameters_of, rebuild
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SCHEMA = 1
 """Version of artifact.json; a newer one is refused."""

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from dspy.lm15 import ContextLengthError
 
+from .printable import printable
+
 
 class BetterTogetherError(Exception):
-    """Base of all errors raised on purpose by this library."""
+    """Base of all errors raised on purpose by this library. What is said of them can't steer a terminal."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class StrategyError(BetterTogetherError, ValueError):
@@ -49,7 +54,7 @@ class UnknownAdapterError(BetterTogetherError, KeyError):
     """A request names an adapter that its engine does not hold."""
 
     def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
+        return printable(self.args[0]) if self.args else ""
 
 
 class PromptTooLongError(BetterTogetherError, ContextLengthError, ValueError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 import traceback
@@ -21,6 +20,7 @@ from .errors import BetterTogetherError, BudgetExceeded, ConfigError
 from .evaluation import Evaluation, evaluate_many
 from .lm import local_engine
 from .metrics import FULL_MARK, Metric
+from .printable import get_logger
 from .programs import copy_for_step, load_prompts, model_names, predictors_of, prompts_state, with_prompts
 from .records import Ledger, StepRecord
 from .run_directory import RunDirectory
@@ -30,7 +30,7 @@ from .statistics import CELLS
 from .steps import StepResult, is_ours, run_step
 from .strategy import Steps
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ENOUGH_FOR_BOTH = 20
 """Trainset examples from which our prompt step needs no valset of its own."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from .budget import Budget
 from .errors import ConfigError, NotTrainableError, ProgramError, StrategyError
 from .loop import Loop, Plan, final_program
 from .metrics import Metric
+from .printable import get_logger
 from .programs import as_programs, copy_program, model_names, predictors_of, prompts_state, require_program
 from .prompts import BootstrapFewShotRS
 from .records import Ledger
@@ -29,7 +29,7 @@ from .run_directory import RunDirectory, dataset_hash, default_run_directory, fi
 from .selection import rank, select, split_valset
 from .weights import LoRAFinetune
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class BetterTogether(Teleprompter):

@@ -6,7 +6,6 @@ second part; keep the best.
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Sequence
@@ -21,13 +20,14 @@ from .errors import ConfigError, DataError
 from .evaluation import evaluate_many
 from .labels import stratified_split
 from .metrics import Metric
+from .printable import get_logger
 from .programs import as_programs, copy_for_step, require_program, with_prompts
 from .racing import RaceResult, ScoreFunction, run_race
 from .records import Ledger
 from .runs import RunStore, stable_seed
 from .traces import Pass, Sampling, TraceSet, collect_traces, select_traces
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 TRAIN_SHARE = 0.3
 """Share of the examples that demos are bootstrapped from; the paper's 100 of 350 and 15 of 50."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,8 +24,9 @@ from .files import FileLock, append_line, atomic_write, cache_folder, disk_error
 from .records import StepRecord
 
 __all__ = ["RunDirectory", "atomic_write", "cache_folder", "dataset_hash", "default_run_directory", "fingerprint"]
+from .printable import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SCHEMA = 1
 """Version of run.json; a newer one is refused."""

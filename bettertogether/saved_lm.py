@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from dspy.clients.base_lm import BaseLM
 from .engines.base import LocalEngine
 from .errors import ArtifactError, ModelError, UnknownAdapterError
 from .lm import engine_lm, local_engine, local_lm
+from .printable import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 BaseModel = str | Path | LocalEngine
 """What may stand in for a saved base model: a folder, a hub id, or an engine that holds it."""

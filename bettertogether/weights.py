@@ -6,7 +6,6 @@ per LM on them (or one per predictor), and put the tuned LM into the predictors.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from .errors import ConfigError, DataError, NoTrainingDataError, NotTrainableErr
 from .labels import stratified_order
 from .lm import local_engine, require_engine
 from .metrics import Metric
+from .printable import get_logger
 from .programs import as_programs, copy_for_step, predictors_of, require_program, require_reachable
 from .records import Ledger
 from .rows import Row, TrainPrompt, make_data_card, read_rows, write_rows
@@ -31,7 +31,7 @@ from .runs import RunStore
 from .traces import Pass, Sampling, collect_traces
 from .training.config import LoRAConfig, TrainingConfig
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FEWEST_VALIDATION_ROWS = 4
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ from transformers import (
 )
 
 from ..errors import ConfigError, ModelError
+from ..printable import get_logger
 from .adapters import AdapterBank
 from .decoding import Decoder
 from .packed_decoder import PackedDecoder
 from .packed_linear import pack_linear_layers
 from .plain_decoder import PlainDecoder
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})

@@ -8,7 +8,6 @@ the rows beside it.
 
 from __future__ import annotations
 
-import logging
 import platform
 from typing import Any
 
@@ -16,7 +15,9 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+from ..printable import get_logger
+
+logger = get_logger(__name__)
 
 MOST_MEMORY = 0.25
 """Share of the free memory that the copies may take."""

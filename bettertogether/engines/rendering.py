@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 from dspy.lm15 import DataPart, InvalidRequestError, Request, TextPart, ThinkingPart, UnsupportedFeatureError
 
 from ..errors import ModelError
+from ..printable import get_logger
 from .base import ChatMessage
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 DEFAULT_TEMPLATE_KWARGS: Mapping[str, Any] = {"enable_thinking": False}
 """Templates that know no such switch ignore it."""

@@ -5,7 +5,6 @@ Knows nothing of tensors: what decides tokens is a `Decoder`, which a test can r
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections import deque
@@ -16,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import EngineClosedError
+from ..printable import get_logger
 from .decoding import Decision, Decoder, Row, TokenScore
 from .text_stream import TextStream
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 GATHER_S = 0.003
 """An idle engine waits so long for companions of a request, and again after each that comes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import socket
@@ -17,9 +16,10 @@ import httpx
 
 from ..errors import ConfigError, MissingExtraError, ModelError
 from ..files import cache_folder
+from ..printable import get_logger
 from ..processes import WatchedProcess, last_lines
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 POLL_S = 0.5
 DEFAULT_OPTIONS: Mapping[str, Any] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..printable import get_logger
 from .attention import ATTENTION_NAME, PackedLayout, attention_implementation
 from .fused import completion_loss_sum
 from .packing import MicroBatch, PrefixGroup, TokenizedRow, micro_batches, pack
@@ -21,7 +21,7 @@ LOGIT_ELEMENTS = 1 << 27
 """Logits of one forward pass at most (512 MiB in float32), so that a long answer over a big vocabulary still fits."""
 PROBE_TOKENS = 24
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)

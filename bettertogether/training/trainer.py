@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import random
 import time
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..engines.base import ProgressFunction, TrainingProgress
 from ..errors import DataError, NoTrainingDataError, TrainingError
+from ..printable import get_logger
 from . import checkpoint
 from .adapter import ADAPTER_NAME, TrainableAdapter, save_adapter, training_adapter
 from .checkpoint import TrainingState
@@ -31,7 +31,7 @@ from .precision import checkpoint_gradients, compute_dtype, four_bit_copy, token
 EVALUATION_ROWS = 256
 """Validation rows whose prefixes are sought together; the search is quadratic in them."""
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
