@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from .display import ProgressDisplay
-from .errors import MissingExtraError
+from .errors import ConfigError, MissingExtraError
 from .events import (
     Callback,
     CandidateEvent,
@@ -19,8 +19,11 @@ from .events import (
     StepEndEvent,
     StepStartEvent,
     TrainingEvent,
+    WarningEvent,
     emit,
     listening,
+    require_callbacks,
+    warn,
 )
 
 __all__ = [
@@ -36,8 +39,11 @@ __all__ = [
     "StepEndEvent",
     "StepStartEvent",
     "TrainingEvent",
+    "WarningEvent",
     "emit",
     "listening",
+    "require_callbacks",
+    "warn",
 ]
 
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
@@ -48,11 +54,13 @@ _LONGEST_PARAM = 500
 class MLflowCallback(Callback):
     """Logs a compile run to MLflow: what was asked as params, scores and costs per step, losses per training step.
 
-    Joins the MLflow run that is active, else starts one of its own and ends it. Raises MissingExtraError when mlflow
-    is not installed.
+    Joins the MLflow run that is active, else starts one of its own and ends it: FINISHED, FAILED, or KILLED by Ctrl-C.
+    Raises ConfigError for a run_name that is no text, MissingExtraError when mlflow is not installed.
     """
 
     def __init__(self, run_name: str | None = None) -> None:
+        if not isinstance(run_name, str | None):
+            raise ConfigError(f"run_name={run_name!r} is not allowed: give a text, or None for MLflow's own.")
         try:
             self._mlflow: Any = importlib.import_module("mlflow")
         except ImportError as error:
@@ -101,7 +109,9 @@ class MLflowCallback(Callback):
             if report.selected_round.score is not None:
                 self._mlflow.log_metric("selected_score", report.selected_round.score)
             self._mlflow.log_text(str(report), "report.txt")
-        self._end("FAILED" if event.get("error") else "FINISHED")
+        error = event.get("error")
+        killed = error is not None and error.startswith(KeyboardInterrupt.__name__)
+        self._end("KILLED" if killed else "FAILED" if error else "FINISHED")
 
     def close(self) -> None:
         """End the MLflow run when the compile run was stopped."""

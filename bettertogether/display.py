@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, cast
 
+from .errors import ConfigError
 from .events import (
     Callback,
     CandidateEvent,
@@ -16,26 +20,36 @@ from .events import (
     StepEndEvent,
     StepStartEvent,
     TrainingEvent,
+    WarningEvent,
 )
+from .printable import get_logger, one_line
 from .records import StepRecord
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
 
+logger = get_logger(__name__)
+
 STUDENT = "student"
 _SHOWN_ROUNDS = 8
+_SHOWN_WARNINGS = 3
 _BAR = 28
 
 
 class ProgressDisplay(Callback):
     """Shows which step of how many runs, what it does, calls done, tokens per second, the best score, the time left.
 
+    Output that can't be written (a terminal that went away, a closed pipe, a full disk) turns the display off, which
+    the log says once; the run goes on.
+
     Args:
         quiet: Show nothing.
         interval_s: Seconds between two plain lines where there is no terminal; a line marks each step in any case.
         file: Where to write; None is stderr.
         clock: For tests.
+
+    Raises ConfigError.
     """
 
     def __init__(
@@ -46,9 +60,18 @@ class ProgressDisplay(Callback):
         file: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if not isinstance(quiet, bool):
+            raise ConfigError(f"quiet={quiet!r} is not allowed: give True or False.")
+        if not isinstance(interval_s, int | float) or isinstance(interval_s, bool) or not 0 <= interval_s < math.inf:
+            raise ConfigError(f"interval_s={interval_s!r} is not allowed: give seconds, 0 or more.")
+        if file is not None and not callable(getattr(file, "write", None)):
+            raise ConfigError(f"file={file!r} is not allowed: give an open text file, or None for stderr.")
+        if not callable(clock):
+            raise ConfigError(f"clock={clock!r} is not allowed: give a function that returns seconds.")
         self._quiet = quiet
         self._interval_s = interval_s
         self._file = file
+        self._output: _Output | None = None
         self._state = _State(clock)
         self._console: Console | None = None
         self._live: Live | None = None
@@ -58,12 +81,14 @@ class ProgressDisplay(Callback):
     def on_run_start(self, event: RunStartEvent) -> None:
         """Open the view."""
         self._state.run_start(event)
-        if self._quiet:
+        stream = self._file or sys.stderr
+        if self._quiet or stream is None:
             return
         from rich.console import Console
         from rich.live import Live
 
-        self._console = Console(file=self._file, stderr=self._file is None, highlight=False)
+        self._output = _Output(stream)
+        self._console = Console(file=cast(IO[str], self._output), highlight=False)
         if self._console.is_terminal or self._console.is_jupyter:
             self._live = Live(get_renderable=self._state.view, console=self._console, refresh_per_second=4)
             self._live.start()
@@ -97,6 +122,11 @@ class ProgressDisplay(Callback):
         score = "no score" if record.score is None else f"score {record.score:.3f}"
         self._line(f"{self._state.step_text()} {record.status}, {score}, {_time(record.ledger.seconds)}")
 
+    def on_warning(self, event: WarningEvent) -> None:
+        """Something that makes a score or a step meaningless."""
+        self._state.warning(event)
+        self._line(f"warning: {event['text']}")
+
     def on_run_end(self, event: RunEndEvent) -> None:
         """The result in a line, and the view closed."""
         self.close()
@@ -121,11 +151,48 @@ class ProgressDisplay(Callback):
             self._line(f"{self._state.step_text()}: {self._state.phase_text()}")
 
     def _line(self, text: str, *, always: bool = False) -> None:
+        if self._output is not None and self._output.gone:
+            self.close()
+            self._console = None
         if self._console is None or (self._live is not None and not always):
             return
         self._last_line_s = self._clock()
-        line = f"[bettertogether {_time(self._state.elapsed_s)}] {text}"
+        line = f"[bettertogether {_time(self._state.elapsed_s)}] {one_line(text)}"
         self._console.print(line, markup=False, soft_wrap=True)
+
+
+class _Output:
+    """A text stream that is written to until that fails, and then no more."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        # Where another rich display stands between, the stream behind it, as rich itself does.
+        self._stream = getattr(stream, "rich_proxied_file", stream)
+        self.gone = False
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if self.gone:
+            return
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            self.gone = True
+            # A log that goes to the same closed stream can't be written either.
+            with contextlib.suppress(OSError, ValueError):
+                logger.warning(
+                    "The progress display is off from here on, since it can't be written (%s: %s). The run goes on.",
+                    type(error).__name__,
+                    error,
+                )
 
 
 class _State:
@@ -139,6 +206,7 @@ class _State:
         self._rounds: list[str] = []
         self._finished: list[StepRecord] = []
         self._current: StepStartEvent | None = None
+        self._warnings: list[str] = []
         self._clear_step()
 
     def _clear_step(self) -> None:
@@ -194,6 +262,10 @@ class _State:
             self._event_s = self._clock()
             self._finished.append(event["record"])
             self._clear_phase("", self._event_s)
+
+    def warning(self, event: WarningEvent) -> None:
+        with self._lock:
+            self._warnings.append(event["text"])
 
     def step_text(self) -> str:
         """ "step 2 of 4 (p -> w)"."""
@@ -260,27 +332,30 @@ class _State:
         from rich.text import Text
 
         with self._lock:
-            lines: list[RenderableType] = [Text(f"{self._strategy}   {_time(self.elapsed_s)}", style="bold")]
+            lines: list[RenderableType] = [
+                Text(f"{one_line(self._strategy)}   {_time(self.elapsed_s)}", style="bold")
+            ]
             rounds = Table.grid(padding=(0, 2))
             for record in self._finished[-_SHOWN_ROUNDS:]:
                 score = "-" if record.score is None else f"{record.score:.3f}"
                 style = "" if record.status == "complete" else "red"
-                name = Text(f"  {record.strategy or STUDENT}", style=style)
+                name = Text(f"  {one_line(record.strategy or STUDENT)}", style=style)
                 rounds.add_row(name, score, _time(record.ledger.seconds), record.status)
             if self._finished:
                 lines.append(rounds)
             if self._current is not None and len(self._finished) <= self._current["index"]:
-                lines.append(Text(f"> {self.step_text()}", style="bold cyan"))
+                lines.append(Text(f"> {one_line(self.step_text())}", style="bold cyan"))
                 bar = Table.grid(padding=(0, 1))
                 counts = f"{self._done}/{self._total}" if self._total else ""
                 bar.add_row(
-                    Text(f"  {self._phase or 'starting'}"),
+                    Text(f"  {one_line(self._phase or 'starting')}"),
                     ProgressBar(total=self._total or 1, completed=self._done, width=_BAR),
                     Text(counts),
                 )
                 lines.append(bar)
                 below = [*self._rate_texts(), *self._detail_texts(), *self._best_texts()]
-                lines.append(Text("  " + ", ".join(below), style="dim"))
+                lines.append(Text("  " + one_line(", ".join(below)), style="dim"))
+            lines += [Text(f"! {one_line(text)}", style="yellow") for text in self._warnings[-_SHOWN_WARNINGS:]]
             return Group(*lines)
 
 

@@ -19,13 +19,17 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
+from .errors import ConfigError
+from .printable import get_logger
 from .records import StepRecord
 
 if TYPE_CHECKING:
     from .engines.base import TrainingProgress
     from .report import CompileReport
 
-EventName = Literal["run_start", "step_start", "candidate", "progress", "training", "step_end", "run_end"]
+logger = get_logger(__name__)
+
+EventName = Literal["run_start", "step_start", "candidate", "progress", "training", "warning", "step_end", "run_end"]
 
 
 class RunStartEvent(TypedDict):
@@ -84,6 +88,12 @@ class TrainingEvent(TypedDict):
     """Which adapter, when a step trains several; a predictor's or LM's name."""
 
 
+class WarningEvent(TypedDict):
+    """Something makes a score or a step meaningless, such as a metric that fails on every example."""
+
+    text: str
+
+
 class StepEndEvent(TypedDict):
     """A step ended and its record is on disk."""
 
@@ -98,7 +108,16 @@ class RunEndEvent(TypedDict):
     """What stopped the run; None when it is complete."""
 
 
-Event = RunStartEvent | StepStartEvent | CandidateEvent | ProgressEvent | TrainingEvent | StepEndEvent | RunEndEvent
+Event = (
+    RunStartEvent
+    | StepStartEvent
+    | CandidateEvent
+    | ProgressEvent
+    | TrainingEvent
+    | WarningEvent
+    | StepEndEvent
+    | RunEndEvent
+)
 
 
 class Callback:
@@ -118,6 +137,9 @@ class Callback:
 
     def on_training(self, event: TrainingEvent) -> None:
         """A training run moved on."""
+
+    def on_warning(self, event: WarningEvent) -> None:
+        """Something makes a score or a step meaningless."""
 
     def on_step_end(self, event: StepEndEvent) -> None:
         """A step ended and its record is on disk."""
@@ -166,10 +188,28 @@ def emit(name: EventName, event: Event) -> None:
         listeners.deliver(name, event)
 
 
+def warn(text: str) -> None:
+    """Say at once, in the log and to the callbacks, what makes a score or a step meaningless."""
+    logger.warning("%s", text)
+    emit("warning", {"text": text})
+
+
 def _only_run() -> _Listeners | None:
     with _active_lock:
         roots = {id(listeners.blocks[0]) for listeners in _active}
         return _active[-1] if len(roots) == 1 else None
+
+
+def require_callbacks(callbacks: object) -> None:
+    """Raise ConfigError unless this is a list of callbacks."""
+    if isinstance(callbacks, str | Mapping) or not isinstance(callbacks, Sequence):
+        raise ConfigError(f"callbacks={callbacks!r} is not allowed: give a list of bettertogether.Callback objects.")
+    for position, callback in enumerate(callbacks):
+        if not isinstance(callback, Callback):
+            made = " (an object, not the class)" if isinstance(callback, type) else ""
+            raise ConfigError(
+                f"callbacks[{position}]={callback!r} is not allowed: give a bettertogether.Callback{made}."
+            )
 
 
 @contextlib.contextmanager
@@ -177,7 +217,9 @@ def listening(callbacks: Sequence[Callback]) -> Iterator[None]:
     """Send the events of the block to `callbacks`, and to those of an enclosing `listening`.
 
     Raises, at the end of the block, what a callback raised where nobody saw it. Closes the callbacks in any case.
+    Raises ConfigError before anything else for what is no list of callbacks.
     """
+    require_callbacks(callbacks)
     listeners = _Listeners(callbacks, _current.get())
     token = _current.set(listeners)
     with _active_lock:

@@ -19,7 +19,7 @@ from bettertogether.callbacks import (
     listening,
 )
 from bettertogether.engines.base import TrainingProgress
-from bettertogether.errors import MissingExtraError
+from bettertogether.errors import ConfigError, MissingExtraError
 from bettertogether.parallel import parallel_map
 from bettertogether.records import Ledger, StepRecord
 from bettertogether.report import CompileReport
@@ -83,6 +83,7 @@ def test_the_base_callback_takes_every_event_and_does_nothing() -> None:
         emit("candidate", {"number": 1, "total": None, "score": 0.5, "best_score": 0.5})
         progress(1)
         emit("training", {"progress": line})
+        emit("warning", {"text": "all examples failed"})
         emit("step_end", {"record": record})
         emit("run_end", {"report": None})
 
@@ -333,6 +334,25 @@ def test_an_interrupted_run_is_killed_in_mlflow(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     interrupted_run(MLflowCallback())
     assert mlflow.calls[-1] == ("end_run", "KILLED")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "FINISHED"), ("ValueError('x')", "FAILED"), ("KeyboardInterrupt()", "KILLED")],
+)
+def test_the_mlflow_run_ends_as_the_run_did(error: str | None, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = FakeMLflow()
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    with listening([MLflowCallback()]):
+        emit("run_start", {"strategy": "w", "rounds": ["", "w"]})
+        emit("run_end", {"report": None, "error": error})
+    assert [call for call in mlflow.calls if call[0] == "end_run"] == [("end_run", status)]
+
+
+def test_a_run_name_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", FakeMLflow())
+    with pytest.raises(ConfigError, match="run_name=5 is not allowed: give a text"):
+        MLflowCallback(5)  # type: ignore[arg-type]
 
 
 def test_without_mlflow_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
