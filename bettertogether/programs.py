@@ -11,7 +11,8 @@ from typing import Any
 
 import dspy
 
-from .errors import ProgramError
+from .demo_values import decode_demos, encode_demos
+from .errors import ArtifactError, ProgramError
 
 RESULTS = ("candidate_programs", "trial_logs", "detailed_results", "report", "flag_compilation_error_occurred")
 """What optimizers hang on the program that they return: other programs and reports, no part of it."""
@@ -139,21 +140,26 @@ def require_reachable(program: dspy.Module) -> None:
 
 
 def prompts_state(program: dspy.Module) -> dict[str, Any]:
-    """Instructions, field texts and demos by predictor name, as JSON; LMs left out."""
-    state: dict[str, Any] = {}
-    for name, predictor in predictors_of(program).items():
-        state[name] = _prompt_state(predictor)
-    return state
+    """Instructions, field texts and demos by predictor name, as JSON; LMs left out. Raises ArtifactError for a demo
+    that would not give the same prompt again."""
+    return {name: prompt_state(predictor, name) for name, predictor in predictors_of(program).items()}
 
 
-def _prompt_state(predictor: dspy.Predict) -> dict[str, Any]:
+def prompt_state(predictor: dspy.Predict, name: str) -> dict[str, Any]:
+    """Instructions, field texts and demos of one predictor, as JSON. Raises ArtifactError as `prompts_state` does."""
     # Without its LM, which need not be one that can be saved.
     bare = copy.copy(predictor)
-    bare.lm = None
-    dumped = bare.dump_state()
-    del dumped["lm"]
-    plain: dict[str, Any] = json.loads(json.dumps(dumped, default=str))
-    return plain
+    bare.lm, bare.demos = None, []
+    dumped = {key: value for key, value in bare.dump_state().items() if key not in ("lm", "traces", "train")}
+    return {**dumped, "demos": encode_demos(predictor, name)}
+
+
+def load_prompt(predictor: dspy.Predict, state: Mapping[str, Any], name: str) -> None:
+    """Give a predictor the prompt of a `prompt_state`; its LM stays. Raises ArtifactError."""
+    lm = predictor.lm
+    predictor.load_state({**state, "lm": None})
+    predictor.lm = lm
+    predictor.demos = decode_demos(predictor, state["demos"], name)
 
 
 def with_prompts(program: dspy.Module, source: dspy.Module) -> dspy.Module:
@@ -177,10 +183,7 @@ def load_prompts(program: dspy.Module, state: Mapping[str, Any]) -> dspy.Module:
             "give the program that they were saved from."
         )
     for name, predictor in predictors.items():
-        lm = predictor.lm
-        predictor.load_state({**state[name], "lm": None})
-        predictor.lm = lm
-        predictor.demos = [dspy.Example(**demo) if isinstance(demo, dict) else demo for demo in predictor.demos]
+        load_prompt(predictor, state[name], name)
     return copied
 
 
@@ -191,8 +194,8 @@ def model_names(program: dspy.Module) -> dict[str, str]:
 
 def program_key(program: dspy.Module) -> str | None:
     """A hash of what decides a program's answers: classes with their plain attributes, prompts (those of frozen
-    sub-modules too), LMs with their options, the adapter in use. None for a program with a patched `forward`, of
-    which nothing can be said."""
+    sub-modules too), LMs with their options, the adapter in use. None for a program with a patched `forward`, or with
+    demos that have no text of their own, of which nothing can be said."""
     parts: list[Any] = [_kind_and_options(dspy.settings.adapter) if dspy.settings.adapter else None]
     for name, module in modules_of(program):
         if "forward" in module.__dict__ or "aforward" in module.__dict__:
@@ -201,7 +204,11 @@ def program_key(program: dspy.Module) -> str | None:
         if isinstance(module, dspy.Predict):
             lm = module.lm
             options = sorted((key, repr(value)) for key, value in lm.kwargs.items()) if lm else []
-            parts.append([_prompt_state(module), repr(module.config), getattr(lm, "model", None), options])
+            try:
+                prompt = prompt_state(module, name)
+            except ArtifactError:
+                return None
+            parts.append([prompt, repr(module.config), getattr(lm, "model", None), options])
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

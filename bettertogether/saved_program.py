@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import functools
 import importlib
 import inspect
@@ -18,7 +17,7 @@ import dspy
 from dspy.predict.parameter import Parameter
 
 from .errors import ArtifactError
-from .programs import copy_program
+from .programs import copy_program, load_prompt, prompt_state
 
 _PLAIN = (dspy.Predict, dspy.ChainOfThought)
 _NAMES: dict[str, Any] = {
@@ -59,13 +58,8 @@ def dump_parameter(name: str, parameter: Parameter) -> dict[str, Any]:
     """JSON state of a predictor (without its LM) or another DSPy parameter. Raises ArtifactError."""
     if not isinstance(parameter, dspy.Predict):
         return {"state": _require_json(name, "state", _call_dump(parameter))}
-    # Without its LM, which may be one that can't be dumped; `saved_lm` sees to it.
-    bare = copy.copy(parameter)
-    bare.lm = None
-    state = bare.dump_state()
-    kept = {key: value for key, value in state.items() if key not in ("lm", "traces", "train")}
     return {
-        "state": _require_json(name, "demos", kept),
+        "state": _require_json(name, "prompt", prompt_state(parameter, name)),
         "fields": _fields(parameter),
         "config": _require_json(name, "config", parameter.config),
         "signature_name": parameter.signature.__name__,
@@ -150,10 +144,7 @@ def load_prompts(program: dspy.Module, saved: Mapping[str, Mapping[str, Any]]) -
         if not isinstance(parameter, dspy.Predict):
             parameter.load_state(entry["state"])
             continue
-        lm = parameter.lm
-        parameter.load_state({**entry["state"], "lm": None})
-        parameter.lm = lm
-        parameter.demos = [dspy.Example(**demo) for demo in entry["state"]["demos"]]
+        load_prompt(parameter, entry["state"], name)
         parameter.config = dict(entry["config"])
     return copied
 
