@@ -14,25 +14,35 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import dspy
 
-from .errors import ArtifactError, RunDirectoryError
+from .artifact_files import (
+    MANIFEST,
+    check_files,
+    file_hashes,
+    folder_argument,
+    inside,
+    put_in_place,
+    read_json,
+    recover,
+    refuse_foreign,
+)
+from .engines.base import LocalEngine
+from .errors import ArtifactError, ModelError, RunDirectoryError
 from .files import atomic_write, now
+from .manifest import SCHEMA, checked_manifest
 from .printable import get_logger
 from .report import CompileReport
-from .saved_lm import BaseModel, dump_lm, load_lm
+from .saved_lm import BaseModel, dump_lm, load_lm, require_content
+from .saved_options import check_options
 from .saved_program import class_path, dump_parameter, load_prompts, parameters_of, rebuild
 
 logger = get_logger(__name__)
 
-SCHEMA = 1
-"""Version of artifact.json; a newer one is refused."""
-
-MANIFEST = "artifact.json"
 _ADAPTER_FILES = (".json", ".safetensors", ".md", ".txt")
 _PACKAGES = ("bettertogether", "dspy", "torch", "transformers", "peft")
 
@@ -43,17 +53,20 @@ def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
     An artifact that is already there is replaced as a whole; any other folder that is not empty is refused. Base
     weights are not copied, the adapters are. Secrets (API keys, headers) are left out. Raises ArtifactError.
     """
-    target = Path(folder).expanduser().absolute()
-    _refuse_foreign(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    target = folder_argument(folder, "folder")
+    _require_program(program, "program")
+    work = None
     try:
+        refuse_foreign(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         _write(program, work)
-        _swap(work, target)
+        put_in_place(work, target)
     except (OSError, RunDirectoryError) as error:
         raise ArtifactError(f"{target} can't be written: {error}. What was there before is unchanged.") from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
     return target
 
 
@@ -69,31 +82,40 @@ def load(
 
     Args:
         folder: What `save` wrote.
-        into: A program of the saved structure; a copy of it gets the prompts. None makes the program from the saved
-            class, which must be importable and take no arguments (or be a plain dspy.Predict or ChainOfThought).
+        into: A program of the saved structure; a copy of it gets the prompts. None makes a plain dspy.Predict or
+            ChainOfThought anew, and any other program by its class, which must be imported already (nothing is
+            imported that you did not import) and take no arguments.
         base_model: Folder, hub id or engine to use in place of the saved base model, as on another machine.
         lms: Predictor name to the LM to use in place of the saved one.
-        allow_unsafe_lm_state: As in DSPy: accept saved endpoints and custom LM classes. For files you trust.
+        allow_unsafe_lm_state: Also take options that may send prompts and keys elsewhere (endpoints, headers, ...)
+            and custom LM classes from the file. Without it, only options of sampling are taken
+            (`bettertogether.saved_options.SAMPLING`), others are an error. For files you trust.
 
-    Raises ArtifactError when the folder is damaged or reaches outside itself, when `into` has another structure, or
-    when an LM can't be made here. Adapters are served from `folder`, so leave it in place.
+    Raises ArtifactError when a file is damaged, is not the one that was saved, or reaches outside the folder, when
+    `into` has another structure, or when an LM can't be made here. Adapters are served from `folder`, so leave it in
+    place.
     """
-    root = Path(folder).expanduser().absolute()
+    root = folder_argument(folder, "folder")
+    recover(root)
     manifest = _read_manifest(root)
     saved = manifest["predictors"]
+    given = _given_lms(lms, saved)
+    if into is not None:
+        _require_program(into, "into")
+    if base_model is not None and not isinstance(base_model, str | Path | LocalEngine):
+        raise ArtifactError(f"base_model={base_model!r:.100}: give a folder, a hub id or an engine.")
+    for name, entry in saved.items():
+        check_options(entry["config"] or {}, f"The predictor {name!r}", allow=allow_unsafe_lm_state)
     program = load_prompts(rebuild(manifest["program"], saved) if into is None else into, saved)
-    given = dict(lms or {})
-    if unknown := sorted(given.keys() - saved.keys()):
-        raise ArtifactError(f"lms= names {unknown}, the saved predictors are {sorted(saved)}.")
 
     @functools.cache
     def saved_lm(key: str) -> dspy.LM:
         record = manifest["lms"][key]
-        adapter = _inside(root, record["adapter"]) if record.get("adapter") else None
+        adapter = inside(root, record["adapter"]) if record["adapter"] else None
         return load_lm(record, adapter, base_model=base_model, allow_unsafe_lm_state=allow_unsafe_lm_state)
 
     for name, parameter in parameters_of(program).items():
-        key = saved[name].get("lm")
+        key = saved[name]["lm"]
         if isinstance(parameter, dspy.Predict) and (key is not None or name in given):
             parameter.lm = given[name] if name in given else saved_lm(key)
     report = load_report(root)
@@ -103,12 +125,27 @@ def load(
     return program
 
 
+def _require_program(value: object, name: str) -> None:
+    if not isinstance(value, dspy.Module):
+        made = f"; make one: {value.__name__}()" if isinstance(value, type) else ""
+        raise ArtifactError(f"{name} must be a program (a dspy.Module), got {value!r:.100}{made}.")
+
+
+def _given_lms(lms: Mapping[str, dspy.LM] | None, saved: Mapping[str, Any]) -> dict[str, dspy.LM]:
+    if not isinstance(lms, Mapping | None):
+        raise ArtifactError(f"lms={lms!r:.100}: give a mapping of predictor name to dspy.LM.")
+    given = dict(lms or {})
+    if unknown := sorted(map(str, given.keys() - saved.keys())):
+        raise ArtifactError(f"lms= names {unknown}, the saved predictors are {sorted(saved)}.")
+    if wrong := {name: lm for name, lm in given.items() if not callable(lm)}:
+        raise ArtifactError(f"lms= holds {wrong!r:.200}: give a dspy.LM for each predictor.")
+    return given
+
+
 def load_report(folder: str | os.PathLike[str]) -> CompileReport | None:
     """The CompileReport that was saved with a program, or None."""
-    path = _inside(Path(folder).expanduser().absolute(), "report.json")
-    if not path.exists():
-        return None
-    return _parsed(path, lambda data: CompileReport.from_dict(data))
+    path = inside(folder_argument(folder, "folder"), "report.json")
+    return read_json(path, CompileReport.from_dict) if path.exists() else None
 
 
 def merge(
@@ -122,27 +159,35 @@ def merge(
 
     `predictor` picks one where the program has several adapters. `out` must be new or empty. Raises ArtifactError.
     """
-    root, target = Path(folder).expanduser().absolute(), Path(out).expanduser().absolute()
+    root, target = folder_argument(folder, "folder"), folder_argument(out, "out")
+    if not isinstance(base_model, str | Path | None):
+        raise ArtifactError(f"base_model={base_model!r:.100}: give the base model's folder or hub id.")
+    recover(root)
     manifest = _read_manifest(root)
     record = manifest["lms"][_adapter_to_merge(manifest, predictor)]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ArtifactError(f"{target} is not empty: give an `out` folder that is new or empty.")
     from .engines.merging import merge_adapter
 
-    merge_adapter(base_model or record["base"], _inside(root, record["adapter"]), target)
+    adapter = inside(root, record["adapter"])
+    require_content(adapter, record["model"])
+    try:
+        merge_adapter(base_model or record["base"], adapter, target)
+    except (ModelError, RunDirectoryError) as error:
+        raise ArtifactError(f"{root} can't be merged: {error}") from error
     return target
 
 
 def _adapter_to_merge(manifest: Mapping[str, Any], predictor: str | None) -> str:
     saved = manifest["predictors"]
-    if predictor is not None and predictor not in saved:
+    if predictor is not None and (not isinstance(predictor, str) or predictor not in saved):
         raise ArtifactError(f"predictor={predictor!r} was not saved; there are {sorted(saved)}.")
     names = list(saved) if predictor is None else [predictor]
-    keys = {saved[name].get("lm") for name in names} - {None}
-    tuned = sorted(key for key in keys if manifest["lms"][key].get("adapter"))
+    keys = {saved[name]["lm"] for name in names} - {None}
+    tuned = sorted(key for key in keys if manifest["lms"][key]["adapter"])
     if len(tuned) == 1:
         return tuned[0]
-    owners = {name: manifest["lms"][saved[name]["lm"]]["model"] for name in names if saved[name].get("lm") in tuned}
+    owners = {name: manifest["lms"][saved[name]["lm"]]["model"] for name in names if saved[name]["lm"] in tuned}
     raise ArtifactError(
         f"Exactly one adapter can be merged, this program has {len(tuned)}: {owners}. "
         + ("Give predictor=... to pick one." if tuned else "Only a program that a weight step tuned has one.")
@@ -174,8 +219,11 @@ def _write(program: dspy.Module, work: Path) -> None:
         "predictors": predictors,
         "lms": lms,
         "versions": _versions(),
+        "files": file_hashes(work),
     }
     atomic_write(work / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
+    # What is saved can be read: whatever is too odd for the reader is found here.
+    read_json(work / MANIFEST, checked_manifest)
 
 
 def _copy_adapter(source: Path, model: str, work: Path) -> str:
@@ -186,6 +234,7 @@ def _copy_adapter(source: Path, model: str, work: Path) -> str:
     if folder.exists():
         return str(relative)
     folder.mkdir(parents=True)
+    require_content(source, model)
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in _ADAPTER_FILES:
             atomic_write(folder / file.name, file.read_bytes())
@@ -219,75 +268,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _refuse_foreign(target: Path) -> None:
-    if not target.exists() and not target.is_symlink():
-        return
-    if not target.is_dir() or target.is_symlink():
-        raise ArtifactError(f"{target} is not a folder: give a folder that is new, empty, or an earlier artifact.")
-    if any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise ArtifactError(
-            f"{target} is not empty and holds no {MANIFEST}: it is left alone. Give a folder that is new, empty, or "
-            "an earlier artifact."
-        )
-
-
-def _swap(work: Path, target: Path) -> None:
-    """Put the new folder in the place of the old one, which comes back if that fails."""
-    work.chmod(0o755)
-    if not target.exists():
-        os.replace(work, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", suffix=".tmp", dir=target.parent))
-    os.replace(target, old)
-    try:
-        os.replace(work, target)
-    except OSError:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old)
-
-
-def _inside(root: Path, name: str) -> Path:
-    """A path of the artifact, from a name in its files. Raises ArtifactError for one that leaves it."""
-    parts = PurePosixPath(name).parts
-    path = root.joinpath(*parts)
-    outside = PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or ":" in name or not parts
-    linked = any(part.is_symlink() for part in (path, *path.parents) if part.is_relative_to(root) and part != root)
-    inner_links = [inner.name for inner in path.rglob("*") if inner.is_symlink()] if path.is_dir() else []
-    if outside or linked or inner_links or not path.resolve().is_relative_to(root.resolve()):
-        raise ArtifactError(
-            f"{root}: {name!r} reaches outside the folder (absolute, '..' or a link). Nothing was read from there; "
-            "load only artifacts whose files are their own."
-        )
-    return path
-
-
 def _read_manifest(root: Path) -> dict[str, Any]:
-    path = _inside(root, MANIFEST)
-    if not path.is_file():
+    """The manifest of an artifact whose files are those that were saved. Raises ArtifactError."""
+    path = inside(root, MANIFEST)
+    if not path.exists():
         raise ArtifactError(f"{root} holds no {MANIFEST}: give a folder that bettertogether saved.")
-    return _parsed(path, _checked_manifest)
-
-
-def _checked_manifest(data: Any) -> dict[str, Any]:
-    schema = data["schema"]
-    if not isinstance(schema, int) or schema > SCHEMA:
-        raise ArtifactError(
-            f"The artifact has schema {schema!r}, this version reads up to {SCHEMA}: pip install -U bettertogether."
+    manifest = read_json(path, checked_manifest)
+    if manifest["files"] is None:
+        logger.warning(
+            "%s was saved by an earlier version, without hashes of its files: damage may go unseen. Save again.",
+            root,
         )
-    manifest = {key: data[key] for key in ("program", "adapter", "predictors", "lms", "versions")}
-    for name, predictor in manifest["predictors"].items():
-        if "state" not in predictor:
-            raise KeyError(f"state of {name}")
-        if predictor.get("lm") is not None and predictor["lm"] not in manifest["lms"]:
-            raise KeyError(f"LM {predictor['lm']} of {name}")
+    for record in manifest["lms"].values():
+        if record["adapter"] is not None and not inside(root, record["adapter"]).is_dir():
+            raise ArtifactError(f"{root / record['adapter']} is not there: copy the whole folder again.")
+    check_files(root, manifest["files"] or {})
     return manifest
-
-
-def _parsed(path: Path, parse: Callable[[Any], Any]) -> Any:
-    try:
-        return parse(json.loads(path.read_bytes()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"{path} is damaged ({error!r}): save the program again.") from error

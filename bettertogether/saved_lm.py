@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,14 @@ from .engines.base import LocalEngine
 from .errors import ArtifactError, ModelError, UnknownAdapterError
 from .lm import engine_lm, local_engine, local_lm
 from .printable import get_logger
+from .redaction import split_secrets
+from .saved_options import check_engine_options, check_lm_state
 
 logger = get_logger(__name__)
 
 BaseModel = str | Path | LocalEngine
 """What may stand in for a saved base model: a folder, a hub id, or an engine that holds it."""
 
-_SECRET = re.compile(r"(^|_)(key|secret|password|token|credentials?|headers|authorization)($|_)")
-_ENDPOINT = ("api_base", "base_url", "model_list")
 _NOT_OPTIONS = frozenset(
     {"class", "_dspy_lm_class", "model", "engine", "async_engine", "finetuning_model", "launch_kwargs", "train_kwargs"}
 )
@@ -68,27 +68,13 @@ def _engine_options(state: Mapping[str, Any]) -> dict[str, Any]:
 def _without_secrets(lm: Any) -> dict[str, Any]:
     try:
         state: dict[str, Any] = lm.dump_state()
-    except (TypeError, AttributeError) as error:
+        kept, secret = split_secrets(state)
+        json.dumps(kept, allow_nan=False)
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"The LM {getattr(lm, 'model', lm)!r} can't be saved: {error}") from error
-    kept, secret = _split(state)
     if secret:
         logger.warning("%s is saved without %s: give them again when it is loaded.", lm.model, sorted(secret))
-    return kept
-
-
-def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """The options without those that look like secrets, at any depth, and the names of those left out."""
-    kept: dict[str, Any] = {}
-    secret = set()
-    for name, value in options.items():
-        if _SECRET.search(str(name).lower()):
-            secret.add(str(name))
-        elif isinstance(value, Mapping):
-            kept[name], inner = _split(value)
-            secret |= inner
-        else:
-            kept[name] = value
-    return kept, secret
+    return dict(kept)
 
 
 def load_lm(
@@ -96,42 +82,81 @@ def load_lm(
 ) -> dspy.LM:
     """The LM of a record. Raises ArtifactError with what to give instead when it can't be made here."""
     if record["kind"] == "local":
-        return _load_local(record, adapter, base_model)
+        return _load_local(record, adapter, base_model, allow_unsafe_lm_state)
     state = dict(record["state"])
-    endpoints = [key for key in _ENDPOINT if key in state]
-    if endpoints and not allow_unsafe_lm_state:
-        # Dropping the endpoint, as DSPy does, would send the user's data to the provider's public service instead.
-        raise ArtifactError(
-            f"The saved LM {state.get('model')!r} talks to the endpoint {[state[key] for key in endpoints]}. If you "
-            "trust this file, give allow_unsafe_lm_state=True; otherwise give the LM: lms={predictor: lm}."
-        )
+    owner = f"The LM {state.get('model')!r}"
+    check_lm_state(state, owner, allow=allow_unsafe_lm_state)
     try:
         return BaseLM.load_state(state, allow_custom_lm_class=allow_unsafe_lm_state)
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:
         raise ArtifactError(
-            f"The saved LM {state.get('model')!r} can't be made here: {error}. Give it yourself: lms={{predictor: lm}}."
+            f"{owner} can't be made here: {type(error).__name__}: {error}. Give it yourself: lms={{predictor: lm}}."
         ) from error
 
 
-def _load_local(record: Mapping[str, Any], adapter: Path | None, base_model: BaseModel | None) -> dspy.LM:
-    options = dict(record["options"])
-    base = record["base"] if base_model is None else base_model
+def _load_local(
+    record: Mapping[str, Any], adapter: Path | None, base_model: BaseModel | None, allow_unsafe_lm_state: bool
+) -> dspy.LM:
+    options, owner = dict(record["options"]), f"The LM {record['model']!r}"
+    check_lm_state(options, owner, allow=allow_unsafe_lm_state)
+    engine = _engine(record["base"] if base_model is None else base_model, record["engine_options"])
+    _compare_base(engine, record)
+    try:
+        lm: dspy.LM = engine_lm(engine, _adapter_model(engine, record, adapter), **options)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"{owner} can't be made with the options {options!r:.300}: {error}") from error
+    return lm
+
+
+def _engine(base: BaseModel, options: Mapping[str, Any]) -> LocalEngine:
+    checked = check_engine_options(options)
     if isinstance(base, LocalEngine):
-        lm: dspy.LM = engine_lm(base, base.add_adapter(adapter) if adapter else None, **options)
-    else:
-        try:
-            lm = local_lm(base, adapter=adapter, engine_options=record["engine_options"], **options)
-        except ModelError as error:
-            raise ArtifactError(
-                f"The base model {str(base)!r} is not here ({error}). Give its folder or hub id: "
-                "load(folder, base_model=...)."
-            ) from error
-    engine = local_engine(lm)
-    if engine is not None and engine.base_name != record["base_name"]:
+        return base
+    try:
+        engine: LocalEngine = local_lm(base, engine_options=checked).engine
+    except ModelError as error:
+        raise ArtifactError(
+            f"The base model {str(base)!r} is not here ({error}). Give its folder or hub id: "
+            "load(folder, base_model=...)."
+        ) from error
+    return engine
+
+
+def _adapter_model(engine: LocalEngine, record: Mapping[str, Any], adapter: Path | None) -> str | None:
+    if adapter is None:
+        return None
+    require_content(adapter, record["model"])
+    try:
+        return engine.add_adapter(adapter)
+    except (ModelError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ArtifactError(f"The adapter in {adapter} can't be served: {error}") from error
+
+
+def _compare_base(engine: LocalEngine, record: Mapping[str, Any]) -> None:
+    if engine.base_name != record["base_name"]:
         logger.warning(
             "The program was saved with base model %s and is loaded with %s: an adapter gives wrong answers on a base "
             "that it was not trained on.",
             record["base_name"],
             engine.base_name,
         )
-    return lm
+
+
+def require_content(adapter: Path, model: str) -> None:
+    """Raise ArtifactError unless an adapter folder holds what the model's name, which ends in a hash, stands for."""
+    if not (adapter / "adapter_config.json").exists():
+        return
+    from .engines.adapters import content_hash
+
+    try:
+        found = content_hash(adapter)
+    except (ModelError, OSError) as error:
+        raise ArtifactError(f"The adapter in {adapter} can't be read: {error}") from error
+    recorded = model.rpartition("-")[2]
+    if not found.startswith(recorded):
+        raise ArtifactError(
+            f"{adapter} does not hold the adapter {model}: its content has the hash {found[:len(recorded)]}. It was "
+            "damaged or changed; use another copy of it."
+        )

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import ast
-import functools
-import importlib
 import inspect
 import json
 import operator
+import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import dspy
 from dspy.predict.parameter import Parameter
 
 from .errors import ArtifactError
+from .printable import get_logger
 from .programs import copy_program, load_prompt, prompt_state
+from .redaction import split_secrets
+
+logger = get_logger(__name__)
 
 _PLAIN = (dspy.Predict, dspy.ChainOfThought)
+_PROMPT_KEYS = ("signature", "demos", "fields")
 _NAMES: dict[str, Any] = {
     **{kind.__name__: kind for kind in (str, int, float, bool, bytes, list, dict, tuple, set, object)},
     **{"Any": Any, "Literal": typing.Literal, "Optional": typing.Optional, "Union": typing.Union},
@@ -57,13 +62,20 @@ def _walk(prefix: str, value: Any) -> Iterator[tuple[str, Parameter]]:
 def dump_parameter(name: str, parameter: Parameter) -> dict[str, Any]:
     """JSON state of a predictor (without its LM) or another DSPy parameter. Raises ArtifactError."""
     if not isinstance(parameter, dspy.Predict):
-        return {"state": _require_json(name, "state", _call_dump(parameter))}
+        return {"state": _require_json(name, "state", _public(name, _call_dump(parameter)))}
     return {
         "state": _require_json(name, "prompt", prompt_state(parameter, name)),
         "fields": _fields(parameter),
-        "config": _require_json(name, "config", parameter.config),
+        "config": _require_json(name, "config", _public(name, parameter.config)),
         "signature_name": parameter.signature.__name__,
     }
+
+
+def _public(name: str, options: Any) -> Any:
+    kept, secret = split_secrets(options)
+    if secret:
+        logger.warning("The predictor %r is saved without %s: give them again when it is loaded.", name, sorted(secret))
+    return kept
 
 
 def _call_dump(parameter: Any) -> Any:
@@ -142,11 +154,22 @@ def load_prompts(program: dspy.Module, saved: Mapping[str, Mapping[str, Any]]) -
     for name, parameter in parameters_of(copied).items():
         entry = saved[name]
         if not isinstance(parameter, dspy.Predict):
-            parameter.load_state(entry["state"])
+            _load_state(name, parameter.load_state, entry["state"], known=_call_dump(parameter).keys())
             continue
-        load_prompt(parameter, entry["state"], name)
+        _load_state(name, partial(load_prompt, parameter, name=name), entry["state"], known=_PROMPT_KEYS)
         parameter.config = dict(entry["config"])
     return copied
+
+
+def _load_state(name: str, load: Callable[[Any], object], state: Mapping[str, Any], known: Iterable[str]) -> None:
+    if unknown := sorted(state.keys() - set(known)):
+        raise ArtifactError(f"The state of {name!r} holds {unknown}, which its class does not save.")
+    try:
+        load(dict(state))
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"The saved state of {name!r} can't be used ({type(error).__name__}: {error}).") from error
 
 
 def class_path(program: dspy.Module) -> str:
@@ -161,16 +184,26 @@ def rebuild(path: str, saved: Mapping[str, Mapping[str, Any]]) -> dspy.Module:
         if path == f"{kind.__module__}:{kind.__qualname__}":
             return _rebuild_plain(kind, saved)
     try:
-        module, _, name = path.partition(":")
-        found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-        if not (isinstance(found, type) and issubclass(found, dspy.Module)):
-            raise TypeError("it is not a dspy.Module")
-        return found()
+        return _imported_class(path)()
     except Exception as error:
         raise ArtifactError(
             f"A program of class {path} can't be made without arguments here ({error}). Make it yourself and give it: "
             "load(folder, into=program)."
         ) from error
+
+
+def _imported_class(path: str) -> type[dspy.Module]:
+    """A program's class in a module that is imported already. Nothing is imported, no attribute computed: a file must
+    not decide what code runs."""
+    name, _, attributes = path.partition(":")
+    found: Any = sys.modules.get(name)
+    if found is None:
+        raise TypeError(f"the module {name!r} is not imported, and load imports nothing that a file names")
+    for attribute in attributes.split("."):
+        found = vars(found).get(attribute) if isinstance(found, type | types.ModuleType) else None
+    if not (isinstance(found, type) and issubclass(found, dspy.Module)):
+        raise TypeError("it is not a dspy.Module")
+    return found
 
 
 def _rebuild_plain(kind: type[dspy.Module], saved: Mapping[str, Mapping[str, Any]]) -> dspy.Module:
@@ -181,7 +214,10 @@ def _rebuild_plain(kind: type[dspy.Module], saved: Mapping[str, Mapping[str, Any
         entry = saved[name]
         fields = {field["name"]: _rebuild_field(field) for field in entry["fields"]}
         instructions = entry["state"]["signature"]["instructions"]
-        parameter.signature = dspy.Signature(fields, instructions, entry["signature_name"])
+        try:
+            parameter.signature = dspy.Signature(fields, instructions, entry["signature_name"])
+        except Exception as error:
+            raise ArtifactError(f"The signature of {name!r} can't be made again: {error}") from error
     return program
 
 
@@ -191,10 +227,10 @@ def _rebuild_field(field: Mapping[str, Any]) -> tuple[Any, Any]:
         if field["constraints"]:
             raise ValueError(f"constraints {field['constraints']!r}")
         return _parse_type(ast.parse(field["type"], mode="eval").body), constructor()
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, AttributeError, IndexError, RecursionError, MemoryError) as error:
         raise ArtifactError(
-            f"Field {field['name']!r} of type {field['type']} can't be made from the saved text alone ({error}). Make "
-            "the program yourself and give it: load(folder, into=program)."
+            f"Field {field['name']!r} of type {field['type']:.200} can't be made from the saved text alone ({error}). "
+            "Make the program yourself and give it: load(folder, into=program)."
         ) from error
 
 
