@@ -77,7 +77,14 @@ def rows_from_chats(chats: Sequence[Mapping[str, Any]]) -> list[TrainingRow]:
 
 
 class LocalLM(dspy.LM):
-    """A `dspy.LM` that finds its provider in its engine again after it was saved and loaded."""
+    """A `dspy.LM` that finds its provider in its engine again after it was saved and loaded.
+
+    A model name without the base's fingerprint, as older versions wrote it, becomes the full one.
+    """
+
+    def __init__(self, model: str, *args: Any, engine: Any = "auto", **options: Any) -> None:
+        canonical = getattr(engine, "canonical", None)
+        super().__init__(canonical(model) if canonical else model, *args, engine=engine, **options)
 
     def infer_provider(self) -> Provider:
         """The provider that trains on this LM's engine."""
@@ -111,7 +118,8 @@ def local_lm(
         adapter: PEFT folder to answer with; None for the base model.
         temperature: 0 takes the likeliest token each time.
         max_tokens: Tokens of an answer at most; None: 1024, or what the context has left.
-        cache: Use DSPy's cache of answers. It can't be stale: new weights get a new model name.
+        cache: Use DSPy's cache of answers. It can't be stale: other weights, precision or template options get another
+            model name.
         engine_options: Options of `TransformersEngine`: dtype, device, max_batch_size, cache_bytes,
             chat_template_kwargs.
         lm_options: Anything else `dspy.LM` takes: top_p, top_k, seed, stop, callbacks, num_retries, ...
@@ -144,7 +152,8 @@ def vllm_lm(
         adapter: PEFT folder to answer with; None for the base model.
         temperature: 0 takes the likeliest token each time.
         max_tokens: Tokens of an answer at most; None: 1024, or what the context has left.
-        cache: Use DSPy's cache of answers. It can't be stale: new weights get a new model name.
+        cache: Use DSPy's cache of answers. It can't be stale: other weights, precision or template options get another
+            model name.
         engine_options: Options of `VLLMEngine`: server_options, command, concurrency, stop_while_training, ...
         lm_options: Anything else `dspy.LM` takes.
 

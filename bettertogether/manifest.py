@@ -70,6 +70,7 @@ class LocalLMEntry(_Entry):
 
     kind: Literal["local"]
     base_name: str
+    base_hash: str | None = None
     base: str
     model: str
     options: dict[str, Any]

@@ -49,6 +49,7 @@ def dump_lm(lm: Any) -> SavedLM:
     record = {
         "kind": "local",
         "base_name": engine.base_name,
+        "base_hash": getattr(engine, "base_hash", None),
         "base": state.get("model", engine.base_name),
         "model": lm.model,
         "options": {key: value for key, value in _without_secrets(lm).items() if key not in _NOT_OPTIONS},
@@ -135,13 +136,20 @@ def _adapter_model(engine: LocalEngine, record: Mapping[str, Any], adapter: Path
 
 
 def _compare_base(engine: LocalEngine, record: Mapping[str, Any]) -> None:
-    if engine.base_name != record["base_name"]:
+    if not _same_base(engine, record):
         logger.warning(
             "The program was saved with base model %s and is loaded with %s: an adapter gives wrong answers on a base "
             "that it was not trained on.",
             record["base_name"],
             engine.base_name,
         )
+
+
+def _same_base(engine: LocalEngine, record: Mapping[str, Any]) -> bool:
+    """Whether an engine holds the base that a record names; records of older versions know only its folder's name."""
+    if record.get("base_hash") is not None:
+        return bool(getattr(engine, "base_hash", None) == record["base_hash"])
+    return record["base_name"] in (engine.base_name, getattr(engine, "short_name", None))
 
 
 def require_content(adapter: Path, model: str) -> None:
@@ -157,6 +165,6 @@ def require_content(adapter: Path, model: str) -> None:
     recorded = model.rpartition("-")[2]
     if not found.startswith(recorded):
         raise ArtifactError(
-            f"{adapter} does not hold the adapter {model}: its content has the hash {found[:len(recorded)]}. It was "
+            f"{adapter} does not hold the adapter {model}: its content has the hash {found[: len(recorded)]}. It was "
             "damaged or changed; use another copy of it."
         )

@@ -59,7 +59,7 @@ class FinetuneResult:
     """A trained adapter, already served by the engine that trained it."""
 
     model: str
-    """The name to ask for, such as "local/SmolLM2-135M-Instruct@r1-3f9c2a1b"."""
+    """The name to ask for, such as "local/SmolLM2-135M-Instruct-5d2c90aa@r1-3f9c2a1b"."""
     folder: Path
     """Plain PEFT adapter folder: adapter_config.json and adapter_model.safetensors."""
     history: tuple[TrainingProgress, ...]
@@ -87,7 +87,8 @@ class LocalEngine(Protocol):
     """
 
     base_name: str
-    """The base model's short name, such as "SmolLM2-135M-Instruct"; its model name is "local/" + base_name."""
+    """The base model's name, such as "SmolLM2-135M-Instruct-5d2c90aa", which ends in a hash of whatever decides its
+    answers: weights, config, tokenizer, precision, template options. Its model name is "local/" + base_name."""
     supported_params: frozenset[str]
     supports_response_schema: bool
     max_length: int

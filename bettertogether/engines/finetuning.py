@@ -93,7 +93,7 @@ def train(
 ) -> FinetuneResult:
     """Run a training. `model` is trained in this process; None trains `source` in processes of their own."""
     # Named by what is asked, so that the same call after a kill finds the checkpoint that the trainer left there.
-    folder = job.parent / f"training-{_digest(job, source)}"
+    folder = job.parent / f"training-{_digest(job, engine.base_name)}"
     folder.mkdir(parents=True, exist_ok=True)
     trained = _run(job, model, source, folder, on_progress)
     write_round(trained.folder, job.round_number, engine.base_name)
@@ -131,10 +131,11 @@ def _run(job: TrainingJob, model: Any, source: str, folder: Path, on_progress: P
     return train_adapter(model, job.rows, **options)
 
 
-def _digest(job: TrainingJob, source: str) -> str:
+def _digest(job: TrainingJob, base_name: str) -> str:
     """A short name for what a training job asks."""
     rows = [[row.prompt_ids, row.completion_ids] for row in (*job.rows, *job.validation_rows)]
-    asked = [source, str(job.start_from), len(job.rows), job.lora.to_dict(), job.training.to_dict(), rows]
+    start_from = None if job.start_from is None else content_hash(job.start_from)
+    asked = [base_name, start_from, len(job.rows), job.lora.to_dict(), job.training.to_dict(), rows]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
 
 

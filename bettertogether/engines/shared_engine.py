@@ -11,17 +11,25 @@ from dspy._vendor.lm15.types import StreamEvent
 from dspy.clients.engines.base import validate_request
 from dspy.lm15 import ContextLengthError, Request, Response
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..files import cache_folder
 from ..training.config import LoRAConfig, TrainingConfig
-from .base import ChatMessage, FinetuneResult, ProgressFunction, TrainingRow
+from .base import MODEL_PREFIX, ChatMessage, FinetuneResult, ProgressFunction, TrainingRow
 from .decoding import SamplingOptions
 from .finetuning import TrainingJob, prepare
+from .fingerprint import model_hash, short_hash
 from .loading import read_card
-from .rendering import PromptRenderer, messages_of
+from .rendering import DEFAULT_TEMPLATE_KWARGS, PromptRenderer, messages_of
 
 DEFAULT_MAX_TOKENS = 1024
 PARAMS = frozenset({"temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "logprobs"})
+SAME_ANSWERS = frozenset(
+    {
+        "device", "max_batch_size", "cache_bytes", "cache_folder", "url", "command", "concurrency",
+        "stop_while_training", "mixed_batches", "request_timeout_s", "startup_timeout_s", "api_key",
+    }
+)  # fmt: skip
+"""Options that decide where and how fast a model answers, not what; all others are part of its name."""
 
 
 class SharedEngine:
@@ -31,15 +39,47 @@ class SharedEngine:
     hands on to this class: "chat_template_kwargs", "cache_folder" and its own.
     """
 
+    kind = "local"
+    """What runs the model; the same weights in another kind of engine are another model."""
+
     def __init__(self, model: str | Path, options: Mapping[str, Any]) -> None:
+        model = expanded(model)
         self._card = read_card(model)
         self._place = self.place(options)
         self._options = {name: _plain(value) for name, value in options.items() if name not in self._place}
-        self.base_name = Path(str(model).rstrip("/")).resolve().name if Path(model).is_dir() else Path(model).name
+        self.short_name = _short_name(model)
+        """The base's name without its fingerprint: the folder's, or the last part of the hub id."""
+        self.base_hash = self._model_hash()
+        """SHA-256 of the base's weights, config, tokenizer and chat template: the same wherever they are."""
+        self.base_name = f"{self.short_name}-{short_hash(self.base_hash, self._traits(options))}"
         self.max_length = self._card.max_length
         template_kwargs = self._options["chat_template_kwargs"]
         self._renderer = PromptRenderer(self._card.tokenizer, self._card.eos_ids, template_kwargs)
         self._eos_ids = frozenset({*self._card.eos_ids, self._renderer.end_id})
+
+    def _model_hash(self) -> str:
+        return model_hash(self._card.source, getattr(self._card.config, "_commit_hash", None))
+
+    def _traits(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Whatever decides the answers besides the model's files."""
+        values = {**options, **self._place}
+        if values["chat_template_kwargs"] is None:
+            values["chat_template_kwargs"] = DEFAULT_TEMPLATE_KWARGS
+        decisive = {name: value for name, value in values.items() if name not in SAME_ANSWERS and value is not None}
+        return {"kind": self.kind, **_plain(decisive)}
+
+    def _check_unchanged(self) -> None:
+        """Raises ModelError where the model's files are not those that this engine is named after."""
+        if self._model_hash() != self.base_hash:
+            raise ModelError(
+                f"The files of {self._card.source!r} have changed since {self.base_name} was made, and their weights "
+                "are not loaded yet. Make a new LM of them; it gets a name of its own."
+            )
+
+    def canonical(self, model: str) -> str:
+        """The full name for a model name in which the base's fingerprint is missing, as older versions wrote it."""
+        base, at, adapter = model.partition("@")
+        return f"{MODEL_PREFIX}{self.base_name}{at}{adapter}" if base == MODEL_PREFIX + self.short_name else model
 
     @classmethod
     def place(cls, options: Mapping[str, Any]) -> dict[str, str | None]:
@@ -63,9 +103,10 @@ class SharedEngine:
     def shared(cls, model: str | Path, *, adapters: Sequence[str | Path] = (), **options: Any) -> Self:
         """The engine of this process for a model and place: made at the first call, found at later ones.
 
-        Raises ConfigError when it was made with other options than those given now.
+        A folder whose files have changed is another model. Raises ConfigError when the engine was made with other
+        options than those given now.
         """
-        key = (cls, _identity(model), *cls.place(options).values())
+        key = (cls, *_identity(expanded(model)), *cls.place(options).values())
         with _SHARED_LOCK:
             engine = _SHARED.get(key)
             if engine is None:
@@ -80,7 +121,7 @@ class SharedEngine:
         for name, value in options.items():
             if name not in self._place and self._options.get(name, _MISSING) != _plain(value):
                 raise ConfigError(
-                    f"{name}={_plain(value)!r} was asked for, but {self.base_name!r} is loaded in this process with "
+                    f"{name}={_plain(value)!r} was asked for, but {self.short_name!r} is loaded in this process with "
                     f"{name}={self._options.get(name)!r}. Use the same options, or close() the engine first."
                 )
 
@@ -107,7 +148,7 @@ class SharedEngine:
         room = self.max_length - len(prompt_ids)
         if room < 1:
             raise ContextLengthError(
-                f"The prompt has {len(prompt_ids)} tokens; {self.base_name} takes {self.max_length} for prompt and "
+                f"The prompt has {len(prompt_ids)} tokens; {self.short_name} takes {self.max_length} for prompt and "
                 "answer together. Use fewer or shorter demos, or a model with a longer context."
             )
         return prompt_ids, min(request.config.max_tokens or DEFAULT_MAX_TOKENS, room), sampling
@@ -223,5 +264,18 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _identity(model: str | Path) -> str:
-    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+def expanded(path: str | Path) -> str | Path:
+    """A path with "~" replaced by the home folder; anything else as it is."""
+    if not str(path).startswith("~"):
+        return path
+    return type(path)(Path(path).expanduser())
+
+
+def _short_name(model: str | Path) -> str:
+    name = Path(str(model).rstrip("/")).resolve().name if Path(model).is_dir() else Path(model).name
+    # In a model name, "@" begins the adapter.
+    return name.replace("@", "_")
+
+
+def _identity(model: str | Path) -> tuple[str, ...]:
+    return (str(Path(model).resolve()), model_hash(model)) if Path(model).is_dir() else (str(model),)

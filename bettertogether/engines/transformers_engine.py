@@ -148,7 +148,8 @@ class TransformersEngine(SharedEngine):
 
     def _job(self, request: Request) -> Job:
         self._scheduler.check_open()
-        adapter = "" if self._adapters.folder(request.model) is None else request.model
+        model = self.canonical(request.model)
+        adapter = "" if self._adapters.folder(model) is None else model
         prompt_ids, max_new_tokens, sampling = self._rendered(request)
         row = Row(prompt_ids, max_new_tokens, adapter, sampling)
         if request.config.response_format is not None:
@@ -161,7 +162,7 @@ class TransformersEngine(SharedEngine):
 
     def adapter_folder(self, model: str) -> Path | None:
         """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
-        return self._adapters.folder(model)
+        return self._adapters.folder(self.canonical(model))
 
     def adapter_folders(self) -> list[Path]:
         """Folders of all adapters, in the order they were added."""
@@ -169,6 +170,7 @@ class TransformersEngine(SharedEngine):
 
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
         if job.training.num_processes > 1:
+            self._check_unchanged()
             return train(self, job, None, self._card.source, on_progress)
         with self._scheduler.exclusive():
             return train(self, job, self._loaded_model(), self._card.source, on_progress)
@@ -190,6 +192,7 @@ class TransformersEngine(SharedEngine):
     def _loaded_model(self) -> Any:
         with self._load_lock:
             if self._model is None:
+                self._check_unchanged()
                 model = load_model(self._card, self._device, self._dtype)
                 self._adapters.attach(model)
                 self._model = model

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ from .structured import answer_grammar
 from .vllm_api import check, chunks_of, sampling_fields, scores_of
 from .vllm_server import VLLMServer
 
+SERVER_RESOURCES = frozenset(
+    {
+        "gpu_memory_utilization", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
+        "max_num_seqs", "max_num_batched_tokens", "max_loras", "max_cpu_loras", "max_lora_rank", "swap_space",
+        "cpu_offload_gb", "enforce_eager", "download_dir", "enable_prefix_caching",
+    }
+)  # fmt: skip
 COUNTERS = ("requests", "prompt_tokens", "prefix_tokens_reused", "generated_tokens")
 
 
@@ -63,6 +71,7 @@ class VLLMEngine(SharedEngine):
     ConfigError.
     """
 
+    kind = "vllm"
     supported_params = PARAMS | {"response_format"}
     supports_response_schema = True
 
@@ -119,6 +128,11 @@ class VLLMEngine(SharedEngine):
         for folder in adapters:
             self.add_adapter(folder)
 
+    def _traits(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Without the server's options that decide only where and how fast it runs."""
+        server = {name: value for name, value in options["server_options"].items() if name not in SERVER_RESOURCES}
+        return super()._traits({**options, "server_options": server})
+
     @classmethod
     def place(cls, options: Mapping[str, Any]) -> dict[str, str | None]:
         """The server."""
@@ -144,6 +158,7 @@ class VLLMEngine(SharedEngine):
         Raises UnknownAdapterError, ModelError when no server comes up or an adapter can't be loaded there, and lm15's
         ContextLengthError, UnsupportedFeatureError, InvalidRequestError, TransportError and ServerError.
         """
+        request = self._named(request)
         body = self._body(request)
         with self._gate.together(self._kind(request.model)), self._translated():
             reply = self._ask(request.model, body).json()
@@ -151,6 +166,7 @@ class VLLMEngine(SharedEngine):
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """Answer one request as events."""
+        request = self._named(request)
         body = self._body(request) | {"stream": True, "stream_options": {"include_usage": True}}
         usage: dict[str, Any] = {}
         last: dict[str, Any] = {}
@@ -182,6 +198,9 @@ class VLLMEngine(SharedEngine):
     def asynchronous(self) -> AsyncVLLMEngine:
         """The same engine for `dspy.LM(async_engine=...)`."""
         return AsyncVLLMEngine(self)
+
+    def _named(self, request: Request) -> Request:
+        return replace(request, model=self.canonical(request.model))
 
     def _body(self, request: Request) -> dict[str, Any]:
         """What is asked of the server. A request that can't be answered fails here, before any server is started."""
@@ -278,6 +297,7 @@ class VLLMEngine(SharedEngine):
 
     def adapter_folder(self, model: str) -> Path | None:
         """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
+        model = self.canonical(model)
         if model == self._base_model:
             return None
         with self._lock:
@@ -301,6 +321,7 @@ class VLLMEngine(SharedEngine):
 
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
         self._check_rank(job.lora.rank, "lora", ConfigError)
+        self._check_unchanged()
         with self._paused():
             if job.training.num_processes > 1:
                 return train(self, job, None, self._card.source, on_progress)

@@ -46,7 +46,8 @@ def test_the_adapter_says_what_it_was_taught_and_the_base_does_not(trained: Any)
 
 def test_the_folder_is_named_by_its_content_and_holds_a_plain_peft_adapter(trained: Any, folder: Path) -> None:
     engine, result = trained
-    assert result.model == f"local/{result.folder.name}" == f"local/tiny@r1-{content_hash(result.folder)[:8]}"
+    name = f"{engine.base_name}@r1-{content_hash(result.folder)[:8]}"
+    assert (result.model, result.folder.name) == (f"local/{name}", name)
     assert {path.name for path in result.folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     assert [path.name for path in result.folder.parent.iterdir()] == [result.folder.name]
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), result.folder)
@@ -74,8 +75,8 @@ def test_the_next_round_goes_on_from_the_last(trained: Any, tmp_path: Path) -> N
         folder=tmp_path,
         on_progress=lines.append,
     )
-    assert second.model.startswith("local/tiny@r2-")
-    assert json.loads((second.folder / "bettertogether.json").read_text()) == {"round": 2, "base": "tiny"}
+    assert second.model.startswith(f"local/{engine.base_name}@r2-")
+    assert json.loads((second.folder / "bettertogether.json").read_text()) == {"round": 2, "base": engine.base_name}
     assert second.base_validation_loss < 0.1
     assert tuple(lines) == second.history
 

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import pickle
+import re
 import threading
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,8 @@ def labels(*names: str) -> dict[str, Any]:
 
 def test_it_is_a_local_engine(engine: TransformersEngine) -> None:
     assert isinstance(engine, LocalEngine)
-    assert (engine.base_name, engine.max_length, engine.concurrency) == ("tiny", 4096, 64)
+    assert (engine.short_name, engine.max_length, engine.concurrency) == ("tiny", 4096, 64)
+    assert re.fullmatch("tiny-[0-9a-f]{8}", engine.base_name)
 
 
 def test_weights_are_loaded_at_the_first_request(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
