@@ -16,10 +16,12 @@ from .labels import labels_of
 from .programs import predictors_of
 from .records import Ledger
 from .rows import DataCard, Row, TrainPrompt, balance_labels, make_data_card, rows_of_call, write_rows
-from .traces import Trace, TraceSet, hint_leaks, select_traces
+from .traces import NO_CALLS, Trace, TraceSet, hint_leaks, select_traces
 
 DOMINANT_SHARE = 0.8
 """A label with more than this share of the rows gets a warning, unless the trainset is as skewed."""
+
+STRANGER = "call of a predictor that is none of the program's"
 
 Trainable = Mapping[str, tuple[LocalEngine, Any]]
 """Predictor name to the engine that trains it and its LM."""
@@ -77,6 +79,7 @@ def rows_from_traces(
         dropped=unchosen,
     )
     dropped.update({("", reason): count for reason, count in unchosen.items()})
+    dropped["", STRANGER] += sum(trace.strangers for trace in chosen)
     by_trace = [_rows_of(student, trace, trainable, options.train_prompt, dropped) for trace in chosen]
     usable = [(trace, rows) for trace, rows in zip(chosen, by_trace, strict=True) if rows]
     labels = labels_of(trainset, options.label_field)
@@ -135,10 +138,18 @@ def _label_warnings(rows: Sequence[Row], wanted: Sequence[str | None]) -> list[s
 
 
 def _no_rows(traces: TraceSet, dropped: Mapping[tuple[str, str], int]) -> str:
-    reasons = "; ".join(f"{count} x {reason}" for (_, reason), count in dropped.items()) or "no calls to learn from"
+    others = {key: count for key, count in dropped.items() if key != ("", NO_CALLS)}
+    reasons = "; ".join(f"{count} x {reason}" for (_, reason), count in others.items()) or NO_CALLS
+    unseen = ""
+    if runs := dropped.get(("", NO_CALLS)):
+        unseen = (
+            f" {runs} of the runs that passed made no call that was seen: calls in other processes, in threads that "
+            "outlive the run, or by predictors that forward makes and calls in threads, are not. Keep predictors as "
+            "attributes of the program, and wait for its threads."
+        )
     return (
         f"No training rows: {len(traces.traces)} runs on {traces.examples} examples, {len(traces.passing)} passed. "
-        f"Dropped: {reasons}. Three things to try: run a prompt step first (strategy 'p -> w'); let failing examples "
-        "be tried again (num_samples=8, rescue=True, max_rescue_share=1.0); or give a teacher program or a lower "
-        "threshold."
+        f"Dropped: {reasons}.{unseen} Three things to try: run a prompt step first (strategy 'p -> w'); let failing "
+        "examples be tried again (num_samples=8, rescue=True, max_rescue_share=1.0); or give a teacher program or a "
+        "lower threshold."
     )

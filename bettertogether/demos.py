@@ -50,7 +50,8 @@ def demos_of(trace: Trace) -> dict[str, dspy.Example]:
     the time the last, else one of the earlier, as DSPy does."""
     calls: dict[str, list[dspy.Example]] = defaultdict(list)
     for call in trace.calls:
-        calls[call.predictor].append(dspy.Example(augmented=True, **call.inputs, **call.outputs))
+        if not call.cut:
+            calls[call.predictor].append(dspy.Example({**call.inputs, **call.outputs, "augmented": True}))
     chosen = {}
     for name, demos in calls.items():
         rng = random.Random(stable_seed(name, example_key(trace.example), len(demos)))

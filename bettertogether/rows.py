@@ -17,7 +17,7 @@ from typing import Any, Literal
 import dspy
 from dspy.adapters.chat_adapter import ChatAdapter
 from dspy.adapters.decision import resolve_adapter
-from dspy.adapters.utils import annotation_allows_none
+from dspy.adapters.utils import annotation_allows_none, serialize_for_json
 from dspy.lm15 import Request
 
 from .engines.base import ChatMessage, LocalEngine, TrainingRow
@@ -101,34 +101,58 @@ class _RequestTaker:
         raise RequestTaken(request)
 
 
-def take_request(predictor: dspy.Predict, inputs: Mapping[str, Any], demos: Sequence[Any]) -> Request:
-    """The request that the predictor's LM would be sent for these inputs and demos."""
+def take_request(
+    predictor: dspy.Predict,
+    inputs: Mapping[str, Any],
+    demos: Sequence[Any],
+    *,
+    config: Mapping[str, Any] | None = None,
+    adapter: Any = None,
+) -> Request:
+    """The request that the predictor's LM would be sent for these inputs and demos; `adapter` None takes the one in
+    use."""
     taker = copy.copy(predictor)
     taker.lm = predictor.lm.copy(engine=_RequestTaker(predictor.lm.engine), cache=False, callbacks=[])
     taker.demos = list(demos)
     taker.callbacks = []
     # Of a predictor that is a program by itself, an optimizer may have replaced it.
     taker.__dict__.pop("forward", None)
+    used = {"adapter": adapter or dspy.settings.adapter}
     try:
-        with dspy.context(callbacks=[], trace=[], disable_history=True, send_stream=None):
-            taker(**inputs)
+        with dspy.context(callbacks=[], trace=[], disable_history=True, send_stream=None, **used):
+            taker(**inputs, **({"config": dict(config)} if config else {}))
     except RequestTaken as taken:
         return taken.request
     raise DataError(f"a {type(predictor).__name__} answers without calling its LM, so it has no prompt")
 
 
 def render_prompt(
-    predictor: dspy.Predict, engine: LocalEngine, inputs: Mapping[str, Any], demos: Sequence[Any]
+    predictor: dspy.Predict,
+    engine: LocalEngine,
+    inputs: Mapping[str, Any],
+    demos: Sequence[Any],
+    *,
+    config: Mapping[str, Any] | None = None,
+    adapter: Any = None,
 ) -> tuple[ChatMessage, ...]:
     """The chat messages that `engine` receives when the predictor is called."""
-    return engine.messages(take_request(predictor, inputs, demos))
+    return engine.messages(take_request(predictor, inputs, demos, config=config, adapter=adapter))
 
 
-def render_completion(predictor: dspy.Predict, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> str:
-    """The answer as the adapter in use writes it. Raises DataError when that text would not parse back."""
+def render_completion(
+    predictor: dspy.Predict,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+    *,
+    adapter: Any = None,
+    text: str | None = None,
+) -> str:
+    """The answer as the adapter in use writes it; where that is not read back as the same outputs, or the adapter
+    can't write one, `text`, which is how the LM wrote it. Raises DataError when neither is read back."""
     signature = predictor.signature
     lm = predictor.lm
-    adapter = resolve_adapter(lm, dspy.settings.adapter or ChatAdapter(), signature, predictor.fields, signature)
+    adapter = adapter or dspy.settings.adapter or ChatAdapter()
+    adapter = resolve_adapter(lm, adapter, signature, predictor.fields, signature)
     processed = adapter._call_preprocess(lm, {}, signature, dict(inputs))
     missing = [
         name
@@ -137,26 +161,50 @@ def render_completion(predictor: dspy.Predict, inputs: Mapping[str, Any], output
     ]
     if missing:
         raise DataError(f"output fields missing: {missing}")
-    completion: str = adapter.format_assistant_message_content(processed, dict(outputs))
     try:
-        parsed = adapter.parse(processed, completion)
+        return _checked(adapter, processed, outputs, _written(adapter, processed, outputs))
+    except DataError:
+        if text is None:
+            raise
+        return _checked(adapter, processed, outputs, text)
+
+
+def _written(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str, Any]) -> str:
+    try:
+        return str(adapter.format_assistant_message_content(signature, dict(outputs)))
+    except NotImplementedError as error:
+        raise DataError(
+            f"{type(adapter).__name__} can't write an answer: define its format_assistant_message_content"
+        ) from error
+
+
+def _checked(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str, Any], completion: str) -> str:
+    try:
+        parsed = adapter.parse(signature, completion)
     except Exception as error:
         raise DataError(f"{type(adapter).__name__} can't read back the answer it wrote") from error
-    if any(str(parsed[name]).strip() != str(outputs[name]).strip() for name in processed.output_fields):
+    if any(str(parsed[name]).strip() != str(outputs[name]).strip() for name in signature.output_fields):
         raise DataError(f"{type(adapter).__name__} reads the answer back as something else")
     return completion
 
 
 def without_example(demos: Sequence[Any], inputs: Mapping[str, Any]) -> list[Any]:
     """The demos that don't show these very inputs, so that a row's prompt does not hold its own answer."""
-    return [demo for demo in demos if any(demo.get(name) != value for name, value in inputs.items())]
+    # As JSON or text, which is how they are shown: arrays and tables can't be compared.
+    asked = {name: serialize_for_json(value) for name, value in inputs.items()}
+    return [demo for demo in demos if any(serialize_for_json(demo.get(n)) != shown for n, shown in asked.items())]
 
 
 def prompt_variants(predictor: dspy.Predict, call: Call, train_prompt: TrainPrompt) -> list[list[Any]]:
-    """The demos of each prompt that a call gives a row for."""
-    optimized = without_example(predictor.demos, call.inputs)
+    """The demos of each prompt that a call gives a row for. Raises DataError for a call with demos of its own that
+    show its very inputs."""
+    if call.demos is not None:
+        if len(without_example(call.demos, call.inputs)) < len(call.demos):
+            raise DataError("the demos that the call was given show its own inputs")
+        return [list(call.demos)]
     if train_prompt == "vanilla":
         return [[]]
+    optimized = without_example(predictor.demos, call.inputs)
     return [optimized] if train_prompt == "optimized" or not optimized else [[], optimized]
 
 
@@ -168,10 +216,15 @@ def rows_of_call(
     **origin: Any,
 ) -> list[Row]:
     """The rows of one call; `origin` gives example, label and source. Raises DataError with the reason to drop it."""
-    completion = render_completion(predictor, call.inputs, call.outputs)
+    if call.cut or call.unfit:
+        raise DataError("cut at max_tokens" if call.cut else call.unfit)
+    if call.signature is not None:
+        predictor = copy.copy(predictor)
+        predictor.signature = call.signature
+    completion = render_completion(predictor, call.inputs, call.outputs, adapter=call.adapter, text=call.text)
     rows = []
     for demos in prompt_variants(predictor, call, train_prompt):
-        messages = render_prompt(predictor, engine, call.inputs, demos)
+        messages = render_prompt(predictor, engine, call.inputs, demos, config=call.config, adapter=call.adapter)
         length = len(engine.prompt_tokens(messages)) + len(engine.completion_tokens(completion))
         if length > engine.max_length:
             raise DataError(f"longer than the model's context of {engine.max_length} tokens")

@@ -1,23 +1,24 @@
-"""Run a program on one example and note which predictor object made which call. Failures are data."""
+"""Run a program on one example and note which predictor made which call. Failures are data."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import dspy
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMTimeoutError
 from dspy.utils.usage_tracker import UsageTracker
 
+from .attribution import Attribution
 from .errors import PromptTooLongError
+from .event_loop import run_on_loop
 from .programs import copy_program, modules_of, predictors_of, program_key
 from .records import Ledger
+from .rescue import HINT, as_field, narrow_signatures
+from .watching import Record, Seen, Watch, snapshot, watched_lm
 
 FailureKind = Literal["parse failure", "prompt too long", "timeout", "program error"]
 
@@ -30,7 +31,21 @@ class Call:
     """Its name in `program.named_predictors()`."""
     inputs: Mapping[str, Any]
     outputs: Mapping[str, Any]
-    """Output fields only."""
+    """Output fields only, as the LM gave them."""
+    signature: type[dspy.Signature] | None = None
+    """The one that the call was given; None: the predictor's own."""
+    demos: tuple[Any, ...] | None = None
+    """Those that the call was given; None: the predictor's own."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """LM options that the call was given."""
+    adapter: Any = field(default=None, compare=False)
+    """Another adapter than the run's, where the call was made under one."""
+    text: str | None = field(default=None, compare=False)
+    """The answer as the LM wrote it, where that is known."""
+    cut: bool = False
+    """The answer ended at max_tokens: neither a row nor a demo may show it."""
+    unfit: str | None = None
+    """Why no row may be made of it, another reason than `cut`."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,9 @@ class Run:
     prediction: Any
     calls: tuple[Call, ...]
     raw_trace: tuple[Any, ...]
-    """DSPy's trace: (predictor, inputs, prediction) triples."""
+    """DSPy's trace: (predictor, inputs, prediction) triples, with the program's own predictors."""
+    strangers: int = 0
+    """Calls of predictors that are none of the program's, such as one that `forward` makes."""
     failure: FailureKind | None = None
     error: BaseException | None = None
     ledger: Ledger = field(default_factory=Ledger)
@@ -97,28 +114,35 @@ class RunStore:
 
 
 class Runner:
-    """Runs one program on examples; safe to call from many threads."""
+    """Runs one program on examples; safe to call from many threads.
+
+    The program itself is left alone: each run has a copy of it to itself, so that a call is known to be of this run
+    in whatever thread it is made.
+    """
 
     def __init__(self, program: dspy.Module, *, seed: int = 0, store: RunStore | None = None) -> None:
         self._program = program
         self._seed = seed
         self._key = program_key(program)
         self._store = store if self._key is not None else None
-        self._predictors = program.predictors()
-        self._needs_seeds = any(_needs_seed(predictor.lm) for predictor in self._predictors)
+        self._needs_seeds = any(_needs_seed(predictor.lm) for predictor in program.predictors())
         self._attribution = Attribution(program)
-        self._spare: list[tuple[dspy.Module, Attribution]] = []
-        """Copies of the program that no thread is using; copying one for each attempt would cost more than the run
-        of a small program, and as much memory as what it holds, such as a search index."""
+        self._spare: list[_Copy] = []
+        """Copies that no thread is using; one for each run would cost more than the run of a small program."""
 
     def run(self, example: dspy.Example, attempt: Attempt = Attempt()) -> Run:
         """Run the program on one example. Never raises for what the program does; see `Run.failure`."""
         content = example_key(example)
         key = (self._key or "", content, f"{self._seed if self._is_changed(attempt) else ''}|{attempt.key}")
         if self._store and (known := self._store.get(key)):
-            return Run(known.prediction, known.calls, known.raw_trace, known.failure, known.error)
-        with self._prepared(attempt, stable_seed(self._seed, content, attempt.number)) as (program, attribution):
-            run = run_program(program, example, attribution)
+            return replace(known, ledger=Ledger())
+        try:
+            copied = self._spare.pop()
+        except IndexError:
+            copied = _Copy(self._program, self._attribution)
+        seed = stable_seed(self._seed, content, attempt.number) if self._is_changed(attempt) else None
+        run = copied.run(example, attempt, seed)
+        self._spare.append(copied)
         if self._store:
             self._store.put(key, run)
         return run
@@ -128,25 +152,139 @@ class Runner:
         asked = attempt.number > 0 or attempt.temperature is not None or bool(attempt.narrow)
         return asked or self._needs_seeds
 
-    @contextmanager
-    def _prepared(self, attempt: Attempt, seed: int) -> Iterator[tuple[dspy.Module, Attribution]]:
-        """The program as it is, or a copy that samples, or one that knows the label."""
-        if not self._is_changed(attempt):
-            yield self._program, self._attribution
-            return
-        try:
-            program, attribution = self._spare.pop()
-        except IndexError:
-            program = copy_program(self._program)
-            attribution = Attribution(program)
-        for predictor, original in zip(program.predictors(), self._predictors, strict=True):
-            lm = original.lm or dspy.settings.lm
-            predictor.lm = None if lm is None else _sampling_lm(lm, attempt, seed)
-            predictor.signature = original.signature
+
+def run_program(program: dspy.Module, example: dspy.Example) -> Run:
+    """One run of a program as it is. Never raises for what the program does."""
+    return Runner(program).run(example)
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What a predictor had when a run began."""
+
+    signature: type[dspy.Signature]
+    demos: tuple[Any, ...]
+    lm: Any
+
+
+class _Copy:
+    """A copy of a program that serves one run at a time, and is watched."""
+
+    def __init__(self, program: dspy.Module, attribution: Attribution) -> None:
+        self._attribution = attribution
+        self._program = copy_program(program)
+        attribution.mark(self._program)
+        originals = dict(modules_of(program))
+        pairs = [(module, originals[name]) for name, module in modules_of(self._program)]
+        for module, original in pairs:
+            # A deep copy is made without them.
+            module.callbacks = list(original.callbacks)
+        self._watch = Watch(attribution)
+        self._watch.attach(self._program)
+        self._by_name = predictors_of(self._program)
+        self._basis: dict[str, _Basis] = {}
+        self._predictors = [pair for pair in pairs if isinstance(pair[0], dspy.Predict)]
+
+    def run(self, example: dspy.Example, attempt: Attempt, seed: int | None) -> Run:
+        """One run; `seed` is None for the program's own LMs."""
+        self._prepare(attempt, seed)
+        prediction, failure, error = None, None, None
+        with self._watch.recording() as record:
+            try:
+                prediction = _call(self._program, dict(example.inputs()))
+            except Exception as caught:
+                failure, error = _kind(caught), caught
+        _hand_on_usage(record.tracker, prediction)
+        entries = record.in_order()
+        names = [self._attribution.name_of(entry[0]) for entry in entries]
+        named = [(entry, name) for entry, name in zip(entries, names, strict=True) if name]
+        return Run(
+            prediction,
+            tuple(self._call_of(entry, name, record, attempt) for entry, name in named),
+            tuple((self._attribution.original(entry[0]), *entry[1:]) for entry in entries),
+            names.count(None),
+            failure,
+            error,
+            _ledger(record.tracker, len(entries)),
+        )
+
+    def _prepare(self, attempt: Attempt, seed: int | None) -> None:
+        """Undo what a run before left, and give the predictors the LMs and prompts of this one."""
+        # One copy of an LM for all that share it: dspy.BestOfN asks for the one LM of its module.
+        lms: dict[tuple[int, bool], Any] = {}
+        own = {id(predictor) for predictor in self._by_name.values()}
+        for predictor, original in self._predictors:
+            predictor.signature, predictor.config = original.signature, original.config
+            predictor.demos = list(original.demos)
+            sampled = seed is not None and id(predictor) in own
+            lm = original.lm or (dspy.settings.lm if sampled else None)
+            key = id(lm), sampled
+            if lm is not None and key not in lms:
+                lms[key] = watched_lm(_sampling_lm(lm, attempt, seed) if sampled else lm)
+            predictor.lm = lms.get(key)
         if attempt.narrow:
-            narrow_signatures(program, attempt.narrow)
-        yield program, attribution
-        self._spare.append((program, attribution))
+            narrow_signatures(self._program, attempt.narrow)
+        self._basis = {n: _Basis(p.signature, tuple(p.demos), p.lm) for n, p in self._by_name.items()}
+
+    def _call_of(self, entry: Any, name: str, record: Record, attempt: Attempt) -> Call:
+        predictor, inputs, prediction = entry
+        seen = record.seen(prediction)
+        if seen is None:
+            fields = predictor.signature.output_fields
+            return Call(name, dict(inputs), {key: value for key, value in prediction.items() if key in fields})
+        basis = self._basis[name]
+        own_signature = None if seen.signature is basis.signature else seen.signature
+        return Call(
+            name,
+            # DSPy has filled in defaults, and a wrapped adapter (dspy.Refine's) may have put in more.
+            {key: seen.inputs.get(key, inputs[key]) for key in seen.signature.input_fields if key in inputs},
+            self._outputs(seen, name, attempt),
+            own_signature,
+            None if _same_demos(seen, basis) else tuple(seen.demos),
+            snapshot(dict(seen.asked.get("config") or {})),
+            _own_adapter(seen, record),
+            seen.text,
+            seen.cut,
+            _unfit(seen, basis, own_signature, attempt),
+        )
+
+    def _outputs(self, seen: Seen, name: str, attempt: Attempt) -> dict[str, Any]:
+        """What the call gave, a rescued label as a value of the field's own type."""
+        fields = self._attribution.predictor(name).signature.output_fields
+        return {
+            field_name: as_field(value, fields[field_name].annotation)
+            if field_name in attempt.narrow.keys() & fields.keys()
+            else value
+            for field_name, value in seen.outputs.items()
+        }
+
+
+def _same_demos(seen: Seen, basis: _Basis) -> bool:
+    """Whether a call had the predictor's demos, or deep copies of them."""
+    if len(seen.demos) != len(basis.demos):
+        return False
+    return all(one is other or repr(one) == repr(other) for one, other in zip(seen.demos, basis.demos, strict=True))
+
+
+def _own_adapter(seen: Seen, record: Record) -> Any:
+    # That of dspy.Refine adds advice on an earlier attempt, which is no part of the predictor's own prompt.
+    if seen.adapter is record.adapter or type(seen.adapter).__module__ == "dspy.predict.refine":
+        return None
+    return seen.adapter or dspy.ChatAdapter()
+
+
+def _unfit(seen: Seen, basis: _Basis, own_signature: Any, attempt: Attempt) -> str | None:
+    if _weights_of(seen.lm) != _weights_of(basis.lm or dspy.settings.lm):
+        return "made with another LM than the predictor's"
+    if attempt.narrow and own_signature is not None and HINT in own_signature.instructions:
+        return "its own signature shows the hint"
+    return None
+
+
+def _weights_of(lm: Any) -> tuple[Any, Any]:
+    """What answers for an LM, whatever its options."""
+    engine = getattr(lm, "engine", None)
+    return engine if isinstance(engine, str) else id(engine), getattr(lm, "model", lm)
 
 
 def _needs_seed(lm: Any) -> bool:
@@ -156,7 +294,7 @@ def _needs_seed(lm: Any) -> bool:
     return "seed" in lm.supported_params
 
 
-def _sampling_lm(lm: Any, attempt: Attempt, seed: int) -> Any:
+def _sampling_lm(lm: Any, attempt: Attempt, seed: int | None) -> Any:
     changes: dict[str, Any] = {}
     if attempt.temperature is not None:
         changes["temperature"] = attempt.temperature
@@ -168,38 +306,8 @@ def _sampling_lm(lm: Any, attempt: Attempt, seed: int) -> Any:
     return lm.copy(**changes) if changes else lm
 
 
-def narrow_signatures(program: dspy.Module, labels: Mapping[str, Any]) -> None:
-    """Rescue (STaR's rationalization): let the answer fields accept the label alone, and say so in the prompt.
-
-    An engine that constrains its output to the schema can then write nothing else; any other model reads the hint.
-    Predictors without one of the label fields get the hint as text when no predictor has one.
-    """
-    predictors = predictors_of(program)
-    hit = {name for name, p in predictors.items() if labels.keys() & p.signature.output_fields.keys()}
-    for name, predictor in predictors.items():
-        if hit and name not in hit:
-            continue
-        signature = predictor.signature
-        for label_field, value in labels.items():
-            if label_field in signature.output_fields and isinstance(value, str | int | bool):
-                signature = signature.with_updated_fields(label_field, type_=Literal[value])
-        hint = ", ".join(f"`{label_field}` = {value!r}" for label_field, value in labels.items())
-        predictor.signature = signature.with_instructions(
-            f"{signature.instructions}\n\nThe right final result is known: {hint}. Write what leads to it."
-        )
-
-
-def run_program(program: dspy.Module, example: dspy.Example, attribution: Attribution | None = None) -> Run:
-    """One run with its own trace and its own count of tokens. DSPy's histories, which keep every prompt of a pass in
-    memory, are left alone."""
-    tracker = _SharedTracker()
-    trace = _Trace()
-    prediction, failure, error = None, None, None
-    with dspy.context(trace=trace, usage_tracker=tracker, disable_history=True):
-        try:
-            prediction = _call(program, dict(example.inputs()))
-        except Exception as caught:
-            failure, error = _kind(caught), caught
+def _hand_on_usage(tracker: UsageTracker, prediction: Any) -> None:
+    """To DSPy's tracker outside of the run, and to the prediction, as DSPy would have."""
     if dspy.settings.track_usage and isinstance(prediction, dspy.Prediction):
         prediction.set_lm_usage(tracker.get_total_tokens())
     outer = dspy.settings.usage_tracker
@@ -207,57 +315,15 @@ def run_program(program: dspy.Module, example: dspy.Example, attribution: Attrib
         for model, entries in tracker.usage_data.items():
             for entry in entries:
                 outer.add_usage(model, entry)
-    entries = trace.in_order()
-    calls = (attribution or Attribution(program)).calls(entries)
-    return Run(prediction, calls, tuple(entries), failure, error, _ledger(tracker, len(trace)))
-
-
-class _SharedTracker(UsageTracker):
-    """A count of tokens that `dspy.Parallel` does not copy for each of its threads."""
-
-    def __deepcopy__(self, memo: Any) -> _SharedTracker:
-        return self
-
-
-class _Trace(list[Any]):
-    """A trace that can be put in an order which does not depend on the timing of a program's own threads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._home = threading.get_ident()
-        self._threads: list[int] = []
-
-    def append(self, entry: Any) -> None:
-        """Add a call, and note the thread that made it."""
-        self._threads.append(threading.get_ident())
-        super().append(entry)
-
-    def pop(self, position: Any = -1) -> Any:
-        """Drop a call, as DSPy does with the oldest when a trace grows too long."""
-        self._threads.pop(position)
-        return super().pop(position)
-
-    def in_order(self) -> list[Any]:
-        """The calls as they were made; those that other threads made between two of this one's, by content."""
-        ordered: list[Any] = []
-        pairs = zip(self, self._threads, strict=True)
-        for foreign, group in itertools.groupby(pairs, lambda pair: pair[1] != self._home):
-            entries = [entry for entry, _ in group]
-            ordered += sorted(entries, key=_content) if foreign else entries
-        return ordered
-
-
-def _content(entry: Any) -> str:
-    predictor, inputs, prediction = entry
-    signature = predictor.signature
-    return repr((list(signature.fields), signature.instructions, sorted(inputs.items(), key=str), prediction))
 
 
 def _call(program: dspy.Module, inputs: dict[str, Any]) -> Any:
-    if hasattr(type(program), "forward") or "forward" in program.__dict__:
+    forward = program.__dict__.get("forward")
+    synced = getattr(forward, "__module__", None) == dspy.syncify.__module__
+    if not synced and (hasattr(type(program), "forward") or forward is not None):
         return program(**inputs)
     if hasattr(type(program), "aforward"):
-        return asyncio.run(program.acall(**inputs))
+        return run_on_loop(program.acall(**inputs))
     raise TypeError(f"{type(program).__name__} has neither forward nor aforward: define one of them.")
 
 
@@ -279,60 +345,3 @@ def _ledger(tracker: UsageTracker, calls: int) -> Ledger:
         prompt_tokens=sum(int(entry.get("prompt_tokens") or 0) for entry in entries),
         generated_tokens=sum(int(entry.get("completion_tokens") or 0) for entry in entries),
     )
-
-
-class Attribution:
-    """Which predictor of a program made which call: by object; failing that (a program that calls deep copies of its
-    predictors) by the identity that a deep copy keeps, by signature, then by position.
-
-    Calls of frozen (compiled) sub-modules belong to nobody and are left out.
-    """
-
-    def __init__(self, program: dspy.Module) -> None:
-        predictors = predictors_of(program)
-        self._names = list(predictors)
-        self._by_object = {id(predictor): name for name, predictor in predictors.items()}
-        self._frozen = _frozen_predictors(program)
-        self._by_identity: list[Callable[[Any], str | None]] = [
-            _unique_lookup(predictors, lambda p: getattr(p, "stage", None)),
-            _unique_lookup(predictors, lambda p: repr(p.signature.dump_state()) + repr(sorted(p.signature.fields))),
-        ]
-
-    def calls(self, trace: Sequence[Any]) -> tuple[Call, ...]:
-        """The calls of a trace, by predictor name."""
-        found = []
-        for position, (predictor, inputs, prediction) in enumerate(trace):
-            name = self._by_object.get(id(predictor)) or self._name_of_copy(predictor, position, len(trace))
-            if name is not None:
-                outputs = {key: value for key, value in prediction.items() if key in predictor.signature.output_fields}
-                found.append(Call(name, dict(inputs), outputs))
-        return tuple(found)
-
-    def _name_of_copy(self, predictor: Any, position: int, calls: int) -> str | None:
-        if {id(predictor), getattr(predictor, "stage", None)} & self._frozen:
-            return None
-        for look in self._by_identity:
-            if name := look(predictor):
-                return name
-        return self._names[position] if calls == len(self._names) else None
-
-
-def _unique_lookup(
-    predictors: Mapping[str, dspy.Predict], identity: Callable[[Any], object]
-) -> Callable[[Any], str | None]:
-    names: dict[object, list[str]] = {}
-    for name, predictor in predictors.items():
-        names.setdefault(identity(predictor), []).append(name)
-
-    def look(predictor: Any) -> str | None:
-        found = names.get(identity(predictor), [])
-        return found[0] if len(found) == 1 else None
-
-    return look
-
-
-def _frozen_predictors(program: dspy.Module) -> set[object]:
-    """Object and identity of each."""
-    trainable = {key for predictor in program.predictors() for key in (id(predictor), predictor.stage)}
-    predictors = [module for _, module in modules_of(program) if isinstance(module, dspy.Predict)]
-    return {key for p in predictors for key in (id(p), p.stage)} - trainable

@@ -38,6 +38,8 @@ class Trace:
     failed: bool = False
     """The program or the metric raised (a parse failure is not counted here)."""
     ledger: Ledger = field(default_factory=Ledger)
+    strangers: int = 0
+    """Calls of predictors that are none of the program's."""
 
     @property
     def passed(self) -> bool:
@@ -198,6 +200,7 @@ class Pass:
             attempt=attempt.number,
             failed=failed,
             ledger=replace(run.ledger, metric_calls=int(judged)),
+            strangers=run.strangers,
         )
 
     def _verdict(self, example: dspy.Example, run: Run) -> tuple[Verdict, bool]:
@@ -284,6 +287,10 @@ def _rescue(example: dspy.Example, label_field: str | None) -> Attempt:
     return Attempt("rescue", 1, None, _label_values(example, label_field))
 
 
+NO_CALLS = "no calls to learn from"
+"""Why a passing trace is left out: the program answered by itself, or its calls were not seen."""
+
+
 def select_traces(
     traces: Iterable[Trace],
     *,
@@ -297,7 +304,10 @@ def select_traces(
     kept: list[Trace] = []
     seen: dict[int, set[str]] = {}
     for trace in traces:
-        if not trace.passed or not trace.calls:
+        if not trace.passed:
+            continue
+        if not trace.calls:
+            counts[NO_CALLS] += 1
             continue
         content = repr([(call.predictor, sorted(call.outputs.items())) for call in trace.calls])
         known = seen.setdefault(trace.index, set())
@@ -329,4 +339,3 @@ def hint_leaks(trace: Trace) -> bool:
         return False
     text = " ".join(str(value).lower() for call in trace.calls for value in call.outputs.values())
     return any(word in text for word in ("right final result is known", "the hint", "given hint"))
-
