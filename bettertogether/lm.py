@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 from dspy.clients.provider import Provider, TrainingJob
 
+from .answer_format import whole_format
 from .engines.base import MODEL_PREFIX, LocalEngine, TrainingRow
 from .errors import ConfigError, DataError, NotTrainableError
 from .training.config import LoRAConfig, TrainingConfig
@@ -77,7 +78,8 @@ def rows_from_chats(chats: Sequence[Mapping[str, Any]]) -> list[TrainingRow]:
 
 
 class LocalLM(dspy.LM):
-    """A `dspy.LM` that finds its provider in its engine again after it was saved and loaded.
+    """A `dspy.LM` that finds its provider in its engine again after it was saved and loaded, and holds answers to the
+    whole schema of the output fields.
 
     A model name without the base's fingerprint, as older versions wrote it, becomes the full one.
     """
@@ -86,9 +88,23 @@ class LocalLM(dspy.LM):
         canonical = getattr(engine, "canonical", None)
         super().__init__(canonical(model) if canonical else model, *args, engine=engine, **options)
 
+    def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """Answer, as any `dspy.LM`."""
+        return super().__call__(prompt, messages=messages, **_with_whole_format(messages, kwargs))
+
+    async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """`__call__` for an event loop."""
+        return await super().acall(prompt, messages=messages, **_with_whole_format(messages, kwargs))
+
     def infer_provider(self) -> Provider:
         """The provider that trains on this LM's engine."""
         return LocalProvider(self.engine) if isinstance(self.engine, LocalEngine) else super().infer_provider()
+
+
+def _with_whole_format(messages: Any, options: dict[str, Any]) -> dict[str, Any]:
+    if options.get("response_format") is None:
+        return options
+    return {**options, "response_format": whole_format(options["response_format"], messages)}
 
 
 def engine_lm(engine: LocalEngine, model: str | None = None, **lm_options: Any) -> LocalLM:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import threading
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
@@ -19,6 +21,8 @@ from dspy.lm15 import UnsupportedFeatureError
 
 from ..errors import MissingExtraError
 from .json_layout import lark_grammar
+
+logger = logging.getLogger(__name__)
 
 
 def structured_output_available() -> bool:
@@ -35,7 +39,9 @@ class GrammarConstraint:
 
     @property
     def ended(self) -> bool:
-        """Whether the answer is complete and nothing may follow."""
+        """Whether the answer is complete and nothing may follow. Raises RuntimeError where llguidance gave up."""
+        if self._matcher.is_error():
+            raise RuntimeError(f"the answer's grammar is too much for llguidance: {self._matcher.get_error()[:500]}")
         return bool(self._matcher.is_stopped())
 
     def allows(self, token_id: int) -> bool:
@@ -50,7 +56,7 @@ class GrammarConstraint:
     def forced(self) -> list[int]:
         """Take the tokens that must come next, as far as there is no choice, and return them."""
         taken: list[int] = []
-        while not self._matcher.is_stopped():
+        while not self.ended:
             token_ids = self._matcher.compute_ff_tokens() or self._only_way_on()
             if not token_ids:
                 break
@@ -116,7 +122,7 @@ class GrammarCompiler:
     def constraint(self, response_format: Mapping[str, Any]) -> GrammarConstraint:
         """A fresh constraint for a request's `response_format` ({"type": "json_object"} or "json_schema").
 
-        Raises MissingExtraError without llguidance, and UnsupportedFeatureError for a schema it can't compile.
+        Raises MissingExtraError without llguidance, and UnsupportedFeatureError for a schema that can't be read.
         """
         key = json.dumps(response_format)
         with self._lock:
@@ -141,28 +147,45 @@ class GrammarCompiler:
 
 def answer_grammar(response_format: Mapping[str, Any]) -> str:
     """The grammar (lark, as llguidance reads it) of the answers to a request's `response_format`: {"type":
-    "json_object"} or "json_schema". Raises UnsupportedFeatureError for a schema that can't be read."""
+    "json_object"} or "json_schema". What of a schema can't be enforced is left out, and logged once a schema.
+
+    Raises UnsupportedFeatureError for a schema that can't be read.
+    """
+    return _grammar(json.dumps(response_format))
+
+
+@lru_cache(maxsize=1024)
+def _grammar(asked: str) -> str:
+    response_format = json.loads(asked)
     schema = response_format.get("schema") if response_format["type"] == "json_schema" else None
     try:
-        return lark_grammar(schema)
+        layout = lark_grammar(schema, _check if structured_output_available() else None)
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedFeatureError(
-            f"The JSON schema of the answer can't be read: {error!r}. Asked: {json.dumps(response_format)[:500]}",
+            f"The JSON schema of the answer can't be read: {error!r}. Asked: {asked[:500]}",
             feature="config.response_format",
         ) from error
+    if layout.unenforced:
+        logger.warning("Not enforced in answers to the schema %s: %s.", asked[:500], "; ".join(layout.unenforced))
+    return layout.grammar
+
+
+def _check(grammar: str) -> tuple[str, list[str]]:
+    """The error for which llguidance refuses a grammar, "" where it takes it, and what it leaves out."""
+    from llguidance import LLMatcher
+
+    failed, messages = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_lark(grammar))
+    return (_problem(messages[0]), []) if failed else ("", [_problem(message) for message in messages])
 
 
 def _compile(tokenizer: Any, response_format: Mapping[str, Any]) -> Any:
     from llguidance import LLMatcher
 
-    grammar = LLMatcher.grammar_from_lark(answer_grammar(response_format))
-    matcher = LLMatcher(tokenizer, grammar, log_level=0)
+    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(answer_grammar(response_format)), log_level=0)
     if matcher.is_error():
-        raise UnsupportedFeatureError(
-            f"The JSON schema of the answer can't be enforced: {_problem(matcher.get_error())}. Simplify the output "
-            f"field's type, or use an adapter without response_format. Asked: {json.dumps(response_format)[:500]}",
-            feature="config.response_format",
-        )
+        asked, problem = json.dumps(response_format)[:500], _problem(matcher.get_error())
+        logger.warning("Of the schema %s only that the answer is an object is enforced: %s.", asked, problem)
+        return LLMatcher(tokenizer, LLMatcher.grammar_from_lark(answer_grammar({"type": "json_object"})), log_level=0)
     return matcher
 
 

@@ -172,16 +172,99 @@ def test_constraints_of_one_schema_do_not_touch_one_another() -> None:
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        (object_of(a={"type": "string", "pattern": "(?<=x)y"}), "look-around"),
-        (object_of(a={"type": "number", "not": {"const": 1}}), "not"),
         (object_of(a={"$ref": "#/$defs/Gone"}), "Gone|defs"),
         (object_of(a={"$ref": "https://example.org/x"}), "outside the schema"),
     ],
 )
-def test_a_schema_that_can_not_be_enforced_is_refused_by_its_problem(schema: dict[str, Any], message: str) -> None:
+def test_a_schema_that_can_not_be_read_is_refused_by_its_problem(schema: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedFeatureError, match=message) as caught:
         answer(schema)
     assert caught.value.feature == "config.response_format"
+
+
+@pytest.mark.parametrize(
+    ("field", "good", "bad", "message"),
+    [
+        ({"type": "string", "pattern": "(?<=x)y"}, "anything", 1, "look-around"),
+        ({"type": "string", "pattern": r"^\w+\b$"}, "anything", 1, "lookarounds"),
+        ({"type": "string", "pattern": r"(a)\1"}, "anything", 1, "backreferences"),
+        ({"type": "number", "not": {"const": 1}}, 1, "x", "not"),
+        ({"type": "string", "format": "binary"}, "b", 1, "binary"),
+        ({"type": "string", "format": "path"}, "/a/b", 1, "path"),
+        ({"type": "string", "format": "password"}, "s", 1, "password"),
+        ({"type": "array", "items": {"type": "boolean"}, "uniqueItems": True}, [True, False], ["x"], "uniqueItems"),
+        ({"type": "integer", "minimum": 3, "maximum": 1}, 2, "x", "minimum"),
+    ],
+)
+def test_what_can_not_be_enforced_is_left_out_and_logged_once_while_all_else_is_enforced(
+    field: dict[str, Any], good: Any, bad: Any, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    schema = object_of(label={"enum": ["x", "y"]}, a=field, tag={"const": message})
+    for _ in range(3):
+        assert follows(answer(schema), dumps({"label": "x", "a": good, "tag": message}))
+    assert not follows(answer(schema), dumps({"label": "x", "a": bad, "tag": message}))
+    assert not follows(answer(schema), dumps({"label": "z", "a": good, "tag": message}))
+    assert [record.getMessage().count(message) > 0 for record in caplog.records] == [True]
+
+
+TAGGED = {
+    "oneOf": [object_of(kind={"const": "a"}, x={"type": "boolean"}), object_of(kind={"const": "b"}, y={"enum": [1]})],
+    "discriminator": {"propertyName": "kind"},
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ({"type": "array", "items": {"enum": ["p", "q"]}, "uniqueItems": True}, ["p", "q"]),
+        ({"type": "array", "prefixItems": [{"type": "integer"}, {"type": "boolean"}], "minItems": 2, "maxItems": 2},
+         [3, True]),
+        ({"type": "array", "maxItems": 0, "minItems": 0}, []),
+        ({"type": "object", "propertyNames": {"enum": ["a", 2]}, "additionalProperties": {"type": "integer"}},
+         {"a": 1, "2": 5}),
+        ({"type": "object", "patternProperties": {"^k[0-9]$": {"type": "integer"}}}, {"k1": 1, "k2": 2}),
+        ({"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 2, "maxProperties": 2},
+         {"x": 1, "y": 2}),
+        ({"type": "object"}, {"x": {"y": [1, {"z": None}]}}),
+        ({"type": "object", "additionalProperties": True}, {"query": "é", "top": [1, 2.5]}),
+        ({"type": "array"}, [[], {}, "x", [1]]),
+        ({}, {"x": ["y"]}),
+        (True, None),
+        ({"type": ["array", "null"], "items": {"type": "string"}}, ["x", "y"]),
+        (TAGGED, {"kind": "b", "y": 1}),
+        ({"allOf": [{"enum": ["x"]}], "default": "x"}, "x"),
+        ({"type": "string", "format": "date"}, "2024-02-29"),
+        ({"type": "string", "format": "date-time"}, "2024-02-29T12:00:00Z"),
+        ({"type": "string", "format": "base64"}, "aGVsbG8="),
+        ({"enum": ['say "hi"', "new\nline", "tab\t", "bs\\", "é😀", "it's", "\x00\x7f", "/%{}|", ""]}, "\x00\x7f"),
+    ],
+)  # fmt: skip
+def test_every_kind_of_value_is_laid_out_as_json_dumps_does(
+    field: Any, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert follows(answer(object_of(a=field)), dumps({"a": value}))
+    assert all("uniqueItems" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ({"type": "object", "propertyNames": {"enum": ["a"]}, "additionalProperties": {"type": "integer"}}, {"b": 1}),
+        ({"type": "object", "patternProperties": {"^k[0-9]$": {"type": "integer"}}}, {"k": 1}),
+        ({"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 1}, {}),
+        ({"type": "string", "format": "base64"}, "aGVsbG8"),
+        ({"type": "string", "format": "date"}, "yesterday"),
+        (TAGGED, {"kind": "a", "y": 1}),
+    ],
+)  # fmt: skip
+def test_values_of_another_kind_are_not_allowed(field: Any, value: Any) -> None:
+    assert not follows(answer(object_of(a=field)), dumps({"a": value}))
+
+
+def test_an_enum_may_have_thousands_of_labels() -> None:
+    schema = object_of(label={"enum": [f"label {number}" for number in range(5000)]})
+    assert follows(answer(schema), dumps({"label": "label 4999"}))
+    assert not follows(answer(schema), dumps({"label": "label 5000"}))
 
 
 def test_without_llguidance_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

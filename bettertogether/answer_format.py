@@ -1,0 +1,106 @@
+"""The whole schema of an answer, where DSPy's JSONAdapter hands its LM less.
+
+For the sake of services that take closed objects only, `dspy.JSONAdapter` asks for just any object as soon as one
+output field is a `dict[...]`, and closes the mappings inside other fields, so that nothing but `{}` fits them. The
+engines here can hold an answer to the schema of its fields as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import dspy
+import pydantic
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+
+DSPY_NAME = "DSPyProgramOutputs"
+"""Name of the model that JSONAdapter makes of a signature's output fields."""
+DECIMAL = r"^-?[0-9]+(\.[0-9]+)?$"
+HOST = r"[A-Za-z0-9]+([.-][A-Za-z0-9]+)*(:[0-9]{1,4})?"
+SECONDS = r"[0-9]{1,2}(\.[0-9]{1,6})?S"
+TIME = rf"T([0-9]{{1,2}}H([0-9]{{1,2}}M)?({SECONDS})?|[0-9]{{1,2}}M({SECONDS})?|{SECONDS})"
+DAYS = r"([0-9]{1,3}Y([0-9]{1,3}D)?|[0-9]{1,6}D)"
+DURATION = rf"^-?P({DAYS}({TIME})?|{TIME})$"
+"""What pydantic writes, and can read back: it refuses longer ones."""
+KEYS: Mapping[str, JsonSchemaValue] = {
+    "int": {"pattern": r"^-?[0-9]+$"},
+    "float": {"pattern": DECIMAL},
+    "decimal": {"pattern": DECIMAL},
+    "bool": {"enum": ["true", "false"]},
+}
+
+
+class _SchemaWriter(GenerateJsonSchema):
+    """Says of text what pydantic reads it as, where its own schema says only that it is text."""
+
+    def decimal_schema(self, schema: Any) -> JsonSchemaValue:
+        # Bounds keep the exponent out, with which numbers become infinite.
+        number = {"type": "number", "minimum": -1e15, "maximum": 1e15}
+        return {"anyOf": [number, {"type": "string", "pattern": DECIMAL}]}
+
+    def timedelta_schema(self, schema: Any) -> JsonSchemaValue:
+        return {"type": "string", "pattern": DURATION}
+
+    def url_schema(self, schema: Any) -> JsonSchemaValue:
+        if not schema.get("allowed_schemes"):
+            return super().url_schema(schema)
+        return {"type": "string", "pattern": rf"^({'|'.join(schema['allowed_schemes'])})://{HOST}([/?#][!-~]*)?$"}
+
+    def dict_schema(self, schema: Any) -> JsonSchemaValue:
+        names = KEYS.get(schema.get("keys_schema", {}).get("type"))
+        return super().dict_schema(schema) | ({"propertyNames": names} if names else {})
+
+
+class _Answer(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return super().model_json_schema(*args, **{**kwargs, "schema_generator": _SchemaWriter})
+
+
+def whole_format(asked: Any, messages: Sequence[Mapping[str, Any]] | None) -> Any:
+    """The `response_format` to use for one that an adapter asks of an LM."""
+    made = isinstance(asked, type) and issubclass(asked, pydantic.BaseModel) and asked.__name__ == DSPY_NAME
+    if not made and asked != {"type": "json_object"}:
+        return asked
+    fields = _fields_in_use(messages) or (_fields(asked.model_fields) if made else ())
+    return _answer_model(fields) if fields else asked
+
+
+def _fields_in_use(messages: Sequence[Mapping[str, Any]] | None) -> tuple[tuple[str, Any], ...]:
+    """Output fields of the predictor that is running, where these messages ask for them.
+
+    An LM is not told the signature it is called for. The messages show whether it is that of the predictor: a call may
+    have come with another, and an adapter may have changed it.
+    """
+    signature = getattr((dspy.settings.caller_modules or [None])[-1], "signature", None)
+    adapter = dspy.settings.adapter
+    if signature is None or not messages or not isinstance(adapter, dspy.JSONAdapter):
+        return ()
+    asked = messages[-1]["content"]
+    if not isinstance(asked, str) or not asked.endswith(adapter.user_message_output_requirements(signature)):
+        return ()
+    return _fields(signature.output_fields)
+
+
+def _fields(infos: Mapping[str, pydantic.fields.FieldInfo]) -> tuple[tuple[str, Any], ...]:
+    """Names and types; a type holds its constraints."""
+    return tuple((name, info.rebuild_annotation()) for name, info in infos.items())
+
+
+def _answer_model(fields: tuple[tuple[str, Any], ...]) -> type[pydantic.BaseModel]:
+    try:
+        return _cached_model(fields)
+    except TypeError:  # a constraint that can't be hashed
+        return _make_model(fields)
+
+
+def _make_model(fields: tuple[tuple[str, Any], ...]) -> type[pydantic.BaseModel]:
+    types: dict[str, Any] = {name: (annotation, ...) for name, annotation in fields}
+    return pydantic.create_model(DSPY_NAME, __base__=_Answer, **types)
+
+
+_cached_model = lru_cache(maxsize=256)(_make_model)

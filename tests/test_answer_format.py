@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import asyncio
+import datetime
+import decimal
+import json
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import dspy
+import pydantic
+import pytest
+from fakes import plain_lm
+
+from bettertogether.testing import FakeEngine
+
+Label = Literal["good", "bad"]
+
+
+class Counted(pydantic.BaseModel):
+    label: Label
+    counts: dict[str, int]
+
+
+def signature(**fields: Any) -> type[dspy.Signature]:
+    outputs = {name: (kind, dspy.OutputField()) for name, kind in fields.items()}
+    return dspy.Signature({"q": (str, dspy.InputField()), **outputs}, "Do it.")
+
+
+def engine_for(**outputs: Any) -> FakeEngine:
+    return FakeEngine(lambda request: json.dumps(outputs))
+
+
+def schema_for(kind: Any, value: Any) -> Any:
+    """The schema of one output field in the request that reaches the engine."""
+    engine = engine_for(answer=value)
+    with dspy.context(lm=plain_lm(engine), adapter=dspy.JSONAdapter()):
+        dspy.Predict(signature(answer=kind))(q="x")
+    schema = engine.requests[-1].schema
+    assert schema is not None
+    assert schema["required"] == ["answer"]
+    assert schema["additionalProperties"] is False
+    field = schema["properties"]["answer"]
+    return {key: each for key, each in field.items() if key != "title"}
+
+
+def test_a_dict_field_leaves_the_schema_of_the_others_on() -> None:
+    engine = engine_for(label="good", counts={"a": 1})
+    with dspy.context(lm=plain_lm(engine), adapter=dspy.JSONAdapter()):
+        dspy.Predict(signature(label=Label, counts=dict[str, int]))(q="x")
+    schema = engine.requests[-1].schema
+    assert schema is not None
+    assert schema["required"] == ["label", "counts"]
+    assert schema["properties"]["label"]["enum"] == ["good", "bad"]
+    assert schema["properties"]["counts"]["additionalProperties"] == {"type": "integer"}
+
+
+def test_a_dict_field_leaves_the_schema_on_for_an_event_loop() -> None:
+    engine = engine_for(label="good", counts={"a": 1})
+    with dspy.context(lm=plain_lm(engine), adapter=dspy.JSONAdapter()):
+        asyncio.run(dspy.Predict(signature(label=Label, counts=dict[str, int])).acall(q="x"))
+    assert engine.requests[-1].schema is not None
+
+
+def test_the_arguments_of_reacts_tools_may_be_any_json_and_the_tools_name_is_one_of_the_tools() -> None:
+    engine = engine_for(next_thought="t", next_tool_name="finish", next_tool_args={}, reasoning="r", answer="a")
+
+    def look_up(word: str) -> str:
+        return word
+
+    with dspy.context(lm=plain_lm(engine), adapter=dspy.JSONAdapter()):
+        dspy.ReAct("q -> answer", tools=[look_up])(q="x")
+    schema = engine.requests[0].schema
+    assert schema is not None
+    assert schema["properties"]["next_tool_name"]["enum"] == ["look_up", "finish"]
+    assert schema["properties"]["next_tool_args"]["additionalProperties"] is True
+
+
+def test_refine_and_its_hints_keep_the_schema() -> None:
+    engine = engine_for(label="good", counts={"a": 1})
+    predict = dspy.Predict(signature(label=Label, counts=dict[str, int]))
+    program = dspy.BestOfN(predict, 2, lambda *_: 0.0, threshold=1.0)
+    with dspy.context(lm=plain_lm(engine, temperature=1.0), adapter=dspy.JSONAdapter()):
+        program(q="x")
+    assert [request.schema is not None for request in engine.requests] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [
+        (dict, {"a": 1}, {"type": "object", "additionalProperties": True}),
+        (list[dict[str, int]], [{"a": 1}],
+         {"type": "array", "items": {"type": "object", "additionalProperties": {"type": "integer"}}}),
+        (dict[Label, bool], {"good": True},
+         {"type": "object", "propertyNames": {"enum": ["good", "bad"]}, "additionalProperties": {"type": "boolean"}}),
+        (dict[int, str], {"1": "x"},
+         {"type": "object", "propertyNames": {"pattern": "^-?[0-9]+$"}, "additionalProperties": {"type": "string"}}),
+        (decimal.Decimal, "1.5",
+         {"anyOf": [{"type": "number", "minimum": -1e15, "maximum": 1e15},
+                    {"type": "string", "pattern": r"^-?[0-9]+(\.[0-9]+)?$"}]}),
+        (pydantic.HttpUrl, "http://x.org", {"type": "string", "pattern": r"^(http|https)://[A-Za-z0-9]+([.-][A-Za-z0-9]+)*(:[0-9]{1,4})?([/?#][!-~]*)?$"}),
+        (Annotated[int, pydantic.Field(ge=1, le=9)], 3, {"type": "integer", "minimum": 1, "maximum": 9}),
+    ],
+)  # fmt: skip
+def test_the_schema_of_a_field_is_that_of_its_type(kind: Any, value: Any, expected: Any) -> None:
+    assert schema_for(kind, value) == expected
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        datetime.timedelta(0), datetime.timedelta(days=400, seconds=5), datetime.timedelta(milliseconds=1500),
+        datetime.timedelta(hours=2), -datetime.timedelta(days=1, minutes=3), datetime.timedelta(days=300_000),
+    ],
+)  # fmt: skip
+def test_every_length_of_time_that_pydantic_writes_fits_the_schema(length: datetime.timedelta) -> None:
+    text = pydantic.TypeAdapter(datetime.timedelta).dump_python(length, mode="json")
+    pattern = schema_for(datetime.timedelta, text)["pattern"]
+    assert re.search(pattern, text), text
+
+
+def test_a_mapping_inside_a_model_stays_open() -> None:
+    engine = engine_for(answer={"label": "good", "counts": {"a": 1}})
+    with dspy.context(lm=plain_lm(engine), adapter=dspy.JSONAdapter()):
+        dspy.Predict(signature(answer=Counted))(q="x")
+    schema = engine.requests[-1].schema
+    assert schema is not None
+    assert schema["$defs"]["Counted"]["properties"]["counts"]["additionalProperties"] == {"type": "integer"}
+
+
+def test_tool_calls_that_are_written_as_text_are_in_the_schema() -> None:
+    engine = engine_for(calls={"tool_calls": []})
+    fields = {"tools": (list[dspy.Tool], dspy.InputField()), "calls": (dspy.ToolCalls, dspy.OutputField())}
+    with dspy.context(lm=plain_lm(engine), adapter=dspy.JSONAdapter()):
+        dspy.Predict(dspy.Signature(fields))(tools=[])
+    schema = engine.requests[-1].schema
+    assert schema is not None
+    assert list(schema["properties"]) == ["calls"]
+
+
+def without_a_module(lm: Any) -> None:
+    dspy.JSONAdapter()(lm, {}, signature(counts=dict[str, int]), [], {"q": "x"})
+
+
+def with_another_signature(lm: Any) -> None:
+    dspy.Predict("q -> a, b")(q="x", signature=signature(counts=dict[str, int]))
+
+
+@pytest.mark.parametrize("call", [without_a_module, with_another_signature])
+def test_where_the_signature_is_not_known_any_object_is_asked_for(call: Callable[[Any], None]) -> None:
+    engine = engine_for(counts={})
+    with dspy.context(lm=plain_lm(engine), adapter=dspy.JSONAdapter()):
+        call(plain_lm(engine))
+    assert [request.schema for request in engine.requests] == [None]
+
+
+def test_a_format_of_the_users_own_is_left_alone() -> None:
+    engine = engine_for(label="good")
+    plain_lm(engine)("x", response_format={"type": "json_object"})
+    assert engine.requests[-1].schema is None
