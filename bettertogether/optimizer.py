@@ -17,11 +17,12 @@ from . import __version__
 from . import callbacks as events
 from . import strategy as strategies
 from .budget import Budget
+from .copies import copy_program
 from .errors import ConfigError, NotTrainableError, ProgramError, StrategyError
 from .loop import Loop, Plan, final_program
 from .metrics import Metric
 from .printable import get_logger
-from .programs import as_programs, copy_program, model_names, predictors_of, prompts_state, require_program
+from .programs import as_programs, model_names, predictors_of, prompts_state, require_program
 from .prompts import BootstrapFewShotRS
 from .records import Ledger
 from .report import CompileReport

@@ -1,4 +1,4 @@
-"""Programs as values: copies that share their LMs, prompts in and out, a fingerprint."""
+"""Programs as values: their modules, prompts in and out, a fingerprint."""
 
 from __future__ import annotations
 
@@ -6,89 +6,37 @@ import copy
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import dspy
 
+from .copies import RESULTS, copy_program
 from .demo_values import decode_demos, encode_demos
 from .errors import ArtifactError, ProgramError
 
-RESULTS = ("candidate_programs", "trial_logs", "detailed_results", "report", "flag_compilation_error_occurred")
-"""What optimizers hang on the program that they return: other programs and reports, no part of it."""
-
 _NO_PARTS = frozenset({*RESULTS, "history", "callbacks", "demos", "traces", "train", "lm", "signature"})
-
-
-def copy_program(program: dspy.Module) -> dspy.Module:
-    """A deep copy that shares its LMs, and anything that can't be copied, with the original, without `RESULTS`.
-
-    `Module.deepcopy` copies LMs with their whole history, and where an attribute can't be copied it falls back to a
-    copy whose bound methods still point at the original; neither happens here.
-    """
-    lms = (module.__dict__.get("lm") for _, module in modules_of(program))
-    memo: dict[int, Any] = {id(lm): lm for lm in lms if lm is not None}
-    memo |= {id(value): value for name, value in program.__dict__.items() if name in RESULTS}
-    try:
-        copied = copy.deepcopy(program, dict(memo))
-    except Exception:
-        copied = copy.deepcopy(program, memo | _uncopyable(program, memo))
-    drop_results(copied)
-    return copied
-
-
-def drop_results(program: dspy.Module) -> None:
-    """Take what an optimizer hung on a program off it."""
-    for name in RESULTS:
-        program.__dict__.pop(name, None)
 
 
 def modules_of(program: dspy.Module) -> list[tuple[str, dspy.Module]]:
     """The modules that a program is made of, itself first, by name: those that are frozen too, unlike
     `named_predictors`, and neither in `RESULTS` nor among the demos and histories, unlike `named_sub_modules`."""
-    found: dict[int, tuple[str, dspy.Module]] = {}
+    found: list[tuple[str, dspy.Module]] = []
+    seen: set[int] = set()
     queue: deque[tuple[str, Any]] = deque([("self", program)])
     while queue:
         name, value = queue.popleft()
-        if isinstance(value, dspy.Module) and id(value) not in found:
-            found[id(value)] = (name, value)
-            queue.extend((f"{name}.{k}", v) for k, v in value.__dict__.items() if k not in _NO_PARTS)
-        elif isinstance(value, dict):
-            queue.extend((f"{name}[{key!r}]", item) for key, item in value.items())
-        elif isinstance(value, list | tuple):
-            queue.extend((f"{name}[{index}]", item) for index, item in enumerate(value))
-    return list(found.values())
-
-
-def _uncopyable(program: dspy.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
-    """The values in a program that can't be copied, as a memo for `deepcopy`."""
-    values = {id(leaf): leaf for _, module in modules_of(program) for leaf in _leaves(module.__dict__.values())}
-    failing = {key: value for key, value in values.items() if not _can_copy(value, memo)}
-    # A bound method or a tool may fail only for what the program that it is bound to holds: it is copied, and bound
-    # to the copy.
-    return {
-        key: value
-        for key, value in failing.items()
-        if not _can_copy(value, {**memo, **{other: failing[other] for other in failing if other != key}})
-    }
-
-
-def _leaves(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, dict):
-            yield from _leaves(value.values())
-        elif isinstance(value, list | tuple):
-            yield from _leaves(value)
-        elif not isinstance(value, dspy.Module):
-            yield value
-
-
-def _can_copy(value: Any, memo: Mapping[int, Any]) -> bool:
-    try:
-        copy.deepcopy(value, dict(memo))
-    except Exception:
-        return False
-    return True
+        if id(value) in seen or not isinstance(value, dspy.Module | dict | list | tuple):
+            continue
+        seen.add(id(value))
+        if isinstance(value, dspy.Module):
+            found.append((name, value))
+            queue.extend((f"{name}.{k}", v) for k, v in list(value.__dict__.items()) if k not in _NO_PARTS)
+        else:
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            # A corpus of a million texts needs no names.
+            queue.extend((f"{name}[{k!r}]", v) for k, v in list(items) if not isinstance(v, str | int | float))
+    return found
 
 
 def copy_for_step(program: dspy.Module) -> dspy.Module:

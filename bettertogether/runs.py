@@ -13,9 +13,10 @@ from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError,
 from dspy.utils.usage_tracker import UsageTracker
 
 from .attribution import Attribution
+from .copies import copy_program
 from .errors import PromptTooLongError
 from .event_loop import run_on_loop
-from .programs import copy_program, modules_of, predictors_of, program_key
+from .programs import modules_of, predictors_of, program_key
 from .records import Ledger
 from .rescue import HINT, as_field, narrow_signatures
 from .watching import Record, Seen, Watch, snapshot, watched_lm
@@ -172,7 +173,7 @@ class _Copy:
 
     def __init__(self, program: dspy.Module, attribution: Attribution) -> None:
         self._attribution = attribution
-        self._program = copy_program(program)
+        self._program = copy_program(program, shares_state=True)
         attribution.mark(self._program)
         originals = dict(modules_of(program))
         pairs = [(module, originals[name]) for name, module in modules_of(self._program)]

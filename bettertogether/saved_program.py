@@ -16,9 +16,10 @@ from typing import Any
 import dspy
 from dspy.predict.parameter import Parameter
 
+from .copies import copy_program
 from .errors import ArtifactError
 from .printable import get_logger
-from .programs import copy_program, load_prompt, prompt_state
+from .programs import load_prompt, prompt_state
 from .redaction import split_secrets
 
 logger = get_logger(__name__)

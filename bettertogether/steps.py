@@ -15,9 +15,10 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 from dspy.utils.callback import BaseCallback
 
+from .copies import drop_results
 from .errors import ProgramError
 from .lm import local_engine
-from .programs import copy_for_step, drop_results, modules_of, predictors_of
+from .programs import copy_for_step, modules_of, predictors_of
 from .records import Ledger
 
 

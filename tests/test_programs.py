@@ -10,10 +10,10 @@ import pytest
 from fakes import Parity, TwoSteps, api_lm, numbers, parity_engine, parity_program, plain_lm, two_step_program
 from pydantic import BaseModel
 
+from bettertogether.copies import copy_program
 from bettertogether.errors import ProgramError
 from bettertogether.programs import (
     copy_for_step,
-    copy_program,
     load_prompts,
     model_names,
     predictors_of,

@@ -370,7 +370,7 @@ def test_sampling_leaves_the_program_as_it_was(engine: FakeEngine) -> None:
 
 def test_one_copy_serves_attempts_that_do_not_overlap(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     copies = []
-    monkeypatch.setattr("bettertogether.runs.copy_program", lambda p: copies.append(p) or copy.copy(p))
+    monkeypatch.setattr("bettertogether.runs.copy_program", lambda p, **_: copies.append(p) or copy.copy(p))
     runner = Runner(two_step_program(engine))
     for number in range(1, 5):
         runner.run(ONE, Attempt("sample", number, 1.0))

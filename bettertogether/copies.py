@@ -1,0 +1,153 @@
+"""Copies of programs: modules and their prompts are copied, all that they hold besides is shared.
+
+A program may hold much that is no module: a search index, a client, a corpus. Sixty copies of it at once, one for each
+thread that samples, would not fit into memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import contextvars
+import copy
+import gc
+import threading
+import types
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import dspy
+from dspy.predict.parameter import Parameter
+
+RESULTS = ("candidate_programs", "trial_logs", "detailed_results", "report", "flag_compilation_error_occurred")
+"""What optimizers hang on the program that they return: other programs and reports, no part of it."""
+
+_PARTS = (dspy.Module, Parameter)
+_LEFT_OUT = frozenset({*RESULTS, "history", "callbacks"})
+_CONTAINERS = (list, dict, set, collections.deque, defaultdict, collections.OrderedDict, collections.Counter)
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, types.BuiltinFunctionType)
+_RUNNING = (threading.Thread, concurrent.futures.Executor, asyncio.AbstractEventLoop, contextvars.Context)
+_CLOSED = (*_ATOMS, *_RUNNING, types.ModuleType, types.FrameType, types.GeneratorType, types.CoroutineType, dspy.BaseLM)
+"""Types whose objects are shared without a look into them."""
+
+
+def copy_program(program: dspy.Module, *, shares_state: bool = False) -> dspy.Module:
+    """A copy with modules, predictors and demos of its own, without `RESULTS`.
+
+    Shared with the original are LMs, signatures, and every object that no module can be reached from. An object that
+    refers to a module of the program, such as a tool that is its method, is copied and then refers to the copy; where
+    it can't be copied, it is shared too. A list, dict or set that is an attribute of a module is copied (not what is
+    in it), so that what a candidate keeps there, such as answers, does not reach another; with `shares_state` it is
+    shared, as between the threads of `dspy.Evaluate`.
+    """
+    graph = _Graph(program, own_containers=not shares_state)
+    memo = graph.shared()
+    try:
+        copied: dspy.Module = copy.deepcopy(program, dict(memo))
+    except Exception:
+        copied = copy.deepcopy(program, memo | _uncopyable(graph.copied(), memo))
+    drop_results(copied)
+    return copied
+
+
+def drop_results(program: dspy.Module) -> None:
+    """Take what an optimizer hung on a program off it."""
+    for name in RESULTS:
+        program.__dict__.pop(name, None)
+
+
+class _Graph:
+    """The objects that a program is made of, and which of them are copied."""
+
+    def __init__(self, program: dspy.Module, *, own_containers: bool) -> None:
+        self._objects: dict[int, Any] = {}
+        self._parents: dict[int, list[int]] = defaultdict(list)
+        self._own: set[int] = set()
+        """Those that are copied whatever they hold: modules, demos, the containers that are attributes of modules."""
+        waiting: list[Any] = [program]
+        while waiting:
+            value = waiting.pop()
+            if id(value) in self._objects:
+                continue
+            self._objects[id(value)] = value
+            if isinstance(value, _PARTS):
+                self._own.update(id(each) for each in (value, *_state_of(value, own_containers)))
+            for child in _children(value):
+                # What the garbage collector does not track refers to nothing.
+                if gc.is_tracked(child):
+                    self._parents[id(child)].append(id(value))
+                    waiting.append(child)
+        self._copied = self._reaching_modules() | self._own
+
+    def _reaching_modules(self) -> set[int]:
+        waiting = [key for key, value in self._objects.items() if isinstance(value, _PARTS)]
+        found: set[int] = set()
+        while waiting:
+            key = waiting.pop()
+            if key not in found:
+                found.add(key)
+                waiting.extend(self._parents[key])
+        return found
+
+    def copied(self) -> list[Any]:
+        """The objects that are copied."""
+        return [value for key, value in self._objects.items() if key in self._copied]
+
+    def shared(self) -> dict[int, Any]:
+        """A memo for `deepcopy`, in which what is shared was copied before, as itself."""
+        memo: dict[int, Any] = {}
+        for value in self.copied():
+            for child in (*_children(value), *_results_of(value)):
+                if id(child) not in self._copied:
+                    memo[id(child)] = child
+        return memo
+
+
+def _state_of(module: Any, own_containers: bool) -> list[Any]:
+    if not own_containers and not isinstance(module, dspy.Predict):
+        return []
+    containers = [value for value in _children(module) if type(value) in _CONTAINERS]
+    demos = getattr(module, "demos", None) if isinstance(module, dspy.Predict) else None
+    return [*containers, *(demo for demo in demos or () if isinstance(demo, dspy.Example | dict))]
+
+
+def _children(value: Any) -> list[Any]:
+    """What an object refers to, but atoms."""
+    if isinstance(value, _CLOSED):
+        return []
+    if isinstance(value, _PARTS):
+        found = [item for name, item in list(value.__dict__.items()) if name not in _LEFT_OUT]
+    elif isinstance(value, dspy.Example):
+        found = list(value._store.values())
+    elif type(value) in _CONTAINERS:
+        found = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
+    else:
+        found = gc.get_referents(value)
+    return [item for item in found if not isinstance(item, _ATOMS)]
+
+
+def _results_of(value: Any) -> list[Any]:
+    return [value.__dict__[name] for name in RESULTS if name in value.__dict__] if isinstance(value, _PARTS) else []
+
+
+def _uncopyable(values: list[Any], memo: Mapping[int, Any]) -> dict[int, Any]:
+    """Those of the values that can't be copied, as a memo for `deepcopy`."""
+    apart = {id(value): value for value in values if not isinstance(value, _PARTS) and type(value) not in _CONTAINERS}
+    failing = {key: value for key, value in apart.items() if not _can_copy(value, memo)}
+    # A bound method or a tool may fail only for what the program that it is bound to holds: it is copied, and bound
+    # to the copy.
+    return {
+        key: value
+        for key, value in failing.items()
+        if not _can_copy(value, {**memo, **{other: failing[other] for other in failing if other != key}})
+    }
+
+
+def _can_copy(value: Any, memo: Mapping[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        return False
+    return True
