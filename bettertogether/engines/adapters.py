@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ModelError, UnknownAdapterError
+from .adapter_settings import check_settings
 from .base import MODEL_PREFIX, adapter_model_name
 
 CONTENT_FIELDS = (
@@ -67,7 +68,7 @@ class AdapterBank:
         with self._lock:
             held = self._adapters.get(name)
             if held is None:
-                weights = _read_weights(folder, read_adapter_config(folder), self._layer_shapes())
+                weights = read_weights(folder, read_adapter_config(folder), self._layer_shapes())
                 self._adapters[name] = _Adapter(folder, weights)
                 self._attach()
             elif not held.folder.exists():
@@ -170,7 +171,7 @@ def _round_of(folder: Path) -> int:
         return 1
     try:
         return int(json.loads(path.read_text())["round"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError) as error:
         raise ModelError(f"{path} is damaged ({error!r}); it holds {{'round': a whole number}}. Delete it.") from error
 
 
@@ -182,10 +183,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             f"{folder} holds no {' and no '.join(missing)}: a PEFT LoRA folder is needed, as written by "
             "PeftModel.save_pretrained or by a w step."
         )
+    path = folder / "adapter_config.json"
     try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    except ValueError as error:
-        raise ModelError(f"{folder / 'adapter_config.json'} is not JSON: {error}") from error
+        config: dict[str, Any] = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise ModelError(f"{path} can't be read as JSON: {error}") from error
+    check_settings(path, config)
     refused = [name for name in ("use_dora", "modules_to_save", "layer_replication", "lora_bias") if config.get(name)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or refused:
         raise ModelError(
@@ -195,14 +198,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(
+def read_weights(
     folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer name to (A as [in, rank], scaled B as [rank, out]), for a base whose layers have these (in, out). Raises
+    ModelError."""
     path = folder / "adapter_model.safetensors"
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} can't be read: {error}") from error
+    tensors = read_tensors(path)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer, dot, kind = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
@@ -212,11 +214,26 @@ def _read_weights(
     weights = {}
     for layer, pair in parts.items():
         a, b = pair.get("lora_A"), pair.get("lora_B")
-        if a is None or b is None or (a.shape[1], b.shape[0]) != shapes[layer] or a.shape[0] != b.shape[1]:
+        whole = a is not None and b is not None and a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] > 0
+        if a is None or b is None or not whole or (a.shape[1], b.shape[0]) != shapes[layer]:
             found = {kind: tuple(tensor.shape) for kind, tensor in pair.items()}
             raise ModelError(f"{path} does not fit the base model: layer {layer} is {shapes[layer]}, LoRA {found}.")
         weights[layer] = (a.t().contiguous(), (b * _scale(config, layer, a.shape[0])).t().contiguous())
     return weights
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file. Raises ModelError, also for those that hold no numbers to compute with."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"The weights in {path} can't be read: {error}") from error
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            raise ModelError(f"{path} is damaged: {key!r} holds values that are no finite floating-point numbers.")
+    if not tensors:
+        raise ModelError(f"{path} is damaged: it holds no weights.")
+    return tensors
 
 
 def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:

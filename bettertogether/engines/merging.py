@@ -6,36 +6,75 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ModelError
+from .adapters import linear_shapes, read_adapter_config, read_weights
 
 
 def merge_adapter(base: str | Path, adapter: Path, out: Path) -> None:
     """Write base plus adapter to `out`, in the base's own precision, with its tokenizer. Raises ModelError.
 
-    `out` must be new or empty; it appears when it is complete.
+    `out` must be new or empty; it appears when it is complete. Needs memory for the base and one layer in float32.
     """
+    config = read_adapter_config(adapter)
+    model, tokenizer = _load(os.path.expanduser(base))
+    _merge(model, read_weights(adapter, config, linear_shapes(model)), adapter)
+    work = None
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        tuned = PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"{str(base)!r} with the adapter in {adapter} can't be loaded ({error}): give the base model's folder or "
-            "hub id as base_model=."
-        ) from error
-    with torch.no_grad():
-        merged = tuned.merge_and_unload(safe_merge=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        merged.save_pretrained(work)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+        model.save_pretrained(work)
         tokenizer.save_pretrained(work)
         work.chmod(0o755)
         os.replace(work, out)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{out} can't be written: {error}") from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _load(base: str) -> tuple[Any, Any]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(
+            f"The base model {base!r} can't be loaded ({error}): give its folder or hub id as base_model=."
+        ) from error
+    if getattr(model, "is_quantized", False):
+        raise ModelError(f"The base model {base!r} is quantized: give the unquantized one as base_model=.")
+    return model, tokenizer
+
+
+@torch.no_grad()
+def _merge(model: Any, weights: dict[str, tuple[torch.Tensor, torch.Tensor]], adapter: Path) -> None:
+    """Add `B A` to each adapted layer, in float32."""
+    _untie(model, weights)
+    for name, (a_I_R, b_R_O) in weights.items():
+        layer = model.get_submodule(name)
+        update_I_O = a_I_R.float() @ b_R_O.float()
+        # Conv1D keeps its weight as [in, out].
+        update = update_I_O.T if isinstance(layer, nn.Linear) else update_I_O
+        merged = layer.weight.float() + update.to(layer.weight.device)
+        layer.weight.copy_(merged)
+        if not torch.isfinite(layer.weight).all():
+            raise ModelError(
+                f"{name} with the adapter in {adapter} has values beyond {layer.weight.dtype}: merge into the base in "
+                "another precision, given as base_model=."
+            )
+
+
+def _untie(model: Any, layers: dict[str, Any]) -> None:
+    """Give an adapted output layer weights of its own where it shares those of the embedding."""
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = output is not None and output.weight is embedding.weight
+    if tied and any(model.get_submodule(name) is output for name in layers):
+        output.weight = nn.Parameter(output.weight.clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False

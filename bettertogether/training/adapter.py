@@ -14,11 +14,11 @@ import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..engines.adapters import read_adapter_config, read_tensors
 from ..errors import ConfigError, ModelError, NotTrainableError
 from ..files import atomic_write
 from .config import LoRAConfig
@@ -85,17 +85,14 @@ def config_json(config: LoraConfig) -> str:
 
 
 def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Config and weights of a PEFT LoRA folder. Raises ModelError."""
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
-    if missing:
-        raise ModelError(f"{folder} holds no {' and no '.join(missing)}: give the folder of a PEFT LoRA adapter.")
+    """Config and weights of a PEFT folder with a plain LoRA adapter. Raises ModelError."""
+    read_adapter_config(folder)
     try:
         config = LoraConfig.from_pretrained(str(folder))
-        state = load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelError(f"The adapter in {folder} can't be read ({error}): give a PEFT LoRA folder.") from error
     config.inference_mode = False
-    return config, state
+    return config, read_tensors(folder / WEIGHTS_FILE)
 
 
 @contextlib.contextmanager
