@@ -17,11 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..engines.adapters import read_adapter_config, read_tensors
 from ..errors import ConfigError, ModelError, NotTrainableError
 from ..files import atomic_write
 from .config import LoRAConfig
+from .targets import chosen_layers
 
 ADAPTER_NAME = "bettertogether_training"
 KEY_PREFIX = "base_model.model."
@@ -106,10 +108,10 @@ def training_adapter(
     """
     base = _base_of(model)
     loaded = None if start_from is None else read_adapter(start_from)
-    config = _peft_config(lora, base) if loaded is None else loaded[0]
+    config = _peft_config(lora, base, chosen_layers(base, lora.target_modules)) if loaded is None else loaded[0]
     snapshot = _Snapshot.take(model, base)
     try:
-        _add(model, base, config, lora, seed)
+        _add(model, base, config, seed)
         adapter = TrainableAdapter(base, config)
         if loaded is not None:
             adapter.load(loaded[1], start_from)
@@ -134,22 +136,24 @@ def _base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return base
 
 
-def _peft_config(lora: LoRAConfig, base: PreTrainedModel) -> LoraConfig:
-    targets = lora.target_modules
+def _peft_config(lora: LoRAConfig, base: PreTrainedModel, layers: list[str]) -> LoraConfig:
     return LoraConfig(
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=layers,
+        fan_in_fan_out=any(_is_transposed(base.get_submodule(name)) for name in layers),
         bias="none",
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.name_or_path or None,
     )
 
 
-def _add(
-    model: PreTrainedModel | PeftModel, base: PreTrainedModel, config: LoraConfig, lora: LoRAConfig, seed: int
-) -> None:
+def _is_transposed(layer: nn.Module) -> bool:
+    return isinstance(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer, Conv1D)
+
+
+def _add(model: PreTrainedModel | PeftModel, base: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -159,11 +163,7 @@ def _add(
             else:
                 inject_adapter_in_model(config, base, ADAPTER_NAME)
         except ValueError as error:
-            layers = sorted({n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
-            raise ConfigError(
-                f"target_modules={lora.target_modules!r} can't be used on {type(base).__name__} ({error}): give "
-                f'"all-linear" or some of {layers}.'
-            ) from error
+            raise ConfigError(f"An adapter of this kind can't be added to {type(base).__name__}: {error}") from error
     cast_adapter_dtype(base, ADAPTER_NAME)
     config.target_modules = _short_names(base, config.target_modules)
     for layer in base.modules():

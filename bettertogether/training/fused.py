@@ -25,14 +25,16 @@ class _FusedLoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        x_T_I = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        dtype, x = x.dtype, x.to(weight.dtype).contiguous()
+        x_T_I = x.view(-1, x.shape[-1])
         a, b = a.to(weight.dtype), b.to(weight.dtype)
         low_T_R = x_T_I @ a.t()
-        y_T_O = nn.functional.linear(x_T_I, weight, None if bias is None else bias.to(weight.dtype))
-        y_T_O.addmm_(low_T_R, b.t(), alpha=scale)
+        # Of the shape that is returned: a view would forbid the model to change it in place, as Gemma 3n does.
+        y = nn.functional.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+        y.view(-1, y.shape[-1]).addmm_(low_T_R, b.t(), alpha=scale)
         ctx.save_for_backward(x_T_I, low_T_R, weight, a, b)
-        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
-        return y_T_O.view(*x.shape[:-1], -1)
+        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, dtype
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -223,6 +223,8 @@ class _Run:
         self.adapter.base.train()
         completion_tokens = sum(len(row.completion_ids) for row in rows)
         loss, tokens = self._gradients(self._share(rows), completion_tokens, step)
+        for parameter in self.parameters.values():
+            _grad(parameter)
         loss, tokens = self._sum_over_processes(loss, tokens)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.training.max_grad_norm or math.inf)
         if not (math.isfinite(loss) and math.isfinite(float(norm))):
@@ -309,6 +311,7 @@ class _Run:
 
 
 def _grad(parameter: Tensor) -> Tensor:
+    """The gradient; zeros where no token of the step reached the weight."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
