@@ -18,6 +18,19 @@ from transformers.modeling_utils import AttentionInterface
 ATTENTION_NAME = "bettertogether_packed"
 
 
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+"""Layer types of transformers' configs whose tokens see one another by plain attention alone."""
+
+
+def more_than_attention(model: Any) -> str | None:
+    """What a model has besides attention that carries something from token to token, by its config; None: nothing."""
+    types = getattr(model.config.get_text_config(), "layer_types", None)
+    if types is None:
+        return "its layers keep a state" if getattr(model, "_is_stateful", False) else None
+    others = sorted(set(types) - ATTENTION_LAYERS)
+    return f"its layers are of type {', '.join(others)}" if others else None
+
+
 @dataclass(frozen=True)
 class AttentionKind:
     """What a layer asks of its attention."""
@@ -113,6 +126,11 @@ class PrefixTensors:
     source: PrefixTensors | None = None
     """Prefix whose first `copied` tokens are this one's too."""
     copied: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def write(self, layer: int, start: int, k_K_T_D: Tensor, v_K_T_D: Tensor) -> None:
         """Store the keys and values of the tokens from `start` on. Layers come in order."""

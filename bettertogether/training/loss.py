@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..engines.packed_attention import more_than_attention
 from ..printable import get_logger
 from .attention import ATTENTION_NAME, PackedLayout, attention_implementation
 from .fused import completion_loss_sum
@@ -20,6 +21,10 @@ from .packing import MicroBatch, PrefixGroup, TokenizedRow, micro_batches, pack
 LOGIT_ELEMENTS = 1 << 27
 """Logits of one forward pass at most (512 MiB in float32), so that a long answer over a big vocabulary still fits."""
 PROBE_TOKENS = 24
+SAME = 1e-3
+"""Logits that differ by less, relatively, are the same in float32."""
+ROUNDED = 5e-2
+"""And so much less exact precisions may part packed rows from rows alone: attention adds up in another order."""
 
 logger = get_logger(__name__)
 
@@ -30,22 +35,25 @@ class RowLoss:
 
     model: PreTrainedModel
     packed: bool
-    """Whether rows are packed into one sequence; else they are padded on the left."""
+    """Whether rows are packed into one sequence; else they are padded on the right, where no token sees the padding,
+    whatever the layers are."""
     dtype: torch.dtype
     """Of the forward pass; bfloat16 runs under autocast."""
 
     def plan(self, rows: Sequence[TokenizedRow], max_tokens: int) -> list[MicroBatch]:
         """Split rows into forward passes of at most `max_tokens` tokens, a longer row alone."""
-        trained = max(1, LOGIT_ELEMENTS // self.model.config.get_text_config().vocab_size)
+        logits = max(1, LOGIT_ELEMENTS // self.model.config.get_text_config().vocab_size)
         if self.packed:
-            return micro_batches(rows, max_tokens, trained)
+            return micro_batches(rows, max_tokens, logits)
         batches: list[list[TokenizedRow]] = []
         for row in sorted(rows, key=lambda row: (len(row), row.prompt_ids, row.completion_ids)):
             # Sorted by length, so this row is the longest of its batch and the others are padded to it.
-            fits = batches and (len(batches[-1]) + 1) * len(row) <= max_tokens
-            if not fits or sum(len(r.completion_ids) for r in [*batches[-1], row]) > trained:
-                batches.append([])
-            batches[-1].append(row)
+            batch = [*batches[-1], row] if batches else []
+            fits = len(batch) * len(row) <= max_tokens and len(batch) * len(_answer_places([*batch, row])) <= logits
+            if batch and fits:
+                batches[-1].append(row)
+            else:
+                batches.append([row])
         return [MicroBatch(tuple(PrefixGroup(0, (row,)) for row in batch)) for batch in batches]
 
     def tokens(self, batch: MicroBatch) -> int:
@@ -77,15 +85,22 @@ class RowLoss:
         ids_B_T = torch.zeros(len(rows), longest, dtype=torch.long)
         mask_B_T = torch.zeros_like(ids_B_T)
         for index, row in enumerate(rows):
-            ids_B_T[index, longest - len(row) :] = torch.tensor(row.prompt_ids + row.completion_ids)
-            mask_B_T[index, longest - len(row) :] = 1
-        answer = max(len(row.completion_ids) for row in rows)
-        kept = torch.arange(longest - answer - 1, longest - 1, device=device)
+            ids_B_T[index, : len(row)] = torch.tensor(row.prompt_ids + row.completion_ids)
+            mask_B_T[index, : len(row)] = 1
+        places = _answer_places(rows)
         arguments: dict[str, Any] = {"input_ids": ids_B_T.to(device), "attention_mask": mask_B_T.to(device)}
         if "position_ids" in inspect.signature(self.model.forward).parameters:
-            arguments["position_ids"] = (mask_B_T.cumsum(1) - 1).clamp(min=0).to(device)
-        logits_B_A_V = _logits(self.model, kept, **arguments)
-        return torch.cat([logits_B_A_V[i, answer - len(row.completion_ids) :] for i, row in enumerate(rows)])
+            arguments["position_ids"] = torch.arange(longest, device=device).expand(len(rows), -1)
+        logits_B_A_V = _logits(self.model, torch.tensor(places, device=device), **arguments)
+        starts = [len(row.prompt_ids) - 1 - places.start for row in rows]
+        return torch.cat(
+            [logits_B_A_V[i, start : start + len(rows[i].completion_ids)] for i, start in enumerate(starts)]
+        )
+
+
+def _answer_places(rows: Sequence[TokenizedRow]) -> range:
+    """Places of rows padded on the right from which some completion token is predicted."""
+    return range(min(len(row.prompt_ids) for row in rows) - 1, max(len(row) for row in rows) - 1)
 
 
 def _logits(model: PreTrainedModel, kept_N: Tensor, **arguments: Any) -> Tensor:
@@ -117,9 +132,9 @@ def plain_attention(model: PreTrainedModel) -> str:
 def why_not_packed(model: PreTrainedModel, longest: int) -> str | None:
     """Why rows of up to `longest` tokens can't be packed for this model; None when they can.
 
-    Besides what the config tells, two short rows are run packed and apart and their logits compared, so that a family
-    whose layers see tokens by other means than attention (state-space layers, convolutions, position biases) is found
-    out whatever it is called.
+    Besides what the config tells, two short rows are run packed, in both orders, and apart, and their logits
+    compared, so that a family whose layers see tokens by other means than attention (state-space layers,
+    convolutions, position biases) is found out whatever it is called.
     """
     config = model.config.get_text_config()
     if getattr(config, "attention_dropout", 0.0):
@@ -127,33 +142,58 @@ def why_not_packed(model: PreTrainedModel, longest: int) -> str | None:
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk is not None and chunk < longest:
         return f"its attention sees chunks of {chunk} tokens and the rows have up to {longest}"
+    if reason := more_than_attention(model):
+        return reason
     training = [(module, module.training) for module in model.modules()]
+    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        model.eval()
-        with torch.no_grad():
-            error = _probe(model, config.vocab_size)
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            return _Probe(model, config.vocab_size).run()
     except NotImplementedError as reason:
         return str(reason)
     finally:
         for module, mode in training:
             module.training = mode
-    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
-    return None if error < tolerance else f"packed and single rows differ by {error:.2g} (relative)"
 
 
-def _probe(model: PreTrainedModel, vocabulary: int) -> float:
-    """Relative difference between the logits of two rows packed and the same rows apart."""
-    ids = [(7 * i * i + 3 * i + 1) % vocabulary for i in range(3 * PROBE_TOKENS)]
-    shared, first, second = ids[:PROBE_TOKENS], ids[PROBE_TOKENS : 2 * PROBE_TOKENS], ids[2 * PROBE_TOKENS :]
-    rows = [TokenizedRow(shared + own[:2], own[2:]) for own in (first, second)]
-    batch = MicroBatch((PrefixGroup(len(shared), tuple(rows)),))
-    singles = [MicroBatch((PrefixGroup(0, (row,)),)) for row in rows]
-    with attention_implementation(model, plain_attention(model)):
-        alone = RowLoss(model, packed=False, dtype=torch.float32)
-        apart_N_V = torch.cat([alone._padded_logits(single) for single in singles]).float()
-    with attention_implementation(model, ATTENTION_NAME):
-        packed_N_V = RowLoss(model, packed=True, dtype=torch.float32)._packed_logits(batch).float()
-    return float((packed_N_V - apart_N_V).norm() / apart_N_V.norm())
+class _Probe:
+    """Two rows with a common prefix and as many tokens of their own each."""
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
+        ids = [(7 * i * i + 3 * i + 1) % vocabulary for i in range(3 * PROBE_TOKENS)]
+        self.shared, *own = (ids[start : start + PROBE_TOKENS] for start in range(0, len(ids), PROBE_TOKENS))
+        self.rows = [TokenizedRow(self.shared + tokens[:2], tokens[2:]) for tokens in own]
+        self.model = model
+
+    def run(self) -> str | None:
+        """Why the rows can't be packed. Raises NotImplementedError where attention can't be computed."""
+        self.model.train()
+        with attention_implementation(self.model, ATTENTION_NAME):
+            self._packed(self.rows)  # asks for the dropout that training has
+            self.model.eval()
+            packed_R_N_V = self._packed(self.rows)
+            swapped_R_N_V = self._packed(self.rows[::-1]).flip(0)
+        with attention_implementation(self.model, plain_attention(self.model)):
+            alone = RowLoss(self.model, packed=False, dtype=torch.float32)
+            singles = [MicroBatch((PrefixGroup(0, (row,)),)) for row in self.rows]
+            apart_R_N_V = torch.stack([alone._padded_logits(single) for single in singles]).float()
+        # The same products over the same number of rows: no rounding tells the two orders apart, in any precision.
+        order = _difference(swapped_R_N_V, packed_R_N_V)
+        if order > SAME:
+            return f"rows differ by {order:.2g} (relative) with their place among packed rows"
+        error = _difference(packed_R_N_V, apart_R_N_V)
+        if error > (SAME if self.model.dtype == torch.float32 else ROUNDED):
+            return f"packed and single rows differ by {error:.2g} (relative)"
+        return None
+
+    def _packed(self, rows: Sequence[TokenizedRow]) -> Tensor:
+        batch = MicroBatch((PrefixGroup(len(self.shared), tuple(rows)),))
+        logits_N_V = RowLoss(self.model, packed=True, dtype=torch.float32)._packed_logits(batch).float()
+        return logits_N_V.view(len(rows), -1, logits_N_V.shape[1])
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 _said: set[str] = set()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import padded_loss_sum, relative_error
 from tiny import FAMILIES, GEMMA2, SIZES, VOCABULARY, random_rows, tiny_model
-from transformers import Lfm2Config, LlamaConfig
+from transformers import GPT2Config, Lfm2Config, LlamaConfig
 
 from bettertogether.training import loss as loss_module
 from bettertogether.training.fused import completion_loss_sum
@@ -31,9 +31,21 @@ def test_a_family_with_capped_attention_scores_trains_on_padded_rows_with_the_sa
     assert relative_error(grads, expected_grads) < 1e-5
 
 
-def test_a_family_whose_layers_mix_tokens_outside_attention_is_found_out_by_its_logits() -> None:
+def test_a_family_whose_layers_are_more_than_attention_by_its_config_is_not_packed() -> None:
     config = Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])
-    assert "packed and single rows differ" in str(why_not_packed(tiny_model(config), 40))
+    assert why_not_packed(tiny_model(config), 40) == "its layers are of type conv"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_mix_tokens_outside_attention_are_found_out_by_their_logits(dtype: torch.dtype) -> None:
+    model = tiny_model().to(dtype)
+    model.model.layers[0].mlp.register_forward_hook(lambda _, inputs, output: output + 0.02 * output.roll(1, 1))
+    assert "with their place among packed rows" in str(why_not_packed(model, 40))
+
+
+def test_a_model_with_dropout_in_its_attention_under_any_name_is_not_packed() -> None:
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=512)
+    assert why_not_packed(tiny_model(config), 40) == "packed attention without a layout or with dropout"
 
 
 def test_attention_dropout_is_a_reason_not_to_pack() -> None:
