@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, UnknownAdapterError
 from .adapter_settings import check_settings
@@ -30,6 +32,14 @@ CONTENT_FIELDS = (
     "bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "modules_to_save",
 )  # fmt: skip
 """Fields of adapter_config.json that change what an adapter computes."""
+REFUSED_OPTIONS = (
+    "use_dora", "modules_to_save", "layer_replication", "lora_bias", "alora_invocation_tokens", "use_qalora",
+    "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config", "megatron_config",
+    "target_parameters", "trainable_token_indices",
+)  # fmt: skip
+"""Options of adapter_config.json with which an adapter is more than `B A x` beside its layers."""
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base model's weights as they are."""
 ROUND_FILE = "bettertogether.json"
 
 
@@ -40,6 +50,24 @@ class AdaptedSpan:
     adapter: str
     start: int
     stop: int | None
+
+
+@dataclass(frozen=True)
+class _ActiveSpan:
+    weights: dict[str, tuple[Tensor, Tensor]]
+    places: Mapping[int, slice]
+    """Where the adapter's tokens are for a layer that sees so many; empty: it sees no others'."""
+
+    def tokens(self, rows: int, layer: str) -> slice:
+        """The adapter's among the tokens that a layer sees. Raises ModelError."""
+        if not self.places:
+            return slice(None)
+        if rows not in self.places:
+            raise ModelError(
+                f"The adapter changes {layer}, which sees {rows} of {max(self.places)} tokens: a layer of experts, or "
+                "one that takes tokens apart, can't be served in a batch. Train an adapter without it."
+            )
+        return self.places[rows]
 
 
 @dataclass(frozen=True)
@@ -58,9 +86,9 @@ class AdapterBank:
         self._layer_shapes = layer_shapes
         self._adapters: dict[str, _Adapter] = {}
         self._lock = threading.RLock()
-        self._model: nn.Module | None = None
+        self._model: Any = None
         self._hooks: dict[str, Any] = {}
-        self._active: list[tuple[dict[str, tuple[Tensor, Tensor]], int, int | None]] = []
+        self._active: list[_ActiveSpan] = []
 
     def add(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
@@ -99,11 +127,17 @@ class AdapterBank:
             self._attach()
 
     @contextmanager
-    def active(self, spans: Sequence[AdaptedSpan]) -> Iterator[None]:
-        """Apply adapters to the tokens of the passes inside the block; the base alone after it."""
+    def active(self, spans: Sequence[AdaptedSpan], kept: Sequence[int] = ()) -> Iterator[None]:
+        """Apply adapters to the tokens of the passes inside the block; the base alone after it.
+
+        `kept` are the places, in order, of the tokens whose logits are asked for: the output layer, and whatever
+        else comes after the cut, sees these alone.
+        """
         with self._lock:
             self._active = [
-                (self._adapters[span.adapter].weights, span.start, span.stop) for span in spans if span.adapter
+                _ActiveSpan(self._adapters[span.adapter].weights, _places(span, spans[-1].stop, kept))
+                for span in spans
+                if span.adapter
             ]
         try:
             yield
@@ -118,19 +152,35 @@ class AdapterBank:
         for adapter in self._adapters.values():
             for name, (a, b) in adapter.weights.items():
                 weight = modules[name].weight
-                adapter.weights[name] = (a.to(weight.device, weight.dtype), b.to(weight.device, weight.dtype))
+                # The weight of a quantized layer is held in integers, or in 8-bit floats.
+                exact = weight.is_floating_point() and weight.dtype.itemsize > 1
+                dtype = weight.dtype if exact else self._model.dtype
+                adapter.weights[name] = (a.to(weight.device, dtype), b.to(weight.device, dtype))
                 if name not in self._hooks:
                     self._hooks[name] = modules[name].register_forward_hook(self._hook(name))
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def add_updates(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            for weights, start, stop in self._active:
-                if name in weights:
-                    a, b = weights[name]
-                    x = inputs[0].flatten(0, -2)[start:stop]
-                    output.view(-1, output.shape[-1])[start:stop].addmm_(x @ a, b)
+            x_T_I, y_T_O = inputs[0].flatten(0, -2), output.view(-1, output.shape[-1])
+            for span in self._active:
+                if name in span.weights:
+                    a, b = span.weights[name]
+                    tokens = span.tokens(len(x_T_I), name)
+                    low_T_R = x_T_I[tokens].to(a.dtype) @ a
+                    if output.dtype == b.dtype:
+                        y_T_O[tokens].addmm_(low_T_R, b)
+                    else:
+                        y_T_O[tokens] += (low_T_R @ b).to(output.dtype)
 
         return add_updates
+
+
+def _places(span: AdaptedSpan, total: int | None, kept: Sequence[int]) -> dict[int, slice]:
+    if total is None or (span.start, span.stop) == (0, total):
+        return {}
+    stop = total if span.stop is None else span.stop
+    among_kept = slice(bisect_left(kept, span.start), bisect_left(kept, stop))
+    return {len(kept): among_kept, total: slice(span.start, stop)}
 
 
 def adapter_name(base_name: str, folder: Path) -> str:
@@ -189,13 +239,24 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, OSError) as error:
         raise ModelError(f"{path} can't be read as JSON: {error}") from error
     check_settings(path, config)
-    refused = [name for name in ("use_dora", "modules_to_save", "layer_replication", "lora_bias") if config.get(name)]
+    _check_plain(folder, config)
+    return config
+
+
+def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
+    refused = [name for name in REFUSED_OPTIONS if config.get(name)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or refused:
         raise ModelError(
             f"The adapter in {folder} is of type {config.get('peft_type')!r} with bias={config.get('bias')!r} and "
             f"{refused or 'no further options'}. Served are plain LoRA adapters: no bias, DoRA or modules_to_save."
         )
-    return config
+    start = config.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise ModelError(
+            f"The adapter in {folder} was started with init_lora_weights={start!r}, which changes the base model's "
+            "weights too, so on the plain base it means something else. Convert it to a plain LoRA adapter when it "
+            "is saved: PeftModel.save_pretrained(folder, path_initial_model_for_weight_conversion=...)."
+        )
 
 
 def read_weights(
@@ -245,12 +306,14 @@ def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(in, out) of each linear layer by name."""
-    return {
-        name: (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    """(in, out) of each linear layer by name; GPT-2's Conv1D is one, with its weights transposed."""
+    return {name: shape for name, module in model.named_modules() if (shape := _linear_shape(module))}
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
 
 
 def meta_linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
@@ -258,4 +321,4 @@ def meta_linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return linear_shapes(AutoModelForCausalLM.from_config(config))
+        return linear_shapes(AutoModelForCausalLM.from_config(config, trust_remote_code=False))

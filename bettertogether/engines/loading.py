@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from ..errors import ConfigError, ModelError
 from ..printable import get_logger
 from .adapters import AdapterBank
 from .decoding import Decoder
+from .packed_attention import more_than_attention
 from .packed_decoder import PackedDecoder
 from .packed_linear import pack_linear_layers
 from .plain_decoder import PlainDecoder
@@ -27,7 +30,6 @@ from .plain_decoder import PlainDecoder
 logger = get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 VARIABLE_ROPE = frozenset({"dynamic", "longrope"})
 
@@ -44,11 +46,23 @@ class ModelCard:
     """Tokens that end an answer, by the model's generation config."""
     max_length: int
     """Context length in tokens."""
+    unknown_tokens: Mapping[int, str] = field(default_factory=dict)
+    """Tokens of the tokenizer that the model has no embedding for."""
 
     @property
     def vocabulary(self) -> int:
         """Width of the logits."""
         return int(self.config.get_text_config().vocab_size)
+
+    def check_tokens(self, token_ids: Sequence[int]) -> None:
+        """Raises ModelError where the model has no embedding for a token."""
+        unknown = next((token_id for token_id in token_ids if token_id in self.unknown_tokens), None)
+        if unknown is not None:
+            raise ModelError(
+                f"The text holds {self.unknown_tokens[unknown]!r}, which is token {unknown} of the tokenizer of "
+                f"{self.source!r}; the model has embeddings for tokens 0 to {self.vocabulary - 1}. Leave it out, "
+                "or give the model more with model.resize_token_embeddings(len(tokenizer)) and train them."
+            )
 
 
 def read_card(source: str | Path) -> ModelCard:
@@ -59,8 +73,8 @@ def read_card(source: str | Path) -> ModelCard:
     elif isinstance(source, Path) or folder.is_absolute() or str(source).startswith("."):
         raise ModelError(f"{source} is not a folder. Give the folder of a transformers model, or a hub id.")
     try:
-        config = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"{str(source)!r} can't be loaded as a transformers model: {error} Give the folder of a model "
@@ -68,7 +82,18 @@ def read_card(source: str | Path) -> ModelCard:
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{str(source)!r} is of type {config.model_type!r}, which is no causal language model.")
-    return ModelCard(str(source), config, tokenizer, _eos_ids(source, config), _max_length(config))
+    unknown = _unknown_tokens(source, tokenizer, int(config.get_text_config().vocab_size))
+    return ModelCard(str(source), config, tokenizer, _eos_ids(source, config), _max_length(config), unknown)
+
+
+def _unknown_tokens(source: str | Path, tokenizer: Any, vocabulary: int) -> dict[int, str]:
+    unknown = {number: token for token, number in tokenizer.get_vocab().items() if number >= vocabulary}
+    if unknown:
+        logger.warning(
+            "The tokenizer of %s has tokens up to %d, the model embeddings for %d: texts with %s can't be answered.",
+            source, max(unknown), vocabulary, ", ".join(repr(unknown[number]) for number in sorted(unknown)[:5]),
+        )  # fmt: skip
+    return unknown
 
 
 def _check_folder(folder: Path) -> None:
@@ -133,8 +158,8 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype, *, pac
     it.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(card.source, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        model = AutoModelForCausalLM.from_pretrained(card.source, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ModelError(f"The weights of {card.source!r} can't be loaded: {error}") from error
     model = model.to(device).eval().requires_grad_(False)
     if pack:
@@ -148,23 +173,29 @@ def make_decoder(model: Any, adapters: AdapterBank, cache_bytes: int) -> Decoder
     if reason is None:
         return PackedDecoder(model, adapters, cache_bytes=cache_bytes)
     logger.warning("%s answers in padded batches, without shared prefixes: %s.", type(model).__name__, reason)
-    return PlainDecoder(model, adapters)
+    return PlainDecoder(model, adapters, pads=_pads_exactly(model, adapters))
+
+
+def _pads_exactly(model: Any, adapters: AdapterBank) -> bool:
+    """Whether a prompt gets its own logits when it is padded to the length of another one."""
+    vocabulary = model.config.get_text_config().vocab_size
+    prompts = [[(7919 * place + 11) % vocabulary for place in range(length)] for length in (12, 19)]
+    decoder = PlainDecoder(model, adapters)
+    alone_V, padded_V = decoder.probe(prompts[:1])[0].float(), decoder.probe(prompts)[0].float()
+    return bool((padded_V - alone_V).norm() <= (1e-3 if model.dtype == torch.float32 else 2e-2) * alone_V.norm())
 
 
 def why_not_packed(model: Any, adapters: AdapterBank) -> str | None:
     """Why packed attention can't serve a model; None where a short text gets the same logits with it."""
-    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - PACKED_LAYER_TYPES
-    if types:
-        return f"its layers are of type {', '.join(sorted(types))}"
-    tokens = [(7919 * place + 11) % model.config.get_text_config().vocab_size for place in range(14)]
-    return _differs(model, PackedDecoder(model, adapters, cache_bytes=1 << 30), tokens)
+    return more_than_attention(model) or _differs(model, adapters)
 
 
 @torch.inference_mode()
-def _differs(model: Any, decoder: PackedDecoder, tokens: list[int]) -> str | None:
+def _differs(model: Any, adapters: AdapterBank) -> str | None:
+    tokens = [(7919 * place + 11) % model.config.get_text_config().vocab_size for place in range(14)]
     expected_V = model(torch.tensor([tokens], device=model.device)).logits[0, -1].float()
     try:
-        found_V = decoder.probe(tokens, prefix_length=8).float()
+        found_V = PackedDecoder(model, adapters, cache_bytes=1 << 30).probe(tokens, prefix_length=8).float()
     except Exception as error:  # whatever a model's code does with an attention function that it does not know
         return f"{type(error).__name__}: {error}"
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.06

@@ -58,9 +58,17 @@ class PackedDecoder:
         self._seats: dict[Row, _Seat] = {}
         self._by_slot: list[Row] = []
         self._prefixes: PrefixCache[_ComputedPrefix] = PrefixCache(cache_bytes)
-        self._token_bytes = _bytes_per_token(model)
         self._forward_passes = 0
+        self._token_bytes = self._measured_token_bytes()
         self._reused_tokens = 0
+
+    @torch.inference_mode()
+    def _measured_token_bytes(self) -> int:
+        """Bytes of the keys and values of one token: layers may differ in heads and sizes, or share them."""
+        data = PrefixTensors(1)
+        self._forward(PrefixPass(data, 0), [0], [0], [], [0])
+        self._forward_passes = 0
+        return data.nbytes
 
     @property
     def cache_bytes(self) -> int:
@@ -222,7 +230,7 @@ class PackedDecoder:
     ) -> Tensor:
         """Logits [B, V] after the tokens at the places `ends` of the pass."""
         device = self._model.device
-        with packed_attention_on(self._model), self._adapters.active(spans):
+        with packed_attention_on(self._model), self._adapters.active(spans, ends):
             logits = self._model(
                 input_ids=torch.tensor([token_ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
@@ -281,11 +289,3 @@ def _spans(order: Sequence[Row], counts: dict[Row, int]) -> list[AdaptedSpan]:
         else:
             spans.append(AdaptedSpan(row.adapter, start, end))
     return spans
-
-
-def _bytes_per_token(model: Any) -> int:
-    """Bytes of keys and values that one token takes over all layers."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize)

@@ -24,10 +24,12 @@ class PlainDecoder:
     Args:
         model: A causal language model of transformers, on its device and in eval mode.
         adapters: The adapters served on it.
+        pads: Rows of several lengths go into one batch; else only rows of the same length do.
     """
 
-    def __init__(self, model: Any, adapters: AdapterBank) -> None:
+    def __init__(self, model: Any, adapters: AdapterBank, *, pads: bool = True) -> None:
         self._model = model
+        self._pads = pads
         self._adapters = adapters
         self._batch: list[Row | None] = []
         self._cache: Any = None
@@ -42,7 +44,8 @@ class PlainDecoder:
         """Take the rows of the first one's adapter, once the last batch is done."""
         if any(self._batch):
             return []
-        taken = [row for row in rows if row.adapter == rows[0].adapter]
+        first = rows[0]
+        taken = [row for row in rows if row.adapter == first.adapter and (self._pads or row.length == first.length)]
         self._batch = list(taken)
         self._cache = self._mask = None
         return taken
@@ -54,6 +57,13 @@ class PlainDecoder:
         ready = [row for row in self._batch if row is not None and row.pending == 0]
         decisions = dict(zip(ready, decide(logits_B_V[places], ready), strict=True))
         return [decisions.get(row, Decision()) for row in rows]
+
+    def probe(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Logits [B, V] after some prompts in one batch."""
+        self.admit([Row(prompt, 1) for prompt in prompts])
+        logits_B_V = self._first_pass()
+        self.reset()
+        return logits_B_V
 
     def _first_pass(self) -> Tensor:
         rows = [row for row in self._batch if row is not None]

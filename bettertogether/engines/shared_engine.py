@@ -56,6 +56,10 @@ class SharedEngine:
         template_kwargs = self._options["chat_template_kwargs"]
         self._renderer = PromptRenderer(self._card.tokenizer, self._card.eos_ids, template_kwargs)
         self._eos_ids = frozenset({*self._card.eos_ids, self._renderer.end_id})
+        if self._card.unknown_tokens:
+            # Those that the chat template itself writes are in every prompt: better said now.
+            self.prompt_tokens([{"role": "user", "content": ""}])
+            self.completion_tokens("")
 
     def _model_hash(self) -> str:
         return model_hash(self._card.source, getattr(self._card.config, "_commit_hash", None))
@@ -130,12 +134,16 @@ class SharedEngine:
         return messages_of(request)
 
     def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Token ids of a prompt, ending where the answer begins."""
-        return self._renderer.prompt_tokens(messages)
+        """Token ids of a prompt, ending where the answer begins. Raises ModelError for a token unknown to the model."""
+        token_ids = self._renderer.prompt_tokens(messages)
+        self._card.check_tokens(token_ids)
+        return token_ids
 
     def completion_tokens(self, completion: str) -> list[int]:
-        """Token ids of an answer, ended by the end-of-turn token."""
-        return self._renderer.completion_tokens(completion)
+        """Token ids of an answer, ended by the end-of-turn token. Raises ModelError as `prompt_tokens` does."""
+        token_ids = self._renderer.completion_tokens(completion)
+        self._card.check_tokens(token_ids)
+        return token_ids
 
     def _rendered(self, request: Request) -> tuple[list[int], int, SamplingOptions]:
         """The prompt's tokens, how many the answer may have at most, and how they are picked.

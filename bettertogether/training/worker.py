@@ -163,7 +163,8 @@ def run(spec_file: Path) -> None:
             file.write(json.dumps(asdict(line)) + "\n")
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype).to(accelerator.device)
+        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, trust_remote_code=False)
+        model = model.to(accelerator.device)
         result = train_adapter(
             model,
             _read_rows(spec["rows"]),
