@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
+import math
 import os
+import platform
+import re
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .errors import RunDirectoryError
+from .printable import get_logger
+
+logger = get_logger(__name__)
+
+NOT_SUPPORTED = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
+"""How a file system says that it lacks something."""
+
+HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK})
+"""How an operating system says that somebody else has a lock."""
 
 
 def now() -> str:
@@ -21,6 +35,20 @@ def now() -> str:
 def cache_folder() -> Path:
     """Where everything that can be made again is kept: $BETTERTOGETHER_CACHE, or ~/.cache/bettertogether."""
     return Path(os.environ.get("BETTERTOGETHER_CACHE") or "~/.cache/bettertogether").expanduser()
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON on one line; numbers that JSON lacks (NaN, infinity) become null. Raises TypeError and
+    ValueError for what is not JSON."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -50,11 +78,15 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; a no-op where folders can't be opened (Windows)."""
+    """Make a rename durable, where the system can: not on Windows, nor on file systems (SMB, some FUSE) that have no
+    sync of folders."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                raise
         finally:
             os.close(handle)
 
@@ -93,27 +125,42 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 class FileLock:
-    """An advisory lock of the operating system on a file, which also names its owner for messages."""
+    """An advisory lock of the operating system on a file, which also names its owner for messages.
+
+    Where the file system has no such locks, the file alone says that someone is there: a process that is killed then
+    leaves it behind, and whoever comes next on this machine sees that its process is gone.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] | None = None
+        self._claim: Path | None = None
         with disk_errors(path):
             file = open(path, "a+b")  # noqa: SIM115
         try:
-            _system_lock(file)
-        except OSError as error:
-            file.seek(0)
-            owner = file.read(200).decode("utf-8", "replace").strip() or "unknown"
+            self._take(path, file)
+        except BaseException:
             file.close()
-            raise RunDirectoryError(
-                f"{path.parent} is in use by another run ({owner}; {error.strerror or error}): wait until it ends, or "
-                "give another run_dir."
-            ) from error
+            raise
         self._file = file
         with disk_errors(path):
             file.truncate(0)
             file.write(f"process {os.getpid()} since {now()}\n".encode())
             file.flush()
+
+    def _take(self, path: Path, file: IO[bytes]) -> None:
+        try:
+            _system_lock(file)
+        except OSError as error:
+            if error.errno in HELD:
+                file.seek(0)
+                raise _in_use(path, file.read(200), error.strerror or str(error)) from error
+            if error.errno not in NOT_SUPPORTED:
+                raise RunDirectoryError(f"{path} can't be locked: {error}. Give another run_dir.") from error
+            self._claim = _claimed(path.with_name(f"{path.name}.owner"))
+            logger.warning(
+                "%s is on a file system without locks (%s): only a file says that it is in use. Don't start the same "
+                "run on two machines at once.", path.parent, error.strerror,
+            )  # fmt: skip
 
     @property
     def held(self) -> bool:
@@ -125,6 +172,47 @@ class FileLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._claim is not None:
+            self._claim.unlink(missing_ok=True)
+            self._claim = None
+
+
+def _claimed(path: Path) -> Path:
+    """A file that this process made, which stands for a lock; that of a process of this machine that ended is taken
+    over. Raises RunDirectoryError while its owner lives, or is on another machine."""
+    owner = f"process {os.getpid()} on {platform.node()}"
+    for _ in range(2):
+        try:
+            with disk_errors(path), open(path, "x") as file:
+                file.write(owner)
+            return path
+        except RunDirectoryError as error:
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+        with disk_errors(path):
+            found = path.read_text()
+        if _lives(found):
+            break
+        with disk_errors(path):
+            path.unlink(missing_ok=True)
+    raise _in_use(path, found.encode(), f"if that process has ended, delete {path}")
+
+
+def _lives(owner: str) -> bool:
+    """Whether the process that wrote this may still run."""
+    import psutil  # type: ignore[import-untyped]
+
+    found = re.fullmatch(r"process (\d+) on (.*)", owner)
+    if found is None or found[2] != platform.node():
+        return True
+    return int(found[1]) == os.getpid() or psutil.pid_exists(int(found[1]))
+
+
+def _in_use(path: Path, owner: bytes, why: str) -> RunDirectoryError:
+    name = owner.decode("utf-8", "replace").strip() or "unknown"
+    return RunDirectoryError(
+        f"{path.parent} is in use by another run ({name}; {why}): wait until it ends, or give another run_dir."
+    )
 
 
 def _system_lock(file: IO[bytes]) -> None:

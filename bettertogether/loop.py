@@ -96,7 +96,8 @@ class Loop:
         """Run what is left to do. Afterwards `records` and `programs` hold every round; a failed or interrupted step
         is the last record. Raises what the scoring of the untouched student raises."""
         earlier = {record.strategy: record for record in self.directory.records() if record.status == "complete"}
-        self._student(earlier.get(""))
+        if not self._student(earlier.get("")):
+            return
         step = self._next(())
         while step is not None:
             if not self._finish(step, earlier.get(strategy.join(step))):
@@ -112,18 +113,33 @@ class Loop:
             return None
         return (*last, keys[len(last) % len(keys)])
 
-    def _student(self, earlier: StepRecord | None) -> None:
+    def _student(self, earlier: StepRecord | None) -> bool:
+        """Score or restore the untouched student; False when the budget does not reach that far."""
         callbacks.emit("step_start", {"index": 0, "step": "", "strategy": ""})
         started = time.monotonic()
         self.programs[""] = self.plan.student
-        if earlier is None:
+        if earlier is not None:
+            self._restore(earlier)
+            self._check_scale()
+            return True
+        result = StepResult(self.plan.student, Ledger(), {}, None)
+        try:
             with callbacks.listening([_BudgetWatch(self.meter)]):
                 scored = self._evaluate(self.plan.student, "untouched student")
-            record = self._record(0, (), StepResult(self.plan.student, Ledger(), {}, None), scored, started)
-            self._keep(record)
-        else:
-            self._restore(earlier)
+        except BudgetExceeded as error:
+            self.error = error
+            # Not on disk, so that a larger budget scores the student.
+            self.records.append(self._record(0, (), result, None, started))
+            text = f"The run ended while the untouched student was scored: {error}"
+            self.warnings.append(f"{text} {self._how_to_go_on()}")
+            callbacks.emit("step_end", {"record": self.records[0]})
+            return False
+        self._keep(self._record(0, (), result, scored, started))
         self._check_scale()
+        return True
+
+    def _how_to_go_on(self) -> str:
+        return f"Make the same call with run_dir={str(self.directory.path)!r} to go on."
 
     def _check_scale(self) -> None:
         scores = self.records[0].scores or ()
@@ -151,7 +167,7 @@ class Loop:
         except BudgetExceeded as error:
             self._end(index, steps, error, "skipped", str(error), started)
         except KeyboardInterrupt as error:
-            self._end(index, steps, error, "skipped", "interrupted; the same call goes on from here", started)
+            self._end(index, steps, error, "skipped", f"interrupted. {self._how_to_go_on()}", started)
         except Exception as error:
             self._end(index, steps, error, "failed", traceback.format_exc(), started)
             if self.plan.on_step_error == "raise":
@@ -263,7 +279,7 @@ class Loop:
         self.error = error
         kind = type(error).__name__
         reason = f"{kind}: {error}" if str(error) else kind
-        self.warnings.append(f"The run ended at {name!r}: {reason}. Call again with the same arguments to go on.")
+        self.warnings.append(f"The run ended at {name!r}: {reason.rstrip('.')}. {self._how_to_go_on()}")
         expected = isinstance(error, BetterTogetherError | KeyboardInterrupt)
         logger.error("Step %r did not finish: %s", name, reason, exc_info=None if expected else error)
         self._keep(record)

@@ -36,6 +36,13 @@ def call_metric(metric: Metric, example: dspy.Example, prediction: Any, trace: l
     return metric(*(example, prediction, trace, None, None)[: _arity(metric)])
 
 
+def check_metric(metric: Any) -> None:
+    """Check that this can be called as a metric. Raises ConfigError."""
+    if not callable(metric):
+        raise ConfigError(f"metric must be a function (example, prediction, trace=None), got {metric!r}.")
+    _arity(metric)
+
+
 def _arity(metric: Metric) -> int:
     try:
         parameters = list(inspect.signature(metric).parameters.values())

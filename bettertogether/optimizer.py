@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
-import json
+import contextlib
 import os
-import platform
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from . import __version__
 from . import callbacks as events
 from . import strategy as strategies
+from .arguments import check_compile_args, check_options
+from .asked import as_before, asked_of, machine, strategy_text, versions
 from .budget import Budget
 from .copies import copy_program
-from .errors import ConfigError, NotTrainableError, ProgramError, StrategyError
+from .errors import ConfigError, NotTrainableError, ProgramError
+from .files import json_text
 from .loop import Loop, Plan, final_program
-from .metrics import Metric
+from .metrics import Metric, check_metric
 from .printable import get_logger
-from .programs import as_programs, model_names, predictors_of, prompts_state, require_program
+from .programs import as_programs, predictors_of, require_program
 from .prompts import BootstrapFewShotRS
 from .records import Ledger
 from .report import CompileReport
-from .run_directory import RunDirectory, dataset_hash, default_run_directory, fingerprint
+from .run_directory import RunDirectory, checked_folder, default_run_directory
 from .selection import rank, select, split_valset
 from .weights import LoRAFinetune
 
@@ -49,8 +51,7 @@ class BetterTogether(Teleprompter):
     """
 
     def __init__(self, metric: Metric, **optimizers: Teleprompter) -> None:
-        if not callable(metric):
-            raise ConfigError(f"metric must be a function (example, prediction, trace=None), got {metric!r}.")
+        check_metric(metric)
         for key, optimizer in optimizers.items():
             if not isinstance(optimizer, Teleprompter):
                 raise TypeError(f"Optimizer '{key}' must be a Teleprompter, got {type(optimizer).__name__}")
@@ -99,7 +100,9 @@ class BetterTogether(Teleprompter):
                 alternate while a round gains more than its noise, `max_rounds` at most.
             optimizer_compile_args: Key to further arguments of that optimizer's `compile`, which win.
             run_dir: Where records, adapters and the report go; the same call on the same directory goes on after the
-                last finished step. None: a directory under the cache, by what is asked; new when that run is finished.
+                last finished step, and another call (other data, options, code of the program or of the metric) is
+                refused with the difference. None: a new run in a directory of its own under the cache, which the log
+                names.
             callbacks, progress: Who watches; the progress display unless `progress=False`.
             budget: Stops between units of work, with the best so far.
             on_step_error: "return": a failing step ends the run with the best program so far, and
@@ -115,11 +118,12 @@ class BetterTogether(Teleprompter):
             TooManyErrors: when the untouched student fails on more than `max_errors` examples.
         """
         plan, warnings = self._plan(locals())
-        asked = _asked(plan, strategy, self.metric)
-        with _open_directory(run_dir, asked) as directory:
+        folder = _new_directory() if run_dir is None else checked_folder(run_dir)
+        with _asking(plan, folder) as asked, RunDirectory.open(folder, asked) as directory:
+            logger.info("Run directory: %s. The same call with run_dir=%r goes on with this run.", folder, str(folder))
             watchers = [*([events.ProgressDisplay()] if progress else []), *callbacks]
             with events.listening(watchers):
-                return self._run(plan, directory, asked, warnings, budget or Budget(), strategy)
+                return self._run(plan, directory, asked, warnings, budget or Budget())
 
     def _plan(self, arguments: dict[str, Any]) -> tuple[Plan, list[str]]:
         """Check every argument of `compile` before any work."""
@@ -128,14 +132,11 @@ class BetterTogether(Teleprompter):
             raise ProgramError(
                 "The student program should not be compiled. Set `student._compiled = False` to go on optimizing it."
             )
-        if arguments["on_step_error"] not in ("return", "raise"):
-            raise ConfigError(f'on_step_error={arguments["on_step_error"]!r}: give "return" or "raise".')
-        if not isinstance(arguments["max_rounds"], int) or arguments["max_rounds"] < 1:
-            raise ConfigError(f"max_rounds={arguments['max_rounds']!r}: give a whole number above 0.")
-        seed = arguments["seed"] or 0
+        check_options(arguments)
+        seed = int(arguments["seed"] or 0)
         auto = arguments["strategy"] == strategies.AUTO and strategies.AUTO not in self.optimizers
         parsed = () if auto else strategies.parse(arguments["strategy"], self.optimizers)
-        compile_args = self._compile_args(arguments["optimizer_compile_args"] or {})
+        compile_args = check_compile_args(arguments["optimizer_compile_args"], self.optimizers)
         teachers = _teachers(student, arguments["teacher"])
         trainset, valset, warnings = split_valset(
             arguments["trainset"], arguments["valset"], arguments["valset_ratio"], seed
@@ -168,25 +169,6 @@ class BetterTogether(Teleprompter):
         )
         return plan, warnings
 
-    def _compile_args(self, given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        for key, arguments in given.items():
-            if key not in self.optimizers:
-                raise StrategyError(f"Invalid optimizer key '{key}'. Valid keys are: {list(self.optimizers)}")
-            if "student" in arguments:
-                raise ConfigError(
-                    f"'student' is not allowed in optimizer_compile_args for optimizer '{key}'. "
-                    "The same student is used throughout compilation."
-                )
-            parameters = inspect.signature(self.optimizers[key].compile).parameters
-            takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-            invalid = sorted(arguments.keys() - parameters.keys())
-            if invalid and not takes_any:
-                raise ConfigError(
-                    f"Invalid compile arguments for optimizer '{key}': {invalid}. "
-                    f"{type(self.optimizers[key]).__name__}.compile() accepts: {list(parameters)}"
-                )
-        return {key: dict(arguments) for key, arguments in given.items()}
-
     def _run(
         self,
         plan: Plan,
@@ -194,10 +176,9 @@ class BetterTogether(Teleprompter):
         asked: Mapping[str, Any],
         warnings: list[str],
         budget: Budget,
-        strategy: str | Sequence[str],
     ) -> dspy.Module:
         finished = [record for record in directory.records() if record.status == "complete"]
-        text = strategy if isinstance(strategy, str) else ", ".join(strategy)
+        text = strategy_text(plan)
         events.emit(
             "run_start",
             {
@@ -212,7 +193,7 @@ class BetterTogether(Teleprompter):
         loop = Loop(plan, directory, meter, warnings=list(warnings))
         loop.run()
         report = self._report(loop, plan, text)
-        directory.write_text("report.json", json.dumps(report.to_dict(), ensure_ascii=False))
+        directory.write_text("report.json", json_text(report.to_dict()))
         report.to_html(directory.report)
         if loop.error is None:
             directory.finish()
@@ -244,13 +225,15 @@ class BetterTogether(Teleprompter):
             valset_size=len(plan.valset),
             strategy=strategy,
             seed=plan.seed,
-            versions=_versions(),
-            machine=_machine(),
+            versions=versions(),
+            machine=machine(),
             warnings=(*loop.warnings, *data_warnings),
         )
 
 
 def _teachers(student: dspy.Module, teacher: dspy.Module | Sequence[dspy.Module] | None) -> list[dspy.Module]:
+    if not isinstance(teacher, dspy.Module | Sequence | None) or isinstance(teacher, str | bytes):
+        raise ProgramError(f"teacher must be a dspy.Module or a list of them, got {type(teacher).__name__}.")
     given = as_programs(teacher)
     names = predictors_of(student).keys()
     for each in given:
@@ -277,69 +260,24 @@ def _check_trainable(optimizer: Teleprompter, key: str, student: dspy.Module) ->
             )
 
 
-def _open_directory(run_dir: str | os.PathLike[str] | None, asked: Mapping[str, Any]) -> RunDirectory:
-    if run_dir is not None:
-        return RunDirectory.open(run_dir, asked)
-    key = fingerprint({k: v for k, v in asked.items() if k not in ("versions", "machine")})[:16]
-    number = 0
-    while True:
-        directory = RunDirectory.open(default_run_directory(f"{key}-{number}"), asked)
-        if not directory.finished:
-            return directory
-        directory.close()
-        number += 1
+def _new_directory() -> Path:
+    """A folder under the cache that no run has yet."""
+    started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return default_run_directory(f"{started}-{uuid.uuid4().hex[:8]}")
 
 
-def _asked(plan: Plan, strategy: str | Sequence[str], metric: Metric) -> dict[str, Any]:
-    """What run.json says: all that decides the result."""
-    return {
-        "strategy": strategy if isinstance(strategy, str) else list(strategy),
-        "seed": plan.seed,
-        "max_rounds": plan.max_rounds,
-        "shuffle": plan.shuffle,
-        "student": {
-            "class": type(plan.student).__qualname__,
-            "prompts": fingerprint(prompts_state(plan.student)),
-            "models": model_names(plan.student),
-        },
-        "teachers": [fingerprint([prompts_state(t), model_names(t)]) for t in plan.teachers],
-        "adapter": type(dspy.settings.adapter or dspy.ChatAdapter()).__qualname__,
-        "trainset": dataset_hash(plan.trainset),
-        "valset": dataset_hash(plan.valset),
-        "metric": _source_hash(metric),
-        "optimizers": {key: _describe(optimizer) for key, optimizer in plan.optimizers.items()},
-        "versions": _versions(),
-        "machine": _machine(),
-    }
+_LEFT: dict[Path, tuple[dict[str, Any], dict[str, Any]]] = {}
+"""Run directory to what was asked there, before the latest run of this process and after it."""
 
 
-def _source_hash(function: Any) -> str:
+@contextlib.contextmanager
+def _asking(plan: Plan, run_dir: Path) -> Iterator[dict[str, Any]]:
+    """What a call asks for. What the run itself changes (a counter of the metric, notes of an optimizer) makes the
+    next call of this process no other one."""
+    text = strategy_text(plan)
+    now = asked_of(plan, text)
+    asked = as_before(now, *_LEFT[run_dir]) if run_dir in _LEFT else now
     try:
-        return fingerprint(inspect.getsource(function))
-    except (OSError, TypeError):
-        return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _describe(optimizer: Teleprompter) -> dict[str, str]:
-    """Class and plain options of an optimizer; results that it keeps of an earlier compile are left out."""
-    kept = {"details", "ledger", "step_gain", "metric", "folder"}
-    options = {
-        name: repr(value)
-        for name, value in vars(optimizer).items()
-        if name not in kept and not name.startswith("_") and " at 0x" not in repr(value)
-    }
-    return {"class": type(optimizer).__qualname__, **options}
-
-
-def _versions() -> dict[str, str]:
-    found = {"bettertogether": __version__}
-    for package in ("dspy", "torch", "transformers", "peft", "accelerate"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _machine() -> dict[str, str]:
-    return {"platform": platform.platform(), "python": platform.python_version(), "cpus": str(os.cpu_count())}
+        yield asked
+    finally:
+        _LEFT[run_dir] = asked, asked_of(plan, text)

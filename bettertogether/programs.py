@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,7 +11,7 @@ import dspy
 
 from .copies import RESULTS, copy_program
 from .demo_values import decode_demos, encode_demos
-from .errors import ArtifactError, ProgramError
+from .errors import ProgramError
 
 _NO_PARTS = frozenset({*RESULTS, "history", "callbacks", "demos", "traces", "train", "lm", "signature"})
 
@@ -138,33 +136,3 @@ def load_prompts(program: dspy.Module, state: Mapping[str, Any]) -> dspy.Module:
 def model_names(program: dspy.Module) -> dict[str, str]:
     """Predictor name to the model name of its LM."""
     return {name: predictor.lm.model for name, predictor in predictors_of(program).items() if predictor.lm}
-
-
-def program_key(program: dspy.Module) -> str | None:
-    """A hash of what decides a program's answers: classes with their plain attributes, prompts (those of frozen
-    sub-modules too), LMs with their options, the adapter in use. None for a program with a patched `forward`, or with
-    demos that have no text of their own, of which nothing can be said."""
-    parts: list[Any] = [_kind_and_options(dspy.settings.adapter) if dspy.settings.adapter else None]
-    for name, module in modules_of(program):
-        if "forward" in module.__dict__ or "aforward" in module.__dict__:
-            return None
-        parts.append([name, _kind_and_options(module)])
-        if isinstance(module, dspy.Predict):
-            lm = module.lm
-            options = sorted((key, repr(value)) for key, value in lm.kwargs.items()) if lm else []
-            try:
-                prompt = prompt_state(module, name)
-            except ArtifactError:
-                return None
-            parts.append([prompt, repr(module.config), getattr(lm, "model", None), options])
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-_NOISE = frozenset({"_compiled", "stage"})
-"""Attributes that say nothing about a module's answers: whether it was optimized, the random name of a predictor."""
-
-
-def _kind_and_options(value: Any) -> list[Any]:
-    kind = type(value)
-    plain = {k: v for k, v in vars(value).items() if isinstance(v, str | int | float | None) and k not in _NOISE}
-    return [f"{kind.__module__}.{kind.__qualname__}", plain]

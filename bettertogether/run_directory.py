@@ -11,20 +11,20 @@ Guarantees:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from .errors import RunDirectoryError
-from .files import FileLock, append_line, atomic_write, cache_folder, disk_errors, now
+from .files import FileLock, append_line, atomic_write, cache_folder, disk_errors, json_text, now
+from .printable import get_logger
 from .records import StepRecord
 
-__all__ = ["RunDirectory", "atomic_write", "cache_folder", "dataset_hash", "default_run_directory", "fingerprint"]
-from .printable import get_logger
+__all__ = ["RunDirectory", "atomic_write", "cache_folder", "checked_folder", "default_run_directory"]
 
 logger = get_logger(__name__)
 
@@ -34,42 +34,30 @@ SCHEMA = 1
 INFORMATIVE = ("versions", "machine")
 """Keys of `run` that may differ when a run goes on: noted in the log, no error."""
 
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError)
+"""What reading a damaged file raises."""
+
 _TEMPORARY = re.compile(r"\..+\.tmp")
 _SHOWN = 120
 
 
 def default_run_directory(key: str) -> Path:
-    """Where the run with a key (a fingerprint of what was asked) lives when no `run_dir` is given."""
-    return cache_folder() / "runs" / key
+    """Where the run with a name of its own lives when no `run_dir` is given."""
+    return cache_folder().absolute() / "runs" / key
 
 
-def fingerprint(value: Any) -> str:
-    """SHA-256 (hex) of a JSON-able value; the order of a mapping's keys does not matter. Raises TypeError."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def dataset_hash(examples: Iterable[Any]) -> str:
-    """SHA-256 (hex) of a list of `dspy.Example`: their fields, which of them are inputs, and their order."""
-    rows = [[_plain(dict(example.toDict())), sorted(example._input_keys or ())] for example in examples]
-    return fingerprint(rows)
-
-
-def _plain(value: Any) -> Any:
-    """JSON form of anything in an example; what JSON lacks is named by its type and content, never its address."""
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    name = f"{type(value).__module__}.{type(value).__qualname__}"
-    if isinstance(value, set | frozenset):
-        return [name, sorted(fingerprint(_plain(item)) for item in value)]
-    if hasattr(value, "model_dump"):
-        return [name, _plain(value.model_dump())]
-    text = repr(value)
-    return [name, _plain(getattr(value, "__dict__", {})) if " at 0x" in text else text]
+def checked_folder(run_dir: Any) -> Path:
+    """The absolute path of a run directory, "~" expanded. Raises RunDirectoryError for what can't name a folder."""
+    advice = 'give a folder, such as run_dir="runs/first"'
+    if not isinstance(run_dir, str | os.PathLike) or not isinstance(os.fspath(run_dir), str):
+        raise RunDirectoryError(f"run_dir={run_dir!r} is not allowed: {advice}.")
+    text = os.fspath(run_dir)
+    if not text.strip() or "\0" in text:
+        raise RunDirectoryError(f"run_dir={text!r} names no folder: {advice}.")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise RunDirectoryError(f"run_dir={text!r} can't be found ({error}): {advice}.") from error
 
 
 class RunDirectory:
@@ -89,11 +77,13 @@ class RunDirectory:
         same when all of it is equal but the keys of `INFORMATIVE`. Raises RunDirectoryError when the directory
         belongs to another run, to something else, to another process, to a newer version, or is damaged.
         """
-        folder = Path(path).expanduser().absolute()
+        folder = checked_folder(path)
         asked = _as_json(run)
-        if folder.exists() and not folder.is_dir():
-            raise RunDirectoryError(f"{folder} is a file: give a run_dir that is a directory, or does not exist yet.")
         with disk_errors(folder):
+            if folder.exists() and not folder.is_dir():
+                raise RunDirectoryError(
+                    f"{folder} is a file: give a run_dir that is a directory, or does not exist yet."
+                )
             folder.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(folder)
         lock = FileLock(folder / "lock")
@@ -147,7 +137,7 @@ class RunDirectory:
         """Add a record; it is on disk when this returns. Raises RunDirectoryError and leaves the file as it was."""
         self._require_open()
         try:
-            line = json.dumps(record.to_dict(), ensure_ascii=False) + "\n"
+            line = json_text(record.to_dict()) + "\n"
         except (TypeError, ValueError) as error:
             raise RunDirectoryError(
                 f"The record of step {record.index} ({record.strategy or 'student'}) is not JSON: {error}. Put only "
@@ -214,10 +204,15 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _remove_temporary(folder: Path) -> None:
-    """Remove what a kill in the middle of `atomic_write` left."""
-    for leftover in folder.iterdir():
-        if _TEMPORARY.fullmatch(leftover.name):
-            leftover.unlink()
+    """Remove what a kill in the middle of a write left: files of `atomic_write`, folders of an artifact saved here."""
+    with disk_errors(folder):
+        for leftover in folder.iterdir():
+            if not _TEMPORARY.fullmatch(leftover.name):
+                continue
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def _read_header(folder: Path) -> dict[str, Any] | None:
@@ -227,7 +222,7 @@ def _read_header(folder: Path) -> dict[str, Any] | None:
     try:
         header = json.loads(path.read_bytes())
         schema, run, _ = header["schema"], dict(header["run"]), header["finished"]
-    except (ValueError, KeyError, TypeError) as error:
+    except DAMAGE as error:
         raise RunDirectoryError(f"{path} is damaged ({error!r}): restore it, or give another run_dir.") from error
     if not isinstance(schema, int) or schema > SCHEMA:
         raise RunDirectoryError(
@@ -238,6 +233,11 @@ def _read_header(folder: Path) -> dict[str, Any] | None:
 
 
 def _require_same(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    if stored.get("form") != asked.get("form"):
+        raise RunDirectoryError(
+            f"{folder} was made by another version of bettertogether, which noted other things about what was asked: "
+            "whether this is the same call can't be told. Give another run_dir, or go on with that version."
+        )
     differences = list(_differences(stored, asked))
     for key, line in differences:
         if key.split(".")[0] in INFORMATIVE:
@@ -263,7 +263,10 @@ def _read_records(path: Path) -> list[StepRecord]:
     """All records; a last line torn by a kill is cut off, damage anywhere else raises RunDirectoryError."""
     if not path.exists():
         return []
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunDirectoryError(f"{path} can't be read ({error}): restore it, or give another run_dir.") from error
     lines = content.split(b"\n")
     torn = lines.pop()
     records = [_parse(path, number, line) for number, line in enumerate(lines, 1)]
@@ -278,8 +281,8 @@ def _read_records(path: Path) -> list[StepRecord]:
 def _parse(path: Path, number: int, line: bytes) -> StepRecord:
     try:
         return StepRecord.from_dict(json.loads(line))
-    except (ValueError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise RunDirectoryError(
-            f"{path}, line {number} is damaged ({error}): restore the file, or delete this line and all after it to "
+            f"{path}, line {number} is damaged ({error!r}): restore the file, or delete this line and all after it to "
             "run those steps again, or give another run_dir."
         ) from error

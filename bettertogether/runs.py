@@ -13,10 +13,12 @@ from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError,
 from dspy.utils.usage_tracker import UsageTracker
 
 from .attribution import Attribution
+from .behaviour import program_key
+from .content import by_name, example_content, fingerprint
 from .copies import copy_program
 from .errors import PromptTooLongError
 from .event_loop import run_on_loop
-from .programs import modules_of, predictors_of, program_key
+from .programs import modules_of, predictors_of
 from .records import Ledger
 from .rescue import HINT, as_field, narrow_signatures
 from .watching import Record, Seen, Watch, snapshot, watched_lm
@@ -79,7 +81,7 @@ class Attempt:
     @property
     def key(self) -> str:
         """What tells one attempt from another."""
-        return f"{self.number}|{self.temperature}|{sorted((k, repr(v)) for k, v in self.narrow.items())}"
+        return fingerprint([self.number, self.temperature, by_name(self.narrow)])
 
 
 def stable_seed(*parts: object) -> int:
@@ -88,8 +90,8 @@ def stable_seed(*parts: object) -> int:
 
 
 def example_key(example: dspy.Example) -> str:
-    """A hash of an example's content."""
-    return hashlib.sha256(repr(sorted(example.toDict().items())).encode()).hexdigest()
+    """A hash of an example's fields and of which of them are inputs."""
+    return example_content(example)[0]
 
 
 class RunStore:
@@ -133,9 +135,10 @@ class Runner:
 
     def run(self, example: dspy.Example, attempt: Attempt = Attempt()) -> Run:
         """Run the program on one example. Never raises for what the program does; see `Run.failure`."""
-        content = example_key(example)
+        content, all_seen = example_content(example)
+        store = self._store if all_seen else None
         key = (self._key or "", content, f"{self._seed if self._is_changed(attempt) else ''}|{attempt.key}")
-        if self._store and (known := self._store.get(key)):
+        if store and (known := store.get(key)):
             return replace(known, ledger=Ledger())
         try:
             copied = self._spare.pop()
@@ -144,8 +147,8 @@ class Runner:
         seed = stable_seed(self._seed, content, attempt.number) if self._is_changed(attempt) else None
         run = copied.run(example, attempt, seed)
         self._spare.append(copied)
-        if self._store:
-            self._store.put(key, run)
+        if store:
+            store.put(key, run)
         return run
 
     def _is_changed(self, attempt: Attempt) -> bool:

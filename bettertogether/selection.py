@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import dspy
 
@@ -91,13 +92,12 @@ def split_valset(
     train = check_examples(trainset, "trainset")
     if not train:
         raise DataError("trainset cannot be empty: give the examples to learn from.")
-    if not 0 <= ratio < 1:
-        raise DataError(f"valset_ratio must be in range [0, 1), got {ratio}. Give 0 for no valset.")
-    if valset:
-        held_out = check_examples(valset, "valset")
-    elif ratio == 0 or len(train) < 2:
-        return train, [], ["There is no valset: rounds are not scored, and the latest is returned."]
-    else:
+    if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0 <= ratio < 1:
+        raise DataError(f"valset_ratio must be in range [0, 1), got {ratio!r}. Give 0 for no valset.")
+    held_out = check_examples(valset, "valset") if valset is not None else []
+    if not held_out:
+        if ratio == 0 or len(train) < 2:
+            return train, [], ["There is no valset: rounds are not scored, and the latest is returned."]
         held_out, train = stratified_split(train, min(math.ceil(ratio * len(train)), len(train) - 1), seed)
     warnings = _overlap(train, held_out)
     if len(held_out) < FEW_EXAMPLES:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from dspy.utils.callback import BaseCallback
 from .copies import drop_results
 from .errors import ProgramError
 from .lm import local_engine
-from .programs import copy_for_step, modules_of, predictors_of
+from .programs import as_programs, copy_for_step, modules_of, predictors_of
 from .records import Ledger
 
 
@@ -50,14 +49,22 @@ def is_ours(optimizer: Teleprompter) -> bool:
 _USUAL = ("trainset", "teacher", "valset")
 
 
-def prepare_optimizer(optimizer: Teleprompter, settings: Mapping[str, Any]) -> Teleprompter:
-    """A shallow copy in which attributes that are None get the value of the setting of the same name, for the
-    optimizers that take num_threads, max_errors or seed when they are made."""
-    prepared = copy.copy(optimizer)
-    for name, value in settings.items():
-        if value is not None and getattr(prepared, name, ...) is None:
-            setattr(prepared, name, value)
-    return prepared
+@contextmanager
+def lent(optimizer: Teleprompter, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Give the optimizer's attributes that are None the value of the setting of the same name, for the optimizers that
+    take num_threads, max_errors or seed when they are made; take them back afterwards."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in given.items() if getattr(optimizer, name, ...) is None}
+    own = getattr(optimizer, "__dict__", {}).keys() & given.keys()
+    for name, value in given.items():
+        setattr(optimizer, name, value)
+    try:
+        yield
+    finally:
+        for name, value in given.items():
+            # Another value is one that the optimizer itself, or its user, has put there meanwhile.
+            if getattr(optimizer, name, None) is value:
+                setattr(optimizer, name, None) if name in own else delattr(optimizer, name)
 
 
 def accepted_arguments(optimizer: Teleprompter, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def run_step(
     data: Mapping[str, Any],
     overrides: Mapping[str, Any],
 ) -> StepResult:
-    """Compile a copy of `program` with a copy of `optimizer`.
+    """Compile a copy of `program` with `optimizer` itself, so that what it keeps of its work is found there.
 
     Args:
         settings: num_threads, max_errors, seed: for `compile` where it takes them, else for the optimizer itself.
@@ -89,22 +96,23 @@ def run_step(
     ours = is_ours(optimizer)
     student = copy_for_step(program)
     lms = {name: predictor.lm for name, predictor in predictors_of(student).items()}
-    prepared = prepare_optimizer(optimizer, settings)
-    arguments = accepted_arguments(prepared, {**settings, **data}) | dict(overrides)
+    arguments = accepted_arguments(optimizer, {**settings, **data})
     counter = _CallCounter()
     before = _engine_counters(lms.values())
     keep_lms(student)
     if not ours and arguments.get("teacher") is not None:
         arguments["teacher"] = _marked_copy(arguments["teacher"])
-    with _fallback_lm(lms), _counting(None if ours else counter):
-        result = unmark(prepared.compile(student, **arguments))
+    arguments |= overrides
+    own_teachers = as_programs(overrides.get("teacher"))
+    with lent(optimizer, settings), _kept_lms(own_teachers), _fallback_lm(lms), _counting(None if ours else counter):
+        result = unmark(optimizer.compile(student, **arguments))
     drop_results(result)
     _free_forward(result)
     for name, predictor in predictors_of(result).items():
         if predictor.lm is None:
             predictor.lm = lms.get(name)
     if ours:
-        return StepResult(result, prepared.ledger, prepared.details, prepared.step_gain)
+        return StepResult(result, optimizer.ledger, optimizer.details, optimizer.step_gain)
     after = _engine_counters(lms.values())
     ledger = Ledger(
         lm_calls=counter.calls,
@@ -160,6 +168,18 @@ def keep_lms(*programs: dspy.Module) -> None:
     for program in programs:
         for predictor in program.predictors():
             predictor.reset = functools.partial(_reset_but_lm, predictor)
+
+
+@contextmanager
+def _kept_lms(programs: Sequence[dspy.Module]) -> Iterator[None]:
+    """`keep_lms` of the user's own programs while a step runs."""
+    keep_lms(*programs)
+    try:
+        yield
+    finally:
+        for program in programs:
+            for predictor in program.predictors():
+                predictor.__dict__.pop("reset", None)
 
 
 def unmark(result: dspy.Module) -> dspy.Module:

@@ -104,23 +104,38 @@ def test_an_unused_optimizer_is_not_checked(engine: FakeEngine) -> None:
     assert compiled.report.rounds[-1].strategy == "s"
 
 
-def test_the_default_run_directory_is_under_the_cache_and_new_when_the_run_is_finished(
-    engine: FakeEngine, tmp_path: Path
-) -> None:
+def test_without_run_dir_every_call_is_a_new_run_under_the_cache(engine: FakeEngine, tmp_path: Path) -> None:
     for count in (1, 2):
         compile_(engine)
-        runs = sorted((tmp_path / "cache" / "runs").iterdir())
-        assert len(runs) == count
-    assert runs[1].name == runs[0].name.removesuffix("0") + "1"
+        assert len(list((tmp_path / "cache" / "runs").iterdir())) == count
 
 
-def test_the_default_run_directory_of_an_unfinished_run_goes_on(engine: FakeEngine, tmp_path: Path) -> None:
-    compile_(engine, {"s": BootstrapFewShotRS(parity_match)}, budget=Budget(metric_calls=15))
+def test_an_unfinished_run_without_run_dir_goes_on_only_where_its_directory_is_named(
+    engine: FakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="bettertogether"):
+        first = compile_(engine, {"s": BootstrapFewShotRS(parity_match)}, budget=Budget(metric_calls=15))
+    (folder,) = (tmp_path / "cache" / "runs").iterdir()
+    assert f"The same call with run_dir={str(folder)!r} goes on with this run." in caplog.text
+    assert first.report.warnings[-1].endswith(f"Make the same call with run_dir={str(folder)!r} to go on.")
     scored = len(engine.requests)
-    compiled = compile_(engine, {"s": BootstrapFewShotRS(parity_match)})
-    assert len(list((tmp_path / "cache" / "runs").iterdir())) == 1
-    assert compiled.report.rounds[-1].status == "complete"
-    assert scored >= 15
+    again = compile_(engine, {"s": BootstrapFewShotRS(parity_match)}, budget=Budget(metric_calls=15))
+    assert again.report.rounds[0].ledger.lm_calls == len(VAL)
+    assert len(engine.requests) >= scored + len(VAL)
+    engine.requests.clear()
+    named = compile_(engine, {"s": BootstrapFewShotRS(parity_match)}, run_dir=folder)
+    assert [record.status for record in named.report.rounds] == ["complete", "complete"]
+    assert named.report.rounds[0].to_dict() == first.report.rounds[0].to_dict()
+
+
+def test_a_budget_that_ends_while_the_student_is_scored_returns_the_student(engine: FakeEngine, tmp_path: Path) -> None:
+    compiled = compile_(engine, budget=Budget(metric_calls=5), run_dir=tmp_path / "run")
+    assert [(r.strategy, r.status, r.score) for r in compiled.report.rounds] == [("", "complete", None)]
+    assert [(c["strategy"], c["score"]) for c in compiled.candidate_programs] == [("", None)]
+    assert "The run ended while the untouched student was scored: The budget is used up" in compiled.report.warnings[-1]
+    assert compiled.flag_compilation_error_occurred is False
+    whole = compile_(engine, run_dir=tmp_path / "run")
+    assert [record.score for record in whole.report.rounds] == [0.4, 0.4]
 
 
 @pytest.mark.parametrize(

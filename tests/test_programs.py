@@ -10,6 +10,7 @@ import pytest
 from fakes import Parity, TwoSteps, api_lm, numbers, parity_engine, parity_program, plain_lm, two_step_program
 from pydantic import BaseModel
 
+from bettertogether.behaviour import program_key
 from bettertogether.copies import copy_program
 from bettertogether.errors import ProgramError
 from bettertogether.programs import (
@@ -17,7 +18,6 @@ from bettertogether.programs import (
     load_prompts,
     model_names,
     predictors_of,
-    program_key,
     prompts_state,
     require_program,
     with_prompts,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import datetime
 import errno
 import json
 import os
@@ -11,20 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import dspy
-import pydantic
 import pytest
 
 from bettertogether import files
 from bettertogether.errors import RunDirectoryError
 from bettertogether.records import Ledger, StepRecord
-from bettertogether.run_directory import (
-    RunDirectory,
-    atomic_write,
-    dataset_hash,
-    default_run_directory,
-    fingerprint,
-)
+from bettertogether.run_directory import RunDirectory, atomic_write, default_run_directory
 
 RUN = {"strategy": "p -> w", "seed": 0, "options": {"p": {"candidates": 6}}, "versions": {"dspy": "3.4.1"}}
 
@@ -308,43 +299,3 @@ def test_the_default_directory_is_under_the_cache(monkeypatch: pytest.MonkeyPatc
     assert default_run_directory("abc") == tmp_path / "runs" / "abc"
     monkeypatch.delenv("BETTERTOGETHER_CACHE")
     assert default_run_directory("abc") == Path.home() / ".cache" / "bettertogether" / "runs" / "abc"
-
-
-def test_a_fingerprint_does_not_depend_on_the_order_of_keys() -> None:
-    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
-    assert fingerprint({"a": 1}) != fingerprint({"a": "1"})
-
-
-class Passage(pydantic.BaseModel):
-    title: str
-
-
-class Opaque:
-    def __init__(self, value: int) -> None:
-        self.value = value
-
-
-def example(**fields: Any) -> dspy.Example:
-    return dspy.Example(**fields).with_inputs("question")
-
-
-def test_a_dataset_hash_sees_values_order_and_input_keys() -> None:
-    first, second = example(question="a", answer="b"), example(question="c", answer="d")
-    assert dataset_hash([first, second]) == dataset_hash([first.copy(), second.copy()])
-    assert dataset_hash([first, second]) != dataset_hash([second, first])
-    assert dataset_hash([first]) != dataset_hash([first.with_inputs("question", "answer")])
-    assert dataset_hash([first]) != dataset_hash([example(question="a", answer="B")])
-
-
-@pytest.mark.parametrize(
-    ("one", "same", "other"),
-    [
-        (Passage(title="x"), Passage(title="x"), Passage(title="y")),
-        (Opaque(1), Opaque(1), Opaque(2)),
-        (datetime.date(2026, 1, 1), datetime.date(2026, 1, 1), datetime.date(2026, 1, 2)),
-        ({"a", "b"}, {"b", "a"}, {"a"}),
-    ],
-)
-def test_a_dataset_hash_goes_by_the_content_of_objects_not_their_address(one: Any, same: Any, other: Any) -> None:
-    assert dataset_hash([example(question=one)]) == dataset_hash([example(question=same)])
-    assert dataset_hash([example(question=one)]) != dataset_hash([example(question=other)])

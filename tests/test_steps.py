@@ -23,7 +23,7 @@ from fakes import (
 from bettertogether.errors import ProgramError
 from bettertogether.programs import prompts_state
 from bettertogether.prompts import BootstrapFewShotRS
-from bettertogether.steps import accepted_arguments, keep_lms, prepare_optimizer, run_step
+from bettertogether.steps import accepted_arguments, keep_lms, lent, run_step
 from bettertogether.testing import FakeRequest
 from bettertogether.weights import LoRAFinetune
 
@@ -257,10 +257,81 @@ def test_an_optimizer_that_takes_any_keyword_is_given_what_dspy_gives() -> None:
     assert result.program.seen == ["trainset", "valset"]
 
 
-def test_a_prepared_optimizer_is_a_copy() -> None:
+def test_settings_are_lent_where_an_attribute_is_none_and_taken_back() -> None:
+    class Defaults(Teleprompter):
+        max_errors = None
+
+    optimizer = Defaults()
+    optimizer.seed, optimizer.num_threads = None, 2
+    with lent(optimizer, {"seed": 5, "num_threads": 8, "max_errors": 3}):
+        assert (optimizer.seed, optimizer.num_threads, optimizer.max_errors) == (5, 2, 3)
+    assert vars(optimizer) == {"seed": None, "num_threads": 2}
+
+
+def test_settings_are_taken_back_when_the_optimizer_raises() -> None:
+    class Raises(Teleprompter):
+        seed = None
+
+        def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+            raise OSError(f"seed {self.seed}")
+
+    optimizer = Raises()
+    with pytest.raises(OSError, match="seed 3"):
+        run_step(optimizer, parity_program(parity_engine(careful)), settings(), {"trainset": TRAIN}, {})
+    assert vars(optimizer) == {}
+
+
+def test_a_setting_that_the_optimizer_changed_itself_stays() -> None:
     optimizer = Recorder(seed=None)
-    assert prepare_optimizer(optimizer, {"seed": 5}).seed == 5
-    assert optimizer.seed is None
+    with lent(optimizer, {"seed": 5}):
+        optimizer.seed = 6
+    assert optimizer.seed == 6
+
+
+def test_the_users_own_optimizer_runs_and_keeps_what_it_notes() -> None:
+    class Notes(Teleprompter):
+        def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+            self.received = trainset
+            return student
+
+    optimizer = Notes()
+    run_step(optimizer, parity_program(parity_engine(careful)), settings(), {"trainset": TRAIN}, {})
+    assert optimizer.received is TRAIN
+
+
+def test_a_step_inside_a_step_of_the_same_optimizer_is_lent_what_the_outer_one_has() -> None:
+    class Nested(Teleprompter):
+        def __init__(self) -> None:
+            self.num_threads: int | None = None
+            self.seen: list[int | None] = []
+
+        def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+            self.seen.append(self.num_threads)
+            if len(self.seen) == 1:
+                run_step(self, student, settings(num_threads=9), {"trainset": trainset}, {})
+                self.seen.append(self.num_threads)
+            return student
+
+    optimizer = Nested()
+    run_step(optimizer, parity_program(parity_engine(careful)), settings(), {"trainset": TRAIN}, {})
+    assert (optimizer.seen, optimizer.num_threads) == ([4, 4, 4], None)
+
+
+def test_a_teacher_among_the_users_own_arguments_is_passed_as_it_is_and_keeps_its_lm() -> None:
+    student, teacher = parity_engine(careful), parity_engine(lambda *_: True, base_name="big")
+    teaching = parity_program(teacher)
+    seen: list[Any] = []
+
+    class Bootstraps(Teleprompter):
+        def compile(self, student: dspy.Module, *, trainset: Any, teacher: Any = None) -> dspy.Module:
+            seen.append(teacher)
+            return dspy.BootstrapFewShot(metric=parity_match).compile(student, teacher=teacher, trainset=trainset)
+
+    run_step(Bootstraps(), parity_program(student), settings(), {"trainset": TRAIN}, {"teacher": teaching})
+    assert seen == [teaching]
+    assert len(teacher.requests) > 0
+    assert student.requests == []
+    assert "reset" not in teaching.__dict__
 
 
 def test_an_optimizer_gets_a_program_that_is_not_compiled_and_may_change_it() -> None:
