@@ -16,6 +16,7 @@ logger = get_logger(__name__)
 
 DEFAULT_TEMPLATE_KWARGS: Mapping[str, Any] = {"enable_thinking": False}
 """Templates that know no such switch ignore it."""
+_ANSWER = '{"a": 1}'
 PROBES = ("probe-system-a1", "probe-user-b2", "probe-assistant-c3", "probe-user-d4")
 
 
@@ -91,6 +92,8 @@ class PromptRenderer:
         else:
             logger.warning("The model has no chat template; prompts are written as '### User:' and '### Assistant:'.")
         self.end_id = self._end_of_turn(set(eos_ids))
+        start = self._encode(_ANSWER)
+        self._prefixes = self._encode("\n" + _ANSWER)[-len(start) :] != start
 
     def text(self, messages: Sequence[ChatMessage]) -> str:
         """The prompt as text, ending where the answer begins. Raises InvalidRequestError."""
@@ -101,8 +104,14 @@ class PromptRenderer:
         return self._encode(self.text(messages))
 
     def completion_tokens(self, completion: str) -> list[int]:
-        """Token ids of an answer, ended by the end-of-turn token."""
-        return [*self._encode(completion), self.end_id]
+        """Token ids of an answer as it comes after a prompt, ended by the end-of-turn token."""
+        return [*self._after_prompt(completion), self.end_id]
+
+    def _after_prompt(self, text: str) -> list[int]:
+        """Token ids of a text that is no beginning, before which SentencePiece tokenizers would put a space: under a
+        grammar the engine never writes one. None of them reaches into the prompt, whose tokens are there first."""
+        before, whole = self._encode("\n"), self._encode("\n" + text)
+        return whole[len(before) :] if self._prefixes and whole[: len(before)] == before else self._encode(text)
 
     def _encode(self, text: str) -> list[int]:
         with self._lock:

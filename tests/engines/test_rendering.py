@@ -14,8 +14,11 @@ from dspy.lm15 import (
     UnsupportedFeatureError,
 )
 from small_models import CHATML, byte_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from bettertogether.engines.rendering import PromptRenderer, messages_of
+from bettertogether.engines.structured import GrammarCompiler
 from bettertogether.errors import ModelError
 
 END, EOS = 260, 258
@@ -80,6 +83,65 @@ def test_the_prompt_ends_where_the_answer_begins() -> None:
 def test_an_answer_ends_with_the_end_of_turn_token() -> None:
     tokenizer = byte_tokenizer()
     assert renderer().completion_tokens("ok") == [*tokenizer("ok", add_special_tokens=False).input_ids, END]
+
+
+def sentencepiece(template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that writes a space before a text, and whose space may be one token with what follows it."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    for piece in ["\u2581", *map(chr, range(33, 127)), "\u2581{", "\u2581y", "]{"]:
+        vocabulary.setdefault(piece, len(vocabulary))
+    merges = [("\u2581", "{"), ("\u2581", "y"), ("]", "{")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=template, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+LLAMA2 = (
+    "<s>{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}</s>"
+    "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
+)
+ENDS = {
+    "a word": LLAMA2.replace("[/INST]", "/INST"),
+    "a bracket that would join the answer's": LLAMA2,
+    "a space that would join the answer": LLAMA2 + " ",
+    "a special token": LLAMA2 + "{% if add_generation_prompt %}</s>{% endif %}",
+}
+
+
+@pytest.mark.parametrize("end", list(ENDS))
+def test_an_answer_begins_without_the_space_of_sentencepiece_whatever_ends_the_prompt(end: str) -> None:
+    tokenizer = sentencepiece(ENDS[end])
+    found = PromptRenderer(tokenizer, [2], None).completion_tokens('{"y"}')
+    assert tokenizer.convert_ids_to_tokens(found) == ["{", '"', "y", '"', "}", "</s>"]
+
+
+def test_prompt_and_answer_have_the_tokens_of_both_in_one_piece_with_sentencepiece() -> None:
+    tokenizer = sentencepiece(ENDS["a word"])
+    found, answer = PromptRenderer(tokenizer, [2], None), '{\n  "y": "yes no"\n}'
+    together = tokenizer(found.text(CHAT) + answer, add_special_tokens=False).input_ids
+    assert [*found.prompt_tokens(CHAT), *found.completion_tokens(answer)] == [*together, 2]
+
+
+def test_the_grammar_forces_the_tokens_that_an_answer_is_trained_on_with_sentencepiece() -> None:
+    pytest.importorskip("llguidance")
+    tokenizer = sentencepiece(LLAMA2)
+    compiler = GrammarCompiler(tokenizer, len(tokenizer), [2])
+    forced = compiler.constraint({"type": "json_schema", "schema": {"const": {"y": "yes"}}}).forced()
+    trained = PromptRenderer(tokenizer, [2], None).completion_tokens('{\n  "y": "yes"\n}')
+    assert tokenizer.convert_ids_to_tokens(forced) == tokenizer.convert_ids_to_tokens(trained)[: len(forced)]
+    assert forced
+
+
+def test_an_answer_that_begins_with_a_space_keeps_it_with_sentencepiece() -> None:
+    tokenizer = sentencepiece(LLAMA2)
+    found = PromptRenderer(tokenizer, [2], None).completion_tokens(" yes")
+    assert tokenizer.convert_ids_to_tokens(found) == ["\u2581y", "e", "s", "</s>"]
 
 
 def test_without_a_token_after_the_assistants_text_the_eos_token_ends_answers() -> None:
