@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +12,7 @@ import dspy
 
 from .engines.base import LocalEngine
 from .errors import ConfigError, DataError, NoTrainingDataError
-from .labels import labels_of
+from .labels import label_fields, labels_of, output_names
 from .programs import predictors_of
 from .records import Ledger
 from .rows import DataCard, Row, TrainPrompt, balance_labels, make_data_card, rows_of_call, write_rows
@@ -82,7 +82,7 @@ def rows_from_traces(
     dropped["", STRANGER] += sum(trace.strangers for trace in chosen)
     by_trace = [_rows_of(student, trace, trainable, options.train_prompt, dropped) for trace in chosen]
     usable = [(trace, rows) for trace, rows in zip(chosen, by_trace, strict=True) if rows]
-    labels = labels_of(trainset, options.label_field)
+    labels = labels_of(trainset, options.label_field, output_names(student))
     kept_labels = [trace.label for trace, _ in usable]
     order = balance_labels(kept_labels, labels) if options.balance else range(len(usable))
     dropped["", "left out by balance"] += len(usable) - len(set(order))
@@ -91,7 +91,7 @@ def rows_from_traces(
     reasons = +dropped
     if not rows:
         raise NoTrainingDataError(_no_rows(traces, reasons))
-    warnings = _label_warnings(rows, labels)
+    warnings = [*_label_warnings(rows, labels), *_no_labels(trainset, output_names(student))]
     card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), warnings=warnings)
     return Collected(tuple(rows), card, traces.ledger)
 
@@ -135,6 +135,16 @@ def _label_warnings(rows: Sequence[Row], wanted: Sequence[str | None]) -> list[s
             "Raise num_samples, or turn rescue and balance on."
         )
     return warnings
+
+
+def _no_labels(trainset: Sequence[dspy.Example], outputs: Collection[str]) -> list[str]:
+    answers = sorted({name for example in trainset for name in example.inputs() if name in outputs})
+    if not answers or label_fields(trainset):
+        return []
+    return [
+        f"{answers} of the trainset are declared as inputs, though the program answers them: they are not taken for "
+        "labels, so nothing is rescued or balanced. Leave them out of with_inputs(...)."
+    ]
 
 
 def _no_rows(traces: TraceSet, dropped: Mapping[tuple[str, str], int]) -> str:

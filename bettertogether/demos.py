@@ -10,7 +10,7 @@ from typing import Any
 
 import dspy
 
-from .labels import labels_of, stratified_order
+from .labels import labels_of, output_names, stratified_order
 from .lm import local_engine
 from .programs import copy_for_step, predictors_of
 from .rows import render_prompt
@@ -110,7 +110,7 @@ class DemoSets:
         return list(picked.values())
 
     def _pick_labelled(self, seed: int, used: set[int]) -> list[dspy.Example]:
-        labels = labels_of(self._labelled)
+        labels = labels_of(self._labelled, outputs=output_names(self._program))
         order = stratified_order(list(range(len(self._labelled))), labels, stable_seed("labelled", seed))
         return [self._labelled[index] for index in order if index not in used]
 

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import enum
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import dspy
+
+from .errors import ConfigError
 
 MOST_LABELS = 50
 
 T = TypeVar("T")
 
 
-def label_fields(examples: Sequence[dspy.Example]) -> list[str]:
-    """Fields of the examples that are not inputs, in order; [] when the inputs were not declared."""
+def output_names(program: dspy.Module) -> set[str]:
+    """The output fields of all of a program's predictors."""
+    return {name for predictor in program.predictors() for name in predictor.signature.output_fields}
+
+
+def label_fields(examples: Sequence[dspy.Example], outputs: Collection[str] = ()) -> list[str]:
+    """Fields of the examples that are not inputs, in order; [] when the inputs were not declared. Where some are among
+    `outputs`, those alone: the others (an id, a source, a difficulty) say nothing about the answer."""
     fields: dict[str, None] = {}
     for example in examples:
         for name, _ in example.labels().items():
             fields.setdefault(name)
-    return list(fields)
+    return [name for name in fields if name in outputs] or list(fields)
 
 
-def labels_of(examples: Sequence[dspy.Example], label_field: str | None = None) -> list[str | None]:
+def labels_of(
+    examples: Sequence[dspy.Example], label_field: str | None = None, outputs: Collection[str] = ()
+) -> list[str | None]:
     """A label for each example: the value of `label_field`, or of the first label field whose values repeat (at most
-    50 distinct values, each seen twice on average); all None when there is none, as with free-text answers."""
-    candidates = [label_field] if label_field else label_fields(examples)
+    50 distinct values, each seen twice on average); all None when there is none, as with free-text answers. `outputs`
+    are the fields that the program answers. Raises ConfigError for a `label_field` that no example has."""
+    candidates = [label_field] if label_field else label_fields(examples, outputs)
+    if label_field and examples and not any(label_field in example for example in examples):
+        raise ConfigError(f"label_field={label_field!r} is no field of the examples: they have {sorted(examples[0])}.")
     for field in candidates:
         values = [example.get(field) for example in examples]
-        if not all(isinstance(value, str | int | bool) or value is None for value in values):
+        if not all(isinstance(value, str | int | bool | enum.Enum) or value is None for value in values):
             continue
         distinct = {value for value in values if value is not None}
         if label_field or (1 < len(distinct) <= MOST_LABELS and 2 * len(distinct) <= len(examples)):

@@ -14,7 +14,7 @@ import dspy
 
 from . import callbacks
 from .errors import BetterTogetherError, ConfigError, TooManyErrors
-from .labels import labels_of, stratified_order
+from .labels import label_fields, labels_of, output_names, stratified_order
 from .metrics import Metric, Verdict, judge
 from .parallel import parallel_map, thread_count
 from .records import Ledger
@@ -247,7 +247,9 @@ def collect_traces(
 
     With teachers, each of them makes the first runs instead of the student, and the first teacher the further tries.
     """
-    labels = labels_of(examples, label_field)
+    outputs = output_names(program)
+    labels = labels_of(examples, label_field, outputs)
+    known = label_fields(examples, outputs) if label_field is None else [label_field]
     traces: list[Trace] = []
 
     def wave(runner: dspy.Module, indices: Iterable[int], attempt_of: Callable[[int], Attempt]) -> None:
@@ -268,23 +270,14 @@ def collect_traces(
         attempt = Attempt("sample", number, sampling.temperature_of(number))
         wave(sampler, again, lambda _, attempt=attempt: attempt)  # type: ignore[misc]
     if sampling.rescue:
-        wave(sampler, _with_labels(examples, unsolved(), label_field), lambda i: _rescue(examples[i], label_field))
+        hints = {index: _hint(examples[index], known) for index in unsolved()}
+        wave(sampler, [i for i, hint in hints.items() if hint], lambda i: Attempt("rescue", 1, None, hints[i]))
     traces.sort(key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
     return TraceSet(tuple(traces), sum((trace.ledger for trace in traces), Ledger()), len(examples))
 
 
-def _label_values(example: dspy.Example, label_field: str | None) -> dict[str, Any]:
-    if label_field:
-        return {label_field: example[label_field]}
-    return {name: value for name, value in example.labels().items() if value is not None}
-
-
-def _with_labels(examples: Sequence[dspy.Example], indices: Iterable[int], label_field: str | None) -> list[int]:
-    return [index for index in indices if _label_values(examples[index], label_field)]
-
-
-def _rescue(example: dspy.Example, label_field: str | None) -> Attempt:
-    return Attempt("rescue", 1, None, _label_values(example, label_field))
+def _hint(example: dspy.Example, fields: Sequence[str]) -> dict[str, Any]:
+    return {name: example[name] for name in fields if example.get(name) is not None}
 
 
 NO_CALLS = "no calls to learn from"
