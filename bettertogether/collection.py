@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import dspy
 
+from .checks import is_number, require_switch, require_whole
 from .engines.base import LocalEngine
 from .errors import ConfigError, DataError, NoTrainingDataError
 from .labels import label_fields, labels_of, output_names
@@ -37,7 +38,7 @@ class Collected:
 
     def write(self, path: str | Path) -> Path:
         """Write the rows as JSON lines that `datasets.load_dataset("json")` and `rows=` read."""
-        return write_rows(self.rows, Path(path))
+        return write_rows(self.rows, Path(path).expanduser())
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,12 @@ class RowOptions:
     def __post_init__(self) -> None:
         if self.train_prompt not in get_args(TrainPrompt):
             raise ConfigError(f"train_prompt={self.train_prompt!r}: give one of {get_args(TrainPrompt)}.")
-        if not 0 <= self.max_rescue_share <= 1:
+        if not is_number(self.max_rescue_share) or not 0 <= self.max_rescue_share <= 1:
             raise ConfigError(f"max_rescue_share={self.max_rescue_share!r} is not allowed: give a number from 0 to 1.")
-        if self.max_traces_per_example < 1:
-            raise ConfigError(f"max_traces_per_example={self.max_traces_per_example!r} is not allowed: give 1 or more.")
+        require_whole("max_traces_per_example", self.max_traces_per_example, 1, meaning="1 or more")
+        require_switch("balance", self.balance)
+        if not isinstance(self.label_field, str | None):
+            raise ConfigError(f"label_field={self.label_field!r} is not allowed: give a field's name, or None.")
 
 
 def rows_from_traces(

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import dspy
 
+from .checks import require_whole
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -54,9 +56,10 @@ def parallel_map(
 
 def thread_count(program: dspy.Module, num_threads: int | None) -> int:
     """Threads for a pass: what was asked for, else as many as the program's local engines like to have in flight,
-    else `dspy.settings.num_threads`."""
+    else `dspy.settings.num_threads`. Raises ConfigError."""
     if num_threads is not None:
-        return max(1, num_threads)
+        require_whole("num_threads", num_threads, 1)
+        return num_threads
     engines = [getattr(predictor.lm, "engine", None) for predictor in program.predictors()]
     wanted = [getattr(engine, "concurrency", 0) for engine in engines]
     return int(max([dspy.settings.num_threads or 1, *wanted]))

@@ -15,8 +15,9 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from . import callbacks
+from .checks import require_metric, require_pass_options, require_switch, require_whole
 from .demos import Candidate, DemoSets, demo_states
-from .errors import ConfigError, DataError
+from .errors import DataError
 from .evaluation import evaluate_many
 from .labels import stratified_split
 from .metrics import Metric
@@ -80,8 +81,11 @@ class BootstrapFewShotRS(Teleprompter):
             ("train_size", 1 if train_size is None else train_size, 1),
             ("val_size", 1 if val_size is None else val_size, 1),
         ):
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}={value!r} is not allowed: give a whole number, {least} or more.")
+            require_whole(name, value, least)
+        require_switch("restart", restart)
+        require_switch("race", race)
+        require_metric(metric)
+        require_pass_options(num_threads, max_errors, seed, threshold)
         self.metric = metric
         self.num_candidates = num_candidates
         self.max_bootstrapped_demos = max_bootstrapped_demos

@@ -13,6 +13,7 @@ from typing import Any, Self
 import dspy
 
 from . import callbacks
+from .checks import is_number, require_metric, require_pass_options, require_switch, require_whole
 from .errors import BetterTogetherError, ConfigError, TooManyErrors
 from .labels import label_fields, labels_of, output_names, stratified_order
 from .metrics import Metric, Verdict, judge
@@ -71,18 +72,19 @@ class Sampling:
     """Take the `num_samples` tries for examples that passed as well (RFT), for more distinct traces."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_samples, int) or self.num_samples < 0:
-            raise ConfigError(f"num_samples={self.num_samples!r} is not allowed: give a whole number, 0 for none.")
-        if isinstance(self.temperature, Sequence):
+        require_whole("num_samples", self.num_samples, 0, meaning="a whole number, 0 for none")
+        if isinstance(self.temperature, Sequence) and not isinstance(self.temperature, str):
             object.__setattr__(self, "temperature", tuple(self.temperature))
         temperatures = self.temperatures
-        if not temperatures or any(not 0 < value <= 2 for value in temperatures):
+        if not temperatures or any(not is_number(value) or not 0 < value <= 2 for value in temperatures):
             raise ConfigError(f"temperature={self.temperature!r} is not allowed: give numbers above 0, at most 2.")
+        require_switch("rescue", self.rescue)
+        require_switch("sample_passing", self.sample_passing)
 
     @property
     def temperatures(self) -> tuple[float, ...]:
         """The schedule."""
-        return tuple(self.temperature) if isinstance(self.temperature, Sequence) else (self.temperature,)
+        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)  # type: ignore[return-value]
 
     def temperature_of(self, number: int) -> float:
         """Temperature of the try with this number, from 1."""
@@ -122,6 +124,10 @@ class Pass:
     """Give the metric the trace (bootstrapping) or None (evaluation), as DSPy does."""
     judge_passes: bool = True
     """Evaluation needs no verdict, only the score."""
+
+    def __post_init__(self) -> None:
+        require_metric(self.metric)
+        require_pass_options(self.num_threads, self.max_errors, self.seed, self.threshold)
 
     @classmethod
     def of_step(

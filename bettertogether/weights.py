@@ -17,6 +17,7 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from . import callbacks
+from .checks import is_number, require_metric, require_pass_options, require_switch
 from .collection import Collected, RowOptions, Trainable, rows_from_traces
 from .engines.base import MODEL_PREFIX, FinetuneResult
 from .errors import ConfigError, DataError, NoTrainingDataError, NotTrainableError
@@ -97,8 +98,18 @@ class LoRAFinetune(Teleprompter):
             raise ConfigError(f'start_from={start_from!r} is not allowed: give "base" or "current".')
         if isinstance(frozen, str):
             raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names, [{frozen!r}].")
-        if not 0 <= validation_share < 1:
+        if not isinstance(frozen, Sequence) or not all(isinstance(name, str) for name in frozen):
+            raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names.")
+        for name, value, kind in (("lora", lora, LoRAConfig), ("training", training, TrainingConfig)):
+            if not isinstance(value, kind):
+                raise ConfigError(f"{name}={value!r} is not allowed: give a {kind.__name__}(...).")
+        require_switch("multitask", multitask)
+        if not isinstance(folder, str | Path | None):
+            raise ConfigError(f"folder={folder!r} is not allowed: give a path, or None for the cache.")
+        if not is_number(validation_share) or not 0 <= validation_share < 1:
             raise ConfigError(f"validation_share={validation_share!r} is not allowed: give a number in [0, 1).")
+        require_metric(metric)
+        require_pass_options(num_threads, max_errors, seed, threshold)
         self.metric = metric
         self.lora = lora
         self.training = training
@@ -112,7 +123,7 @@ class LoRAFinetune(Teleprompter):
         self.num_threads = num_threads
         self.max_errors = max_errors
         self.seed = seed
-        self.folder = Path(folder) if folder is not None else None
+        self.folder = Path(folder).expanduser() if folder is not None else None
         self.details: dict[str, Any] = {}
         """What the last `compile` did, as JSON: data card, loss history, adapters."""
         self.ledger = Ledger()
@@ -171,7 +182,8 @@ class LoRAFinetune(Teleprompter):
         self.ledger = collected.ledger
         for warning in collected.card.warnings:
             logger.warning(warning)
-        results = self._train(collected.rows, trainable, seed, Path(folder) if folder is not None else self.folder)
+        target = Path(folder).expanduser() if folder is not None else self.folder
+        results = self._train(collected.rows, trainable, seed, target)
         self._account(results, time.monotonic() - started)
         return self._tuned(student, trainable, results)
 
@@ -225,7 +237,7 @@ class LoRAFinetune(Teleprompter):
         return rows_from_traces(student, trainset, traces, trainable, self.rows)
 
     def _given(self, rows: Sequence[Row] | str | Path, trainable: Trainable) -> Collected:
-        given = tuple(read_rows(Path(rows)) if isinstance(rows, str | Path) else rows)
+        given = tuple(read_rows(Path(rows).expanduser()) if isinstance(rows, str | Path) else rows)
         if not given:
             raise NoTrainingDataError("rows= is empty: give at least one row, or leave it out to collect them.")
         unknown = sorted({row.predictor for row in given} - trainable.keys()) if not self.multitask else []
