@@ -76,6 +76,10 @@ def read_card(source: str | Path) -> ModelCard:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{str(source)!r} needs code of its own, which is not run. Give a model that transformers knows."
+            ) from error
         raise ModelError(
             f"{str(source)!r} can't be loaded as a transformers model: {error} Give the folder of a model "
             "(config.json, model.safetensors, tokenizer.json), or a hub id that this machine can reach."

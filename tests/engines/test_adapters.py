@@ -34,7 +34,7 @@ def save_adapter(folder: Path, seed: int, **options: Any) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 
@@ -80,6 +80,56 @@ def test_the_logits_under_an_adapter_are_pefts(folders: list[Path]) -> None:
         with torch.inference_mode():
             expected = PeftModel.from_pretrained(tiny_model(), folder).double().eval()(ids_1_T).logits
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_of_the_output_layer_beside_others_answers_as_peft_does(folders: list[Path], tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "head", 4, target_modules=["q_proj", "lm_head"])
+    model = tiny_model()
+    adapters, names = make_bank(model, [folder, *folders[:1]])
+    rows = [Row(text, 6, adapter) for text in prompts(3, 70) for adapter in (names[0], "", names[1])]
+    decode(PackedDecoder(model, adapters, cache_bytes=1 << 30), rows)
+    tuned = PeftModel.from_pretrained(tiny_model(), folder)
+    expected = [generated(tuned, text, 6) for text in prompts(3, 70)]
+    assert [row.output_ids for row in rows if row.adapter == names[0]] == expected
+
+
+def test_a_layer_that_sees_a_part_of_the_tokens_is_not_served_in_a_batch(folders: list[Path]) -> None:
+    model = tiny_model()
+    adapters, (name, *_) = make_bank(model, folders)
+    spans = [AdaptedSpan("", 0, 3), AdaptedSpan(name, 3, 7)]
+    with adapters.active(spans, kept=[2, 6]), pytest.raises(ModelError, match=r"q_proj, which sees 5 of 7 tokens"):
+        model(torch.tensor([[1, 2, 3, 4, 5]]))
+
+
+class EightBit(torch.nn.Linear):
+    """A linear layer that holds its weight in 8 bits, as quantized models do."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.scale = float(layer.weight.abs().max()) / 127
+        integers = (layer.weight / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(integers, requires_grad=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(input, self.weight.to(input.dtype) * self.scale)
+
+
+def eight_bit_model() -> Any:
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = EightBit(layer.self_attn.q_proj)
+    return model
+
+
+def test_the_matrices_beside_a_quantized_layer_keep_their_numbers(folders: list[Path]) -> None:
+    ids_1_T = torch.tensor([prompts(1, 40)[0]])
+    model = eight_bit_model()
+    adapters, (name,) = make_bank(model, folders[1:2])
+    with torch.inference_mode(), adapters.active([AdaptedSpan(name, 0, None)]):
+        found = model(ids_1_T).logits
+    with torch.inference_mode():
+        expected = PeftModel.from_pretrained(eight_bit_model(), folders[1]).eval()(ids_1_T).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_outside_of_its_passes_the_model_is_the_base(folders: list[Path]) -> None:
@@ -154,6 +204,15 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path: Path, change: dic
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ModelError, match="plain LoRA"):
+        make_bank(tiny_model(), [folder])
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga"])
+def test_an_adapter_whose_start_changed_the_base_is_refused(tmp_path: Path, start: str) -> None:
+    folder = save_adapter(tmp_path / "a", 1)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": start}))
+    with pytest.raises(ModelError, match=f"init_lora_weights='{start}'.*path_initial_model_for_weight_conversion"):
         make_bank(tiny_model(), [folder])
 
 

@@ -16,7 +16,7 @@ import torch
 from dspy._vendor.lm15.result import StreamAccumulator
 from dspy.clients.engines.stream_guard import checked_stream
 from dspy.lm15 import Config, ContextLengthError, Message, Request, UnsupportedFeatureError
-from small_models import PACKED, byte_tokenizer, generated, save_model, tiny_model
+from small_models import PACKED, SIZES, byte_tokenizer, generated, save_model, tiny_model
 from test_adapters import save_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
 
@@ -335,6 +335,42 @@ def test_a_model_of_another_kind_is_an_error(tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"of type 't5', which is no causal language model"):
         TransformersEngine(tmp_path)
+
+
+def test_a_token_without_an_embedding_is_told_at_load_and_refused_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_model(tmp_path / "tiny")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.save_pretrained(folder)
+    engine = TransformersEngine(folder)
+    assert "has tokens up to 261, the model embeddings for 261: texts with '<call>'" in caplog.text
+    assert engine.complete(ask("plain", max_tokens=2)).usage.output_tokens == 2
+    with pytest.raises(ModelError, match=r"'<call>', which is token 261.*embeddings for tokens 0 to 260"):
+        engine.complete(ask("a <call> here"))
+    engine.close()
+
+
+def test_a_chat_template_of_tokens_without_an_embedding_is_an_error_at_load(tmp_path: Path) -> None:
+    tiny_model(LlamaConfig(**{**SIZES, "vocab_size": 259})).save_pretrained(tmp_path / "tiny")
+    byte_tokenizer().save_pretrained(tmp_path / "tiny")
+    with pytest.raises(ModelError, match=r"'<\|im_start\|>', which is token 259.*embeddings for tokens 0 to 258"):
+        TransformersEngine(tmp_path / "tiny")
+
+
+def test_code_that_comes_with_a_model_is_not_run_and_not_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    (folder / "config.json").write_text(json.dumps({**config, **own}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked"))
+    with pytest.raises(ModelError, match="code of its own, which is not run"):
+        TransformersEngine(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_that_are_damaged_fail_the_request(tmp_path: Path) -> None:

@@ -165,6 +165,24 @@ def test_a_killed_run_goes_on_and_gives_the_same_result(tmp_path: Path, step: in
     ]
 
 
+def test_weights_that_no_gradient_reaches_have_zero_moments_and_a_killed_run_goes_on(tmp_path: Path) -> None:
+    def cut() -> Any:
+        model = tiny_model()
+        model.model.layers[0].mlp.register_forward_hook(lambda _, inputs, output: output.detach())
+        return model
+
+    options = {"training": TrainingConfig(**{**FAST.to_dict(), "epochs": 2}), "rows": ROWS[:8]}
+    train(tmp_path / "whole", model=cut(), **options)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", model=cut(), on_progress=kill_at(2), **options)
+    moments = load_file(tmp_path / "killed" / "checkpoint" / "epoch-1" / "tensors.safetensors")
+    key = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
+    assert not moments[f"first_moments/{key}"].any()
+    train(tmp_path / "killed", model=cut(), **options)
+    assert not weights(tmp_path / "killed")[key].any()
+    assert difference(tmp_path / "whole", tmp_path / "killed") == 0
+
+
 def test_a_checkpoint_of_another_run_is_not_continued(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         train(tmp_path, validation_rows=HELD_OUT, on_progress=kill_at(5))
