@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,6 +154,7 @@ def vllm_lm(
     model: str | Path,
     *,
     url: str | None = None,
+    api_key: str | None = None,
     adapter: str | Path | None = None,
     temperature: float = 0.0,
     max_tokens: int | None = None,
@@ -165,6 +167,7 @@ def vllm_lm(
     Args:
         model: Folder of a transformers model, or a hub id.
         url: vLLM server that serves it already; None starts one on this machine at the first request.
+        api_key: Key of that server; the environment's VLLM_API_KEY when None. It is not saved with a program.
         adapter: PEFT folder to answer with; None for the base model.
         temperature: 0 takes the likeliest token each time.
         max_tokens: Tokens of an answer at most; None: 1024, or what the context has left.
@@ -173,12 +176,13 @@ def vllm_lm(
         engine_options: Options of `VLLMEngine`: server_options, command, concurrency, stop_while_training, ...
         lm_options: Anything else `dspy.LM` takes.
 
-    Raises ModelError for a folder or id that holds no model, and for a `url` where no vLLM answers.
+    Raises ConfigError for a value that an option can't have, and ModelError for a folder or id that holds no model and
+    for a `url` where no vLLM answers.
     """
     from .engines import VLLMEngine
 
     lm_options |= {"temperature": temperature, "max_tokens": max_tokens, "cache": cache}
-    return _shared_lm(VLLMEngine, model, adapter, {**(engine_options or {}), "url": url}, lm_options)
+    return _shared_lm(VLLMEngine, model, adapter, engine_options, lm_options, url=url, api_key=api_key)
 
 
 def _shared_lm(
@@ -187,9 +191,16 @@ def _shared_lm(
     adapter: str | Path | None,
     engine_options: Mapping[str, Any] | None,
     lm_options: Mapping[str, Any],
+    **place: Any,
 ) -> LocalLM:
     """The LM for this process's engine of a model."""
-    engine: Any = engine_class.shared(model, **(engine_options or {}))
+    if engine_options is not None and not isinstance(engine_options, Mapping):
+        raise ConfigError(f"engine_options={engine_options!r} is not allowed: give a mapping of names to values.")
+    options = {**(engine_options or {}), **place}
+    known = inspect.signature(engine_class).parameters.keys() - {"model"}
+    if unknown := sorted(str(name) for name in options.keys() - known):
+        raise ConfigError(f"engine_options {unknown} are not known. Allowed: {sorted(known)}.")
+    engine: Any = engine_class.shared(model, **options)
     name = engine.add_adapter(Path(adapter)) if adapter is not None else None
     return engine_lm(engine, name, **lm_options)
 

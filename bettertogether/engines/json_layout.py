@@ -101,10 +101,10 @@ class _Grammar:
         properties = schema["properties"]
         if set(schema.get("required", ())) != set(properties):
             return self._one_line(schema)
-        items = []
-        for name, value in properties.items():
-            key = json.dumps(name, ensure_ascii=False) + ": "
-            items.append(f"{_literal(key)} {self._value(value, depth + 1)}")
+        items = [
+            (json.dumps(name, ensure_ascii=False) + ": ", self._value(value, depth + 1))
+            for name, value in properties.items()
+        ]
         return _sequence("{", items, "}", depth)
 
     def _mapping(self, schema: Mapping[str, Any], depth: int) -> str:
@@ -135,7 +135,7 @@ class _Grammar:
         if "prefixItems" not in schema:
             item = self._value(schema.get("items", True), depth + 1)
             return _listing("[", item, "]", depth, least, most)
-        items = [self._value(item, depth + 1) for item in schema["prefixItems"]]
+        items = [("", self._value(item, depth + 1)) for item in schema["prefixItems"]]
         if not least == len(items) == most:
             return self._one_line(schema)
         return _sequence("[", items, "]", depth) if items else _literal("[]")
@@ -188,15 +188,18 @@ class _Grammar:
         raise ValueError(f"no grammar for {json.dumps(schema)[:200]}")
 
 
-def _sequence(opening: str, items: Sequence[str], closing: str, depth: int) -> str:
-    """Rule body of a bracketed row of these very items, one a line."""
+def _sequence(opening: str, items: Sequence[tuple[str, str]], closing: str, depth: int) -> str:
+    """Rule body of a bracketed row of these very items, one a line; each is a text before a value, and its rule."""
     first, between, last = _frame(opening, closing, depth)
-    return f"{first} {f' {between} '.join(items)} {last}"
+    parts = [
+        f"{_literal((between if position else first) + text)} {rule}" for position, (text, rule) in enumerate(items)
+    ]
+    return " ".join([*parts, _literal(last)])
 
 
 def _listing(opening: str, item: str, closing: str, depth: int, least: int, most: int | None) -> str:
     """Rule body of a bracketed list of such items, one a line."""
-    first, between, last = _frame(opening, closing, depth)
+    first, between, last = map(_literal, _frame(opening, closing, depth))
     bounds = f"{max(least - 1, 0)},{'' if most is None else max(most - 1, 0)}"
     filled = f"{first} {item} ({between} {item}){{{bounds}}} {last}"
     if most == 0:
@@ -207,7 +210,7 @@ def _listing(opening: str, item: str, closing: str, depth: int, least: int, most
 def _frame(opening: str, closing: str, depth: int) -> tuple[str, str, str]:
     """What stands before, between and after the items in brackets."""
     inner, outer = "  " * (depth + 1), "  " * depth
-    return _literal(f"{opening}\n{inner}"), _literal(f",\n{inner}"), _literal(f"\n{outer}{closing}")
+    return f"{opening}\n{inner}", f",\n{inner}", f"\n{outer}{closing}"
 
 
 def _choices(schema: Any) -> list[Any]:

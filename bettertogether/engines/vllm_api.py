@@ -11,10 +11,13 @@ from dspy.lm15 import InvalidRequestError, ServerError
 
 from .decoding import SamplingOptions, TokenScore
 
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
+"""A server fills fields that are not sent from the model's generation_config.json."""
+
 
 def sampling_fields(sampling: SamplingOptions) -> dict[str, Any]:
     """The sampling options of a request, as fields of its body."""
-    fields: dict[str, Any] = {"stop": list(sampling.stop), "seed": sampling.seed}
+    fields: dict[str, Any] = {**NEUTRAL, "stop": list(sampling.stop), "seed": sampling.seed}
     if sampling.logprobs is not None:
         fields |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
     if sampling.greedy:

@@ -8,9 +8,10 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response, ServerError, TransportError
 
 from ..errors import ConfigError, EngineClosedError, ModelError
+from ..printable import get_logger
 from .adapters import adapter_name, read_adapter_config, unknown_adapter
 from .base import MODEL_PREFIX, FinetuneResult, ProgressFunction
 from .finetuning import TrainingJob, train
@@ -29,15 +31,12 @@ from .scheduler import Answer
 from .shared_engine import PARAMS, AsyncSide, SharedEngine
 from .structured import answer_grammar
 from .vllm_api import check, chunks_of, sampling_fields, scores_of
+from .vllm_options import SERVER_RESOURCES, check_options, is_cut, server_options_for
 from .vllm_server import VLLMServer
+from .vllm_stream import Put, StreamReader
 
-SERVER_RESOURCES = frozenset(
-    {
-        "gpu_memory_utilization", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
-        "max_num_seqs", "max_num_batched_tokens", "max_loras", "max_cpu_loras", "max_lora_rank", "swap_space",
-        "cpu_offload_gb", "enforce_eager", "download_dir", "enable_prefix_caching",
-    }
-)  # fmt: skip
+logger = get_logger(__name__)
+
 COUNTERS = ("requests", "prompt_tokens", "prefix_tokens_reused", "generated_tokens")
 
 
@@ -52,6 +51,8 @@ class VLLMEngine(SharedEngine):
     Args:
         model: Folder of a transformers model, or a hub id.
         adapters: PEFT folders to serve from the start.
+        api_key: Key of a server that runs already; the environment's VLLM_API_KEY when None. It is not saved. A server
+            of ours gets a random one.
         url: Server that runs already, "http://host:8000"; None starts one on this machine. It must have been started
             with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora, and must see the adapters' folders under
             the same paths.
@@ -81,6 +82,7 @@ class VLLMEngine(SharedEngine):
         *,
         adapters: Sequence[Path] = (),
         url: str | None = None,
+        api_key: str | None = None,
         command: str | Sequence[str] = "vllm",
         server_options: Mapping[str, Any] | None = None,
         concurrency: int = 64,
@@ -91,8 +93,12 @@ class VLLMEngine(SharedEngine):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         cache_folder: Path | None = None,
     ) -> None:
-        if not isinstance(concurrency, int) or concurrency < 1:
-            raise ConfigError(f"concurrency={concurrency!r} is not allowed: give a whole number above 0.")
+        check_options(
+            url=url, api_key=api_key, command=command, server_options=server_options, concurrency=concurrency,
+            stop_while_training=stop_while_training, mixed_batches=mixed_batches,
+            request_timeout_s=request_timeout_s, startup_timeout_s=startup_timeout_s,
+            chat_template_kwargs=chat_template_kwargs,
+        )  # fmt: skip
         options = {
             "url": url, "command": command, "server_options": server_options or {}, "concurrency": concurrency,
             "stop_while_training": stop_while_training, "mixed_batches": mixed_batches,
@@ -103,11 +109,14 @@ class VLLMEngine(SharedEngine):
         self.concurrency = concurrency
         self._base_model = MODEL_PREFIX + self.base_name
         self._server = VLLMServer(
-            self._card.source, self._base_model, url=url, options=server_options or {},
+            self._card.source, self._base_model, url=url, api_key=api_key,
+            options=server_options_for(self._card, url, server_options),
             command=[command] if isinstance(command, str) else command, startup_timeout_s=startup_timeout_s,
         )  # fmt: skip
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
-        self._client = httpx.Client(timeout=httpx.Timeout(request_timeout_s, connect=10.0), limits=limits)
+        timeout = httpx.Timeout(request_timeout_s, connect=10.0)
+        # A proxy of the environment's is not for a server on this machine.
+        self._client = httpx.Client(timeout=timeout, limits=limits, trust_env=not self._server.ours)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="bettertogether-vllm")
         self._writer = ResponseWriter(self._card.tokenizer)
         self._gate = Gate()
@@ -133,6 +142,15 @@ class VLLMEngine(SharedEngine):
         server = {name: value for name, value in options["server_options"].items() if name not in SERVER_RESOURCES}
         return super()._traits({**options, "server_options": server})
 
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        key = options.get("api_key")
+        if key is not None and key != self._server.api_key:
+            raise ConfigError(
+                f"Another api_key was given than the one with which {self.short_name!r} is served in this process. Use "
+                "the same one, or close() the engine first."
+            )
+        super()._check_options({name: value for name, value in options.items() if name != "api_key"})
+
     @classmethod
     def place(cls, options: Mapping[str, Any]) -> dict[str, str | None]:
         """The server."""
@@ -142,15 +160,24 @@ class VLLMEngine(SharedEngine):
         """Learn the base model's name and context length from a server that is not ours."""
         address, _ = self._server.address()
         try:
-            models = self._client.get(f"{address}/v1/models").raise_for_status().json()["data"]
+            reply = self._client.get(f"{address}/v1/models", headers=self._server.headers)
+            models = reply.raise_for_status().json()["data"]
             base = next(model for model in models if not model.get("parent"))
-        except (httpx.HTTPError, ValueError, KeyError, StopIteration) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, StopIteration) as error:
             raise ModelError(
                 f"No vLLM server answers at {address}: {error!r}. Start one there (VLLM_ALLOW_RUNTIME_LORA_UPDATING="
-                "True vllm serve MODEL --enable-lora --max-lora-rank 64), or leave url out to have one started here."
+                "True vllm serve MODEL --enable-lora --max-lora-rank 64), or leave url out to have one started here. A "
+                "server with a key wants api_key=."
             ) from error
         self._served_base = base["id"]
-        self.max_length = min(self.max_length, int(base.get("max_model_len") or self.max_length))
+        served_length = int(base.get("max_model_len") or self.max_length)
+        if is_cut(self._card) and self.max_length < served_length:
+            logger.warning(
+                "The server at %s takes texts of %d tokens, for which vLLM changes this model's rotary factors in "
+                "texts of any length; training keeps to those of short ones. Start it with --max-model-len %d.",
+                address, served_length, self.max_length,
+            )  # fmt: skip
+        self.max_length = min(self.max_length, served_length)
 
     def complete(self, request: Request) -> Response:
         """Answer one request; `request.model` names the base or an adapter.
@@ -166,20 +193,13 @@ class VLLMEngine(SharedEngine):
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """Answer one request as events."""
-        request = self._named(request)
-        body = self._body(request) | {"stream": True, "stream_options": {"include_usage": True}}
-        usage: dict[str, Any] = {}
-        last: dict[str, Any] = {}
-        with self._gate.together(self._kind(request.model)), self._translated():
-            yield self._writer.start(request)
-            with closing(self._ask(request.model, body, stream=True)) as reply:
-                for chunk in chunks_of(reply):
-                    usage = chunk.get("usage") or usage
-                    for choice in chunk["choices"]:
-                        last = choice if choice["finish_reason"] else last
-                        if choice["text"]:
-                            yield self._writer.delta(choice["text"], scores_of(choice))
-        yield self._writer.end(self._answer(last, usage))
+        events: SimpleQueue[Any] = SimpleQueue()
+        reader = self._reader(request, events.put)
+        try:
+            while (event := events.get()) is not None:
+                yield _event(event)
+        finally:
+            reader.stop()
 
     async def complete_async(self, request: Request) -> Response:
         """`complete` for an event loop."""
@@ -187,12 +207,41 @@ class VLLMEngine(SharedEngine):
 
     async def stream_async(self, request: Request) -> AsyncIterator[StreamEvent]:
         """`stream` for an event loop."""
-        events = self.stream(request)
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Any] = asyncio.Queue()
+
+        def put(event: Any) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody takes events any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        reader = self._reader(request, put)
         try:
-            while (event := await asyncio.wrap_future(self._pool.submit(next, events, None))) is not None:
-                yield event
+            while (event := await events.get()) is not None:
+                yield _event(event)
         finally:
-            await asyncio.wrap_future(self._pool.submit(events.close))  # type: ignore[attr-defined]
+            reader.stop()
+
+    def _reader(self, request: Request, put: Put) -> StreamReader:
+        request = self._named(request)
+        body = self._body(request) | {"stream": True, "stream_options": {"include_usage": True}}
+        reader = StreamReader(put)
+        reader.start(self._pool, lambda reader: self._events(request, body, reader))
+        return reader
+
+    def _events(self, request: Request, body: Mapping[str, Any], reader: StreamReader) -> Iterator[StreamEvent]:
+        usage: dict[str, Any] = {}
+        last: dict[str, Any] = {}
+        with self._gate.together(self._kind(request.model)), self._translated():
+            yield self._writer.start(request)
+            with closing(self._ask(request.model, body, stream=True)) as reply:
+                reader.reads(reply)
+                for chunk in chunks_of(reply):
+                    usage = chunk.get("usage") or usage
+                    for choice in chunk["choices"]:
+                        last = choice if choice["finish_reason"] else last
+                        if choice["text"]:
+                            yield self._writer.delta(choice["text"], scores_of(choice))
+        yield self._writer.end(self._answer(last, usage))
 
     @property
     def asynchronous(self) -> AsyncVLLMEngine:
@@ -232,7 +281,8 @@ class VLLMEngine(SharedEngine):
         return reply
 
     def _send(self, model: str, body: Mapping[str, Any], stream: bool) -> httpx.Response:
-        request = self._client.build_request("POST", f"{self._prepare(model)}/v1/completions", json=body)
+        url = f"{self._prepare(model)}/v1/completions"
+        request = self._client.build_request("POST", url, json=body, headers=self._server.headers)
         return self._client.send(request, stream=stream)
 
     @contextmanager
@@ -249,7 +299,8 @@ class VLLMEngine(SharedEngine):
             if model == self._base_model or (number, model) in self._loaded:
                 return address
             adapter = {"lora_name": model, "lora_path": str(self._adapters[model].resolve())}
-            reply = self._client.post(f"{address}/v1/load_lora_adapter", json=adapter)
+            url = f"{address}/v1/load_lora_adapter"
+            reply = self._client.post(url, json=adapter, headers=self._server.headers)
             if reply.status_code >= 400 and "already been loaded" not in reply.text:
                 raise ModelError(
                     f"vLLM does not load the adapter {adapter['lora_path']}: {reply.status_code} {reply.text:.500}. "
@@ -357,3 +408,9 @@ class AsyncVLLMEngine(AsyncSide):
     """A `VLLMEngine` whose `complete` is awaited."""
 
     engine_class = VLLMEngine
+
+
+def _event(event: Any) -> StreamEvent:
+    if isinstance(event, BaseException):
+        raise event
+    return event  # type: ignore[no-any-return]

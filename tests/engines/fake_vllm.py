@@ -2,7 +2,8 @@
 
 An answer is five words made from the prompt's tokens, the model's name and, when sampling, the seed. `/seen` gives the
 bodies of all completions so far. Environment: FAKE_VLLM_FAILS=text ends with that text in the log;
-FAKE_VLLM_DIES_AFTER=n exits at the n-th completion.
+FAKE_VLLM_DIES_AFTER=n exits at the n-th completion; FAKE_VLLM_PAUSES=s waits so many seconds after each word of a
+stream.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -56,13 +58,25 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def refused(self) -> bool:
+        """As vLLM does: whoever has no key gets no further than the health check."""
+        key = os.environ.get("VLLM_API_KEY")
+        if not key or not self.path.startswith("/v1") or self.headers["Authorization"] == f"Bearer {key}":
+            return False
+        self.reply(401, {"error": "Unauthorized"})
+        return True
+
     def do_GET(self) -> None:
+        if self.refused():
+            return
         models = [{"id": BASE, "parent": None, "max_model_len": 4096}]
         models += [{"id": name, "parent": BASE} for name in adapters]
         self.reply(200, {"/v1/models": {"data": models}, "/seen": seen}.get(self.path, {}))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.refused():
+            return
         {"/v1/completions": self.complete, "/v1/load_lora_adapter": self.load}[self.path](body)
 
     def load(self, body: dict[str, Any]) -> None:
@@ -96,12 +110,15 @@ class Handler(BaseHTTPRequestHandler):
         pieces = [choice(word if place == 0 else f" {word}", body, [word], None) for place, word in enumerate(answer)]
         events = [{"choices": [piece]} for piece in pieces] + [{"choices": [choice("", body, [], "stop")]}]
         events.append({"choices": [], "usage": usage})
-        data = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+        pieces = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(sum(map(len, pieces))))
         self.end_headers()
-        self.wfile.write(data.encode())
+        for piece in pieces:
+            self.wfile.write(piece.encode())
+            self.wfile.flush()
+            time.sleep(float(os.environ.get("FAKE_VLLM_PAUSES", "0")))
 
 
 if __name__ == "__main__":

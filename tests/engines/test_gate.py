@@ -4,6 +4,10 @@ import threading
 import time
 from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from fakes import wait_for
 
 from bettertogether.engines.gate import Gate
 
@@ -73,3 +77,37 @@ def test_an_error_inside_lets_others_in() -> None:
         pass
     with gate.together("a"):
         assert gate._inside == 1
+
+
+def test_whoever_waits_to_be_alone_comes_before_those_who_come_later() -> None:
+    gate, order = Gate(), []
+
+    def enter(name: str) -> None:
+        with gate.alone() if name == "training" else gate.together("base"):
+            order.append(name)
+
+    with ThreadPoolExecutor(3) as pool:
+        with gate.together("base"):
+            entered = [pool.submit(enter, "training")]
+            wait_for(lambda: len(gate._waiting) == 1)
+            entered += [pool.submit(enter, "base"), pool.submit(enter, "base")]
+            wait_for(lambda: len(gate._waiting) == 3)
+            assert order == []
+        for done in entered:
+            done.result()
+    assert order == ["training", "base", "base"]
+
+
+def test_whoever_gives_up_waiting_keeps_nobody_out() -> None:
+    gate = Gate()
+
+    def interrupted(condition: Any) -> None:
+        raise KeyboardInterrupt
+
+    with gate.together("a"):
+        gate._condition.wait_for = interrupted  # type: ignore[assignment]
+        with pytest.raises(KeyboardInterrupt), gate.alone():
+            pass
+        del gate._condition.wait_for
+        with gate.together("a"):
+            assert gate._inside == 2

@@ -4,10 +4,12 @@ environment names it (BETTERTOGETHER_TEST_VLLM: the program, BETTERTOGETHER_TEST
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,8 @@ import httpx
 import pytest
 from dspy.lm15 import Config, ContextLengthError, Message, Request, ServerError, StreamDeltaEvent, TransportError
 from fakes import wait_for
+from small_models import SIZES, save_model
+from transformers import Phi3Config
 
 from bettertogether import vllm_lm
 from bettertogether.engines import VLLMEngine
@@ -121,6 +125,14 @@ def test_greedy_is_asked_for_as_temperature_zero_alone(served: VLLMEngine) -> No
         "top_p": None,
         "top_k": None,
     }
+
+
+def test_nothing_is_left_to_the_generation_config_of_the_server(served: VLLMEngine) -> None:
+    neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
+    for options in ({}, {"temperature": 1.0}):
+        served.complete(request(served, **options))
+        assert {name: seen(served)[-1].get(name) for name in neutral} == neutral
+    assert {name: seen(served)[-1].get(name) for name in ("top_p", "top_k")} == {"top_p": 1.0, "top_k": 0}
 
 
 def test_a_schema_goes_out_as_the_grammar_of_this_librarys_layout(served: VLLMEngine) -> None:
@@ -234,6 +246,148 @@ def test_a_closed_engine_says_so(folder: Path) -> None:
     engine.close()
     with pytest.raises(EngineClosedError, match="was closed"):
         engine.complete(request(engine))
+
+
+@pytest.fixture
+def slow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VLLMEngine]:
+    """An engine whose server takes 5 * 0.5 s for a stream."""
+    monkeypatch.setenv("FAKE_VLLM_PAUSES", "0.5")
+    engine = VLLMEngine(folder, command=FAKE)
+    yield engine
+    engine.close()
+
+
+def test_a_stream_that_takes_too_long_for_an_event_loop_times_out_and_leaves_the_engine_free(slow: VLLMEngine) -> None:
+    async def take() -> None:
+        async for _ in slow.asynchronous.stream(request(slow)):
+            pass
+
+    slow.complete(request(slow))
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(take(), 0.8))
+    assert wait_for(lambda: slow._gate._inside == 0, seconds=0.6)
+
+
+def test_a_stream_that_is_never_taken_to_its_end_keeps_no_training_waiting(slow: VLLMEngine, tmp_path: Path) -> None:
+    stream = slow.stream(request(slow))
+    assert [next(stream).type, next(stream).type] == ["start", "delta"]
+    train(slow, tmp_path)
+    assert [event.type for event in stream][-1] == "end"
+
+
+def test_a_stream_that_is_given_up_is_broken_off(slow: VLLMEngine) -> None:
+    stream = slow.stream(request(slow))
+    next(stream)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert wait_for(lambda: slow._gate._inside == 0, seconds=0.6)
+
+
+def test_those_who_wait_for_a_server_that_can_not_start_share_its_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM_FAILS", "no room for the weights")
+    engine = VLLMEngine(folder, command=FAKE)
+
+    def ask(number: int) -> str:
+        with pytest.raises(ModelError) as caught:
+            engine.complete(request(engine, str(number)))
+        return str(caught.value)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(ask, range(8)))) == 1
+    assert engine._server._starts == 1
+    monkeypatch.delenv("FAKE_VLLM_FAILS")
+    assert engine.complete(request(engine)).text
+    engine.close()
+
+
+def test_a_proxy_of_the_environment_is_not_for_a_server_of_ours(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    engine = VLLMEngine(folder, command=FAKE, startup_timeout_s=20)
+    assert engine.complete(request(engine)).text
+    engine.close()
+
+
+def test_a_server_of_ours_has_a_random_key_that_is_neither_an_argument_nor_saved(served: VLLMEngine) -> None:
+    served.complete(request(served))
+    address, key = served._server.address()[0], served._server.api_key
+    assert httpx.get(f"{address}/v1/models").status_code == 401
+    assert key is not None
+    assert len(key) > 30
+    process = served._server._process
+    assert process is not None
+    assert key not in str(process._process.args)
+    assert key not in json.dumps(served.dump_state())
+    assert key not in served._server._log.read_text()
+
+
+def test_a_server_of_somebody_elses_at_our_port_is_not_taken_for_ours(
+    folder: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Running(port)
+    monkeypatch.setattr("bettertogether.engines.vllm_server.free_port", lambda: port)
+    engine = VLLMEngine(folder, command=FAKE)
+    with pytest.raises(ModelError, match="ended with code 1 before it could answer"):
+        engine.complete(request(engine))
+    engine.close()
+    running.stop()
+
+
+def test_a_server_that_wants_a_key_is_used_with_it(folder: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running(port, VLLM_API_KEY="open sesame")
+    url = f"http://127.0.0.1:{port}"
+    with pytest.raises(ModelError, match="wants api_key="):
+        vllm_lm(folder, url=url)
+    lm = vllm_lm(folder, url=url, api_key="open sesame", cache=False)
+    assert lm("What is red?")[0].startswith("w")
+    assert "sesame" not in json.dumps(lm.dump_state())
+    with pytest.raises(ConfigError, match="Another api_key") as caught:
+        vllm_lm(folder, url=url, api_key="another")
+    assert "sesame" not in str(caught.value)
+    lm.engine.close()
+    monkeypatch.setenv("VLLM_API_KEY", "open sesame")
+    lm = vllm_lm(folder, url=url, cache=False)
+    assert lm("What is red?")[0].startswith("w")
+    lm.engine.close()
+    running.stop()
+
+
+LONGROPE = Phi3Config(
+    **{**SIZES, "max_position_embeddings": 512, "original_max_position_embeddings": 256},
+    rope_parameters={
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    },
+)  # fmt: skip
+
+
+def test_a_model_whose_rotary_factors_change_with_the_length_is_served_at_the_length_it_is_trained_at(
+    tmp_path: Path,
+) -> None:
+    engine = VLLMEngine(save_model(tmp_path / "longrope", LONGROPE), command=FAKE)
+    assert engine.max_length == 256
+    assert engine._server.options["max_model_len"] == 256
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"url": 5}, {"url": "node7:8000"}, {"url": ""}, {"url": "http://x", "api_key": 5}, {"api_key": "x"},
+        {"engine_options": {"concurrency": 0}}, {"engine_options": {"command": 5}},
+        {"engine_options": {"server_options": 5}}, {"engine_options": {"server_options": {"api_key": "x"}}},
+        {"engine_options": {"startup_timeout_s": -1}}, {"engine_options": {"stop_while_training": "no"}},
+        {"engine_options": {"mixed_batches": 5}}, {"engine_options": {"chat_template_kwargs": 5}},
+        {"engine_options": {"colour": "red"}}, {"engine_options": 5},
+    ],
+)  # fmt: skip
+def test_arguments_that_can_not_be_are_refused_at_once(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = save_model(tmp_path / "model")
+    with pytest.raises(ConfigError):
+        vllm_lm(folder, **options)
 
 
 class Running:
