@@ -307,7 +307,10 @@ def _sampling_lm(lm: Any, attempt: Attempt, seed: int | None) -> Any:
     samples = (changes.get("temperature", lm.kwargs.get("temperature")) or 0) > 0
     if samples and "seed" in lm.supported_params:
         changes["seed"] = seed
-    return lm.copy(**changes) if changes else lm
+    sampled = lm.copy(**changes) if changes else lm
+    if "seed" in changes:
+        sampled.drawn = seed, sampled.kwargs.get("rollout_id")
+    return sampled
 
 
 def _hand_on_usage(tracker: UsageTracker, prediction: Any) -> None:

@@ -171,6 +171,7 @@ class Watch(BaseCallback):
         seen = None
         if isinstance(instance, dspy.Predict):
             seen = _begun(instance, inputs.get("kwargs", {}))
+            _draw_anew(seen.lm)
             token = _CALL.set(seen)
             stack.callback(_CALL.reset, token)
         record.open[call_id] = stack, seen
@@ -243,6 +244,14 @@ def watched_lm(lm: Any) -> Any:
     copied = lm.copy()
     copied.update_history = note_response  # type: ignore[method-assign]
     return copied
+
+
+def _draw_anew(lm: Any) -> None:
+    """Give the copy of an LM that a program made for another rollout (`dspy.BestOfN`) another seed, where the run gave
+    the LM one: with the same seed every rollout would be the same answer."""
+    drawn = getattr(lm, "drawn", None)
+    if drawn and lm.kwargs.get("seed") == drawn[0] and lm.kwargs.get("rollout_id") != drawn[1]:
+        lm.kwargs["seed"] = (drawn[0] + (lm.kwargs.get("rollout_id") or 0)) % 2**31
 
 
 def note_response(entry: Mapping[str, Any]) -> None:

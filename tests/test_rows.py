@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import enum
 import json
+import random
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,7 +98,7 @@ def weather(city: str, day: int = 0) -> str:
 
 HISTORY = dspy.History(messages=[{"question": "one?", "answer": "1"}, {"question": "two?", "answer": "2"}])
 TOOL_CALLS = dspy.ToolCalls.from_dict_list([{"name": "weather", "args": {"city": "Oslo"}}])
-BIKE = Bike(name="Ö'Brien \"x\"", wheels=[Wheel(size=28), Wheel(size=26, label="rear")])
+BIKE = Bike(name='Ö\'Brien "x"', wheels=[Wheel(size=28), Wheel(size=26, label="rear")])
 PLAIN_OUTPUTS = {
     "choice": "b",
     "flag": True,
@@ -166,6 +167,66 @@ def test_with_demos_a_rows_prompt_is_what_the_engine_receives_too(adapter: dspy.
     (row,) = rows_of_call(program, engine, run.calls[0], "optimized", example=0)
     assert row.messages == engine.requests[0].messages
     assert len(row.messages) >= 4
+
+
+VALUES: dict[Any, list[Any]] = {
+    str: ["x", "", "two\nlines ", "[[ ## a ## ]]", '{"a": 1}', "<b>ü</b>", "日本 🙂", "[x]", "None", " 3"],
+    int: [0, -7, 10**12],
+    float: [0.5, -3.0, 1e-9],
+    bool: [True, False],
+    list[str]: [[], ["a", "b\nc"], ['"']],
+    dict[str, Any]: [{}, {"k": [1, None, "v"]}],
+    Literal["a", "b c"]: ["a", "b c"],
+    Color: list(Color),
+    Wheel: [Wheel(size=1), Wheel(size=2, label="l")],
+    list[Wheel]: [[], [Wheel(size=3)]],
+    str | None: [None, "text"],
+    dspy.Reasoning: [dspy.Reasoning(content="So\nit is.")],
+    dspy.Code: [dspy.Code(code="print(1)\n")],
+}
+AS_INPUT = [kind for kind in VALUES if kind not in (dspy.Reasoning,)]
+
+
+def random_case(seed: int) -> tuple[type[dspy.Signature], dict[str, Any], dict[str, Any], list[dspy.Example]]:
+    """A signature with fields of all kinds, inputs and outputs for it, and up to two demos."""
+    rng = random.Random(seed)
+    inputs = {f"in_{i}": rng.choice(AS_INPUT) for i in range(rng.randint(1, 3))}
+    outputs = {f"out_{i}": rng.choice(list(VALUES)) for i in range(rng.randint(1, 3))}
+    fields = {name: (kind, dspy.InputField()) for name, kind in inputs.items()}
+    fields |= {name: (kind, dspy.OutputField(desc=rng.choice(["", "a desc"]))) for name, kind in outputs.items()}
+
+    def some(kinds: dict[str, Any]) -> dict[str, Any]:
+        return {name: rng.choice(VALUES[kind]) for name, kind in kinds.items()}
+
+    given = [dspy.Example(augmented=True, **some(inputs | outputs)) for _ in range(rng.randint(0, 2))]
+    asked = some(inputs)
+    return dspy.Signature(fields, "Do.\nIt."), asked, some(outputs), without_example(given, asked)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_row_of_any_call_is_what_was_sent_and_reads_back(adapter: dspy.Adapter, seed: int) -> None:
+    signature, inputs, outputs, demos = random_case(seed)
+    engine = answering(adapter, signature, outputs)
+    program = predictor_over(engine, signature, demos)
+    (call,) = run_program(program, dspy.Example(**inputs).with_inputs(*inputs)).calls
+    (row,) = rows_of_call(program, engine, call, "optimized", example=0)
+    assert row.messages == engine.requests[0].messages
+    again = predictor_over(FakeEngine(lambda _: row.completion), signature)(**inputs)
+    assert [str(again[name]).strip() for name in outputs] == [str(call.outputs[name]).strip() for name in outputs]
+
+
+def test_arrays_and_tables_as_inputs_are_told_apart() -> None:
+    numpy = pytest.importorskip("numpy")
+    fields = {"number": (int, dspy.InputField()), "x": (Any, dspy.InputField()), "parity": (str, dspy.OutputField())}
+    engine = parity_engine(lambda *_: True)
+    demos = [dspy.Example(number=n, x=numpy.arange(n, n + 3), parity="odd") for n in (1, 2)]
+    program = predictor_over(engine, dspy.Signature(fields), demos)
+    inputs = {"number": 1, "x": numpy.arange(1, 4)}
+    (call,) = run_program(program, dspy.Example(**inputs).with_inputs("number", "x")).calls
+    (row,) = rows_of_call(program, engine, call, "optimized", example=0)
+    assert "[2 3 4]" in row.messages[1]["content"]
+    assert len(row.messages) == 4
+    assert without_example(demos, {"number": 2, "x": numpy.arange(1, 4)}) == demos
 
 
 def test_chain_of_thought_rows_hold_the_reasoning(adapter: dspy.Adapter) -> None:

@@ -210,6 +210,16 @@ def test_several_attempts_of_a_program_with_two_predictors_can_be_sampled() -> N
     assert (run.error, len(run.calls)) == (None, 2)
 
 
+def test_each_of_several_attempts_is_sampled_with_a_seed_of_its_own_and_a_second_run_with_the_same() -> None:
+    def seeds() -> list[int | None]:
+        engine = FakeEngine(even_at(9))
+        Runner(over(Best(dspy.BestOfN, dspy.Predict(Parity)), engine)).run(numbers(1)[0], Attempt("sample", 1, 1.0))
+        return [request.seed for request in engine.requests]
+
+    assert len(set(seeds())) == 3
+    assert seeds() == seeds()
+
+
 def test_several_attempts_of_a_program_with_threads_keep_the_chosen_ones_calls() -> None:
     program = over(Best(dspy.BestOfN, Pooled()), FakeEngine(even_at(1)))
     run = run_program(program, numbers(1)[0])
