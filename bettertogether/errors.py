@@ -68,6 +68,14 @@ class TrainingError(BetterTogetherError, RuntimeError):
     """Training failed; the message names the step."""
 
 
+class NumericsError(BetterTogetherError, FloatingPointError):
+    """A model's numbers are infinite or not a number, so that it has no answer; the message names the precision."""
+
+
+class EngineBusyError(BetterTogetherError, RuntimeError):
+    """A call that would wait for the training that waits for it."""
+
+
 class RunDirectoryError(BetterTogetherError, RuntimeError):
     """A run directory that is damaged, foreign, or belongs to another run."""
 

@@ -87,6 +87,8 @@ class AdapterBank:
         self._adapters: dict[str, _Adapter] = {}
         self._lock = threading.RLock()
         self._model: Any = None
+        self._modules: dict[str, nn.Module] = {}
+        """Of the model, as it was attached: a training wraps some for its time."""
         self._hooks: dict[str, Any] = {}
         self._active: list[_ActiveSpan] = []
 
@@ -124,6 +126,7 @@ class AdapterBank:
                 handle.remove()
             self._hooks.clear()
             self._model = model
+            self._modules = {} if model is None else dict(model.named_modules())
             self._attach()
 
     @contextmanager
@@ -146,18 +149,17 @@ class AdapterBank:
 
     def _attach(self) -> None:
         """Hook the layers that some adapter changes, and bring the adapters to the model's device and precision."""
-        if self._model is None:
+        if not self._modules:
             return
-        modules = dict(self._model.named_modules())
         for adapter in self._adapters.values():
             for name, (a, b) in adapter.weights.items():
-                weight = modules[name].weight
+                weight = self._modules[name].weight
                 # The weight of a quantized layer is held in integers, or in 8-bit floats.
                 exact = weight.is_floating_point() and weight.dtype.itemsize > 1
                 dtype = weight.dtype if exact else self._model.dtype
                 adapter.weights[name] = (a.to(weight.device, dtype), b.to(weight.device, dtype))
                 if name not in self._hooks:
-                    self._hooks[name] = modules[name].register_forward_hook(self._hook(name))
+                    self._hooks[name] = self._modules[name].register_forward_hook(self._hook(name))
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def add_updates(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

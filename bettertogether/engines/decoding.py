@@ -137,6 +137,8 @@ class Decision:
     scores: tuple[TokenScore, ...] = ()
     ended: bool = False
     """The grammar allows nothing more."""
+    error: Exception | None = None
+    """Why nothing could be decided; the row is then over."""
 
 
 class Decoder(Protocol):

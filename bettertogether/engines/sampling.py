@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import NumericsError
 from .decoding import Decision, Row, TokenScore
 
 NUCLEUS = 1024
@@ -15,7 +16,32 @@ NUCLEUS = 1024
 
 
 def decide(logits_B_V: Tensor, rows: Sequence[Row]) -> list[Decision]:
-    """One decision for each row, from the logits at its last token. Constraints advance; rows don't change."""
+    """One decision for each row, from the logits at its last token. Constraints advance; rows don't change.
+
+    A row for which nothing can be decided gets the error as its decision, and the others their tokens.
+    """
+    # NaN counts as the largest, so a row is finite where it matters if its largest logit is.
+    is_finite_B = logits_B_V.amax(-1).isfinite().tolist()
+    places = [place for place, finite in enumerate(is_finite_B) if finite]
+    if len(places) == len(rows):
+        return _decide(logits_B_V, rows)
+    decided = iter(_decide(logits_B_V[places], [rows[place] for place in places]) if places else ())
+    broken = Decision(error=_not_finite(logits_B_V.dtype))
+    return [next(decided) if finite else broken for finite in is_finite_B]
+
+
+def _not_finite(dtype: torch.dtype) -> NumericsError:
+    name = str(dtype).removeprefix("torch.")
+    advice = "an adapter or the weights hold such numbers" if name == "float32" else "use dtype='float32'"
+    if name == "float16":
+        advice = "float16 overflows beyond 65504: use dtype='bfloat16' or 'float32'"
+    return NumericsError(
+        f"The model's logits are infinite or not a number (NaN) at dtype={name!r}, so there is no answer; {advice} "
+        "(local_lm(..., engine_options={'dtype': ...}))."
+    )
+
+
+def _decide(logits_B_V: Tensor, rows: Sequence[Row]) -> list[Decision]:
     token_ids = choose(logits_B_V, rows)
     scores = _scores(logits_B_V, rows, token_ids)
     return [_decision(row, token, score) for row, token, score in zip(rows, token_ids, scores, strict=True)]
@@ -25,9 +51,12 @@ def _decision(row: Row, token_id: int, score: TokenScore | None) -> Decision:
     scores = () if score is None else (score,)
     if row.constraint is None:
         return Decision((token_id,), scores)
-    row.constraint.advance(token_id)
-    # A forced token is not scored, so a row that wants scores picks each one (the mask leaves one to pick).
-    forced = row.constraint.forced() if row.sampling.logprobs is None else []
+    try:
+        row.constraint.advance(token_id)
+        # A forced token is not scored, so a row that wants scores picks each one (the mask leaves one to pick).
+        forced = row.constraint.forced() if row.sampling.logprobs is None else []
+    except Exception as error:
+        return Decision(error=error)
     return Decision((token_id, *forced), scores, row.constraint.ended)
 
 

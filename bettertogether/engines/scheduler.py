@@ -5,8 +5,10 @@ Knows nothing of tensors: what decides tokens is a `Decoder`, which a test can r
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -24,6 +26,8 @@ logger = get_logger(__name__)
 GATHER_S = 0.003
 """An idle engine waits so long for companions of a request, and again after each that comes."""
 GATHER_ROUNDS = 5
+EXIT_WAIT_S = 30.0
+"""How long the end of the program may wait for a training on a daemon thread."""
 COUNTERS = ("requests", "prompt_tokens", "generated_tokens", "forced_tokens", "batches")
 
 
@@ -45,7 +49,7 @@ class Answer:
 
 
 TokenSink = Callable[[str, Sequence[TokenScore]], Any]
-"""Is told of the text of one answer as it comes, on the worker thread."""
+"""Is told of the text of one answer as it comes, on the worker thread. What it raises fails this answer alone."""
 
 
 @dataclass(eq=False)
@@ -97,13 +101,20 @@ class Scheduler:
         self._closed = False
         self._pid = os.getpid()
         self._counters = dict.fromkeys(COUNTERS, 0)
+        _alive.add(self)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it was made in this process, and not in the one that this is a fork of."""
+        return os.getpid() == self._pid
 
     def check_open(self) -> None:
         """Raises EngineClosedError where no job can be submitted. Takes no lock: a fork may have left one taken."""
-        if os.getpid() != self._pid:
+        if not self.is_ours:
             raise EngineClosedError(
-                "This engine was made in another process and its worker thread did not come along with the fork. "
-                "Make the engine in the process that uses it, or start processes with the 'spawn' method."
+                "This engine was made in another process and its worker thread did not come along with the fork. Call "
+                "local_lm(...) in this process, which makes an engine of its own, or start processes with the 'spawn' "
+                "method."
             )
         if self._closed:
             raise EngineClosedError("The engine is closed; make a new one to go on.")
@@ -115,14 +126,15 @@ class Scheduler:
             self.check_open()
             self._counters["requests"] += 1
             self._counters["prompt_tokens"] += len(job.row.prompt_ids)
-            if reason := self._begin(job):
-                _finish(job, reason)
-                return
-            self._waiting.append(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="bettertogether-engine", daemon=True)
-                self._thread.start()
-            self._wake.notify_all()
+            reason = self._begin(job)
+            if reason is None:
+                self._waiting.append(job)
+                if self._thread is None or not self._thread.is_alive():
+                    self._thread = threading.Thread(target=self._run, name="bettertogether-engine", daemon=True)
+                    self._thread.start()
+                self._wake.notify_all()
+        if reason is not None:
+            _finish(job, reason)
 
     def _begin(self, job: Job) -> FinishReason | None:
         """Write what the grammar forces from the start, which then goes through the model with the prompt."""
@@ -155,30 +167,69 @@ class Scheduler:
                 self._pauses -= 1
                 self._wake.notify_all()
 
-    def close(self) -> None:
-        """Stop the worker; pending jobs fail with EngineClosedError."""
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside `exclusive`: give the model back to the worker for the block."""
+        self._model_in_use.release()
+        with self._wake:
+            self._pauses -= 1
+            self._wake.notify_all()
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._pauses += 1
+            self._model_in_use.acquire()
+            if self._decoder is not None and not self._running:
+                self._decoder.reset()
+
+    def stop(self) -> None:
+        """Let the worker end its step, and end it. Pending jobs are left as they are."""
+        if not self.is_ours:
+            # The fork left the thread behind, and may have left the lock taken.
+            self._closed = True
+            return
         with self._wake:
             self._closed = True
             self._wake.notify_all()
             thread = self._thread
-        if thread is not None and thread is not threading.current_thread() and os.getpid() == self._pid:
+        if thread is not None and thread is not threading.current_thread():
             thread.join()
+
+    def wait_for_training(self) -> None:
+        """Wait a while for the thread that holds the model; its next progress line ends a closed engine's training."""
+        if self.is_ours and self._model_in_use.acquire(timeout=EXIT_WAIT_S):
+            self._model_in_use.release()
+
+    def close(self) -> None:
+        """Stop the worker; pending jobs fail with EngineClosedError."""
+        self.stop()
+        self._fail_all(EngineClosedError("The engine was closed before this request was answered."))
+
+    def _fail_all(self, error: BaseException) -> None:
         jobs = [*self._running.values(), *self._waiting]
         self._running.clear()
         self._waiting.clear()
-        for job in jobs:
-            _fail(job, EngineClosedError("The engine was closed before this request was answered."))
         self._decoder = None
+        for job in jobs:
+            _fail(job, error)
 
     def _run(self) -> None:
-        while True:
+        try:
+            while True:
+                with self._wake:
+                    self._wake.wait_for(self._has_work)
+                    if self._closed:
+                        return
+                    self._gather()
+                with self._model_in_use:
+                    self._cycle()
+        except BaseException as error:
+            # Nobody may wait for a thread that has ended; the next request starts another.
+            logger.critical("The engine's worker thread ends, all requests with it.", exc_info=error)
             with self._wake:
-                self._wake.wait_for(self._has_work)
-                if self._closed:
-                    return
-                self._gather()
-            with self._model_in_use:
-                self._cycle()
+                self._thread = None
+                self._fail_all(error)
 
     def _has_work(self) -> bool:
         return self._closed or bool(not self._pauses and (self._waiting or self._running))
@@ -195,19 +246,33 @@ class Scheduler:
 
     def _cycle(self) -> None:
         """Admit what is waiting, and take one step."""
+        if self._decoder is None and not self._load():
+            return
+        assert self._decoder is not None
         jobs: Sequence[Job] = ()
         try:
-            if self._decoder is None:
-                jobs = list(self._waiting)
-                self._decoder = self._make_decoder()
             self._drop_cancelled(self._decoder)
             jobs = self._next_jobs()
             self._admit(self._decoder, jobs)
             jobs = list(self._running.values())
-            if jobs:
-                self._step(self._decoder, jobs)
-        except BaseException as error:
+            decisions = self._decoder.step([job.row for job in jobs]) if jobs else []
+        except Exception as error:
             self._handle(error, jobs)
+        else:
+            self._apply(self._decoder, jobs, decisions)
+
+    def _load(self) -> bool:
+        """Make the decoder; where that fails, those who wait get the error, and the next request tries again."""
+        try:
+            self._decoder = self._make_decoder()
+        except Exception as error:
+            logger.error("The model can't be loaded; %d requests fail.", len(self._waiting), exc_info=error)
+            with self._wake:
+                jobs = list(self._waiting)
+                self._waiting.clear()
+            for job in jobs:
+                _fail(job, error)
+        return self._decoder is not None
 
     def _next_jobs(self) -> list[Job]:
         with self._wake:
@@ -224,15 +289,26 @@ class Scheduler:
                 self._waiting.remove(by_row[row])
                 self._running[row] = by_row[row]
 
-    def _step(self, decoder: Decoder, jobs: Sequence[Job]) -> None:
-        decisions = decoder.step([job.row for job in jobs])
+    def _apply(self, decoder: Decoder, jobs: Sequence[Job], decisions: Sequence[Decision]) -> None:
+        """Give each job what a step decided for it."""
+        if not jobs:
+            return
         self._counters["batches"] += 1
         for job, decision in zip(jobs, decisions, strict=True):
             if decision.token_ids:
                 self._counters["forced_tokens"] += len(decision.token_ids) - 1
-            if reason := self._take(job, decision):
-                decoder.release(job.row)
-                del self._running[job.row]
+            reason, error = None, decision.error
+            try:
+                reason = None if error else self._take(job, decision)
+            except Exception as raised:
+                error = raised
+            if reason is None and error is None:
+                continue
+            decoder.release(job.row)
+            del self._running[job.row]
+            if error is not None:
+                _fail(job, error)
+            elif reason is not None:
                 _finish(job, reason)
         if not self._running:
             self._limit = min(self._max_batch_size, self._limit * 2)
@@ -263,18 +339,23 @@ class Scheduler:
         with self._wake:
             self._waiting = deque(job for job in self._waiting if not job.future.cancelled())
 
-    def _handle(self, error: BaseException, jobs: Sequence[Job]) -> None:
-        """Go on after a failed step: with half the batch when memory ran out, else without the jobs that failed."""
+    def _handle(self, error: Exception, jobs: Sequence[Job]) -> None:
+        """Go on after a failed pass with half of the requests, until the one that can't be answered is alone."""
         rows = list(self._running)
-        if self._out_of_memory(error) and max(len(rows), len(jobs)) > 1:
-            self._limit = max(1, max(len(rows), len(jobs)) // 2)
-            logger.warning("Out of memory; the batch is halved to %d requests.", self._limit)
-            self._requeue(rows)
-            return
-        logger.error("A step of the engine failed; %d requests with it.", len(jobs), exc_info=error)
+        involved = len({*rows, *(job.row for job in jobs)})
         self._requeue(rows)
+        if involved > 1:
+            self._limit = max(1, involved // 2)
+            if self._out_of_memory(error):
+                logger.warning("Out of memory; the batch is halved to %d requests.", self._limit)
+            else:
+                logger.warning("A pass over %d requests failed; trying %d of them.", involved, self._limit)
+            return
+        logger.error("A pass over a single request failed, and the request with it.", exc_info=error)
         with self._wake:
             self._waiting = deque(job for job in self._waiting if job not in jobs)
+        if not self._out_of_memory(error):
+            self._limit = self._max_batch_size
         for job in jobs:
             _fail(job, error)
 
@@ -287,12 +368,17 @@ class Scheduler:
 
 
 def _finish(job: Job, reason: FinishReason) -> None:
+    """Give a job its answer."""
     row = job.row
-    if not job.reads_text:
-        job.stream.push(row.output_ids)
-    rest = job.stream.finish()
-    if job.sink is not None and rest:
-        job.sink(rest, ())
+    try:
+        if not job.reads_text:
+            job.stream.push(row.output_ids)
+        rest = job.stream.finish()
+        if job.sink is not None and rest:
+            job.sink(rest, ())
+    except Exception as error:
+        _fail(job, error)
+        return
     answer = Answer(
         text=job.stream.text,
         finish_reason="stop" if job.stream.stopped else reason,
@@ -302,10 +388,29 @@ def _finish(job: Job, reason: FinishReason) -> None:
         scores=tuple(row.scores),
         cut=job.stream.stopped,
     )
-    if job.future.set_running_or_notify_cancel():
+    if _is_awaited(job):
         job.future.set_result(answer)
 
 
 def _fail(job: Job, error: BaseException) -> None:
-    if job.future.set_running_or_notify_cancel():
+    """Give a job an error."""
+    if _is_awaited(job):
         job.future.set_exception(error)
+
+
+def _is_awaited(job: Job) -> bool:
+    """Whether a job's future still wants an outcome."""
+    return not job.future.done() and job.future.set_running_or_notify_cancel()
+
+
+_alive: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
+def _stop_all() -> None:
+    # A daemon thread that comes back from a kernel after the interpreter has gone ends the process with SIGABRT.
+    for scheduler in list(_alive):
+        scheduler.stop()
+        scheduler.wait_for_training()
+
+
+atexit.register(_stop_all)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from .finetuning import TrainingJob, prepare
 from .fingerprint import model_hash, short_hash
 from .loading import read_card
 from .rendering import DEFAULT_TEMPLATE_KWARGS, PromptRenderer, messages_of
+from .training_turn import TrainingTurn
 
 DEFAULT_MAX_TOKENS = 1024
 PARAMS = frozenset({"temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "logprobs"})
@@ -53,6 +55,7 @@ class SharedEngine:
         """SHA-256 of the base's weights, config, tokenizer and chat template: the same wherever they are."""
         self.base_name = f"{self.short_name}-{short_hash(self.base_hash, self._traits(options))}"
         self.max_length = self._card.max_length
+        self._turn = TrainingTurn()
         template_kwargs = self._options["chat_template_kwargs"]
         self._renderer = PromptRenderer(self._card.tokenizer, self._card.eos_ids, template_kwargs)
         self._eos_ids = frozenset({*self._card.eos_ids, self._renderer.end_id})
@@ -172,11 +175,15 @@ class SharedEngine:
         folder: Path | None = None,
         on_progress: ProgressFunction | None = None,
     ) -> FinetuneResult:
-        """Train an adapter and serve it under a new name; answers wait meanwhile. See `LocalEngine.finetune`."""
+        """Train an adapter and serve it under a new name; answers wait meanwhile. See `LocalEngine.finetune`.
+
+        Raises EngineBusyError when a callback of a training asks for another one.
+        """
         parent = Path(folder) if folder is not None else self._adapters_folder()
         origin = None if start_from is None else (start_from, self.adapter_folder(start_from))
         job = prepare(self, rows, validation_rows, lora, training, origin, parent)
-        result = self._train(job, on_progress)
+        with self._turn.taken(self.short_name):
+            result = self._train(job, None if on_progress is None else self._turn.marking(on_progress))
         self.add_adapter(result.folder)
         return result
 
@@ -261,6 +268,17 @@ class AsyncSide:
 _SHARED: dict[tuple[Any, ...], SharedEngine] = {}
 _SHARED_LOCK = threading.Lock()
 _MISSING = object()
+
+
+def _forget_shared() -> None:
+    """In a forked child: no engine came along with its threads, and the lock may be held by one of those."""
+    global _SHARED_LOCK
+    _SHARED.clear()
+    _SHARED_LOCK = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_shared)
 
 
 def _plain(value: Any) -> Any:

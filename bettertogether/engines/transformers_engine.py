@@ -14,8 +14,9 @@ from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response
 
 from ..errors import ConfigError
+from ..training.lending import ModelState, lent_out
 from .adapters import AdapterBank, linear_shapes, meta_linear_shapes
-from .base import FinetuneResult, ProgressFunction
+from .base import FinetuneResult, ProgressFunction, TrainingProgress, TrainingRow
 from .decoding import Decoder, Row, TokenScore
 from .finetuning import TrainingJob, train
 from .loading import is_out_of_memory, load_model, make_decoder, pick_device, pick_dtype
@@ -77,6 +78,7 @@ class TransformersEngine(SharedEngine):
         self._grammars = GrammarCompiler(self._card.tokenizer, self._card.vocabulary, sorted(self._eos_ids))
         self._writer = ResponseWriter(self._card.tokenizer)
         self._model: Any = None
+        self._shapes: Mapping[str, tuple[int, int]] = {}
         self._load_lock = threading.Lock()
         self._adapters = AdapterBank(self.base_name, self._layer_shapes)
         self._scheduler = Scheduler(
@@ -130,8 +132,16 @@ class TransformersEngine(SharedEngine):
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[str, Sequence[TokenScore]] | None] = asyncio.Queue()
         job = self._job(request)
-        job.sink = lambda text, scores: loop.call_soon_threadsafe(events.put_nowait, (text, scores))
-        job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(events.put_nowait, None))
+
+        def tell(event: tuple[str, Sequence[TokenScore]] | None) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:
+                # The loop was closed: nobody reads this stream any more.
+                job.future.cancel()
+
+        job.sink = lambda text, scores: tell((text, scores))
+        job.future.add_done_callback(lambda _: tell(None))
         self._scheduler.submit(job)
         try:
             yield self._writer.start(request)
@@ -158,6 +168,7 @@ class TransformersEngine(SharedEngine):
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
+        self._scheduler.check_open()
         return self._adapters.add(Path(folder))
 
     def adapter_folder(self, model: str) -> Path | None:
@@ -168,12 +179,34 @@ class TransformersEngine(SharedEngine):
         """Folders of all adapters, in the order they were added."""
         return self._adapters.folders()
 
+    def finetune(self, rows: Sequence[TrainingRow], **options: Any) -> FinetuneResult:
+        """Train an adapter and serve it under a new name. See `LocalEngine.finetune`.
+
+        Requests wait for the end of the training; while `on_progress` runs they are answered, so that it may ask, too.
+        """
+        self._scheduler.check_open()
+        return super().finetune(rows, **options)
+
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
         if job.training.num_processes > 1:
             self._check_unchanged()
             return train(self, job, None, self._card.source, on_progress)
         with self._scheduler.exclusive():
-            return train(self, job, self._loaded_model(), self._card.source, on_progress)
+            model = self._loaded_model()
+            return train(self, job, model, self._card.source, self._reporting(model, on_progress))
+
+    def _reporting(self, model: Any, on_progress: ProgressFunction | None) -> ProgressFunction:
+        """The callback with the model put back and lent to the worker while it runs; it ends a closed engine's
+        training."""
+        before = ModelState.of(model)
+
+        def report(line: TrainingProgress) -> None:
+            self._scheduler.check_open()
+            if on_progress is not None:
+                with lent_out(model, before), self._scheduler.lent():
+                    on_progress(line)
+
+        return report
 
     def counters(self) -> dict[str, int]:
         """requests, prompt_tokens, prefix_tokens_reused, generated_tokens, forced_tokens, forward_passes, batches."""
@@ -182,18 +215,23 @@ class TransformersEngine(SharedEngine):
     def close(self) -> None:
         """Stop the worker and free the weights. Pending requests fail with EngineClosedError."""
         self._scheduler.close()
-        self._adapters.attach(None)
+        if self._scheduler.is_ours:
+            self._adapters.attach(None)
         self._model = None
         super().close()
 
     def _layer_shapes(self) -> Mapping[str, tuple[int, int]]:
-        return linear_shapes(self._model) if self._model is not None else meta_linear_shapes(self._card.config)
+        if not self._shapes:
+            self._shapes = meta_linear_shapes(self._card.config)
+        return self._shapes
 
     def _loaded_model(self) -> Any:
         with self._load_lock:
             if self._model is None:
                 self._check_unchanged()
                 model = load_model(self._card, self._device, self._dtype)
+                # Now, since a training wraps layers for its time.
+                self._shapes = linear_shapes(model)
                 self._adapters.attach(model)
                 self._model = model
             return self._model

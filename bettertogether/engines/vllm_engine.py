@@ -19,7 +19,7 @@ import torch
 from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response, ServerError, TransportError
 
-from ..errors import ConfigError, EngineClosedError, ModelError
+from ..errors import ConfigError, EngineBusyError, EngineClosedError, ModelError
 from ..printable import get_logger
 from .adapters import adapter_name, read_adapter_config, unknown_adapter
 from .base import MODEL_PREFIX, FinetuneResult, ProgressFunction
@@ -255,6 +255,11 @@ class VLLMEngine(SharedEngine):
         """What is asked of the server. A request that can't be answered fails here, before any server is started."""
         if self._closed:
             raise EngineClosedError(f"The engine of {self.base_name} was closed. Make a new LM: vllm_lm(...).")
+        if self._turn.in_callback and self._stops_for_training:
+            raise EngineBusyError(
+                f"A callback of a training of {self.short_name} asks the model, whose server is stopped until the "
+                "training ends. Ask when it has, or make the engine with stop_while_training=False."
+            )
         self.adapter_folder(request.model)
         prompt_ids, max_tokens, sampling = self._rendered(request)
         model = self._served_base if request.model == self._base_model else request.model
@@ -361,9 +366,13 @@ class VLLMEngine(SharedEngine):
         with self._lock:
             return list(self._adapters.values())
 
+    @property
+    def _stops_for_training(self) -> bool:
+        return bool(self._server.ours and self._options["stop_while_training"])
+
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        if not (self._server.ours and self._options["stop_while_training"]):
+        if not self._stops_for_training:
             yield
             return
         with self._gate.alone():

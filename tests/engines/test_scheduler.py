@@ -134,7 +134,7 @@ def test_text_is_given_as_it_comes(scheduler: Scheduler) -> None:
     one = job(3)
     one.sink = lambda text, scores: pieces.append(text)
     run(scheduler, one)
-    assert pieces == ["d", "c", "b"]
+    assert "".join(pieces) == "dcb"
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(
@@ -286,3 +286,164 @@ def test_after_a_fork_the_error_says_so(scheduler: Scheduler) -> None:
     child.start()
     assert "another process" in queue.get(timeout=10)
     child.join()
+
+
+def test_what_a_sink_raises_fails_its_own_request_and_no_other(scheduler: Scheduler, decoder: FakeDecoder) -> None:
+    decoder.gate.clear()
+    jobs = [job(5) for _ in range(3)]
+    gone = RuntimeError("Event loop is closed")
+
+    def sink(text: str, scores: Sequence[TokenScore]) -> None:
+        raise gone
+
+    jobs[1].sink = sink
+    for one in jobs:
+        scheduler.submit(one)
+    decoder.gate.set()
+    assert jobs[1].future.exception(timeout=10) is gone
+    assert [jobs[place].future.result(timeout=10).text for place in (0, 2)] == ["fedcb"] * 2
+    assert not decoder.held
+
+
+def test_what_a_sink_raises_at_the_last_piece_fails_its_own_request(scheduler: Scheduler) -> None:
+    one = job(3, stop=("bb",))
+    pieces: list[str] = []
+
+    def sink(text: str, scores: Sequence[TokenScore]) -> None:
+        pieces.append(text)
+        if text == "b":
+            raise ValueError("the last")
+
+    one.sink = sink
+    scheduler.submit(one)
+    with pytest.raises(ValueError, match="the last"):
+        one.future.result(timeout=10)
+    assert "".join(pieces) == "dcb"
+    assert run(scheduler, job(2))[0].text == "cb"
+
+
+def test_tokens_that_can_not_be_read_fail_their_own_request(scheduler: Scheduler) -> None:
+    def broken(token_ids: Sequence[int]) -> str:
+        raise UnicodeError("no text")
+
+    bad = Job(Row([4], 100, sampling=SamplingOptions(stop=("x",))), TextStream(broken, ("x",)))
+    late = Job(Row([4], 100), TextStream(broken))
+    good = job(4)
+    for one in (bad, good, late):
+        scheduler.submit(one)
+    assert good.future.result(timeout=10).text == "edcb"
+    for one in (bad, late):
+        with pytest.raises(UnicodeError, match="no text"):
+            one.future.result(timeout=10)
+
+
+def test_a_decision_that_is_an_error_ends_its_row_alone(scheduler: Scheduler, decoder: FakeDecoder) -> None:
+    broken, step = ArithmeticError("not a number"), decoder.step
+
+    def some(rows: Sequence[Row]) -> list[Decision]:
+        return [
+            Decision(error=broken) if row.prompt_ids == [7] else decision
+            for row, decision in zip(rows, step(rows), strict=True)
+        ]
+
+    decoder.step = some  # type: ignore[method-assign]
+    jobs = [job(3), job(7), job(2)]
+    for one in jobs:
+        scheduler.submit(one)
+    assert [jobs[place].future.result(timeout=10).text for place in (0, 2)] == ["dcb", "cb"]
+    assert jobs[1].future.exception(timeout=10) is broken
+
+
+@pytest.mark.parametrize("bad", [0, 3, 7])
+def test_a_pass_that_fails_for_one_request_answers_the_others(
+    scheduler: Scheduler, decoder: FakeDecoder, bad: int
+) -> None:
+    decoder.fails = lambda rows: IndexError("out of range") if any(row.prompt_ids == [9] for row in rows) else None
+    decoder.gate.clear()
+    jobs = [job(9 if place == bad else 4) for place in range(8)]
+    for one in jobs:
+        scheduler.submit(one)
+    decoder.gate.set()
+    for place, one in enumerate(jobs):
+        if place == bad:
+            with pytest.raises(IndexError, match="out of range"):
+                one.future.result(timeout=10)
+        else:
+            assert one.future.result(timeout=10).text == "edcb"
+    assert not decoder.held
+    assert scheduler._limit == 8
+
+
+def test_a_large_request_that_comes_in_waits_where_memory_does_not_suffice_for_two(
+    scheduler: Scheduler, decoder: FakeDecoder
+) -> None:
+    admit = decoder.admit
+
+    def full(rows: Sequence[Row]) -> list[Row]:
+        if decoder.held and any(row.prompt_ids == [7] for row in rows):
+            raise OutOfMemory
+        return admit(rows)
+
+    decoder.admit = full  # type: ignore[method-assign]
+    decoder.gate.clear()
+    scheduler.submit(small := job(5))
+    while not decoder.held:
+        time.sleep(0.001)
+    scheduler.submit(large := job(7))
+    decoder.gate.set()
+    assert small.future.result(timeout=10).text == "fedcb"
+    assert large.future.result(timeout=10).text == "hgfedcb"
+
+
+def test_a_worker_that_ended_fails_its_requests_and_is_started_again(
+    scheduler: Scheduler, decoder: FakeDecoder
+) -> None:
+    decoder.fails = lambda rows: SystemExit(3)  # type: ignore[assignment,return-value]
+    scheduler.submit(lost := job(3))
+    assert isinstance(lost.future.exception(timeout=10), SystemExit)
+    decoder.fails = lambda rows: None
+    decoder.held.clear()
+    assert run(scheduler, job(2))[0].text == "cb"
+
+
+def test_a_reset_that_fails_ends_no_more_than_the_requests_at_hand(scheduler: Scheduler, decoder: FakeDecoder) -> None:
+    reset = decoder.reset
+
+    def broken() -> None:
+        reset()
+        raise ZeroDivisionError("reset")
+
+    decoder.fails = lambda rows: ValueError("step")
+    decoder.reset = broken  # type: ignore[method-assign]
+    scheduler.submit(lost := job(3))
+    assert isinstance(lost.future.exception(timeout=10), ZeroDivisionError)
+    decoder.fails, decoder.reset = lambda rows: None, reset  # type: ignore[method-assign]
+    assert run(scheduler, job(2))[0].text == "cb"
+
+
+def test_a_request_that_was_cancelled_while_its_pass_failed_is_no_trouble(
+    scheduler: Scheduler, decoder: FakeDecoder
+) -> None:
+    decoder.gate.clear()
+    scheduler.submit(gone := job(3))
+    while not decoder.held:
+        time.sleep(0.001)
+    assert gone.future.cancel()
+    decoder.fails = lambda rows: ValueError("step")
+    decoder.gate.set()
+    time.sleep(0.02)
+    decoder.fails = lambda rows: None
+    assert run(scheduler, job(2))[0].text == "cb"
+
+
+def test_the_model_may_be_lent_back_for_requests_in_between(scheduler: Scheduler, decoder: FakeDecoder) -> None:
+    with scheduler.exclusive():
+        scheduler.submit(waiting := job(2))
+        time.sleep(0.03)
+        assert not waiting.future.done()
+        with scheduler.lent():
+            assert waiting.future.result(timeout=10).text == "cb"
+        scheduler.submit(later := job(3))
+        time.sleep(0.03)
+        assert not later.future.done()
+    assert later.future.result(timeout=10).text == "dcb"

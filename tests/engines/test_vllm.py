@@ -25,7 +25,7 @@ from bettertogether import vllm_lm
 from bettertogether.engines import VLLMEngine
 from bettertogether.engines.base import TrainingRow
 from bettertogether.engines.vllm_server import free_port
-from bettertogether.errors import ConfigError, EngineClosedError, MissingExtraError, ModelError
+from bettertogether.errors import ConfigError, EngineBusyError, EngineClosedError, MissingExtraError, ModelError
 from bettertogether.testing import EngineContract
 from bettertogether.training.config import LoRAConfig, TrainingConfig
 
@@ -457,3 +457,10 @@ def test_what_the_server_refuses_is_an_error_of_dspys(served: VLLMEngine, monkey
     for ask in (served.complete, lambda asked: list(served.stream(asked))):
         with pytest.raises(ServerError, match="vLLM answered 503: overloaded"):
             ask(request(served))
+
+
+def test_a_callback_that_asks_while_the_server_is_stopped_for_the_training_is_an_error(
+    alone: VLLMEngine, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineBusyError, match="stop_while_training=False"):
+        train(alone, tmp_path, on_progress=lambda line: alone.complete(request(alone)))

@@ -1,0 +1,58 @@
+"""A model that is being trained, put back for a moment to what it was before, so that it can answer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+SWITCHES = ("training", "forward", "gradient_checkpointing", "_gradient_checkpointing_func")
+"""Attributes of modules that a training changes."""
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """Which modules a model is made of, how they are switched, and the attention it uses; not its weights."""
+
+    children: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
+    switches: tuple[tuple[nn.Module, dict[str, Any]], ...]
+    attention: tuple[tuple[Any, Any], ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelState:
+        """The state that a model is in."""
+        modules = list(model.modules())
+        configs = [module.config for module in modules if isinstance(module, PreTrainedModel)]
+        configs += [part for config in configs for key in config.sub_configs if (part := getattr(config, key, None))]
+        return cls(
+            tuple((module, dict(module._modules)) for module in modules),
+            tuple((module, {n: module.__dict__[n] for n in SWITCHES if n in module.__dict__}) for module in modules),
+            tuple((config, config._attn_implementation_internal) for config in configs),
+        )
+
+    def restore(self) -> None:
+        """Bring the model to this state."""
+        for module, children in self.children:
+            module._modules.clear()
+            module._modules.update(children)
+        for module, switches in self.switches:
+            for name in SWITCHES:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(switches)
+        for config, implementation in self.attention:
+            config._attn_implementation_internal = implementation
+
+
+@contextlib.contextmanager
+def lent_out(model: PreTrainedModel, state: ModelState) -> Iterator[None]:
+    """The model in an earlier state for the block, and in the present one after it."""
+    present = ModelState.of(model)
+    state.restore()
+    try:
+        yield
+    finally:
+        present.restore()
