@@ -37,7 +37,7 @@ from .files import atomic_write, now
 from .manifest import SCHEMA, checked_manifest
 from .printable import get_logger
 from .report import CompileReport
-from .saved_lm import BaseModel, dump_lm, load_lm, require_content
+from .saved_lm import BaseModel, compare_base, dump_lm, load_lm, require_content
 from .saved_options import check_options
 from .saved_program import class_path, dump_parameter, load_prompts, parameters_of, rebuild
 
@@ -105,7 +105,7 @@ def load(
     if base_model is not None and not isinstance(base_model, str | Path | LocalEngine):
         raise ArtifactError(f"base_model={base_model!r:.100}: give a folder, a hub id or an engine.")
     for name, entry in saved.items():
-        check_options(entry["config"] or {}, f"The predictor {name!r}", allow=allow_unsafe_lm_state)
+        check_options(entry["config"] or {}, f"{root / MANIFEST}: the predictor {name!r}", allow=allow_unsafe_lm_state)
     program = load_prompts(rebuild(manifest["program"], saved) if into is None else into, saved)
 
     @functools.cache
@@ -167,12 +167,14 @@ def merge(
     record = manifest["lms"][_adapter_to_merge(manifest, predictor)]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ArtifactError(f"{target} is not empty: give an `out` folder that is new or empty.")
-    from .engines.merging import merge_adapter
+    from .engines.merging import Base, merge_adapter
 
     adapter = inside(root, record["adapter"])
     require_content(adapter, record["model"])
+    base = base_model or record["base"]
     try:
-        merge_adapter(base_model or record["base"], adapter, target)
+        compare_base(record, Base.at(base), chosen=base_model is not None)
+        merge_adapter(base, adapter, target)
     except (ModelError, RunDirectoryError) as error:
         raise ArtifactError(f"{root} can't be merged: {error}") from error
     return target

@@ -33,14 +33,15 @@ def folder_argument(value: object, name: str) -> Path:
         path = Path(os.fsdecode(value)).expanduser().absolute()
         path.exists()
         return path
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"{name}={str(value)!r:.200} can't be used ({error}): give another path.") from error
 
 
 def inside(root: Path, name: str) -> Path:
     """A path of the artifact, from a name in its files. Raises ArtifactError for one that leaves it."""
     parts = PurePosixPath(name).parts
-    outside = PurePosixPath(name).is_absolute() or ".." in parts or any(c in name for c in "\\:\0") or not parts
+    outside = PurePosixPath(name).is_absolute() or ".." in parts or not parts
+    outside = outside or any(c in "\\:\0" or "\ud800" <= c <= "\udfff" for c in name)
     path = root if outside else root.joinpath(*parts)
     try:
         if outside or _has_links(root, path) or not path.resolve().is_relative_to(root.resolve()):

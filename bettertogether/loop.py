@@ -15,14 +15,15 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from . import callbacks, strategy
 from .budget import BudgetMeter
-from .engines.base import MODEL_PREFIX
-from .errors import BetterTogetherError, BudgetExceeded, ConfigError
+from .engines.base import MODEL_PREFIX, LocalEngine
+from .errors import BetterTogetherError, BudgetExceeded, ConfigError, ModelError, RunDirectoryError
 from .evaluation import Evaluation, evaluate_many
 from .lm import local_engine
 from .metrics import FULL_MARK, Metric
 from .printable import get_logger
 from .programs import copy_for_step, load_prompts, model_names, predictors_of, prompts_state, with_prompts
 from .records import Ledger, StepRecord
+from .redaction import masked
 from .run_directory import RunDirectory
 from .runs import RunStore, stable_seed
 from .selection import still_gaining
@@ -275,10 +276,10 @@ class Loop:
     ) -> None:
         name = strategy.join(steps)
         seconds = time.monotonic() - started
-        record = StepRecord(index, steps[-1], name, status, error=text, ledger=Ledger(seconds=seconds))
+        record = StepRecord(index, steps[-1], name, status, error=masked(text), ledger=Ledger(seconds=seconds))
         self.error = error
         kind = type(error).__name__
-        reason = f"{kind}: {error}" if str(error) else kind
+        reason = masked(f"{kind}: {error}") if str(error) else kind
         self.warnings.append(f"The run ended at {name!r}: {reason.rstrip('.')}. {self._how_to_go_on()}")
         expected = isinstance(error, BetterTogetherError | KeyboardInterrupt)
         logger.error("Step %r did not finish: %s", name, reason, exc_info=None if expected else error)
@@ -325,9 +326,22 @@ def restore_program(student: dspy.Module, record: StepRecord, adapters: Path) ->
         engine = local_engine(predictor.lm)
         if engine is not None and model in folders:
             moved = adapters / model.removeprefix(MODEL_PREFIX)
-            engine.add_adapter(moved if moved.exists() else Path(folders[model]))
+            _add_recorded(engine, moved if moved.exists() else Path(folders[model]), model)
         predictor.lm = lms.setdefault((id(predictor.lm), model), predictor.lm.copy(model=model))
     return program
+
+
+def _add_recorded(engine: LocalEngine, folder: Path, model: str) -> None:
+    """Serve an adapter of a record. Raises RunDirectoryError for a folder that does not hold it."""
+    try:
+        found = engine.add_adapter(folder)
+    except (ModelError, OSError) as error:
+        found = str(error)
+    if found.rpartition("@")[2] != model.rpartition("@")[2]:
+        raise RunDirectoryError(
+            f"{folder} does not hold the adapter {model} that the run recorded, it was damaged or changed ({found}). "
+            "Bring the folder back, or start again with another run_dir."
+        )
 
 
 def final_program(program: dspy.Module, candidates: Sequence[dict[str, Any]], failed: bool, report: Any) -> dspy.Module:

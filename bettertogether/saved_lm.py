@@ -101,7 +101,7 @@ def _load_local(
     options, owner = dict(record["options"]), f"The LM {record['model']!r}"
     check_lm_state(options, owner, allow=allow_unsafe_lm_state)
     engine = _engine(record["base"] if base_model is None else base_model, record["engine_options"])
-    _compare_base(engine, record)
+    compare_base(record, engine, chosen=base_model is not None)
     try:
         lm: dspy.LM = engine_lm(engine, _adapter_model(engine, record, adapter), **options)
     except (TypeError, ValueError) as error:
@@ -135,17 +135,25 @@ def _adapter_model(engine: LocalEngine, record: Mapping[str, Any], adapter: Path
         raise ArtifactError(f"The adapter in {adapter} can't be served: {error}") from error
 
 
-def _compare_base(engine: LocalEngine, record: Mapping[str, Any]) -> None:
-    if not _same_base(engine, record):
-        logger.warning(
-            "The program was saved with base model %s and is loaded with %s: an adapter gives wrong answers on a base "
-            "that it was not trained on.",
-            record["base_name"],
-            engine.base_name,
+def compare_base(record: Mapping[str, Any], found: Any, *, chosen: bool) -> None:
+    """Warn where `found` (an engine, or anything with a `base_hash` and `base_name`) is another base than the one
+    recorded. Raises ArtifactError for an adapter whose base was changed in its place: its answers would be wrong."""
+    if _same_base(found, record):
+        return
+    if record["adapter"] is not None and not chosen and record["base_hash"] is not None:
+        raise ArtifactError(
+            f"The base model {record['base']!r} is not the one that the adapter {record['model']} was trained on: its "
+            "files have changed since. Bring them back, or name the base to use: base_model=..."
         )
+    logger.warning(
+        "The program was saved with base model %s and is loaded with %s: an adapter gives wrong answers on a base "
+        "that it was not trained on.",
+        record["base_name"],
+        found.base_name,
+    )
 
 
-def _same_base(engine: LocalEngine, record: Mapping[str, Any]) -> bool:
+def _same_base(engine: Any, record: Mapping[str, Any]) -> bool:
     """Whether an engine holds the base that a record names; records of older versions know only its folder's name."""
     if record.get("base_hash") is not None:
         return bool(getattr(engine, "base_hash", None) == record["base_hash"])

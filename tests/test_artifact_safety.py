@@ -11,10 +11,10 @@ from typing import Any
 
 import dspy
 import pytest
-from fakes import TwoSteps, learner, parity_engine, parity_program
+from fakes import TwoSteps, learner, parity_engine, parity_program, plain_lm
 from saved import edit_manifest, fresh_engine, manifest_of, tuned_program
 
-from bettertogether import artifact_files
+from bettertogether import artifact_files, saved_lm
 from bettertogether.artifact import load, save
 from bettertogether.errors import ArtifactError
 
@@ -282,3 +282,30 @@ def test_the_manifest_names_every_other_file(tmp_path: Path) -> None:
     found = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}
     assert manifest_of(saved)["files"].keys() == found - {"artifact.json"}
     assert json.loads((saved / "artifact.json").read_text())["schema"] == 1
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_an_adapter_is_not_loaded_on_a_base_whose_files_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, chosen: bool
+) -> None:
+    engine, changed = parity_engine(learner), fresh_engine()
+    engine.base_hash, changed.base_hash = "a" * 64, "b" * 64
+    saved = save(tuned_program(engine), tmp_path / "a")
+    if chosen:
+        assert load(saved, base_model=changed).lm.engine is changed
+        assert "is loaded with" in caplog.text
+        return
+    monkeypatch.setattr(saved_lm, "local_lm", lambda *_, **__: plain_lm(changed))
+    with pytest.raises(ArtifactError, match=r"files have changed since.*base_model="):
+        load(saved)
+
+
+def test_a_program_without_adapter_is_loaded_on_a_changed_base_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, changed = parity_engine(learner), fresh_engine()
+    engine.base_hash, changed.base_hash = "a" * 64, "b" * 64
+    saved = save(parity_program(engine), tmp_path / "a")
+    monkeypatch.setattr(saved_lm, "local_lm", lambda *_, **__: plain_lm(changed))
+    assert load(saved).lm.engine is changed
+    assert "is loaded with" in caplog.text

@@ -12,7 +12,7 @@ from fakes import learner, models, number_of, numbers, parity_engine, parity_mat
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
 from bettertogether.callbacks import Callback
-from bettertogether.errors import BudgetExceeded, ConfigError, TooManyErrors
+from bettertogether.errors import BudgetExceeded, ConfigError, RunDirectoryError, TooManyErrors
 from bettertogether.records import StepRecord
 from bettertogether.report import CompileReport
 from bettertogether.statistics import CELLS
@@ -291,6 +291,28 @@ def test_a_run_directory_that_was_moved_goes_on(tmp_path: Path) -> None:
     second = compile_(engine, "w", run_dir=tmp_path / "moved")
     assert second.lm.model == first.lm.model
     assert engine.adapter_folder(second.lm.model) == tmp_path / "moved" / "adapters" / second.lm.model.partition("/")[2]
+
+
+def test_an_adapter_of_a_record_that_was_changed_since_is_not_taken(tmp_path: Path) -> None:
+    compile_(parity_engine(learner), strategy="w", run_dir=tmp_path / "run")
+    (saved,) = (tmp_path / "run" / "adapters").rglob("fake_adapter.json")
+    content = json.loads(saved.read_text())
+    saved.write_text(json.dumps({**content, "memory": {}}))
+    with pytest.raises(RunDirectoryError, match=rf"{saved.parent} does not hold the adapter .*damaged or changed"):
+        compile_(parity_engine(learner), strategy="w", run_dir=tmp_path / "run")
+
+
+def test_a_key_in_the_error_of_a_step_gets_into_no_file(
+    engine: FakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Leaks(Teleprompter):
+        def compile(self, student: dspy.Module, **_: Any) -> dspy.Module:
+            raise ValueError("Incorrect API key provided: sk-abcdefghijklmnop, api_key='hunter2'")
+
+    compiled = compile_(engine, "x", optimizers={"x": Leaks()}, run_dir=tmp_path / "run")
+    assert "Incorrect API key provided: ***, api_key='***'" in compiled.report.rounds[-1].error
+    texts = [path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not any("sk-abcdef" in text or "hunter2" in text for text in texts)
 
 
 def test_the_budget_stops_the_run_with_the_best_so_far(engine: FakeEngine) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import NoTrainingDataError
+from ..errors import ModelError, NoTrainingDataError
+from ..printable import get_logger
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.packing import TokenizedRow
 from .adapters import content_hash, write_round
@@ -23,6 +24,8 @@ from .base import (
     adapter_model_name,
     adapter_round,
 )
+
+logger = get_logger(__name__)
 
 
 class Tokenizing(Protocol):
@@ -141,10 +144,18 @@ def _digest(job: TrainingJob, base_name: str) -> str:
 
 def _move(source: Path, target: Path) -> Path:
     """Rename a finished folder to its content's name; the same content that is there already may stay."""
-    try:
-        os.replace(source, target)
-    except OSError:
-        if not (target / "adapter_model.safetensors").is_file():
-            raise
-        shutil.rmtree(source)
+    if target.is_dir():
+        if _same_content(source, target):
+            shutil.rmtree(source)
+            return target
+        logger.warning("%s was damaged; the adapter that was trained again takes its place.", target)
+        shutil.rmtree(target)
+    os.replace(source, target)
     return target
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    try:
+        return content_hash(one) == content_hash(other)
+    except (ModelError, OSError):
+        return False

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ModelError
 from .adapters import linear_shapes, read_adapter_config, read_weights
+from .fingerprint import model_hash
 
 
 def merge_adapter(base: str | Path, adapter: Path, out: Path) -> None:
@@ -40,14 +42,34 @@ def merge_adapter(base: str | Path, adapter: Path, out: Path) -> None:
             shutil.rmtree(work, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Base:
+    """A base model by place and content."""
+
+    base_name: str
+    base_hash: str
+
+    @classmethod
+    def at(cls, source: str | Path) -> Base:
+        """The model in a folder or under a hub id. Raises ModelError."""
+        name = os.path.expanduser(source)
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:
+            raise _not_loaded(name, error) from error
+        return cls(name, model_hash(name, getattr(config, "_commit_hash", None)))
+
+
+def _not_loaded(base: str, error: Exception) -> ModelError:
+    return ModelError(f"The base model {base!r} can't be loaded ({error}): give its folder or hub id as base_model=.")
+
+
 def _load(base: str) -> tuple[Any, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(
-            f"The base model {base!r} can't be loaded ({error}): give its folder or hub id as base_model=."
-        ) from error
+        raise _not_loaded(base, error) from error
     if getattr(model, "is_quantized", False):
         raise ModelError(f"The base model {base!r} is quantized: give the unquantized one as base_model=.")
     return model, tokenizer
