@@ -25,7 +25,8 @@ class LoRAConfig:
     dropout: float = 0.0
     """Dropout on the adapter's input, 0 to 1 (1 excluded)."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """"all-linear", or module names such as ("q_proj", "k_proj")."""
+    """"all-linear", or module names such as ("q_proj", "k_proj"). "all-linear" leaves out what can't be served:
+    experts, routers, the output layer, and layers that text never reaches."""
 
     def __post_init__(self) -> None:
         _require(isinstance(self.rank, int) and self.rank > 0, "rank", self.rank, "a whole number above 0")
