@@ -121,6 +121,11 @@ def encode_demos(predictor: dspy.Predict, name: str) -> list[dict[str, Any]]:
     return [codec.encode_demo(demo, name) for demo in predictor.demos]
 
 
+def encode_demo(predictor: dspy.Predict, demo: Any, name: str) -> dict[str, Any]:
+    """One demo of a predictor as JSON. Raises ArtifactError as `encode_demos` does."""
+    return _Codec(predictor.signature).encode_demo(demo, name)
+
+
 def decode_demos(predictor: dspy.Predict, saved: Any, name: str) -> list[dspy.Example]:
     """Inverse of `encode_demos`, for a predictor of the same signature. Raises ArtifactError."""
     codec = _Codec(predictor.signature)

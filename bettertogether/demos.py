@@ -10,15 +10,11 @@ from typing import Any
 
 import dspy
 
+from .demo_fit import DemoFit
 from .labels import labels_of, output_names, stratified_order
-from .lm import local_engine
 from .programs import copy_for_step, predictors_of
-from .rows import render_prompt
 from .runs import example_key, stable_seed
 from .traces import Trace
-
-ANSWER_ROOM_TOKENS = 256
-"""Tokens that demos must leave free in the context for an answer, at least."""
 
 
 @dataclass
@@ -28,7 +24,7 @@ class Candidate:
     name: str
     program: dspy.Module
     dropped_demos: int = 0
-    """Demos left out because the prompt would not have fitted the model's context."""
+    """Demos left out because the prompt would not have fitted the model's context, or could not be made."""
     scores: dict[int, float] = field(default_factory=dict)
     """Position in the validation examples to score."""
     stopped: bool = False
@@ -77,9 +73,28 @@ class DemoSets:
         self._program = program
         self._traces = list(traces)
         self._labelled = list(labelled)
+        self._of_trace = {id(trace): demos_of(trace) for trace in self._traces}
+        self._of_example = {name: self._labelled_demos(p) for name, p in predictors_of(program).items()}
+        self._fits = {name: self._fit(name, predictor) for name, predictor in predictors_of(program).items()}
         self._seen: set[str] = set()
         self.dropped: Counter[str] = Counter()
         """Demos dropped because they did not fit, by predictor."""
+
+    def _labelled_demos(self, predictor: dspy.Predict) -> dict[int, dspy.Example]:
+        found = {id(example): labelled_demo(predictor, example) for example in self._labelled}
+        return {key: demo for key, demo in found.items() if demo is not None}
+
+    def _fit(self, name: str, predictor: dspy.Predict) -> DemoFit:
+        asked = [call.inputs for trace in self._traces for call in trace.calls if call.predictor == name]
+        return DemoFit(name, predictor, [*asked, *self._of_example[name].values()])
+
+    def problems(self) -> dict[str, dict[str, int]]:
+        """By predictor: how many demos can't be shown, by reason, and how many questions can't be asked beside any."""
+        found = {name: dict(fit.left_out) for name, fit in self._fits.items()}
+        for name, fit in self._fits.items():
+            if fit.passed_over:
+                found[name]["question too long to be asked beside demos"] = fit.passed_over
+        return {name: reasons for name, reasons in found.items() if reasons}
 
     def candidate(self, name: str, traces: int, labelled: int, seed: int) -> Candidate | None:
         """A candidate with demos of up to `traces` traces, filled up with labelled examples to `labelled` demos in
@@ -90,10 +105,13 @@ class DemoSets:
         extra = self._pick_labelled(seed, used)
         before = sum(self.dropped.values())
         for predictor_name, predictor in predictors_of(program).items():
-            demos = [demos[predictor_name] for demos in map(demos_of, shown) if predictor_name in demos]
-            room = max(0, labelled - len(demos))
-            fills = [demo for example in extra if (demo := labelled_demo(predictor, example)) is not None][:room]
-            predictor.demos = self._fitting(predictor_name, predictor, [*demos, *fills])
+            fit, labelled_demos = self._fits[predictor_name], self._of_example[predictor_name]
+            made = [self._of_trace[id(trace)] for trace in shown]
+            demos = [demos[predictor_name] for demos in made if predictor_name in demos]
+            known = [labelled_demos[id(example)] for example in extra if id(example) in labelled_demos]
+            fills = [demo for demo in known if fit.usable(demo)][: max(0, labelled - len(demos))]
+            predictor.demos = fit.fitting([*demos, *fills])
+            self.dropped += Counter({predictor_name: len(demos) + len(fills) - len(predictor.demos)})
         content = _shown(program)
         candidate = Candidate(name, program, sum(self.dropped.values()) - before)
         if candidate.demos == 0 or content in self._seen:
@@ -113,35 +131,6 @@ class DemoSets:
         labels = labels_of(self._labelled, outputs=output_names(self._program))
         order = stratified_order(list(range(len(self._labelled))), labels, stable_seed("labelled", seed))
         return [self._labelled[index] for index in order if index not in used]
-
-    def _longest_inputs(self, name: str, predictor: dspy.Predict, demos: Sequence[Any]) -> dict[str, Any]:
-        """The longest question that this predictor was asked, or that a labelled example has for it."""
-        fields = predictor.signature.input_fields
-        asked = [call.inputs for trace in self._traces for call in trace.calls if call.predictor == name]
-        known = [demo for example in self._labelled if (demo := labelled_demo(predictor, example)) is not None]
-        longest = max([*asked, *known, *demos], key=lambda inputs: sum(len(str(inputs.get(f, ""))) for f in fields))
-        return {field_name: longest.get(field_name, "") for field_name in fields}
-
-    def _fitting(self, name: str, predictor: dspy.Predict, demos: list[Any]) -> list[Any]:
-        """The demos, from the first, that together leave room for an answer in the model's context."""
-        engine = local_engine(predictor.lm)
-        if engine is None or not demos:
-            return demos
-        inputs = self._longest_inputs(name, predictor, demos)
-        room = max(predictor.lm.kwargs.get("max_tokens") or 0, ANSWER_ROOM_TOKENS)
-
-        def fits(shown: list[Any]) -> bool:
-            prompt = render_prompt(predictor, engine, inputs, shown)
-            return len(engine.prompt_tokens(prompt)) + room <= engine.max_length
-
-        if fits(demos):
-            return demos
-        kept: list[Any] = []
-        for demo in demos:
-            if fits([*kept, demo]):
-                kept.append(demo)
-        self.dropped[name] += len(demos) - len(kept)
-        return kept
 
 
 def _shown(program: dspy.Module) -> str:

@@ -153,6 +153,9 @@ class BootstrapFewShotRS(Teleprompter):
         race = run_race(candidates, len(validation), self._scorer(validation, options, candidates), race=self.race)
         best = choose(candidates, len(validation))
         self._account(candidates, best, traces, race, sets, len(validation), time.monotonic() - started)
+        for name, reasons in sets.problems().items():
+            listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+            callbacks.warn(f"Not all examples can be demos of predictor {name!r}: {listed}.")
         return _result(candidates, best, len(validation))
 
     def _split(
@@ -259,6 +262,7 @@ class BootstrapFewShotRS(Teleprompter):
                 "failed": traces.reasons(),
             },
             "dropped_demos": dict(sets.dropped),
+            "left_out": sets.problems(),
         }
 
 
