@@ -58,7 +58,8 @@ class RowOptions:
 
     def __post_init__(self) -> None:
         if self.train_prompt not in get_args(TrainPrompt):
-            raise ConfigError(f"train_prompt={self.train_prompt!r}: give one of {get_args(TrainPrompt)}.")
+            allowed = get_args(TrainPrompt)
+            raise ConfigError(f"train_prompt={self.train_prompt!r} is not allowed: give one of {allowed}.")
         if not is_number(self.max_rescue_share) or not 0 <= self.max_rescue_share <= 1:
             raise ConfigError(f"max_rescue_share={self.max_rescue_share!r} is not allowed: give a number from 0 to 1.")
         require_whole("max_traces_per_example", self.max_traces_per_example, 1, meaning="1 or more")

@@ -69,8 +69,13 @@ def require_program(program: object, role: str = "student") -> dspy.Module:
 
 
 def as_programs(programs: dspy.Module | Iterable[dspy.Module] | None) -> list[dspy.Module]:
-    """A list from one program, several or none."""
-    return [programs] if isinstance(programs, dspy.Module) else list(programs or ())
+    """A list from one program, several or none. Raises ProgramError for anything else."""
+    if isinstance(programs, dspy.Module):
+        return [programs]
+    given = list(programs) if isinstance(programs, Iterable) else [programs] if programs is not None else []
+    if not all(isinstance(each, dspy.Module) for each in given):
+        raise ProgramError(f"teacher must be a dspy.Module, a list of them or None, got {programs!r:.100}.")
+    return given
 
 
 def require_reachable(program: dspy.Module) -> None:

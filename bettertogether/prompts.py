@@ -26,6 +26,7 @@ from .programs import as_programs, copy_for_step, require_program, with_prompts
 from .racing import RaceResult, ScoreFunction, run_race
 from .records import Ledger
 from .runs import RunStore, stable_seed
+from .selection import check_examples
 from .traces import Pass, Sampling, TraceSet, collect_traces, select_traces
 
 logger = get_logger(__name__)
@@ -135,6 +136,12 @@ class BootstrapFewShotRS(Teleprompter):
         """
         started = time.monotonic()
         require_program(student)
+        require_pass_options(num_threads, max_errors, seed)
+        check_examples(trainset, "trainset")
+        check_examples(valset or (), "valset")
+        if original is not None:
+            require_program(original, "original")
+        teachers = as_programs(teacher)
         seed = self.seed if seed is None else seed
         options = Pass.of_step(
             self,
@@ -146,7 +153,7 @@ class BootstrapFewShotRS(Teleprompter):
         )
         train, validation = self._split(trainset, valset, seed)
         start = self._start(student, original)
-        traces = collect_traces(start, train, options, sampling=self.sampling, teachers=as_programs(teacher))
+        traces = collect_traces(start, train, options, sampling=self.sampling, teachers=teachers)
         sets = DemoSets(start, select_traces(traces.traces), train)
         candidates = self._candidates(student, start, sets, seed)
         self.ledger = traces.ledger

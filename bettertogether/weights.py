@@ -29,6 +29,7 @@ from .programs import as_programs, copy_for_step, predictors_of, require_program
 from .records import Ledger
 from .rows import Row, TrainPrompt, make_data_card, read_rows, write_rows
 from .runs import RunStore
+from .selection import check_examples
 from .traces import Pass, Sampling, collect_traces
 from .training.config import LoRAConfig, TrainingConfig
 
@@ -165,6 +166,9 @@ class LoRAFinetune(Teleprompter):
         """
         started = time.monotonic()
         require_reachable(require_program(student))
+        require_pass_options(num_threads, max_errors, seed)
+        if not isinstance(rows, Sequence | Path | None):
+            raise ConfigError(f"rows={rows!r} is not allowed: give a list of rows, or a file of them.")
         trainable = self.trainable(student)
         if rows is None:
             collected = self.collect(
@@ -218,6 +222,7 @@ class LoRAFinetune(Teleprompter):
         trainable = self.trainable(student)
         if not trainset:
             raise DataError("trainset cannot be empty: give the examples to run the program on.")
+        check_examples(trainset, "trainset")
         options = Pass.of_step(
             self,
             num_threads=num_threads,

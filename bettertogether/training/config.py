@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
+from ..checks import is_number, require_switch, require_whole
 from ..errors import ConfigError
 
 
@@ -29,12 +30,14 @@ class LoRAConfig:
     experts, routers, the output layer, and layers that text never reaches."""
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.rank, int) and self.rank > 0, "rank", self.rank, "a whole number above 0")
-        _require(self.alpha > 0, "alpha", self.alpha, "a number above 0")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
+        require_whole("rank", self.rank, 1)
+        _require(is_number(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a number above 0")
+        _require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
         if isinstance(self.target_modules, Sequence) and not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        _require(bool(self.target_modules), "target_modules", self.target_modules, '"all-linear" or module names')
+        names = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
+        named = isinstance(names, tuple) and bool(names) and all(isinstance(name, str) and name for name in names)
+        _require(named, "target_modules", self.target_modules, '"all-linear" or module names')
 
     @classmethod
     def paper(cls) -> Self:
@@ -82,19 +85,23 @@ class TrainingConfig:
     """Seed of the adapter's initial weights and of the row order."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
+        rate, warmup = self.learning_rate, self.warmup_ratio
+        _require(is_number(rate) and rate > 0, "learning_rate", rate, "a number above 0")
         for name in ("epochs", "batch_size", "max_tokens_per_batch", "num_processes"):
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value > 0, name, value, "a whole number above 0")
+            require_whole(name, getattr(self, name), 1)
+        require_whole("seed", self.seed, 0)
+        require_switch("keep_best", self.keep_best)
         schedulers = ("cosine", "linear", "constant")
         _require(self.scheduler in schedulers, "scheduler", self.scheduler, f"one of {schedulers}")
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a number in [0, 1)")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        _require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "0 or more")
+        _require(is_number(warmup) and 0 <= warmup < 1, "warmup_ratio", warmup, "a number in [0, 1)")
+        for name in ("weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            _require(is_number(value) and value >= 0, name, value, "0 or more")
         _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, '"auto", "float32" or "bfloat16"')
         _require(self.quantize_base in (None, "4bit"), "quantize_base", self.quantize_base, 'None or "4bit"')
         checkpoint = self.gradient_checkpointing
-        _require(checkpoint in (True, False, "auto"), "gradient_checkpointing", checkpoint, 'True, False or "auto"')
+        switch = checkpoint == "auto" or isinstance(checkpoint, bool)
+        _require(switch, "gradient_checkpointing", checkpoint, 'True, False or "auto"')
 
     @classmethod
     def paper(cls) -> Self:
