@@ -97,6 +97,16 @@ class LocalLM(dspy.LM):
         """`__call__` for an event loop."""
         return await super().acall(prompt, messages=messages, **_with_whole_format(messages, kwargs))
 
+    def dump_state(self) -> dict[str, Any]:
+        """State of the LM; of the adapters that its engine serves, it names the LM's own alone."""
+        state: dict[str, Any] = super().dump_state()
+        engine = local_engine(self)
+        for record in (state.get("engine"), state.get("async_engine")):
+            if engine is not None and isinstance(record, dict) and record["state"].get("adapters"):
+                folder = engine.adapter_folder(self.model)
+                record["state"]["adapters"] = [] if folder is None else [str(folder)]
+        return state
+
     def infer_provider(self) -> Provider:
         """The provider that trains on this LM's engine."""
         return LocalProvider(self.engine) if isinstance(self.engine, LocalEngine) else super().infer_provider()

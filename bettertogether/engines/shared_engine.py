@@ -215,7 +215,12 @@ class SharedEngine:
         return self
 
     def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
-        return type(self).load_state, (self.dump_state(),)
+        return type(self)._unpickled, (self.dump_state(),)
+
+    @classmethod
+    def _unpickled(cls, state: dict[str, Any]) -> Self:
+        """The engine of a pickle, without the adapters of other runs that were deleted since."""
+        return cls.load_state({**state, "adapters": [each for each in state["adapters"] if Path(each).is_dir()]})
 
     def close(self) -> None:
         """Free what the engine holds; a later call of `shared` makes a new one."""

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 import threading
 from pathlib import Path
 from typing import Any, Literal
@@ -269,6 +270,34 @@ def test_the_state_is_json_and_gives_the_engine_with_its_adapters(folder: Path, 
     assert fresh.dump_state() == state
     assert fresh.asynchronous.load_state(state).engine is fresh
     fresh.close()
+
+
+def test_the_state_of_an_lm_names_its_own_adapter_alone(folder: Path, tmp_path: Path) -> None:
+    engine = TransformersEngine.shared(folder)
+    engine.add_adapter(save_adapter(tmp_path / "other", 1))
+    own = engine_lm(engine, engine.add_adapter(save_adapter(tmp_path / "own", 2)))
+    named = [own.dump_state()[side]["state"]["adapters"] for side in ("engine", "async_engine")]
+    assert named == [[str(tmp_path / "own")]] * 2
+    assert engine_lm(engine).dump_state()["engine"]["state"]["adapters"] == []
+    assert len(engine.dump_state()["adapters"]) == 2
+    shutil.rmtree(tmp_path / "other")
+    engine.close()
+    program = dspy.Predict("q -> a")
+    program.load_state({**program.dump_state(), "lm": own.dump_state()}, allow_unsafe_lm_state=True)
+    assert program.lm.engine.adapter_folder(own.model) == tmp_path / "own"
+    program.lm.engine.close()
+
+
+def test_a_pickle_is_read_without_the_adapters_that_were_deleted_since(folder: Path, tmp_path: Path) -> None:
+    engine = TransformersEngine.shared(folder)
+    engine.add_adapter(save_adapter(tmp_path / "other", 1))
+    own = engine.add_adapter(save_adapter(tmp_path / "own", 2))
+    pickled = pickle.dumps(engine_lm(engine, own))
+    shutil.rmtree(tmp_path / "other")
+    engine.close()
+    found = pickle.loads(pickled)
+    assert found.engine.adapter_folders() == [tmp_path / "own"]
+    found.engine.close()
 
 
 def test_a_closed_engine_says_so(folder: Path) -> None:
