@@ -196,7 +196,7 @@ class Loop:
             "trainset": trainset,
             "valset": None if own and len(trainset) >= ENOUGH_FOR_BOTH else (plan.valset or None),
             "teacher": (plan.teachers if own else _one_or_all(plan.teachers)) or None,
-            "original": plan.student if own else None,
+            "restart_from": plan.student if own else None,
             "store": self.store if own else None,
             "folder": self.directory.adapters if own else None,
             "provide_traceback": plan.provide_traceback,

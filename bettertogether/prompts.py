@@ -49,7 +49,7 @@ class BootstrapFewShotRS(Teleprompter):
         train_size: Examples to bootstrap from; None: 30% of the trainset, at most 100.
         val_size: Examples to score candidates on, none of which is bootstrapped from; None: the rest, at most 250.
         threshold: Score from which an example counts as solved; None: 1.0, the full mark.
-        restart: Start from the original prompts (`original=` of `compile`), as the paper does, not from the prompts
+        restart: Start from the original prompts (`restart_from=` of `compile`), as the paper does, not from the prompts
             given. Those are a candidate either way, so the step never loses what it was given.
         race: Stop candidates that a paired bound says can't win; False scores all of them fully.
         num_samples, temperature, rescue: How hard to try for a trace of each example, see `LoRAFinetune`.
@@ -121,7 +121,7 @@ class BootstrapFewShotRS(Teleprompter):
         trainset: Sequence[dspy.Example],
         teacher: dspy.Module | Sequence[dspy.Module] | None = None,
         valset: Sequence[dspy.Example] | None = None,
-        original: dspy.Module | None = None,
+        restart_from: dspy.Module | None = None,
         num_threads: int | None = None,
         max_errors: int | None = None,
         seed: int | None = None,
@@ -129,8 +129,8 @@ class BootstrapFewShotRS(Teleprompter):
     ) -> dspy.Module:
         """A copy of the student with the best prompts found, its LMs kept.
 
-        `valset`, when given, is what candidates are scored on, and demos come from all of the trainset. `original` is
-        the program whose prompts a restart starts from; None: the student without demos. The result has
+        `valset`, when given, is what candidates are scored on, and demos come from all of the trainset. `restart_from`
+        is the program whose prompts a restart starts from; None: the student without demos. The result has
         `candidate_programs` (dicts with score, program, name; best first). Raises ProgramError, DataError,
         TooManyErrors.
         """
@@ -139,8 +139,8 @@ class BootstrapFewShotRS(Teleprompter):
         require_pass_options(num_threads, max_errors, seed)
         check_examples(trainset, "trainset")
         check_examples(valset or (), "valset")
-        if original is not None:
-            require_program(original, "original")
+        if restart_from is not None:
+            require_program(restart_from, "restart_from")
         teachers = as_programs(teacher)
         seed = self.seed if seed is None else seed
         options = Pass.of_step(
@@ -152,7 +152,7 @@ class BootstrapFewShotRS(Teleprompter):
             phase="bootstrap demos",
         )
         train, validation = self._split(trainset, valset, seed)
-        start = self._start(student, original)
+        start = self._start(student, restart_from)
         traces = collect_traces(start, train, options, sampling=self.sampling, teachers=teachers)
         sets = DemoSets(start, select_traces(traces.traces), train)
         candidates = self._candidates(student, start, sets, seed)
@@ -180,9 +180,10 @@ class BootstrapFewShotRS(Teleprompter):
         train, rest = stratified_split(trainset, size, seed)
         return train, rest[: self.val_size or MOST_VALIDATION]
 
-    def _start(self, student: dspy.Module, original: dspy.Module | None) -> dspy.Module:
+    def _start(self, student: dspy.Module, restart_from: dspy.Module | None) -> dspy.Module:
         """The program that demos are added to: original prompts (restart) or current ones, without demos."""
-        start = with_prompts(student, original) if self.restart and original is not None else copy_for_step(student)
+        restarts = self.restart and restart_from is not None
+        start = with_prompts(student, restart_from) if restarts else copy_for_step(student)
         for predictor in start.predictors():
             predictor.demos = []
         return start

@@ -115,7 +115,7 @@ def test_the_current_prompts_are_a_candidate_and_win_when_they_are_best() -> Non
     engine = parity_engine(lambda request, number: "SECRET" in request.system or number % 3 == 0)
     program = parity_program(engine)
     program.signature = program.signature.with_instructions("SECRET")
-    compiled = step().compile(program, trainset=numbers(40), original=parity_program(engine))
+    compiled = step().compile(program, trainset=numbers(40), restart_from=parity_program(engine))
     assert compiled.candidate_programs[0]["name"] == "current"
     assert compiled.signature.instructions == "SECRET"
 
@@ -124,7 +124,7 @@ def test_a_restart_starts_from_the_original_prompts() -> None:
     engine = parity_engine(lambda request, number: "WORSE" not in request.system and learner(request, number))
     program, original = parity_program(engine), parity_program(engine)
     program.signature = program.signature.with_instructions("WORSE")
-    compiled = step().compile(program, trainset=numbers(40), original=original)
+    compiled = step().compile(program, trainset=numbers(40), restart_from=original)
     assert compiled.signature.instructions == original.signature.instructions
     assert compiled.demos
 
@@ -133,7 +133,7 @@ def test_without_restart_demos_are_added_to_the_current_instructions() -> None:
     engine = parity_engine(lambda request, number: learner(request, number))
     program, original = parity_program(engine), parity_program(engine)
     program.signature = program.signature.with_instructions("MINE")
-    compiled = step(restart=False).compile(program, trainset=numbers(40), original=original)
+    compiled = step(restart=False).compile(program, trainset=numbers(40), restart_from=original)
     assert compiled.signature.instructions == "MINE"
     assert compiled.demos
 

@@ -86,7 +86,7 @@ def settings(**given: Any) -> dict[str, Any]:
 
 def run(name: str, program: dspy.Module, **more: Any) -> Any:
     optimizer = foreign(name, program.predictors()[0].lm)
-    data = {"trainset": list(TRAIN), "valset": numbers(8, start=16), "teacher": None, "original": program} | more
+    data = {"trainset": list(TRAIN), "valset": numbers(8, start=16), "teacher": None, "restart_from": program} | more
     return run_step(optimizer, program, settings(), data, OVERRIDES.get(name, {}))
 
 

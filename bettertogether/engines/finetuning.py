@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import ModelError, NoTrainingDataError
+from ..errors import ModelError, NoTrainingDataError, RunDirectoryError
+from ..files import FileLock
 from ..printable import get_logger
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.packing import TokenizedRow
@@ -95,14 +98,13 @@ def train(
     engine: Tokenizing, job: TrainingJob, model: Any, source: str, on_progress: ProgressFunction | None
 ) -> FinetuneResult:
     """Run a training. `model` is trained in this process; None trains `source` in processes of their own."""
-    # Named by what is asked, so that the same call after a kill finds the checkpoint that the trainer left there.
-    folder = job.parent / f"training-{_digest(job, engine.base_name)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    trained = _run(job, model, source, folder, on_progress)
-    write_round(trained.folder, job.round_number, engine.base_name)
-    name = adapter_model_name(engine.base_name, job.round_number, content_hash(trained.folder))
-    target = _move(trained.folder, job.parent / name.partition("/")[2])
-    shutil.rmtree(folder, ignore_errors=True)
+    with _working_folder(job, engine.base_name) as folder:
+        trained = _run(job, model, source, folder, on_progress)
+        write_round(trained.folder, job.round_number, engine.base_name)
+        content = content_hash(trained.folder)
+        name = adapter_model_name(engine.base_name, job.round_number, content)
+        target = _move(trained.folder, job.parent / name.partition("/")[2], content)
+        shutil.rmtree(folder, ignore_errors=True)
     return FinetuneResult(
         model=name,
         folder=target,
@@ -142,20 +144,49 @@ def _digest(job: TrainingJob, base_name: str) -> str:
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
 
 
-def _move(source: Path, target: Path) -> Path:
-    """Rename a finished folder to its content's name; the same content that is there already may stay."""
-    if target.is_dir():
-        if _same_content(source, target):
+@contextmanager
+def _working_folder(job: TrainingJob, base_name: str) -> Iterator[Path]:
+    """Where a training works: a folder named by what is asked, so that the same call after a kill finds the checkpoint
+    that the trainer left there; one of its own while the same training goes on elsewhere."""
+    job.parent.mkdir(parents=True, exist_ok=True)
+    name = f"training-{_digest(job, base_name)}"
+    path = job.parent / f".{name}.lock"
+    try:
+        lock = FileLock(path)
+    except RunDirectoryError:
+        yield Path(tempfile.mkdtemp(prefix=f"{name}-", dir=job.parent))
+        return
+    try:
+        folder = job.parent / name
+        folder.mkdir(exist_ok=True)
+        yield folder
+        # Before the lock ends: whoever opened the file meanwhile finds it locked.
+        path.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _move(source: Path, target: Path, content: str) -> Path:
+    """Rename a finished folder to its content's name. The same content that is there already stays; what is damaged
+    there makes room."""
+    if target.exists():
+        if _holds(target, content):
             shutil.rmtree(source)
             return target
         logger.warning("%s was damaged; the adapter that was trained again takes its place.", target)
         shutil.rmtree(target)
-    os.replace(source, target)
+    try:
+        os.replace(source, target)
+    except OSError:
+        # Another process was quicker.
+        if not _holds(target, content):
+            raise
+        shutil.rmtree(source)
     return target
 
 
-def _same_content(one: Path, other: Path) -> bool:
+def _holds(folder: Path, content: str) -> bool:
     try:
-        return content_hash(one) == content_hash(other)
+        return content_hash(folder) == content
     except (ModelError, OSError):
         return False
