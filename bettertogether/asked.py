@@ -103,12 +103,9 @@ class _Notes:
         """A program: its classes' code, what its modules hold, its prompts, its LMs."""
         predictors = predictors_of(program)
         modules = dict(modules_of(program))
-        code: Noted = {}
-        for module in modules.values():
-            code |= self.code(type(module))
         return {
             "class": type(program).__qualname__,
-            "code": code,
+            "code": self.code(*map(type, modules.values())),
             "attributes": {name: held for name, module in modules.items() if (held := self._held(module))},
             "prompts": {name: self._prompt(predictor) for name, predictor in predictors.items()},
             "models": model_names(program),
@@ -128,14 +125,17 @@ class _Notes:
             "demos": self.text(list(predictor.demos)),
         }
 
-    def code(self, kind: type) -> Noted:
-        """The user's code of a class, by method."""
-        return {
-            f"{base.__qualname__}.{name}": self.text(value)
-            for base in kind.__mro__
-            if is_own(base)
-            for name, value in class_parts(base).items()
-        }
+    def code(self, *kinds: type) -> Noted:
+        """The user's code of classes, by method."""
+        noted: Noted = {}
+        for base in dict.fromkeys(base for kind in kinds for base in kind.__mro__ if is_own(base)):
+            for name, value in class_parts(base).items():
+                key = f"{base.__qualname__}.{name}"
+                while key in noted:
+                    # A class of the same name, such as one made by the same function.
+                    key += "'"
+                noted[key] = self.text(value)
+        return noted
 
     def holder(self, value: Any, *, left_out: frozenset[str] = NOISE) -> Noted:
         """An object with settings: its class with the user's code, its attributes."""

@@ -37,8 +37,10 @@ INFORMATIVE = ("versions", "machine")
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError)
 """What reading a damaged file raises."""
 
+_LOCKS = ("lock", "lock.owner")
 _TEMPORARY = re.compile(r"\..+\.tmp")
 _SHOWN = 120
+_LINES = 12
 
 
 def default_run_directory(key: str) -> Path:
@@ -195,7 +197,7 @@ def _refuse_foreign(folder: Path) -> None:
     if (folder / "run.json").exists():
         return
     with disk_errors(folder):
-        found = sorted(p.name for p in folder.iterdir() if p.name != "lock" and not _TEMPORARY.fullmatch(p.name))
+        found = sorted(p.name for p in folder.iterdir() if p.name not in _LOCKS and not _TEMPORARY.fullmatch(p.name))
     if found:
         raise RunDirectoryError(
             f"{folder} is not empty and holds no run.json (found {found[:3]}): it belongs to something else and is "
@@ -244,6 +246,8 @@ def _require_same(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, A
             logger.warning("%s goes on under other circumstances: %s", folder, line)
     blocking = [line for key, line in differences if key.split(".")[0] not in INFORMATIVE]
     if blocking:
+        if len(blocking) > _LINES:
+            blocking[_LINES:] = [f"and {len(blocking) - _LINES} more"]
         raise RunDirectoryError(
             f"{folder} holds another run; what differs:\n  " + "\n  ".join(blocking) + "\n"
             "Make the call as it was to go on with that run, or give another run_dir (or delete this one) to start."
@@ -251,11 +255,14 @@ def _require_same(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, A
 
 
 def _differences(stored: Any, asked: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(stored, Mapping) and isinstance(asked, Mapping):
+    if stored == asked:
+        return
+    if isinstance(stored, Mapping | None) and isinstance(asked, Mapping | None):
+        stored, asked = stored or {}, asked or {}
         for name in sorted(stored.keys() | asked.keys()):
             inner = f"{key}.{name}" if key else name
             yield from _differences(stored.get(name), asked.get(name), inner)
-    elif stored != asked:
+    else:
         yield key, f"{key}: the directory has {stored!r:.{_SHOWN}}, this call has {asked!r:.{_SHOWN}}"
 
 

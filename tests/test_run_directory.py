@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -299,3 +301,108 @@ def test_the_default_directory_is_under_the_cache(monkeypatch: pytest.MonkeyPatc
     assert default_run_directory("abc") == tmp_path / "runs" / "abc"
     monkeypatch.delenv("BETTERTOGETHER_CACHE")
     assert default_run_directory("abc") == Path.home() / ".cache" / "bettertogether" / "runs" / "abc"
+
+
+def test_a_folder_that_a_kill_left_of_an_artifact_saved_here_is_removed(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path, RUN).close()
+    (tmp_path / ".program.abc.tmp" / "adapters").mkdir(parents=True)
+    RunDirectory.open(tmp_path, RUN).close()
+    assert not (tmp_path / ".program.abc.tmp").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_in_the_file_system_a_file_says_that_a_run_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    directory = RunDirectory.open(tmp_path, RUN)
+    assert "a file system without locks" in caplog.text
+    with pytest.raises(RunDirectoryError, match=f"in use by another run .process {os.getpid()} on"):
+        RunDirectory.open(tmp_path, RUN)
+    directory.close()
+    RunDirectory.open(tmp_path, RUN).close()
+
+
+def test_without_locks_a_run_of_a_process_that_ended_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    owner = tmp_path / "lock.owner"
+    owner.write_text(f"process {ended.pid} on {platform.node()}")
+    with RunDirectory.open(tmp_path, RUN):
+        assert owner.read_text() == f"process {os.getpid()} on {platform.node()}"
+    owner.write_text("process 1 on another-machine")
+    with pytest.raises(RunDirectoryError, match=r"process 1 on another-machine; if that process has ended, delete"):
+        RunDirectory.open(tmp_path, RUN)
+
+
+def test_a_file_system_without_sync_of_folders_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def files_only(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", files_only)
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        directory.append(record(0))
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 1
+
+
+DAMAGED_LINES = ["[" * 100_000, "{}", "[]", "5", "null", '{"schema": 1}', '{"schema": 1, "nope": 2}']
+WHOLE = '{"schema": 1, "index": 0, "step": "", "strategy": "", "status": "complete"'
+
+
+@pytest.mark.parametrize("line", [*DAMAGED_LINES, WHOLE + ', "ledger": 5}', WHOLE + ', "scores": 5}', "\xff"])
+def test_a_damaged_record_is_an_error_that_names_file_and_line(tmp_path: Path, line: str) -> None:
+    RunDirectory.open(tmp_path, RUN).close()
+    (tmp_path / "records.jsonl").write_text(WHOLE + "}\n" + line + "\n", encoding="latin-1")
+    with pytest.raises(RunDirectoryError, match=r"records\.jsonl, line 2 is damaged"):
+        RunDirectory.open(tmp_path, RUN)
+
+
+def test_records_that_are_a_folder_are_an_error_that_names_it(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path, RUN).close()
+    (tmp_path / "records.jsonl").mkdir()
+    with pytest.raises(RunDirectoryError, match=r"records\.jsonl can't be read"):
+        RunDirectory.open(tmp_path, RUN)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "5", "null", '{"schema": 1, "run": {}}'])
+def test_a_run_json_of_any_damage_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunDirectoryError, match=r"run\.json is damaged"):
+        RunDirectory.open(tmp_path, RUN)
+
+
+def test_a_run_json_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(RunDirectoryError, match=r"run\.json is damaged"):
+        RunDirectory.open(tmp_path, RUN)
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "a\0b", 5, b"run", "", "~nobody-of-this-name/run"])
+def test_what_names_no_folder_is_an_error(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(RunDirectoryError):
+        RunDirectory.open(tmp_path / name if name == "n" * 256 else name, RUN)
+
+
+def test_numbers_that_json_lacks_are_written_as_null(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        directory.append(record(0, score=math.nan, details={"loss": [math.inf, 1.0], "gain": -math.inf}))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    (line,) = (tmp_path / "records.jsonl").read_text().splitlines()
+    loaded = json.loads(line, parse_constant=refuse)
+    assert (loaded["score"], loaded["details"]) == (None, {"loss": [None, 1.0], "gain": None})
