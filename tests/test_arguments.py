@@ -156,7 +156,7 @@ def test_arguments_of_one_step_alone_are_checked_too() -> None:
     program = parity_program(engine := parity_engine(learner))
     with pytest.raises(DataError, match=r"valset\[1\] is a str: give a dspy.Example"):
         BootstrapFewShotRS(parity_match).compile(program, trainset=numbers(8), valset=[numbers(1)[0], "x"])  # type: ignore[list-item]
-    with pytest.raises(ProgramError, match=r"original must be a dspy\.Module, got int"):
+    with pytest.raises(ProgramError, match=r"restart_from must be a dspy\.Module, got int"):
         BootstrapFewShotRS(parity_match).compile(program, trainset=numbers(8), restart_from=5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="rows=5 is not allowed: give a list of rows, or a file of them"):
         LoRAFinetune(parity_match).compile(program, trainset=numbers(8), rows=5)  # type: ignore[arg-type]
