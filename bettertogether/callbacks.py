@@ -23,6 +23,7 @@ from .events import (
     emit,
     listening,
     require_callbacks,
+    run_end_on_error,
     warn,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "emit",
     "listening",
     "require_callbacks",
+    "run_end_on_error",
     "warn",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,9 +32,11 @@ Trainable = Mapping[str, tuple[LocalEngine, Any]]
 class Collected:
     """Rows ready to train on, and how they came about."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] = field(repr=False)
     card: DataCard
     ledger: Ledger
+    warnings: tuple[str, ...] = ()
+    """What makes the runs meaningless that the rows come from."""
 
     def write(self, path: str | Path) -> Path:
         """Write the rows as JSON lines that `datasets.load_dataset("json")` and `rows=` read."""
@@ -97,7 +99,7 @@ def rows_from_traces(
         raise NoTrainingDataError(_no_rows(traces, reasons))
     warnings = [*_label_warnings(rows, labels), *_no_labels(trainset, output_names(student))]
     card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), warnings=warnings)
-    return Collected(tuple(rows), card, traces.ledger)
+    return Collected(tuple(rows), card, traces.ledger, traces.warnings)
 
 
 def _rows_of(

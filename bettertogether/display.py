@@ -22,6 +22,7 @@ from .events import (
     TrainingEvent,
     WarningEvent,
 )
+from .failures import STUDENT
 from .printable import get_logger, one_line
 from .records import StepRecord
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-STUDENT = "student"
 _SHOWN_ROUNDS = 8
 _SHOWN_WARNINGS = 3
 _BAR = 28
@@ -120,7 +120,8 @@ class ProgressDisplay(Callback):
         self._state.step_end(event)
         record = event["record"]
         score = "no score" if record.score is None else f"score {record.score:.3f}"
-        self._line(f"{self._state.step_text()} {record.status}, {score}, {_time(record.ledger.seconds)}")
+        failed = f", {record.failed} examples failed" if record.failed else ""
+        self._line(f"{self._state.step_text()} {record.status}, {score}{failed}, {_time(record.ledger.seconds)}")
 
     def on_warning(self, event: WarningEvent) -> None:
         """Something that makes a score or a step meaningless."""

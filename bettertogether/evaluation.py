@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import dspy
 
+from . import callbacks
+from .failures import count_failures, failure_text, failure_warning
 from .metrics import Metric
-from .records import Ledger
+from .printable import printable
+from .records import Failure, Ledger
 from .runs import Attempt, RunStore
 from .statistics import mean_interval, paired_interval
 from .traces import Pass, Trace
@@ -29,6 +32,15 @@ class Evaluation:
         """Mean score, in the metric's unit; NaN without examples."""
         return sum(self.scores) / len(self.scores) if self.scores else math.nan
 
+    def __repr__(self) -> str:
+        failed = f", failed: {failure_text(self.failures)}" if self.failures else ""
+        return f"Evaluation(mean {self.mean:.3f} of {len(self.scores)} examples{failed})"
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """The examples that failed and so scored 0, by kind, the commonest first."""
+        return count_failures(self.traces)
+
 
 def evaluate(
     program: dspy.Module,
@@ -44,9 +56,10 @@ def evaluate(
     """Run `program` on every example and score it with `metric` (called with trace=None, as DSPy evaluates).
 
     A parse failure scores 0. An example whose program or metric raises scores 0 too, and counts against `max_errors`
-    (None: `dspy.settings.max_errors`); raises TooManyErrors above it.
+    (None: `dspy.settings.max_errors`); raises TooManyErrors above it. Where more than half of the examples fail, the
+    log says so at once, with the commonest reason; see `Evaluation.failures`.
     """
-    return evaluate_many(
+    evaluation = evaluate_many(
         [program],
         examples,
         metric,
@@ -56,6 +69,9 @@ def evaluate(
         store=store,
         phase=phase,
     )[0]
+    if warning := failure_warning(evaluation.failures, len(evaluation.scores), phase):
+        callbacks.warn(warning)
+    return evaluation
 
 
 def evaluate_many(
@@ -94,7 +110,7 @@ def _evaluation(traces: tuple[Trace, ...]) -> Evaluation:
 
 def compare(evaluations: Mapping[str, Evaluation]) -> str:
     """A line for each evaluation: its mean with a 95% interval, and from the second on its gain over the first on the
-    same examples, with a paired 95% interval. Scores in the metric's unit."""
+    same examples, with a paired 95% interval; and how many examples failed, by kind. Scores in the metric's unit."""
     first = next(iter(evaluations.values()))
     width = max(map(len, evaluations))
     lines = []
@@ -104,5 +120,6 @@ def compare(evaluations: Mapping[str, Evaluation]) -> str:
         if evaluation is not first:
             low, high = paired_interval(evaluation.scores, first.scores)
             line += f"   gain {evaluation.mean - first.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        lines.append(line)
-    return "\n".join(lines)
+        failed = failure_text(evaluation.failures)
+        lines.append(f"{line}   failed: {failed}" if failed else line)
+    return printable("\n".join(lines))

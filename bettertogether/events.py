@@ -188,6 +188,18 @@ def emit(name: EventName, event: Event) -> None:
         listeners.deliver(name, event)
 
 
+@contextlib.contextmanager
+def run_end_on_error() -> Iterator[None]:
+    """Send the end of the run, without a report, when the block raises; what it raises comes first in any case."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            emit("run_end", {"report": None, "error": repr(error)})
+        finally:
+            raise error
+
+
 def warn(text: str) -> None:
     """Say at once, in the log and to the callbacks, what makes a score or a step meaningless."""
     logger.warning("%s", text)

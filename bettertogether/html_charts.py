@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from .printable import printable
+
 Point = tuple[float, float]
+
+
+def escaped(value: object) -> str:
+    """`value` as text that is safe in HTML, in an attribute too."""
+    return escape(printable(value), quote=True)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ def forest_plot(rows: Sequence[ForestRow], reference: float | None, number_text:
         return f"{100 * (value - low) / (high - low):.2f}%"
 
     lines = [_forest_row(row, at, scale, reference) for row in rows]
-    texts = "".join(f'<span style="left:{at(tick)}">{escape(text)}</span>' for tick, text in number_text.items())
+    texts = "".join(f'<span style="left:{at(tick)}">{escaped(text)}</span>' for tick, text in number_text.items())
     axis = f'<div class="axis">{texts}</div>'
     return f'<div class="forest">{"".join(lines)}{axis}</div>'
 
@@ -61,10 +68,10 @@ def _forest_row(row: ForestRow, at: Callable[[float], str], scale: Sequence[floa
             parts.append(f'<line class="interval" x1="{at(row.low)}" x2="{at(row.high)}" y1="50%" y2="50%"/>')
         parts.append(f'<circle cx="{at(row.value)}" cy="50%" r="6"/>')
     kind = "marked" if row.marked else "plain"
-    label = f"{escape(row.label)}: {escape(row.text)}"
+    label = f"{escaped(row.label)}: {escaped(row.text)}"
     return (
-        f'<div class="name {kind}">{escape(row.label)}</div>'
-        f'<div class="value {kind}">{escape(row.text)}</div>'
+        f'<div class="name {kind}">{escaped(row.label)}</div>'
+        f'<div class="value {kind}">{escaped(row.text)}</div>'
         f'<svg class="{kind}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     )
 
@@ -100,12 +107,12 @@ def line_chart(curves: Sequence[Curve], x_label: str, y_label: str) -> str:
     )
     drawn = "".join(_curve(curve, [place(point) for point in curve.points]) for curve in curves)
     y_texts = "".join(f'<span style="top:{place((x_low, t))[1]:.2f}%">{t:.4g}</span>' for t in y_ticks)
-    legend = "".join(f'<span><i style="background:{curve.color}"></i>{escape(curve.name)}</span>' for curve in curves)
+    legend = "".join(f'<span><i style="background:{curve.color}"></i>{escaped(curve.name)}</span>' for curve in curves)
     return (
-        f'<figure class="lines"><figcaption>{escape(y_label)} <span class="legend">{legend}</span></figcaption>'
+        f'<figure class="lines"><figcaption>{escaped(y_label)} <span class="legend">{legend}</span></figcaption>'
         f'<div class="plot"><div class="y">{y_texts}</div><svg viewBox="0 0 100 100" preserveAspectRatio="none" '
-        f'role="img" aria-label="{escape(y_label)} over {escape(x_label)}">{grid}{drawn}</svg></div>'
-        f'<div class="x"><span>{x_low:g}</span><span>{escape(x_label)}</span><span>{x_high:g}</span></div></figure>'
+        f'role="img" aria-label="{escaped(y_label)} over {escaped(x_label)}">{grid}{drawn}</svg></div>'
+        f'<div class="x"><span>{x_low:g}</span><span>{escaped(x_label)}</span><span>{x_high:g}</span></div></figure>'
     )
 
 
@@ -127,7 +134,7 @@ def bars(values: Mapping[str, float], total: float | None = None) -> str:
     """Named counts as horizontal bars, in the order given; each as a share of `total` (None: the largest)."""
     whole = max(total or 0, *values.values(), 1)
     rows = "".join(
-        f'<div class="name">{escape(str(name)) or "(none)"}</div>'
+        f'<div class="name">{escaped(name) or "(none)"}</div>'
         f'<div class="bar"><i style="width:{100 * value / whole:.1f}%"></i></div><div class="value">{value:,g}</div>'
         for name, value in values.items()
     )

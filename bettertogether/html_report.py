@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
 
-from .html_charts import Curve, ForestRow, bars, forest_plot, line_chart, ticks
+from .failures import STUDENT, failure_text
+from .html_charts import Curve, ForestRow, bars, escaped, forest_plot, line_chart, ticks
 from .html_style import STYLE
 from .records import Ledger, StepRecord
-from .report import STUDENT, CompileReport
+from .report import CompileReport
 from .report_table import effect_text, seconds_text
 
 _COLORS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
@@ -55,8 +55,17 @@ def render(report: CompileReport) -> str:
     )
 
 
-def _text(value: Any) -> str:
-    return escape(value if isinstance(value, str) else str(value), quote=True)
+def render_in_notebook(report: CompileReport) -> str:
+    """What a notebook shows: the head, the table of rounds and the warnings, without the page's style."""
+    return f"<div>{_summary(report)}{_round_table(report)}{_warnings(report)}</div>"
+
+
+class _Html(str):
+    """Text that is HTML already."""
+
+
+def _text(value: Any) -> _Html:
+    return value if isinstance(value, _Html) else _Html(escaped(value))
 
 
 def _section(title: str, *parts: str) -> str:
@@ -65,9 +74,9 @@ def _section(title: str, *parts: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], last_is_total: bool = False) -> str:
-    """A table; the cells are HTML already. The first column is text, the others are numbers."""
+    """A table. The first column is text, the others are numbers."""
     head = "".join(f"<th>{_text(name)}</th>" for name in header)
-    lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
+    lines = ["<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     if last_is_total and lines:
         lines[-1] = lines[-1].replace("<tr>", '<tr class="total">', 1)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
@@ -97,7 +106,8 @@ def _summary(report: CompileReport) -> str:
     cards = "".join(f"<div><b>{_text(value)}</b><span>{_text(name)}</span></div>" for name, value in facts.items())
     chosen = "the untouched student" if report.selected == 0 else f"<code>{_text(_name(best))}</code>"
     return (
-        f"<header><h1>{_text(report.strategy)}</h1><p>Selected: {chosen}. Seed {report.seed}, {examples}.</p>"
+        f"<header><h1>{_text(report.strategy)}</h1><p>Selected: {chosen}. Seed {_text(report.seed)}, "
+        f"{_text(examples)}.</p>"
         f'<div class="facts">{cards}</div></header>'
     )
 
@@ -121,7 +131,7 @@ def _rounds(report: CompileReport) -> str:
         if position and report.gain(position) is not None:
             text += f"  ({report.number(_gain(report, position), sign=True)})"
         if record.status != "complete":
-            text = record.status
+            text = str(record.status)
         rows.append(ForestRow(_name(record), record.score, low, high, text, position == report.selected))
     values = [value for row in rows for value in (row.value, row.low, row.high) if value is not None]
     plot = ""
@@ -129,9 +139,12 @@ def _rounds(report: CompileReport) -> str:
         marks = {tick: report.number(tick) for tick in ticks(values)}
         plot = forest_plot(rows, report.student_round.score, marks)
         plot += '<p class="note">Dots are mean scores, bars their 95% intervals; the dashed line is the student.</p>'
-    header = ("round", "score", "gain over the student [95% interval]", "examples", "status")
-    table = _table(header, [_round_cells(report, position) for position in range(len(report.rounds))])
-    return _section("Score of each round", plot, table)
+    return _section("Score of each round", plot, _round_table(report))
+
+
+def _round_table(report: CompileReport) -> str:
+    header = ("round", "score", "gain over the student [95% interval]", "examples", "failed", "status")
+    return _table(header, [_round_cells(report, position) for position in range(len(report.rounds))])
 
 
 def _gain(report: CompileReport, position: int) -> float:
@@ -144,7 +157,8 @@ def _round_cells(report: CompileReport, position: int) -> list[str]:
     mark = ' <span class="mark">selected</span>' if position == report.selected else ""
     gain = "" if position == 0 else effect_text(report.gain(position), report)
     examples = "-" if record.scores is None else str(len(record.scores))
-    return [f"<code>{_text(_name(record))}</code>{mark}", report.number(record.score), gain, examples, record.status]
+    name = _Html(f"<code>{_text(_name(record))}</code>{mark}")
+    return [name, report.number(record.score), gain, examples, failure_text(record.failures), record.status]
 
 
 def _two_by_two(report: CompileReport) -> str:
@@ -194,7 +208,7 @@ def _candidates(details: Mapping[str, Any]) -> str:
         mark = ' <span class="mark">chosen</span>' if name and name == details.get("chosen") else ""
         rest = [_short(values.get(key)) for key in ("scored_on", "demos")]
         note = "stopped early" if values.get("stopped") else ""
-        rows.append([_text(name) + mark, "-" if score is None else f"{score:.3f}", *rest, note])
+        rows.append([_Html(_text(name) + mark), "-" if score is None else f"{score:.3f}", *rest, note])
     if not rows:
         return ""
     table = _table(("candidate", "score", "examples", "demos", ""), rows)
@@ -204,7 +218,7 @@ def _candidates(details: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else _text(json.dumps(value, ensure_ascii=False, default=str))[:200]
+    return f"{value:,}" if isinstance(value, int) else json.dumps(value, ensure_ascii=False, default=str)[:200]
 
 
 def _losses(history: Sequence[Mapping[str, Any]]) -> str:
@@ -233,9 +247,9 @@ def _data_card(card: Mapping[str, Any]) -> str:
         for key, title in _CARD_COUNTS.items()
         if isinstance(card.get(key), Mapping) and card[key]
     )
-    facts = (
-        [f"{card['examples_covered']} of {card['examples']} examples gave rows"] if "examples_covered" in card else []
-    )
+    facts = []
+    if "examples_covered" in card:
+        facts.append(f"{card['examples_covered']} of {card.get('examples', '?')} examples gave rows")
     for key in ("prompt_tokens", "completion_tokens"):
         spread = card.get(key)
         if isinstance(spread, Mapping) and spread:
@@ -297,7 +311,7 @@ def _costs(report: CompileReport) -> str:
 
 def _cost_cells(name: str, ledger: Ledger) -> list[str]:
     counts = [f"{getattr(ledger, column):,}" for column in _LEDGER_COLUMNS]
-    return [f"<code>{_text(name)}</code>", *counts, seconds_text(ledger.seconds)]
+    return [_Html(f"<code>{_text(name)}</code>"), *counts, seconds_text(ledger.seconds)]
 
 
 def _circumstances(report: CompileReport) -> str:

@@ -18,6 +18,7 @@ from .budget import BudgetMeter
 from .engines.base import MODEL_PREFIX, LocalEngine
 from .errors import BetterTogetherError, BudgetExceeded, ConfigError, ModelError, RunDirectoryError
 from .evaluation import Evaluation, evaluate_many
+from .failures import count_failures, failure_warning, no_difference, round_warnings, scored_example
 from .lm import local_engine
 from .metrics import FULL_MARK, Metric
 from .printable import get_logger
@@ -104,6 +105,8 @@ class Loop:
             if not self._finish(step, earlier.get(strategy.join(step))):
                 return
             step = self._next(step)
+        if warning := no_difference(self.records, self._full_mark()):
+            self._warn(warning)
 
     def _next(self, last: Steps) -> Steps | None:
         if not self.plan.auto:
@@ -181,7 +184,9 @@ class Loop:
         scored = self._evaluate(result.program, strategy.join(steps))
         if self.plan.two_by_two and model_names(parent) != model_names(result.program) and scored is not None:
             cells, cost = self._two_by_two(parent, result.program)
-            result = replace(result, details={**result.details, **cells}, ledger=result.ledger + cost)
+            warnings = [*result.details.get("warnings", ()), *cells.pop("warnings", ())]
+            details = {**result.details, **cells, "warnings": warnings}
+            result = replace(result, details=details, ledger=result.ledger + cost)
         self.programs[strategy.join(steps)] = result.program
         self._keep(self._record(index, steps, result, scored, started))
 
@@ -238,7 +243,8 @@ class Loop:
         }
         scored = dict(zip(CELLS, self._evaluate_many([programs[cell] for cell in CELLS], "score the 2x2"), strict=True))
         cost = sum((evaluation.ledger for evaluation in scored.values()), Ledger())
-        return {"two_by_two": {cell: list(evaluation.scores) for cell, evaluation in scored.items()}}, cost
+        cells = {cell: list(evaluation.scores) for cell, evaluation in scored.items()}
+        return {"two_by_two": cells, "warnings": _cell_warnings(scored)}, cost
 
     def _record(
         self, index: int, steps: Steps, result: StepResult, scored: Evaluation | None, started: float
@@ -253,6 +259,8 @@ class Loop:
             status="complete",
             score=scored.mean if scored else None,
             scores=scored.scores if scored else None,
+            failures=scored.failures if scored else (),
+            scored_example=scored_example(scored.traces) if scored and len(set(scored.scores)) == 1 else None,
             step_gain=result.step_gain,
             ledger=ledger.with_seconds(time.monotonic() - started),
             details={**result.details, "adapter_folders": adapters},
@@ -262,8 +270,23 @@ class Loop:
 
     def _keep(self, record: StepRecord) -> None:
         self.directory.append(record)
+        self._add(record)
+
+    def _add(self, record: StepRecord) -> None:
+        """Take a round, and say at once what is meaningless in it."""
         self.records.append(record)
+        for warning in round_warnings(self.records, self._full_mark()):
+            if warning not in self.warnings:
+                self._warn(warning)
         callbacks.emit("step_end", {"record": record})
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        callbacks.warn(text)
+
+    def _full_mark(self) -> float:
+        thresholds = [getattr(optimizer, "threshold", None) for optimizer in self.plan.optimizers.values()]
+        return max([FULL_MARK, *(threshold for threshold in thresholds if isinstance(threshold, int | float))])
 
     def _end(
         self,
@@ -289,8 +312,18 @@ class Loop:
         """Take a finished step of an earlier sitting."""
         if record.strategy:
             self.programs[record.strategy] = restore_program(self.plan.student, record, self.directory.adapters)
-        self.records.append(replace(record, index=len(self.records)))
-        callbacks.emit("step_end", {"record": self.records[-1]})
+        self._add(replace(record, index=len(self.records)))
+
+
+def _cell_warnings(scored: Mapping[str, Evaluation]) -> list[str]:
+    """What to say of the cells of a 2x2 in which most examples failed; said at once."""
+    failing = {c: e for c, e in scored.items() if failure_warning(e.failures, len(e.scores), c)}
+    traces = [trace for evaluation in failing.values() for trace in evaluation.traces]
+    warning = failure_warning(count_failures(traces), len(traces), f"2x2 ({', '.join(failing)})", "runs")
+    if warning is None:
+        return []
+    callbacks.warn(warning)
+    return [warning]
 
 
 def _one_or_all(teachers: list[dspy.Module]) -> Any:

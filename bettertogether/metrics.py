@@ -17,6 +17,9 @@ Metric = Callable[..., Any]
 FULL_MARK = 1.0
 """Score that passes when no threshold is given: True, 1, 1.0."""
 
+BELOW_THRESHOLD = "score below threshold"
+"""Reason of a verdict on a run that did not fail and was not good enough."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -97,4 +100,4 @@ def judge(
             "(the score from which an example counts as solved), or return a score from 0 to 1."
         )
     passed = score >= (FULL_MARK if threshold is None else threshold)
-    return Verdict(score, passed, None if passed else "score below threshold", feedback)
+    return Verdict(score, passed, None if passed else BELOW_THRESHOLD, feedback)

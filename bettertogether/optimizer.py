@@ -20,6 +20,7 @@ from .asked import as_before, asked_of, machine, strategy_text, versions
 from .budget import Budget
 from .copies import copy_program
 from .errors import ConfigError, NotTrainableError, ProgramError
+from .failures import all_raised
 from .files import json_text
 from .loop import Loop, Plan, final_program
 from .metrics import Metric, check_metric
@@ -189,16 +190,17 @@ class BetterTogether(Teleprompter):
                 "params": asked,
             },
         )
+        for warning in warnings:
+            events.warn(warning)
         meter = budget.start(sum((record.ledger for record in finished), Ledger()))
         loop = Loop(plan, directory, meter, warnings=list(warnings))
-        loop.run()
-        report = self._report(loop, plan, text)
-        directory.write_text("report.json", json_text(report.to_dict()))
-        report.to_html(directory.report)
-        if loop.error is None:
-            directory.finish()
-        for warning in report.warnings:
-            logger.warning(warning)
+        with events.run_end_on_error():
+            loop.run()
+            report = self._report(loop, plan, text)
+            directory.write_text("report.json", json_text(report.to_dict()))
+            report.to_html(directory.report)
+            if loop.error is None:
+                directory.finish()
         events.emit("run_end", {"report": report, "error": None if loop.error is None else repr(loop.error)})
         records = report.rounds
         candidates = [
@@ -210,14 +212,17 @@ class BetterTogether(Teleprompter):
             for i in rank(records, report.selected)
         ]
         best = loop.programs[records[report.selected].strategy]
-        failed = any(record.status == "failed" for record in records)
+        failed = any(record.status == "failed" or all_raised(record) for record in records)
         return final_program(best, candidates, failed, report)
 
     def _report(self, loop: Loop, plan: Plan, strategy: str) -> CompileReport:
         data_warnings = [
             f"{record.strategy}: {warning}"
             for record in loop.records
-            for warning in record.details.get("data_card", {}).get("warnings", ())
+            for warning in (
+                *record.details.get("warnings", ()),
+                *record.details.get("data_card", {}).get("warnings", ()),
+            )
         ]
         return CompileReport(
             rounds=tuple(loop.records),

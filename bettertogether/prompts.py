@@ -19,21 +19,24 @@ from .checks import require_metric, require_pass_options, require_switch, requir
 from .demos import Candidate, DemoSets, demo_states
 from .errors import DataError
 from .evaluation import evaluate_many
+from .failures import count_failures, failure_warning
 from .labels import stratified_split
-from .metrics import Metric
+from .metrics import FULL_MARK, Metric
 from .printable import get_logger
 from .programs import as_programs, copy_for_step, require_program, with_prompts
 from .racing import RaceResult, ScoreFunction, run_race
 from .records import Ledger
 from .runs import RunStore, stable_seed
 from .selection import check_examples
-from .traces import Pass, Sampling, TraceSet, collect_traces, select_traces
+from .traces import Pass, Sampling, Trace, TraceSet, collect_traces, select_traces
 
 logger = get_logger(__name__)
 
 TRAIN_SHARE = 0.3
 """Share of the examples that demos are bootstrapped from; the paper's 100 of 350 and 15 of 50."""
 MOST_TRAIN, MOST_VALIDATION = 100, 250
+CANDIDATES = "candidates"
+"""What a warning about their scores begins with."""
 SAMPLING_TRIES = 5
 """How often a demo set that was sampled before is sampled again."""
 
@@ -106,6 +109,7 @@ class BootstrapFewShotRS(Teleprompter):
         """What the last `compile` cost."""
         self.step_gain: float | None = None
         """Validation score of the chosen prompts minus that of the prompts given, on the same examples."""
+        self._warnings: list[str] = []
 
     @classmethod
     def paper(cls, metric: Metric, **options: Any) -> Self:
@@ -154,15 +158,18 @@ class BootstrapFewShotRS(Teleprompter):
         train, validation = self._split(trainset, valset, seed)
         start = self._start(student, restart_from)
         traces = collect_traces(start, train, options, sampling=self.sampling, teachers=teachers)
+        self._warnings = list(traces.warnings)
+        self._check_passing(traces)
         sets = DemoSets(start, select_traces(traces.traces), train)
         candidates = self._candidates(student, start, sets, seed)
         self.ledger = traces.ledger
         race = run_race(candidates, len(validation), self._scorer(validation, options, candidates), race=self.race)
+        self._check_scores(candidates)
         best = choose(candidates, len(validation))
-        self._account(candidates, best, traces, race, sets, len(validation), time.monotonic() - started)
         for name, reasons in sets.problems().items():
             listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
-            callbacks.warn(f"Not all examples can be demos of predictor {name!r}: {listed}.")
+            self._warn(f"Not all examples can be demos of predictor {name!r}: {listed}.")
+        self._account(candidates, best, traces, race, sets, len(validation), time.monotonic() - started)
         return _result(candidates, best, len(validation))
 
     def _split(
@@ -210,6 +217,37 @@ class BootstrapFewShotRS(Teleprompter):
                 return candidate
         return None
 
+    def _warn(self, text: str) -> None:
+        self._warnings.append(text)
+        callbacks.warn(text)
+
+    def _check_passing(self, traces: TraceSet) -> None:
+        if self.max_bootstrapped_demos and not traces.passing and not traces.warnings:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in traces.reasons().items())
+            self._warn(
+                f"bootstrap demos: the metric accepted none of {len(traces.traces)} runs on {traces.examples} examples "
+                f"({reasons}), so no demo comes from a run. Give a threshold= that runs can reach, or a teacher, or "
+                "mend the metric."
+            )
+
+    def _check_runs(self, traces: Sequence[Trace]) -> None:
+        warning = failure_warning(count_failures(traces), len(traces), CANDIDATES, "runs")
+        if warning and not self._said_of_candidates():
+            self._warn(warning)
+
+    def _check_scores(self, candidates: Sequence[Candidate]) -> None:
+        scores = [score for candidate in candidates for score in candidate.scores.values()]
+        full_mark = FULL_MARK if self.threshold is None else self.threshold
+        equal = len(set(scores)) == 1 and len(scores) > len(candidates) > 1
+        if equal and scores[0] < full_mark and not self._said_of_candidates():
+            self._warn(
+                f"{CANDIDATES}: each of the {len(candidates)} scores {scores[0]:g} on each example, so the scores "
+                "don't say which is best, and the one with the fewest demos is taken. Check the metric."
+            )
+
+    def _said_of_candidates(self) -> bool:
+        return any(warning.startswith(CANDIDATES) for warning in self._warnings)
+
     def _scorer(
         self, validation: Sequence[dspy.Example], options: Pass, candidates: Sequence[Candidate]
     ) -> ScoreFunction:
@@ -232,6 +270,7 @@ class BootstrapFewShotRS(Teleprompter):
                     "candidate",
                     {"number": number, "total": len(candidates), "score": result.mean, "best_score": best},
                 )
+            self._check_runs([trace for result in results for trace in result.traces])
             return [result.scores for result in results]
 
         return score
@@ -271,6 +310,7 @@ class BootstrapFewShotRS(Teleprompter):
             },
             "dropped_demos": dict(sets.dropped),
             "left_out": sets.problems(),
+            "warnings": list(self._warnings),
         }
 
 

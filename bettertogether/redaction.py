@@ -120,8 +120,13 @@ def _clean_address(address: str, mask: str) -> str:
 def masked(text: str) -> str:
     """A text with the secrets in it replaced: `name='...'` of a secret's name, known kinds of keys, addresses."""
     text = _ADDRESS.sub(lambda match: _clean_address(match[0], MASK), text)
-    text = _QUOTED.sub(lambda m: m[0] if not is_secret_name(m["name"]) else _hidden(m), text)
+    text = _QUOTED.sub(lambda m: _hidden(m) if is_secret_name(m["name"]) and not _is_error(m["name"]) else m[0], text)
     return _VALUE.sub(MASK, text)
+
+
+def _is_error(name: str) -> bool:
+    """Whether a name before a colon is that of an exception: "KeyError: 'unit'" holds no secret."""
+    return name.endswith("Error")
 
 
 def _hidden(match: re.Match[str]) -> str:

@@ -8,21 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .files import atomic_write
 from .records import Ledger, StepRecord
+from .saved_report import SCHEMA, checked_report
 from .statistics import CELLS, UNKNOWN, Attribution, Effect, Interval, attribution, mean_interval, paired_interval
-
-SCHEMA = 1
-"""Version of the JSON form of a report; a reader refuses any other."""
-
-STUDENT = "student"
-"""How the untouched student, whose strategy is "", is called."""
 
 
 @dataclass(frozen=True)
 class CompileReport:
-    """The result of a compile run. `print(report)` shows a table; `to_html` writes a page."""
+    """The result of a compile run. `print(report)` and a notebook show a table; `to_html` writes a page."""
 
     rounds: tuple[StepRecord, ...]
     """Every round in order; the first is the untouched student."""
@@ -42,7 +37,7 @@ class CompileReport:
     """Work outside the rounds, such as the evaluation of the 2x2."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.selected < len(self.rounds):
+        if not isinstance(self.selected, int) or not 0 <= self.selected < len(self.rounds):
             raise DataError(f"selected={self.selected} is not allowed: there are {len(self.rounds)} rounds, from 0.")
 
     @property
@@ -72,17 +67,23 @@ class CompileReport:
 
     def gain(self, position: int) -> Effect | None:
         """Gain of a round over the student on the same examples, with its 95% interval; None when either has no
-        scores."""
-        record, student = self.rounds[position], self.student_round
+        scores. Raises DataError for a position that is none."""
+        record, student = self._round(position), self.student_round
         if not record.scores or not student.scores or len(record.scores) != len(student.scores):
             return None
         gain = sum(record.scores) / len(record.scores) - sum(student.scores) / len(student.scores)
         return Effect(gain, *paired_interval(record.scores, student.scores))
 
     def score_interval(self, position: int) -> Interval:
-        """95% interval of a round's score; (nan, nan) when not known."""
-        scores = self.rounds[position].scores
+        """95% interval of a round's score; (nan, nan) when not known. Raises DataError for a position that is none."""
+        scores = self._round(position).scores
         return mean_interval(scores) if scores else UNKNOWN
+
+    def _round(self, position: int) -> StepRecord:
+        count = len(self.rounds)
+        if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < count:
+            raise DataError(f"position={position!r} is not allowed: there are {count} rounds, from 0.")
+        return self.rounds[position]
 
     @property
     def two_by_two(self) -> Mapping[str, Sequence[float]] | None:
@@ -105,26 +106,33 @@ class CompileReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`. Raises ValueError for another schema and TypeError for missing fields."""
-        values = dict(data)
-        schema = values.pop("schema", None)
-        if schema != SCHEMA:
-            raise ValueError(f"report with schema {schema!r}; this version reads schema {SCHEMA}")
+        """Inverse of `to_dict`. Raises DataError for another schema, and for a missing, unknown or wrong field."""
+        values = checked_report(data)
         values["rounds"] = tuple(StepRecord.from_dict(record) for record in values["rounds"])
         values["warnings"] = tuple(values.get("warnings", ()))
         values["extra"] = Ledger(**values.get("extra", {}))
         return cls(**values)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as one HTML file that needs nothing else. Raises RunDirectoryError."""
+        """Write the report as one HTML file that needs nothing else. Raises ConfigError, RunDirectoryError."""
         from .html_report import render
 
-        atomic_write(path, render(self))
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+            raise ConfigError(f"path={path!r} is not allowed: give the file to write, such as 'report.html'.")
+        atomic_write(os.path.expanduser(path), render(self))
 
     def __str__(self) -> str:
         from .report_table import render
 
         return render(self)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        from .html_report import render_in_notebook
+
+        return render_in_notebook(self)
 
     def number(self, value: float | None, *, sign: bool = False) -> str:
         """A score or a gain as text, with decimals that fit the metric's unit; "-" for None and NaN."""

@@ -7,8 +7,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .failures import STUDENT, failure_text
+from .printable import one_line, printable
 from .records import Ledger
-from .report import STUDENT, CompileReport
+from .report import CompileReport
 
 if TYPE_CHECKING:
     from .statistics import Effect
@@ -21,12 +23,21 @@ _RIGHT = frozenset({"score", "n", "LM calls", "tokens", "seconds"})
 
 
 def render(report: CompileReport) -> str:
-    """The table of rounds ("*" marks the selected one), the 2x2 where it was measured, the warnings."""
+    """The table of rounds ("*" marks the selected one), the examples that failed, the 2x2 where it was measured, the
+    warnings."""
     lines = [_title(report), "", *_rounds(report)]
     lines += _two_by_two(report)
-    for warning in report.warnings:
-        lines += textwrap.wrap(f"Warning: {warning}", WIDTH, subsequent_indent="  ")
+    for text in (*_failed(report), *(f"Warning: {warning}" for warning in report.warnings)):
+        lines += textwrap.wrap(printable(text), WIDTH, subsequent_indent="  ")
     return "\n".join(lines)
+
+
+def _failed(report: CompileReport) -> list[str]:
+    return [
+        f"{record.strategy or STUDENT}: {record.failed} examples failed and scored 0: {failure_text(record.failures)}"
+        for record in report.rounds
+        if record.failures
+    ]
 
 
 def compact(count: float) -> str:
@@ -54,7 +65,7 @@ def effect_text(effect: Effect | None, report: CompileReport) -> str:
 
 def _title(report: CompileReport) -> str:
     examples = f"{report.valset_size} validation examples" if report.valset_size else "no validation examples"
-    return f"{shorten(report.strategy, 60)}, seed {report.seed}, {examples}"
+    return one_line(f"{shorten(report.strategy, 60)}, seed {report.seed}, {examples}")
 
 
 def _rounds(report: CompileReport) -> list[str]:
@@ -72,12 +83,12 @@ def _row(report: CompileReport, position: int) -> list[str]:
     record = report.rounds[position]
     return [
         "*" if position == report.selected else "",
-        record.strategy or STUDENT,
+        one_line(record.strategy or STUDENT),
         report.number(record.score),
         "" if position == 0 else effect_text(report.gain(position), report),
         str(len(record.scores)) if record.scores is not None else "-",
         *_cost(record.ledger),
-        record.status,
+        one_line(record.status),
     ]
 
 

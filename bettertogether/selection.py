@@ -3,7 +3,8 @@
 Selection: the round with the highest mean score on the valset, the untouched student included, so that the result is
 never worse on it than the student. Of rounds with equal means, the latest whose own step gave evidence of a gain on
 other data (`StepRecord.step_gain` above zero: a prompt step's validation score rose, a weight step's held-out loss
-fell); where none did, the earliest, since it is the simplest. Without a valset nothing can be compared, and the
+fell); where none did, the earliest, since it is the simplest. A round in which every example failed has no say unless
+all are so: its zeros are no scores. Without a valset nothing can be compared, and the
 latest complete round is returned, as in `dspy.BetterTogether`.
 """
 
@@ -16,6 +17,7 @@ from numbers import Real
 import dspy
 
 from .errors import DataError
+from .failures import all_failed
 from .labels import stratified_split
 from .records import StepRecord
 from .runs import example_key
@@ -33,6 +35,7 @@ def select(records: Sequence[StepRecord]) -> int:
     scored = {i: records[i].score for i in complete if records[i].score is not None}
     if not scored:
         return complete[-1]
+    scored = {i: score for i, score in scored.items() if not all_failed(records[i])} or scored
     best = max(score for score in scored.values() if score is not None)
     tied = [i for i, score in scored.items() if score is not None and score >= best - EQUAL]
     evident = [i for i in tied if (records[i].step_gain or 0.0) > 0]

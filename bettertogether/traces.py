@@ -15,6 +15,7 @@ import dspy
 from . import callbacks
 from .checks import is_number, require_metric, require_pass_options, require_switch, require_whole
 from .errors import BetterTogetherError, ConfigError, TooManyErrors
+from .failures import count_failures, error_text, failure_warning
 from .labels import label_fields, labels_of, output_names, stratified_order
 from .metrics import Metric, Verdict, judge
 from .parallel import parallel_map, thread_count
@@ -38,6 +39,8 @@ class Trace:
     label: str | None = None
     failed: bool = False
     """The program or the metric raised (a parse failure is not counted here)."""
+    detail: str | None = None
+    """What the program raised, a parse failure too, in one line."""
     ledger: Ledger = field(default_factory=Ledger)
     strangers: int = 0
     """Calls of predictors that are none of the program's."""
@@ -95,9 +98,11 @@ class Sampling:
 class TraceSet:
     """All attempts of a pass, in the order of the examples and attempts."""
 
-    traces: tuple[Trace, ...]
+    traces: tuple[Trace, ...] = field(repr=False)
     ledger: Ledger
     examples: int
+    warnings: tuple[str, ...] = ()
+    """What makes the pass meaningless; said already when it was found."""
 
     @property
     def passing(self) -> tuple[Trace, ...]:
@@ -205,6 +210,7 @@ class Pass:
             source=attempt.source,
             attempt=attempt.number,
             failed=failed,
+            detail=error_text(run.error) if run.error is not None else None,
             ledger=replace(run.ledger, metric_calls=int(judged)),
             strangers=run.strangers,
         )
@@ -216,7 +222,7 @@ class Pass:
         if run.failure in ("parse failure", "prompt too long"):
             return Verdict(0.0, False, run.failure), False
         if run.error is not None:
-            return Verdict(0.0, False, f"{run.failure}: {_one_line(run.error)}"), True
+            return Verdict(0.0, False, f"{run.failure}: {error_text(run.error)}"), True
         threshold = self.threshold if self.judge_passes else float("-inf")
         try:
             trace = list(run.raw_trace) if self.judge_with_trace else None
@@ -224,11 +230,7 @@ class Pass:
         except BetterTogetherError:
             raise
         except Exception as error:
-            return Verdict(0.0, False, f"metric error: {_one_line(error)}"), True
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+            return Verdict(0.0, False, f"metric error: {error_text(error)}"), True
 
 
 def _too_many(failures: Mapping[int, Trace], examples: int, limit: int) -> str:
@@ -270,6 +272,9 @@ def collect_traces(
     source = "teacher" if teachers else "student"
     for first in teachers or (program,):
         wave(first, range(len(examples)), lambda _: Attempt(source))  # type: ignore[arg-type]
+    warning = failure_warning(count_failures(traces), len(traces), options.phase, "runs")
+    if warning:
+        callbacks.warn(warning)
     sampler = (*teachers, program)[0]
     for number in range(1, sampling.num_samples + 1):
         again = range(len(examples)) if sampling.sample_passing else unsolved()
@@ -279,7 +284,8 @@ def collect_traces(
         hints = {index: _hint(examples[index], known) for index in unsolved()}
         wave(sampler, [i for i, hint in hints.items() if hint], lambda i: Attempt("rescue", 1, None, hints[i]))
     traces.sort(key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
-    return TraceSet(tuple(traces), sum((trace.ledger for trace in traces), Ledger()), len(examples))
+    ledger = sum((trace.ledger for trace in traces), Ledger())
+    return TraceSet(tuple(traces), ledger, len(examples), (warning,) if warning else ())
 
 
 def _hint(example: dspy.Example, fields: Sequence[str]) -> dict[str, Any]:

@@ -182,10 +182,11 @@ class LoRAFinetune(Teleprompter):
             )
         else:
             collected = self._given(rows, trainable)
-        self.details = {"data_card": collected.card.to_dict(), "adapters": {}, "history": []}
+        card = collected.card.to_dict()
+        self.details = {"data_card": card, "adapters": {}, "history": [], "warnings": list(collected.warnings)}
         self.ledger = collected.ledger
         for warning in collected.card.warnings:
-            logger.warning(warning)
+            callbacks.warn(warning)
         target = Path(folder).expanduser() if folder is not None else self.folder
         results = self._train(collected.rows, trainable, seed, target)
         self._account(results, time.monotonic() - started)

@@ -68,3 +68,8 @@ def test_what_was_left_out_is_named() -> None:
 )
 def test_a_text_is_masked_where_it_quotes_a_secret(text: str, hidden: str) -> None:
     assert masked(text) == hidden
+
+
+def test_a_missing_key_that_an_error_names_is_no_secret() -> None:
+    assert masked("KeyError: 'unit'") == "KeyError: 'unit'"
+    assert masked("AuthError: api_key='abc'") == "AuthError: api_key='***'"

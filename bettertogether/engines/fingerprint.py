@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import time
@@ -19,8 +18,9 @@ from typing import Any
 
 from ..errors import ModelError, RunDirectoryError
 from ..files import atomic_write, cache_folder
+from ..printable import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 WEIGHT_FILES = (
     "model.safetensors",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import re
 import threading
 from collections.abc import Mapping
@@ -20,9 +19,10 @@ from typing import Any
 from dspy.lm15 import UnsupportedFeatureError
 
 from ..errors import MissingExtraError
+from ..printable import get_logger
 from .json_layout import lark_grammar
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def structured_output_available() -> bool:
