@@ -153,7 +153,7 @@ class AdapterBank:
             return
         for adapter in self._adapters.values():
             for name, (a, b) in adapter.weights.items():
-                weight = self._modules[name].weight
+                weight: Any = self._modules[name].weight
                 # The weight of a quantized layer is held in integers, or in 8-bit floats.
                 exact = weight.is_floating_point() and weight.dtype.itemsize > 1
                 dtype = weight.dtype if exact else self._model.dtype

@@ -77,7 +77,11 @@ def _modules(base: PreTrainedModel) -> dict[str, nn.Module]:
 
 def _reasons(base: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, str | None]:
     """Why a layer that text reaches can't be trained and served, None where it can; others have no entry."""
-    reasons = _seen_in_a_pass(base, modules)
+    trained = _seen_in_a_pass(base, modules, training=True)
+    reasons = {
+        name: reason or trained.get(name, "is bypassed in training")
+        for name, reason in _seen_in_a_pass(base, modules, training=False).items()
+    }
     usable = [name for name, reason in reasons.items() if reason is None]
     for name in _meaning_experts(base, usable):
         reasons[name] = "has a name that peft takes for the experts'"
@@ -88,7 +92,7 @@ def _reasons(base: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, 
     return reasons
 
 
-def _seen_in_a_pass(base: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, str | None]:
+def _seen_in_a_pass(base: PreTrainedModel, modules: dict[str, nn.Module], *, training: bool) -> dict[str, str | None]:
     seen: dict[str, str | None] = {}
 
     def note(name: str) -> Any:
@@ -103,9 +107,10 @@ def _seen_in_a_pass(base: PreTrainedModel, modules: dict[str, nn.Module]) -> dic
     arguments: dict[str, Any] = {"input_ids": torch.tensor([ids], device=base.device), "use_cache": False}
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
         arguments["logits_to_keep"] = torch.tensor(KEPT, device=base.device)
+    devices = [base.device] if base.device.type == "cuda" else []
     try:
-        base.eval()
-        with torch.no_grad():
+        base.train(training)
+        with torch.no_grad(), torch.random.fork_rng(devices):
             base(**arguments)
     finally:
         for handle in handles:

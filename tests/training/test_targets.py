@@ -6,6 +6,7 @@ from tiny import SIZES, tiny_model
 from transformers import (
     FalconH1Config,
     Gemma3Config,
+    Gemma3nTextConfig,
     GPT2Config,
     MixtralConfig,
     PhimoeConfig,
@@ -54,6 +55,16 @@ def test_towers_that_text_never_reaches_are_left_out_by_default_and_by_name() ->
 def test_layers_that_state_space_kernels_bypass_are_left_out() -> None:
     assert "out_proj" not in ends(FALCON_H1)
     assert "in_proj" in ends(FALCON_H1)
+
+
+def test_layers_that_the_model_bypasses_in_training_are_left_out() -> None:
+    options = {"laurel_rank": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
+    config = Gemma3nTextConfig(
+        **SIZES, **options, altup_num_inputs=2, num_kv_shared_layers=0, activation_sparsity_pattern=None
+    )
+    chosen = ends(config)
+    assert "prediction_coefs" in chosen
+    assert "correction_coefs" not in chosen
 
 
 def test_transposed_layers_are_chosen() -> None:
