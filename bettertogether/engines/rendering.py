@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,12 +14,19 @@ from dspy.lm15 import DataPart, InvalidRequestError, Request, TextPart, Thinking
 from ..errors import ModelError
 from ..printable import get_logger
 from .base import ChatMessage
+from .thinking import CLOSE, EMPTY, OPEN
 
 logger = get_logger(__name__)
 
 DEFAULT_TEMPLATE_KWARGS: Mapping[str, Any] = {"enable_thinking": False}
 """Templates that know no such switch ignore it."""
 _ANSWER = '{"a": 1}'
+DATE = datetime.date(2024, 7, 26)
+"""What templates that write today's date into each prompt write here: the prompts of a training, of its continuation
+tomorrow and of a program that is loaded next year have to be the same. It is the one that Llama's template falls back
+to; `chat_template_kwargs={"date_string": ...}` sets another where the template has such a variable."""
+FINAL_CHANNEL = "<|channel|>final<|message|>"
+"""Harmony (gpt-oss): what stands before an answer for the user. Nothing is thought before it."""
 PROBES = ("probe-system-a1", "probe-user-b2", "probe-assistant-c3", "probe-user-d4")
 
 
@@ -67,6 +77,10 @@ class PromptRenderer:
     Without a template the format is plain: the system text, then "### User:", "### Assistant:" and each text on lines
     of their own. A template that knows no system turn gets the system text at the head of the first user turn.
 
+    Where the template opens a block of thinking, or was told to think (`enable_thinking` or `thinking` is True),
+    prompts end in the opened block: `thinks`. An answer to be learned then closes it at once, unless it holds thoughts
+    of its own ("thoughts\\n</think>\\n\\nanswer").
+
     Args:
         tokenizer: A transformers tokenizer.
         eos_ids: Tokens with which the model ends an answer, from its generation config.
@@ -80,6 +94,7 @@ class PromptRenderer:
         self._template_kwargs = dict(DEFAULT_TEMPLATE_KWARGS if template_kwargs is None else template_kwargs)
         self._lock = threading.Lock()
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._template = _dated(tokenizer.get_chat_template()) if self._has_template else ""
         self._merge_system = False
         if self._has_template:
             self._merge_system = not self._keeps_text(PROBES)
@@ -91,13 +106,18 @@ class PromptRenderer:
                 )
         else:
             logger.warning("The model has no chat template; prompts are written as '### User:' and '### Assistant:'.")
+        self._tail = ""
+        self.thinks = False
+        """Whether answers begin with thoughts."""
+        if self._has_template:
+            self._tail, self.thinks = self._ways_in()
         self.end_id = self._end_of_turn(set(eos_ids))
         start = self._encode(_ANSWER)
         self._prefixes = self._encode("\n" + _ANSWER)[-len(start) :] != start
 
     def text(self, messages: Sequence[ChatMessage]) -> str:
         """The prompt as text, ending where the answer begins. Raises InvalidRequestError."""
-        return self._render(messages, add_generation_prompt=True)
+        return self._render(messages, add_generation_prompt=True) + self._tail
 
     def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Token ids of a prompt."""
@@ -105,9 +125,11 @@ class PromptRenderer:
 
     def completion_tokens(self, completion: str) -> list[int]:
         """Token ids of an answer as it comes after a prompt, ended by the end-of-turn token."""
-        return [*self._after_prompt(completion), self.end_id]
+        if self.thinks and CLOSE not in completion:
+            completion = EMPTY + completion
+        return [*self.after_prompt(completion), self.end_id]
 
-    def _after_prompt(self, text: str) -> list[int]:
+    def after_prompt(self, text: str) -> list[int]:
         """Token ids of a text that is no beginning, before which SentencePiece tokenizers would put a space: under a
         grammar the engine never writes one. None of them reaches into the prompt, whose tokens are there first."""
         before, whole = self._encode("\n"), self._encode("\n" + text)
@@ -125,7 +147,11 @@ class PromptRenderer:
             with self._lock:
                 return str(
                     self._tokenizer.apply_chat_template(
-                        turns, tokenize=False, add_generation_prompt=add_generation_prompt, **self._template_kwargs
+                        turns,
+                        chat_template=self._template,
+                        tokenize=False,
+                        add_generation_prompt=add_generation_prompt,
+                        **self._template_kwargs,
                     )
                 )
         except Exception as error:  # jinja raises whatever a template's author chose
@@ -153,6 +179,26 @@ class PromptRenderer:
         places = [self._render_probe(probes).find(probe) for probe in probes]
         return places[0] >= 0 and places == sorted(set(places))
 
+    def _ways_in(self) -> tuple[str, bool]:
+        """What is missing at the end of a prompt before an answer can begin, and whether it begins with thoughts.
+
+        Raises ModelError where the end of thinking can't be seen in an answer's text.
+        """
+        tail = self._render_probe(PROBES).rpartition(PROBES[3])[2]
+        if "<|channel|>" in self._template and tail.endswith("<|start|>assistant"):
+            return FINAL_CHANNEL, False
+        opened = tail.rfind(OPEN) > tail.rfind(CLOSE)
+        asked = any(self._template_kwargs.get(name) is True for name in ("enable_thinking", "thinking"))
+        if not opened and not (asked and CLOSE in self._template):
+            return "", False
+        if CLOSE in self._tokenizer.all_special_tokens:
+            raise ModelError(
+                f"This model thinks before it answers, and its tokenizer drops {CLOSE} from texts as a special token. "
+                'Give chat_template_kwargs={"enable_thinking": False}, or a chat template that does not open a '
+                f"{OPEN} block."
+            )
+        return "" if opened else f"{OPEN}\n", True
+
     def _end_of_turn(self, eos_ids: set[int]) -> int:
         """The first token after an assistant's text that ends answers or is special; else the tokenizer's eos."""
         if self._has_template:
@@ -168,6 +214,13 @@ class PromptRenderer:
         if self._tokenizer.eos_token_id is None:
             raise ModelError("The tokenizer names no end-of-text token (eos_token); set one in tokenizer_config.json.")
         return int(self._tokenizer.eos_token_id)
+
+
+def _dated(template: str) -> str:
+    """The template with a fixed date in place of today's: functions can't be handed to it."""
+    return re.sub(
+        r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", lambda call: json.dumps(DATE.strftime(call.group(2))), template
+    )
 
 
 def _merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dspy._vendor.lm15.types import StreamEvent, TokenLogprob, TopLogprob
-from dspy.lm15 import Message, Request, Response, StreamDeltaEvent, StreamEndEvent, StreamStartEvent, TextDelta, Usage
+from dspy._vendor.lm15.types import StreamEvent, ThinkingDelta, TokenLogprob, TopLogprob
+from dspy.lm15 import (
+    Message,
+    Request,
+    Response,
+    StreamDeltaEvent,
+    StreamEndEvent,
+    StreamStartEvent,
+    TextDelta,
+    TextPart,
+    ThinkingPart,
+    Usage,
+)
 
 from .decoding import TokenScore
 from .scheduler import Answer
+from .thinking import ThoughtSplitter, split_thoughts
 
 
 class ResponseWriter:
-    """Writes responses with the texts of one tokenizer."""
+    """Writes responses with the texts of one tokenizer.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        tokenizer: A transformers tokenizer.
+        thinks: Whether answers begin with thoughts, which go into a part of their own (DSPy's `reasoning_content`).
+    """
+
+    def __init__(self, tokenizer: Any, *, thinks: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._thinks = thinks
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Tokens to text, without special tokens."""
@@ -30,20 +48,27 @@ class ResponseWriter:
         return Response(
             id=None,
             model=request.model,
-            message=Message.assistant(answer.text),
+            message=Message.assistant(self._parts(answer.text)),
             finish_reason=answer.finish_reason,
             usage=_usage(answer),
             logprobs=self._scores(answer.scores) if scored else None,
             logprobs_complete=not (scored and answer.cut),
         )
 
+    def _parts(self, text: str) -> Any:
+        thoughts, answer = split_thoughts(text) if self._thinks else ("", text)
+        return [ThinkingPart(thoughts), TextPart(answer)] if thoughts else answer
+
     def start(self, request: Request) -> StreamEvent:
         """First event of a stream."""
         return StreamStartEvent(model=request.model)
 
-    def delta(self, text: str, scores: Sequence[TokenScore]) -> StreamEvent:
-        """Event for a piece of the text."""
-        return StreamDeltaEvent(TextDelta(text, logprobs=self._scores(scores)))
+    def deltas(self) -> Callable[[str, Sequence[TokenScore]], Iterator[StreamEvent]]:
+        """For one stream: a function that gives the events for each piece of its text."""
+        return ThoughtfulDeltas(self._scores) if self._thinks else self._deltas
+
+    def _deltas(self, text: str, scores: Sequence[TokenScore]) -> Iterator[StreamEvent]:
+        yield StreamDeltaEvent(TextDelta(text, logprobs=self._scores(scores)))
 
     def end(self, answer: Answer) -> StreamEvent:
         """Last event of a stream."""
@@ -59,6 +84,24 @@ class ResponseWriter:
             )
             for score in scores
         )
+
+
+class ThoughtfulDeltas:
+    """The events of an answer that begins with thoughts: those are part 0, and the answer is part 1."""
+
+    def __init__(self, write_scores: Callable[[Sequence[TokenScore]], tuple[TokenLogprob, ...]]) -> None:
+        self._write_scores = write_scores
+        self._splitter = ThoughtSplitter()
+        self._thought = False
+
+    def __call__(self, text: str, scores: Sequence[TokenScore]) -> Iterator[StreamEvent]:
+        thoughts, answer = self._splitter.push(text)
+        if thoughts:
+            self._thought = True
+            yield StreamDeltaEvent(ThinkingDelta(thoughts))
+        if answer:
+            part = int(self._thought)
+            yield StreamDeltaEvent(TextDelta(answer, part_index=part, logprobs=self._write_scores(scores)))
 
 
 def _usage(answer: Answer) -> Usage:

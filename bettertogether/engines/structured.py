@@ -21,6 +21,7 @@ from dspy.lm15 import UnsupportedFeatureError
 from ..errors import MissingExtraError
 from ..printable import get_logger
 from .json_layout import lark_grammar
+from .thinking import AFTER, CLOSE
 
 logger = get_logger(__name__)
 
@@ -152,6 +153,13 @@ def answer_grammar(response_format: Mapping[str, Any]) -> str:
     Raises UnsupportedFeatureError for a schema that can't be read.
     """
     return _grammar(json.dumps(response_format))
+
+
+def after_thoughts(grammar: str) -> str:
+    """The grammar of a reasoning model's answers: anything until the end of thinking, then what a grammar allows."""
+    start, _, rules = grammar.removeprefix("start: ").partition("\n")
+    ways = [f"start: thoughts {json.dumps(AFTER)} {start}", f"thoughts[stop={json.dumps(CLOSE)}]: /(?s:.*)/"]
+    return "\n".join([*ways, rules])
 
 
 @lru_cache(maxsize=1024)

@@ -25,6 +25,7 @@ from .scheduler import Answer, Job, Scheduler
 from .shared_engine import PARAMS, AsyncSide, SharedEngine
 from .structured import GrammarCompiler, structured_output_available
 from .text_stream import TextStream
+from .thinking import ThinkingConstraint
 
 WAIT_S = 0.2
 """A waiting thread wakes so often, so that Ctrl-C reaches it."""
@@ -76,7 +77,7 @@ class TransformersEngine(SharedEngine):
         self.supports_response_schema = structured_output_available()
         self.supported_params = PARAMS | ({"response_format"} if self.supports_response_schema else frozenset())
         self._grammars = GrammarCompiler(self._card.tokenizer, self._card.vocabulary, sorted(self._eos_ids))
-        self._writer = ResponseWriter(self._card.tokenizer)
+        self._writer = ResponseWriter(self._card.tokenizer, thinks=self._renderer.thinks)
         self._model: Any = None
         self._shapes: Mapping[str, tuple[int, int]] = {}
         self._load_lock = threading.Lock()
@@ -115,8 +116,9 @@ class TransformersEngine(SharedEngine):
         self._scheduler.submit(job)
         try:
             yield self._writer.start(request)
+            deltas = self._writer.deltas()
             while (piece := events.get()) is not None:
-                yield self._writer.delta(*piece)
+                yield from deltas(*piece)
             yield self._writer.end(_wait(job.future))
         finally:
             job.future.cancel()
@@ -145,8 +147,10 @@ class TransformersEngine(SharedEngine):
         self._scheduler.submit(job)
         try:
             yield self._writer.start(request)
+            deltas = self._writer.deltas()
             while (piece := await events.get()) is not None:
-                yield self._writer.delta(*piece)
+                for event in deltas(*piece):
+                    yield event
             yield self._writer.end(job.future.result())
         finally:
             job.future.cancel()
@@ -164,6 +168,11 @@ class TransformersEngine(SharedEngine):
         row = Row(prompt_ids, max_new_tokens, adapter, sampling)
         if request.config.response_format is not None:
             row.constraint = self._grammars.constraint(request.config.response_format)
+        if self._renderer.thinks:
+            row.constraint = ThinkingConstraint(
+                row.constraint, most=max_new_tokens // 2, encode=self._renderer.after_prompt,
+                decode=self._card.tokenizer.decode, eos_ids=self._eos_ids,
+            )  # fmt: skip
         return Job(row, TextStream(self._writer.decode, sampling.stop))
 
     def add_adapter(self, folder: Path) -> str:

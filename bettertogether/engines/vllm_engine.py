@@ -29,7 +29,7 @@ from .loading import load_model, pick_device, pick_dtype
 from .responses import ResponseWriter
 from .scheduler import Answer
 from .shared_engine import PARAMS, AsyncSide, SharedEngine
-from .structured import answer_grammar
+from .structured import after_thoughts, answer_grammar
 from .vllm_api import check, chunks_of, sampling_fields, scores_of
 from .vllm_options import SERVER_RESOURCES, check_options, is_cut, server_options_for
 from .vllm_server import VLLMServer
@@ -118,7 +118,7 @@ class VLLMEngine(SharedEngine):
         # A proxy of the environment's is not for a server on this machine.
         self._client = httpx.Client(timeout=timeout, limits=limits, trust_env=not self._server.ours)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="bettertogether-vllm")
-        self._writer = ResponseWriter(self._card.tokenizer)
+        self._writer = ResponseWriter(self._card.tokenizer, thinks=self._renderer.thinks)
         self._gate = Gate()
         self._mixed_batches = mixed_batches
         if mixed_batches is None:
@@ -233,6 +233,7 @@ class VLLMEngine(SharedEngine):
         last: dict[str, Any] = {}
         with self._gate.together(self._kind(request.model)), self._translated():
             yield self._writer.start(request)
+            deltas = self._writer.deltas()
             with closing(self._ask(request.model, body, stream=True)) as reply:
                 reader.reads(reply)
                 for chunk in chunks_of(reply):
@@ -240,7 +241,7 @@ class VLLMEngine(SharedEngine):
                     for choice in chunk["choices"]:
                         last = choice if choice["finish_reason"] else last
                         if choice["text"]:
-                            yield self._writer.delta(choice["text"], scores_of(choice))
+                            yield from deltas(choice["text"], scores_of(choice))
         yield self._writer.end(self._answer(last, usage))
 
     @property
@@ -266,8 +267,12 @@ class VLLMEngine(SharedEngine):
         body = {"model": model, "prompt": prompt_ids, "max_tokens": max_tokens, **sampling_fields(sampling)}
         body["stop_token_ids"] = sorted(self._eos_ids)
         if request.config.response_format is not None:
-            body["structured_outputs"] = {"grammar": answer_grammar(request.config.response_format)}
+            body["structured_outputs"] = {"grammar": self._grammar(request.config.response_format)}
         return body
+
+    def _grammar(self, response_format: Mapping[str, Any]) -> str:
+        grammar = answer_grammar(response_format)
+        return after_thoughts(grammar) if self._renderer.thinks else grammar
 
     def _kind(self, model: str) -> str:
         """Requests of one kind may run together."""

@@ -1,0 +1,130 @@
+"""Reasoning models: they think freely first, and answer, under the grammar where there is one, after that."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Collection, Sequence
+
+from .decoding import TokenConstraint
+
+OPEN, CLOSE = "<think>", "</think>"
+AFTER = "\n\n"
+"""Between the end of thinking and the answer, as the templates of Qwen3 and DeepSeek-R1 write it."""
+EMPTY = f"\n{CLOSE}{AFTER}"
+"""What follows an opened block of thinking in which nothing is thought."""
+WINDOW = 16
+"""Tokens in which the end of thinking is looked for; it is one in most vocabularies."""
+
+
+class ThinkingConstraint:
+    """Anything until the end of thinking, which comes by itself or at the bound; then what `answer` allows.
+
+    Args:
+        answer: The grammar of what comes after; None allows anything there too.
+        most: Tokens of thinking, at most; then the end of thinking is written for the model.
+        encode: Text to tokens, where something stands before it.
+        decode: Tokens to text, special tokens included.
+        eos_ids: Tokens that end an answer, which thinking can't.
+    """
+
+    def __init__(
+        self,
+        answer: TokenConstraint | None,
+        *,
+        most: int,
+        encode: Callable[[str], list[int]],
+        decode: Callable[[Sequence[int]], str],
+        eos_ids: Collection[int],
+    ) -> None:
+        self._answer = answer
+        self._most = most
+        self._encode, self._decode, self._eos_ids = encode, decode, eos_ids
+        self._thoughts: list[int] = []
+        self._next: list[int] = []
+        """Tokens that must come next: the end of thinking, or what is missing of it."""
+        self._thinking = True
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is complete and nothing may follow."""
+        return not self._thinking and not self._next and self._answer is not None and self._answer.ended
+
+    def forced(self) -> list[int]:
+        """Take the tokens that must come next, as far as there is no choice, and return them."""
+        taken, self._next = self._next, []
+        return taken if self._thinking or self._answer is None else [*taken, *self._answer.forced()]
+
+    def allows(self, token_id: int) -> bool:
+        """Whether this token may come next."""
+        if self._next:
+            return token_id == self._next[0]
+        if self._thinking:
+            return token_id not in self._eos_ids
+        return self._answer is None or self._answer.allows(token_id)
+
+    def advance(self, token_id: int) -> None:
+        """Take this token."""
+        if self._next:
+            self._next.pop(0)
+        elif self._thinking:
+            self._think(token_id)
+        elif self._answer is not None:
+            self._answer.advance(token_id)
+
+    def fill_mask(self, address: int, size_bytes: int) -> None:
+        """Write one bit per token, 1 where it may come next, to memory at `address`."""
+        if not self._next and not self._thinking and self._answer is not None:
+            self._answer.fill_mask(address, size_bytes)
+            return
+        ctypes.memset(address, 0 if self._next else 0xFF, size_bytes)
+        bits = (ctypes.c_uint8 * size_bytes).from_address(address)
+        if self._next:
+            bits[self._next[0] // 8] |= 1 << self._next[0] % 8
+        elif self._thinking:
+            for token_id in self._eos_ids:
+                bits[token_id // 8] &= ~(1 << token_id % 8) & 0xFF
+
+    def _think(self, token_id: int) -> None:
+        self._thoughts.append(token_id)
+        _, end, after = self._decode(self._thoughts[-WINDOW:]).partition(CLOSE)
+        if end:
+            missing = AFTER.removeprefix(after)
+            self._thinking, self._next = False, self._encode(missing) if missing else []
+        elif len(self._thoughts) >= self._most:
+            self._thinking, self._next = False, self._encode(EMPTY)
+
+
+def split_thoughts(text: str) -> tuple[str, str]:
+    """The thoughts and the answer in what a reasoning model wrote. Without an end of thinking all of it is thought."""
+    thoughts, _, answer = text.partition(CLOSE)
+    return thoughts.strip("\n"), answer.removeprefix(AFTER)
+
+
+class ThoughtSplitter:
+    """`split_thoughts` for text that comes in pieces: what is held back may be the beginning of the end."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._thinking = True
+        self._missing = AFTER
+
+    def push(self, text: str) -> tuple[str, str]:
+        """The thoughts and the part of the answer that this piece brings."""
+        if not self._thinking:
+            return "", self._answer(text)
+        self._held += text
+        thoughts, end, answer = self._held.partition(CLOSE)
+        if end:
+            self._held, self._thinking = "", False
+            return thoughts, self._answer(answer)
+        size = next((n for n in range(len(CLOSE) - 1, 0, -1) if self._held.endswith(CLOSE[:n])), 0)
+        cut = len(self._held) - size
+        thoughts, self._held = self._held[:cut], self._held[cut:]
+        return thoughts, ""
+
+    def _answer(self, text: str) -> str:
+        while self._missing and text.startswith(self._missing[0]):
+            text, self._missing = text[1:], self._missing[1:]
+        if text:
+            self._missing = ""
+        return text
