@@ -16,13 +16,13 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from . import callbacks, strategy
 from .budget import BudgetMeter
 from .engines.base import MODEL_PREFIX, LocalEngine
-from .errors import BetterTogetherError, BudgetExceeded, ConfigError, ModelError, RunDirectoryError
+from .errors import ArtifactError, BetterTogetherError, BudgetExceeded, ConfigError, ModelError, RunDirectoryError
 from .evaluation import Evaluation, evaluate_many
 from .failures import count_failures, failure_warning, no_difference, round_warnings, scored_example
 from .lm import local_engine
 from .metrics import FULL_MARK, Metric
 from .printable import get_logger
-from .programs import copy_for_step, load_prompts, model_names, predictors_of, prompts_state, with_prompts
+from .programs import copy_for_step, load_prompts, model_names, predictors_of, prompts_state, same_prompts, with_prompts
 from .records import Ledger, StepRecord
 from .redaction import masked
 from .run_directory import RunDirectory
@@ -233,7 +233,7 @@ class Loop:
         """Scores of {base, tuned weights} x {the student's prompts, the prompts before this step}, where those
         differ."""
         student = self.plan.student
-        if prompts_state(parent) == prompts_state(student):
+        if same_prompts(parent, student):
             return {}, Ledger()
         programs = {
             "base_old": student,
@@ -250,7 +250,6 @@ class Loop:
         self, index: int, steps: Steps, result: StepResult, scored: Evaluation | None, started: float
     ) -> StepRecord:
         ledger = result.ledger + (scored.ledger if scored else Ledger())
-        restorable = not steps or _restorable(result.program, self.plan.student)
         adapters = _adapter_folders(result.program)
         return StepRecord(
             index=index,
@@ -264,9 +263,21 @@ class Loop:
             step_gain=result.step_gain,
             ledger=ledger.with_seconds(time.monotonic() - started),
             details={**result.details, "adapter_folders": adapters},
-            program=prompts_state(result.program) if restorable else None,
+            program=self._saved_prompts(steps, result.program),
             models=model_names(result.program),
         )
+
+    def _saved_prompts(self, steps: Steps, program: dspy.Module) -> dict[str, Any] | None:
+        """The prompts as JSON; None where they are not all there is to the program, or can't be saved."""
+        if steps and not _restorable(program, self.plan.student):
+            return None
+        try:
+            return prompts_state(program)
+        except ArtifactError as error:
+            text = f"Round {strategy.join(steps)!r} can't be restored by a later call, nor its program saved: {error}"
+            self.warnings.append(text)
+            callbacks.warn(text)
+            return None
 
     def _keep(self, record: StepRecord) -> None:
         self.directory.append(record)

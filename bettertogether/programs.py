@@ -11,7 +11,7 @@ import dspy
 
 from .copies import RESULTS, copy_program
 from .demo_values import decode_demos, encode_demos
-from .errors import ProgramError
+from .errors import ArtifactError, ProgramError
 
 _NO_PARTS = frozenset({*RESULTS, "history", "callbacks", "demos", "traces", "train", "lm", "signature"})
 
@@ -94,6 +94,14 @@ def prompts_state(program: dspy.Module) -> dict[str, Any]:
     """Instructions, field texts and demos by predictor name, as JSON; LMs left out. Raises ArtifactError for a demo
     that would not give the same prompt again."""
     return {name: prompt_state(predictor, name) for name, predictor in predictors_of(program).items()}
+
+
+def same_prompts(one: dspy.Module, other: dspy.Module) -> bool:
+    """Whether two programs are known to have the same prompts."""
+    try:
+        return prompts_state(one) == prompts_state(other)
+    except ArtifactError:
+        return False
 
 
 def prompt_state(predictor: dspy.Predict, name: str) -> dict[str, Any]:

@@ -414,3 +414,25 @@ def test_the_run_directory_holds_report_records_adapters_and_html(engine: FakeEn
     assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"] is not None
     assert (tmp_path / "run" / "adapters" / compiled.lm.model.partition("/")[2]).is_dir()
     assert (tmp_path / "run" / "report.html").stat().st_size > 0
+
+
+def test_a_round_whose_demos_can_not_be_saved_is_scored_told_and_run_again_by_a_later_call(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[int] = []
+
+    class Odd(Teleprompter):
+        def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+            calls.append(1)
+            student.demos = [dspy.Example(number=object(), parity="odd")]
+            return student
+
+    engine = parity_engine(learner)
+    options = {"optimizers": {"o": Odd(), "w": steps()["w"]}, "two_by_two": True}
+    compiled = compile_(engine, "o -> w", run_dir=tmp_path / "run", **options)
+    assert [record.status for record in compiled.report.rounds] == ["complete"] * 3
+    assert compiled.report.rounds[1].program is None
+    assert "Round 'o' can't be restored by a later call, nor its program saved" in caplog.text
+    assert "field 'number' holds a builtins:object" in caplog.text
+    compile_(engine, "o -> w", run_dir=tmp_path / "run", **options)
+    assert len(calls) == 2
