@@ -16,6 +16,8 @@ import torch
 from peft.tuners.lora.layer import Linear as LoRALinear
 from torch import Tensor, nn
 
+from ..engines.packed_linear import PackedLinear
+
 CHUNK_ELEMENTS = 1 << 20
 """Logits handled at once in the loss: 4 MiB in float32."""
 
@@ -71,7 +73,7 @@ def _can_fuse(module: LoRALinear, adapter: str) -> bool:
     base = module.get_base_layer()
     return (
         type(module) is LoRALinear
-        and type(base) is nn.Linear
+        and type(base) in (nn.Linear, PackedLinear)
         and adapter in module.lora_A
         and isinstance(module.lora_dropout[adapter], nn.Identity)
         and adapter not in module.lora_variant

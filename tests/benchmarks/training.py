@@ -1,14 +1,16 @@
-"""LoRA training against trl's SFTTrainer: same rows, same order, same adapter, one epoch of 64 rows in batches of 8.
+"""LoRA training through `local_lm`'s engine and by the bare trainer, against trl's SFTTrainer: same rows, same order,
+same adapter, one epoch of 64 rows in batches of 8.
 
     pip install trl
     python tests/benchmarks/training.py MODEL_FOLDER [--rows 64] [--demos 0 4] [--dtypes float32 bfloat16]
-        [--repeats 3] [--their-batch 8]
+        [--repeats 3] [--their-batch 8] [--sides engine bare trl]
 
-The rows are an Iris program's (chain of thought, ChatAdapter) with 0 and with 4 demos in the prompt. Both sides train
-the same LoRA (all linear layers, rank 16, equal initial weights) with AdamW at a constant rate on the same batches;
-trl gets the tokens ready-made and its loss is on the completion too. Each side runs in a process of its own. Prints
-seconds (wall and processor), peak memory and the mean loss of each side, then the ratios of the medians (theirs /
-ours).
+"engine" is what a user of `local_lm` gets (`engine.finetune` on the model that answers, tokenizing included); "bare"
+is the trainer on a model of its own. The rows are an Iris program's (chain of thought, ChatAdapter) with 0 and with 4
+demos in the prompt. All sides train the same LoRA (all linear layers, rank 16, equal initial weights) with AdamW at a
+constant rate on the same batches; trl gets the tokens ready-made and its loss is on the completion too. Each side
+runs in a process of its own. Prints seconds (wall and processor), peak memory and the mean loss of each side, then
+the ratios of the medians (each of the others / engine).
 """
 
 from __future__ import annotations
@@ -29,17 +31,19 @@ from generation import Iris
 from sides import Figures, measure, ratios, report
 from sklearn.datasets import load_iris
 
-from bettertogether.engines.transformers_engine import TransformersEngine
+from bettertogether import local_lm
+from bettertogether.engines import TrainingRow, TransformersEngine
 from bettertogether.training.config import LoRAConfig, TrainingConfig
 from bettertogether.training.packing import TokenizedRow, epoch_batches
 
 BATCH = 8
 RATE = 2e-4
+SIDES = ("engine", "bare", "trl")
 
 
-def iris_rows(model: str, number: int, demos: int) -> list[TokenizedRow]:
-    """Rows of the Iris program as the engine's tokens."""
-    data, engine, adapter = load_iris(), TransformersEngine(model), dspy.ChatAdapter()
+def iris_rows(number: int, demos: int) -> list[TrainingRow]:
+    """Rows of the Iris program."""
+    data, adapter = load_iris(), dspy.ChatAdapter()
     names = ("sepal_length", "sepal_width", "petal_length", "petal_width")
     examples = []
     # 7 steps through the 150 flowers in an order that mixes the species.
@@ -53,28 +57,47 @@ def iris_rows(model: str, number: int, demos: int) -> list[TokenizedRow]:
     for inputs, outputs in examples[demos:]:
         messages = adapter.format(Iris, shown, inputs)
         completion = adapter.format_assistant_message_content(Iris, outputs)
-        rows.append(TokenizedRow(engine.prompt_tokens(messages), engine.completion_tokens(completion)))
+        rows.append(TrainingRow(tuple(messages), completion))
     return rows
 
 
-def train_ours(model_folder: str, rows: Sequence[TokenizedRow], dtype: str) -> tuple[float, list[float]]:
-    """Seconds, and the loss of each step."""
+def tokenized(model_folder: str, rows: Sequence[TrainingRow]) -> list[TokenizedRow]:
+    """The rows as the engine's tokens."""
+    engine = TransformersEngine(model_folder)
+    return [TokenizedRow(engine.prompt_tokens(row.messages), engine.completion_tokens(row.completion)) for row in rows]
+
+
+def training_config(dtype: str) -> TrainingConfig:
+    return TrainingConfig(
+        learning_rate=RATE, epochs=1, batch_size=BATCH, scheduler="constant", warmup_ratio=0.0, dtype=dtype
+    )
+
+
+def train_in_engine(model_folder: str, rows: Sequence[TrainingRow], dtype: str) -> tuple[float, list[float]]:
+    """Seconds, and the loss of each step, on the engine of a `local_lm` that has answered."""
+    lm = local_lm(model_folder, max_tokens=1, cache=False)
+    lm("Hello")
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        result = lm.engine.finetune(rows, training=training_config(dtype), lora=LoRAConfig(), folder=Path(folder))
+        return time.perf_counter() - started, [line.loss for line in result.history if line.loss is not None]
+
+
+def train_bare(model_folder: str, rows: Sequence[TokenizedRow], dtype: str) -> tuple[float, list[float]]:
+    """The same by the trainer alone."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from bettertogether.training.trainer import train_adapter
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    training = TrainingConfig(
-        learning_rate=RATE, epochs=1, batch_size=BATCH, scheduler="constant", warmup_ratio=0.0, dtype=dtype
-    )
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        result = train_adapter(model, rows, training=training, lora=LoRAConfig(), folder=Path(folder))
+        result = train_adapter(model, rows, training=training_config(dtype), lora=LoRAConfig(), folder=Path(folder))
         return time.perf_counter() - started, [line.loss for line in result.history if line.loss is not None]
 
 
-def train_theirs(
+def train_trl(
     model_folder: str, rows: Sequence[TokenizedRow], dtype: str, micro_batch: int
 ) -> tuple[float, list[float]]:
     """The same with trl, in forward passes of `micro_batch` rows."""
@@ -120,12 +143,15 @@ def train_theirs(
 
 def run_one(side: str, model_folder: str, rows_file: Path, dtype: str, micro_batch: int) -> None:
     """Train one side and report its figures."""
-    rows = [TokenizedRow(**line) for line in json.loads(rows_file.read_text())]
+    rows = [TrainingRow(**line) for line in json.loads(rows_file.read_text())]
+    tokens = tokenized(model_folder, rows)
     before = resource.getrusage(resource.RUSAGE_SELF)
-    if side == "ours":
-        seconds, losses = train_ours(model_folder, rows, dtype)
+    if side == "engine":
+        seconds, losses = train_in_engine(model_folder, rows, dtype)
+    elif side == "bare":
+        seconds, losses = train_bare(model_folder, tokens, dtype)
     else:
-        seconds, losses = train_theirs(model_folder, rows, dtype, micro_batch)
+        seconds, losses = train_trl(model_folder, tokens, dtype, micro_batch)
     after = resource.getrusage(resource.RUSAGE_SELF)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     report({"seconds": seconds, "processor": processor, "losses": losses})
@@ -145,21 +171,28 @@ def run_side(side: str, arguments: Sequence[str]) -> Figures:
 
 
 def compare(options: argparse.Namespace, demos: int, dtype: str) -> None:
-    """Run both sides in turn, several times, and print the ratios of the medians."""
-    rows = iris_rows(options.model, options.rows, demos)
-    tokens = sum(map(len, rows)) / len(rows)
+    """Run the sides in turn, several times, and print the ratios of the medians."""
+    rows = iris_rows(options.rows, demos)
+    tokens = sum(map(len, tokenized(options.model, rows))) / len(rows)
     print(f"{options.rows} rows of {tokens:.0f} tokens, {demos} demos, {dtype}")
-    ours, theirs = [], []
+    figures: dict[str, list[Figures]] = {side: [] for side in options.sides}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         file.write_text(json.dumps([asdict(row) for row in rows]))
         arguments = [options.model, "--file", str(file), "--dtypes", dtype, "--their-batch", str(options.their_batch)]
         for _ in range(options.repeats):
-            ours.append(run_side("ours", arguments))
-            theirs.append(run_side("theirs", arguments))
-    gap = max(abs(a - b) for a, b in zip(ours[0]["losses"], theirs[0]["losses"], strict=True))
+            for side, found in figures.items():
+                found.append(run_side(side, arguments))
+    first, *others = figures
     names = {"seconds": "time", "processor": "processor time", "peak_gib": "memory"}
-    print(f"  ratio  {ratios(ours, theirs, **names)}; largest difference of a step's loss {gap:.5f}", flush=True)
+    for side in others:
+        losses = zip(figures[first][0]["losses"], figures[side][0]["losses"], strict=True)
+        gap = max(abs(a - b) for a, b in losses)
+        print(
+            f"  {side} / {first}  {ratios(figures[first], figures[side], **names)}; "
+            f"largest difference of a step's loss {gap:.5f}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -173,14 +206,15 @@ def main() -> None:
         "--their-batch", type=int, default=BATCH, choices=[1, 2, 4, 8],
         help="rows in a forward pass of trl's, which accumulates gradients over them up to 8 (memory)",
     )  # fmt: skip
-    parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         run_one(options.side, options.model, options.file, options.dtypes[0], options.their_batch)
         return
-    if importlib.util.find_spec("trl") is None:
-        raise SystemExit("This benchmark compares with trl, which is not installed: pip install trl")
+    if "trl" in options.sides and importlib.util.find_spec("trl") is None:
+        raise SystemExit("trl is not installed: pip install trl, or leave it out: --sides engine bare")
     for dtype in options.dtypes:
         for demos in options.demos:
             compare(options, demos, dtype)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from bettertogether.engines import FinetuneResult, TrainingProgress, TrainingRow, TransformersEngine
 from bettertogether.engines.adapters import content_hash
 from bettertogether.errors import NoTrainingDataError, UnknownAdapterError
+from bettertogether.training import fused
 from bettertogether.training.config import LoRAConfig, TrainingConfig
 
 TRAINING = TrainingConfig(epochs=12, batch_size=4, learning_rate=2e-2, dtype="float32")
@@ -161,3 +162,14 @@ def test_without_a_folder_adapters_go_to_the_cache(
         engine = TransformersEngine(folder, **options)  # type: ignore[arg-type]
         assert engine.finetune(ROWS, lora=LORA, training=training).folder.parent == parent
         engine.close()
+
+
+def test_a_training_in_the_engine_uses_the_fused_layers(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    forward = fused._forward
+    monkeypatch.setattr(fused, "_forward", lambda *args, **options: used.append(1) or forward(*args, **options))
+    engine.finetune(ROWS[:1], lora=LORA, training=TrainingConfig(epochs=1, dtype="float32"), folder=tmp_path)
+    # One pass over the 7 linear layers of 2 blocks.
+    assert len(used) == 14

@@ -7,6 +7,7 @@ from reference import relative_error
 from tiny import FAMILIES, tiny_model
 from torch import Tensor, nn
 
+from bettertogether.engines.packed_linear import pack_linear_layers
 from bettertogether.training.fused import fused_lora
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
@@ -57,3 +58,16 @@ def test_layers_are_as_before_afterwards() -> None:
     with fused_lora(model, "default", torch.float32):
         assert sum("forward" in module.__dict__ for module in model.modules()) == 14
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_layers_with_packed_weights_are_fused_and_give_the_same_gradients() -> None:
+    plain, packed = lora_model(), lora_model()
+    if not pack_linear_layers(packed):
+        pytest.skip("this processor has no use for packed weights")
+    expected = gradients(packed)
+    with fused_lora(packed, "default", torch.float32):
+        assert sum("forward" in module.__dict__ for module in packed.modules()) == 14
+        found = gradients(packed)
+    with fused_lora(plain, "default", torch.float32):
+        assert all(map(torch.equal, found, gradients(plain)))
+    assert relative_error(found, expected) < 1e-5
