@@ -14,6 +14,7 @@ from dspy.clients.provider import Provider, TrainingJob
 from .answer_format import whole_format
 from .engines.base import MODEL_PREFIX, LocalEngine, TrainingRow
 from .errors import ConfigError, DataError, NotTrainableError
+from .lm_options import check_lm_options
 from .training.config import LoRAConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -151,8 +152,8 @@ def local_lm(
             chat_template_kwargs.
         lm_options: Anything else `dspy.LM` takes: top_p, top_k, seed, stop, callbacks, num_retries, ...
 
-    The weights are loaded once per process, whatever the number of LMs. Raises ModelError for a folder or id that
-    holds no model.
+    The weights are loaded once per process, whatever the number of LMs. Raises ConfigError for an option that is not
+    known or that has a value it can't have, and ModelError for a folder or id that holds no model.
     """
     from .engines import TransformersEngine
 
@@ -210,8 +211,13 @@ def _shared_lm(
     known = inspect.signature(engine_class).parameters.keys() - {"model"}
     if unknown := sorted(str(name) for name in options.keys() - known):
         raise ConfigError(f"engine_options {unknown} are not known. Allowed: {sorted(known)}.")
+    check_lm_options(lm_options, known - {"adapters"})
+    if not isinstance(model, str | Path) or not str(model):
+        raise ConfigError(f"model={model!r} is not allowed: give the folder of a model, or a hub id.")
+    if not isinstance(adapter, str | Path | None):
+        raise ConfigError(f"adapter={adapter!r} is not allowed: give the folder of a PEFT adapter, or None.")
     engine: Any = engine_class.shared(model, **options)
-    name = engine.add_adapter(Path(adapter)) if adapter is not None else None
+    name = engine.add_adapter(Path(adapter).expanduser()) if adapter is not None else None
     return engine_lm(engine, name, **lm_options)
 
 

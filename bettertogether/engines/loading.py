@@ -31,6 +31,11 @@ logger = get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+NO_TEXT = (
+    "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice",
+    "ForNextSentencePrediction", "BertModel", "ElectraModel", "BertForPreTraining",
+)  # fmt: skip
+"""Ends of the names of architectures that don't predict the next token, though their family may have one that does."""
 VARIABLE_ROPE = frozenset({"dynamic", "longrope"})
 
 
@@ -67,11 +72,7 @@ class ModelCard:
 
 def read_card(source: str | Path) -> ModelCard:
     """Read the config and the tokenizer of a model. Raises ModelError."""
-    folder = Path(source)
-    if folder.is_dir():
-        _check_folder(folder)
-    elif isinstance(source, Path) or folder.is_absolute() or str(source).startswith("."):
-        raise ModelError(f"{source} is not a folder. Give the folder of a transformers model, or a hub id.")
+    _check_source(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -86,6 +87,9 @@ def read_card(source: str | Path) -> ModelCard:
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{str(source)!r} is of type {config.model_type!r}, which is no causal language model.")
+    architectures = config.architectures or ()
+    if architectures and all(name.endswith(NO_TEXT) for name in architectures):
+        raise ModelError(f"{str(source)!r} is a {architectures[0]}, which writes no text. Give a causal LM.")
     unknown = _unknown_tokens(source, tokenizer, int(config.get_text_config().vocab_size))
     return ModelCard(str(source), config, tokenizer, _eos_ids(source, config), _max_length(config), unknown)
 
@@ -98,6 +102,19 @@ def _unknown_tokens(source: str | Path, tokenizer: Any, vocabulary: int) -> dict
             source, max(unknown), vocabulary, ", ".join(repr(unknown[number]) for number in sorted(unknown)[:5]),
         )  # fmt: skip
     return unknown
+
+
+def _check_source(source: str | Path) -> None:
+    """Raises ModelError for what is neither a model's folder nor may be a hub id."""
+    folder = Path(source)
+    try:
+        is_folder = folder.is_dir()
+        if is_folder:
+            _check_folder(folder)
+    except PermissionError as error:
+        raise ModelError(f"{source} can't be read ({error}). Give a folder that this user may read.") from error
+    if not is_folder and (isinstance(source, Path) or folder.is_absolute() or str(source).startswith(".")):
+        raise ModelError(f"{source} is not a folder. Give the folder of a transformers model, or a hub id.")
 
 
 def _check_folder(folder: Path) -> None:
@@ -141,16 +158,23 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f'device={device!r} is not allowed: give "auto", "cpu", "cuda" or "cuda:0".') from error
+        found = torch.device(device) if isinstance(device, str | torch.device) else None
+    except RuntimeError:
+        found = None
+    if found is None or found.type == "meta":
+        raise ConfigError(f'device={device!r} is not allowed: give "auto", "cpu", "cuda" or "cuda:0".')
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices on this machine."
+        )
+    return found
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """ "auto" is float32 on the CPU and bfloat16 elsewhere. Raises ConfigError."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ConfigError(f'dtype={dtype!r} is not allowed: give "auto" or one of {sorted(DTYPES)}.')
     return DTYPES[dtype]
 

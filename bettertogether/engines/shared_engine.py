@@ -179,7 +179,7 @@ class SharedEngine:
 
         Raises EngineBusyError when a callback of a training asks for another one.
         """
-        parent = Path(folder) if folder is not None else self._adapters_folder()
+        parent = Path(folder).expanduser() if folder is not None else self._adapters_folder()
         origin = None if start_from is None else (start_from, self.adapter_folder(start_from))
         job = prepare(self, rows, validation_rows, lora, training, origin, parent)
         with self._turn.taken(self.short_name):
@@ -194,7 +194,7 @@ class SharedEngine:
     def _adapters_folder(self) -> Path:
         """Where trained adapters go by default."""
         if self._options["cache_folder"] is not None:
-            return Path(self._options["cache_folder"])
+            return Path(self._options["cache_folder"]).expanduser()
         return cache_folder() / "adapters"
 
     def dump_state(self) -> dict[str, Any]:
@@ -309,4 +309,7 @@ def _short_name(model: str | Path) -> str:
 
 
 def _identity(model: str | Path) -> tuple[str, ...]:
-    return (str(Path(model).resolve()), model_hash(model)) if Path(model).is_dir() else (str(model),)
+    try:
+        return (str(Path(model).resolve()), model_hash(model)) if Path(model).is_dir() else (str(model),)
+    except PermissionError as error:
+        raise ModelError(f"{model} can't be read ({error}). Give a folder that this user may read.") from error

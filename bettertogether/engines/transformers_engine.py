@@ -178,7 +178,7 @@ class TransformersEngine(SharedEngine):
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
         self._scheduler.check_open()
-        return self._adapters.add(Path(folder))
+        return self._adapters.add(Path(folder).expanduser())
 
     def adapter_folder(self, model: str) -> Path | None:
         """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""

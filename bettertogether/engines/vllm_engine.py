@@ -340,7 +340,7 @@ class VLLMEngine(SharedEngine):
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         self._check_rank(int(read_adapter_config(folder)["r"]), f"The adapter in {folder}", ModelError)
         name = adapter_name(self.base_name, folder)
         with self._lock:
