@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import dspy
 
 from . import callbacks
+from .errors import ConfigError, ProgramError
 from .failures import count_failures, failure_text, failure_warning
-from .metrics import Metric
+from .metrics import Metric, check_metric
 from .printable import printable
 from .records import Failure, Ledger
 from .runs import Attempt, RunStore
+from .selection import check_examples
 from .statistics import mean_interval, paired_interval
 from .traces import Pass, Trace
 
@@ -57,7 +59,8 @@ def evaluate(
 
     A parse failure scores 0. An example whose program or metric raises scores 0 too, and counts against `max_errors`
     (None: `dspy.settings.max_errors`); raises TooManyErrors above it. Where more than half of the examples fail, the
-    log says so at once, with the commonest reason; see `Evaluation.failures`.
+    log says so at once, with the commonest reason; see `Evaluation.failures`. Raises ProgramError, DataError and
+    ConfigError before any work.
     """
     evaluation = evaluate_many(
         [program],
@@ -86,6 +89,13 @@ def evaluate_many(
     phase: str = "evaluate",
 ) -> list[Evaluation]:
     """`evaluate` for several programs at once: their calls share the engine's batches."""
+    for program in programs:
+        if not isinstance(program, dspy.Module):
+            raise ProgramError(f"program={program!r:.100} is not allowed: give a dspy.Module.")
+    check_metric(metric)
+    if not isinstance(store, RunStore | None):
+        raise ConfigError(f"store={store!r} is not allowed: give a bettertogether.runs.RunStore, or None.")
+    examples = check_examples(examples, "examples")
     options = Pass(
         metric,
         num_threads=num_threads,
@@ -110,7 +120,13 @@ def _evaluation(traces: tuple[Trace, ...]) -> Evaluation:
 
 def compare(evaluations: Mapping[str, Evaluation]) -> str:
     """A line for each evaluation: its mean with a 95% interval, and from the second on its gain over the first on the
-    same examples, with a paired 95% interval; and how many examples failed, by kind. Scores in the metric's unit."""
+    same examples, with a paired 95% interval; and how many examples failed, by kind. Scores in the metric's unit.
+    Raises ConfigError, and DataError for evaluations of other numbers of examples."""
+    if not isinstance(evaluations, Mapping) or not evaluations:
+        raise ConfigError(f"evaluations={evaluations!r:.100} is not allowed: give a dict from a name to an Evaluation.")
+    for name, evaluation in evaluations.items():
+        if not isinstance(name, str) or not isinstance(evaluation, Evaluation):
+            raise ConfigError(f"evaluations[{name!r}]={evaluation!r:.100} is not allowed: give an Evaluation by name.")
     first = next(iter(evaluations.values()))
     width = max(map(len, evaluations))
     lines = []

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from .checks import is_number, require_whole
 from .errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -112,7 +113,10 @@ def attribution(
 def _vector(scores: Sequence[float], name: str) -> np.ndarray[Any, Any]:
     import numpy as np
 
-    values = np.asarray(scores, dtype=np.float64).reshape(-1)
+    try:
+        values = np.asarray(scores, dtype=np.float64).reshape(-1)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name}={scores!r:.100} is not allowed: give a list of numbers.") from error
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise DataError(
@@ -126,10 +130,10 @@ def _bootstrap(values: np.ndarray[Any, Any], confidence: float, seed: int, resam
     Hesterberg 2015, arXiv:1411.5279, section 5.3), without which intervals over few examples are too narrow."""
     import numpy as np
 
-    if not 0 < confidence < 1:
+    if not is_number(confidence) or not 0 < confidence < 1:
         raise ConfigError(f"confidence={confidence!r} is not allowed: give a number between 0 and 1, such as 0.95.")
-    if resamples < 1:
-        raise ConfigError(f"resamples={resamples!r} is not allowed: give a whole number above 0, such as 2000.")
+    require_whole("resamples", resamples, 1, meaning="a whole number above 0, such as 2000")
+    require_whole("seed", seed, 0)
     count = len(values)
     if count < 2:
         return UNKNOWN

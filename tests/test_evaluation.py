@@ -8,7 +8,7 @@ import dspy
 import pytest
 from fakes import numbers, parity_engine, parity_match, parity_program
 
-from bettertogether.errors import TooManyErrors
+from bettertogether.errors import ConfigError, DataError, ProgramError, TooManyErrors
 from bettertogether.evaluation import Evaluation, compare, evaluate, evaluate_many
 from bettertogether.records import Ledger
 from bettertogether.runs import RunStore
@@ -114,3 +114,39 @@ def test_each_program_has_its_own_count_of_errors() -> None:
 def test_no_examples_are_no_scores() -> None:
     programs = [parity_program(parity_engine(lambda *_: True))] * 2
     assert [result.scores for result in evaluate_many(programs, [], parity_match)] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"program": 5}, ProgramError, "program=5 is not allowed: give a dspy.Module"),
+        ({"program": dspy.Predict}, ProgramError, "is not allowed: give a dspy.Module"),
+        ({"examples": 5}, DataError, "examples must be a list of dspy.Example, got int"),
+        ({"examples": [5]}, DataError, "examples[0] is a int: give a dspy.Example"),
+        ({"examples": [dspy.Example(number=1)]}, DataError, "examples[0] does not say which fields are inputs"),
+        ({"metric": "exact"}, ConfigError, "metric must be a function"),
+        ({"metric": lambda example: 1}, ConfigError, "metric must take (example, prediction)"),
+        ({"num_threads": "x"}, ConfigError, "num_threads='x' is not allowed"),
+        ({"num_threads": 0}, ConfigError, "num_threads=0 is not allowed"),
+        ({"max_errors": -1}, ConfigError, "max_errors=-1 is not allowed"),
+        ({"seed": "x"}, ConfigError, "seed='x' is not allowed"),
+        ({"store": {}}, ConfigError, "store={} is not allowed: give a bettertogether.runs.RunStore, or None"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(changed: dict[str, Any], error: Any, message: str) -> None:
+    engine = parity_engine(lambda *_: True)
+    arguments = {"program": parity_program(engine), "examples": numbers(2), "metric": parity_match} | changed
+    with pytest.raises(error) as caught:
+        evaluate(**arguments)
+    assert message in str(caught.value)
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("evaluations", [5, {}, [], {"a": 0.5}, {1: Evaluation((1.0,), Ledger())}], ids=repr)
+def test_what_is_no_dict_of_evaluations_is_refused(evaluations: Any) -> None:
+    with pytest.raises(ConfigError, match="is not allowed: give a"):
+        compare(evaluations)
+
+
+def test_a_name_can_not_steer_the_terminal() -> None:
+    assert compare({"a\x1b[2J": Evaluation((1.0,), Ledger())}).startswith(r"a\x1b[2J  1.000")

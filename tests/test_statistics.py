@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 
@@ -110,3 +111,15 @@ def test_attribution_names_a_missing_cell() -> None:
 def test_attribution_refuses_cells_on_different_examples() -> None:
     with pytest.raises(DataError, match=r"\[1, 2\]"):
         attribution({"base_old": [0, 1], "base_new": [0], "tuned_old": [0], "tuned_new": [0]})
+
+
+@pytest.mark.parametrize("scores", ["abc", ["x"], [None, "a"], [{}], [[1.0], [1.0, 2.0]]], ids=repr)
+def test_what_is_no_list_of_numbers_is_refused(scores: Any) -> None:
+    with pytest.raises(DataError, match="scores"):
+        mean_interval(scores)
+
+
+@pytest.mark.parametrize("options", [{"confidence": "x"}, {"confidence": None}, {"resamples": 1.5}, {"seed": "x"}])
+def test_options_of_a_wrong_type_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is not allowed"):
+        mean_interval([0.0, 1.0], **options)
