@@ -11,6 +11,7 @@ import copyreg
 import dataclasses
 import enum
 import hashlib
+import marshal
 import struct
 import types
 import typing
@@ -70,6 +71,9 @@ class Walk:
         plain = _PLAIN.get(type(value))
         if plain is not None:
             return combined(type(value).__name__, [plain(value)])
+        if _holds_scalars(value):
+            # All at once, since an index may have millions; version 2 writes nothing but the content.
+            return combined("scalars", [marshal.dumps(value, 2)])
         # What is kept here stays alive with its id; the temporary parts of an object would give theirs away.
         known = self._known.get(id(value))
         if known is not None:
@@ -168,6 +172,20 @@ _PLAIN: Mapping[type, Callable[[Any], bytes]] = {
     bytes: lambda value: value,
     bytearray: bytes,
 }
+
+
+_SCALARS = frozenset({bool, int, float, str, bytes, type(None)})
+
+
+def _holds_scalars(value: Any, depth: int = 3) -> bool:
+    """Whether this is a list, tuple or dict of nothing but plain values, or of such (empty, it is walked)."""
+    if type(value) is dict:
+        return bool(value) and _SCALARS.issuperset(map(type, value)) and _holds_scalars(list(value.values()), depth)
+    if type(value) not in (list, tuple) or not value:
+        return False
+    if _SCALARS.issuperset(map(type, value)):
+        return True
+    return depth > 1 and all(type(each) in _SCALARS or _holds_scalars(each, depth - 1) for each in value)
 
 
 def name_of(kind: type) -> str:
