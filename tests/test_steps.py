@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from typing import Any
 
@@ -394,3 +395,10 @@ def test_an_engine_shared_by_two_predictors_is_counted_once() -> None:
     engine = two_step_engine(careful)
     ledger = run("LabeledFewShot", two_step_program(engine)).ledger
     assert ledger.lm_calls == 0
+
+
+@pytest.mark.parametrize("step", [BootstrapFewShotRS, LoRAFinetune])
+def test_wrappers_of_a_compile_may_use_the_usual_names_for_their_own_arguments(step: Any) -> None:
+    assert not {"original", "wrapped", "instance", "args", "kwargs", "func", "fn"} & set(
+        inspect.signature(step.compile).parameters
+    )

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from bettertogether.engines import FinetuneResult, TrainingProgress, TrainingRow, TransformersEngine
 from bettertogether.engines.adapters import content_hash
+from bettertogether.engines.finetuning import prepare, train
 from bettertogether.errors import NoTrainingDataError, UnknownAdapterError
 from bettertogether.training import fused
 from bettertogether.training.config import LoRAConfig, TrainingConfig
@@ -173,3 +174,37 @@ def test_a_training_in_the_engine_uses_the_fused_layers(
     engine.finetune(ROWS[:1], lora=LORA, training=TrainingConfig(epochs=1, dtype="float32"), folder=tmp_path)
     # One pass over the 7 linear layers of 2 blocks.
     assert len(used) == 14
+
+
+SHORT = TrainingConfig(epochs=1, dtype="float32")
+
+
+def test_the_same_training_while_it_goes_on_elsewhere_ends_in_the_same_adapter(trained: Any, tmp_path: Path) -> None:
+    engine, _ = trained
+    inner: list[FinetuneResult] = []
+
+    def once_more(line: TrainingProgress) -> None:
+        if not inner:
+            inner.append(finetuned(lambda line: None))
+
+    def finetuned(on_progress: Any) -> FinetuneResult:
+        job = prepare(engine, ROWS, (), LORA, SHORT, None, tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(engine.dump_state()["model"])
+        return train(engine, job, model, engine.dump_state()["model"], on_progress)
+
+    outer = finetuned(once_more)
+    assert (inner[0].model, inner[0].folder) == (outer.model, outer.folder)
+    assert content_hash(outer.folder)[:8] == outer.model.rpartition("-")[2]
+    assert list(tmp_path.iterdir()) == [outer.folder]
+
+
+def test_a_damaged_adapter_makes_room_for_the_one_that_is_trained_again(trained: Any, tmp_path: Path) -> None:
+    engine, _ = trained
+    first = engine.finetune(ROWS, lora=LORA, training=SHORT, folder=tmp_path)
+    weights = first.folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (b"", whole[:-1000] + bytes([whole[-1000] ^ 64]) + whole[-999:]):
+        weights.write_bytes(damaged)
+        again = engine.finetune(ROWS, lora=LORA, training=SHORT, folder=tmp_path)
+        assert (again.model, again.folder) == (first.model, first.folder)
+        assert weights.read_bytes() == whole
