@@ -63,21 +63,30 @@ def _decision(row: Row, token_id: int, score: TokenScore | None) -> Decision:
 def choose(logits_B_V: Tensor, rows: Sequence[Row]) -> list[int]:
     """The next token of each row: the likeliest, or one drawn with the row's own generator, among those allowed."""
     token_ids: list[int] = logits_B_V.argmax(-1).tolist()
-    redo = [
-        position
-        for position, row in enumerate(rows)
-        if row.sampling.greedy and row.constraint and not row.constraint.allows(token_ids[position])
-    ]
-    if redo:
-        masked_R_V = _masked(logits_B_V, rows, redo)
-        for position, token_id in zip(redo, masked_R_V.argmax(-1).tolist(), strict=True):
-            token_ids[position] = token_id
+    redo = _refused(rows, token_ids, [position for position, row in enumerate(rows) if row.sampling.greedy])
+    _take_likeliest(logits_B_V, rows, token_ids, redo)
     drawn = [position for position, row in enumerate(rows) if not row.sampling.greedy]
     if drawn:
         masked_R_V = _masked(logits_B_V, rows, drawn)
         for index, position in enumerate(drawn):
             token_ids[position] = _draw(masked_R_V[index], rows[position])
+    # A token that the mask allows may still be one after which the answer could not end in time.
+    _take_likeliest(logits_B_V, rows, token_ids, _refused(rows, token_ids, [*redo, *drawn]))
     return token_ids
+
+
+def _refused(rows: Sequence[Row], token_ids: Sequence[int], positions: Sequence[int]) -> list[int]:
+    """Positions at which the grammar does not take the token."""
+    constraints = [(position, rows[position].constraint) for position in positions]
+    return [position for position, grammar in constraints if grammar and not grammar.allows(token_ids[position])]
+
+
+def _take_likeliest(logits_B_V: Tensor, rows: Sequence[Row], token_ids: list[int], positions: Sequence[int]) -> None:
+    """Put the likeliest token that the mask leaves at each of these positions."""
+    if positions:
+        masked_R_V = _masked(logits_B_V, rows, positions)
+        for position, token_id in zip(positions, masked_R_V.argmax(-1).tolist(), strict=True):
+            token_ids[position] = token_id
 
 
 def _masked(logits_B_V: Tensor, rows: Sequence[Row], positions: Sequence[int]) -> Tensor:

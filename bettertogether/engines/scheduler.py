@@ -329,7 +329,7 @@ class Scheduler:
             if job.sink is not None and (text or scores):
                 job.sink(text, scores)
         if end is not None or complete or job.stream.stopped:
-            return "stop"
+            return "length" if getattr(row.constraint, "shortened", False) else "stop"
         return "length" if len(row.output_ids) >= row.max_new_tokens else None
 
     def _drop_cancelled(self, decoder: Decoder) -> None:

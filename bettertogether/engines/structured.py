@@ -26,6 +26,10 @@ from .thinking import AFTER, CLOSE
 logger = get_logger(__name__)
 
 
+CHOICE = 4
+"""Tokens that are reckoned for a choice of the model's: what it picks may be longer than what was tried."""
+
+
 def structured_output_available() -> bool:
     """Whether llguidance is installed."""
     return importlib.util.find_spec("llguidance") is not None
@@ -86,6 +90,29 @@ class GrammarConstraint:
         """Write one bit per token, 1 where it may come next, to memory at `address`."""
         self._matcher.unsafe_compute_mask_ptr(address, size_bytes)
 
+    def closer(self) -> int | None:
+        """The token that ends a text, mapping or list that is open here; None where none may."""
+        return next((token_id for token_id in self._token_bytes.closers if self.allows(token_id)), None)
+
+    def tokens_to_end(self, most: int, after: int | None = None) -> int:
+        """About how many tokens end the answer soonest (after one more token), counted up to `most`."""
+        trial, count = GrammarConstraint(self._matcher.deep_copy(), self._token_bytes), 0
+        if after is not None:
+            trial.advance(after)
+        while count < most:
+            count += len(trial.forced())
+            if trial.ended:
+                break
+            token_id = trial.closer()
+            choice = trial._first_allowed() if token_id is None else token_id
+            count += 1 if token_id is not None or choice in self._token_bytes.inside_characters else CHOICE
+            trial.advance(choice)
+        return count
+
+    def _first_allowed(self) -> int:
+        bits = int.from_bytes(self._matcher.compute_bitmask(), "little")
+        return (bits & -bits).bit_length() - 1
+
 
 class TokenBytes:
     """The bytes of every token, and which tokens begin a text."""
@@ -96,6 +123,11 @@ class TokenBytes:
             if not tokenizer.is_special_token(token_id):
                 self._ids.setdefault(tokenizer.decode_bytes([token_id]), token_id)
         self._longest = max((len(text) for text in self._ids), default=0)
+        self.inside_characters = {token_id for text, token_id in self._ids.items() if text and 0x80 <= text[0] < 0xC0}
+        """Tokens that go on with a character."""
+        # A brace or bracket may be a part of a text, but a quote can't: it comes first.
+        self.closers = [self._ids[text] for text in (b'"', b"}", b"]", b"\n") if text in self._ids]
+        """Tokens that end what is open in JSON, or lead to its end."""
 
     def prefixes_of(self, text: bytes) -> list[int]:
         """Tokens that a text begins with, shortest first."""

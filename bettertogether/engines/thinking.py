@@ -25,6 +25,7 @@ class ThinkingConstraint:
         encode: Text to tokens, where something stands before it.
         decode: Tokens to text, special tokens included.
         eos_ids: Tokens that end an answer, which thinking can't.
+        spend: Is told how many tokens of the answer's room the thoughts took.
     """
 
     def __init__(
@@ -35,14 +36,20 @@ class ThinkingConstraint:
         encode: Callable[[str], list[int]],
         decode: Callable[[Sequence[int]], str],
         eos_ids: Collection[int],
+        spend: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         self._answer = answer
         self._most = most
-        self._encode, self._decode, self._eos_ids = encode, decode, eos_ids
+        self._encode, self._decode, self._eos_ids, self._spend = encode, decode, eos_ids, spend
         self._thoughts: list[int] = []
         self._next: list[int] = []
         """Tokens that must come next: the end of thinking, or what is missing of it."""
         self._thinking = True
+
+    @property
+    def shortened(self) -> bool:
+        """Whether the answer was closed where the model might have gone on."""
+        return bool(getattr(self._answer, "shortened", False))
 
     @property
     def ended(self) -> bool:
@@ -89,9 +96,13 @@ class ThinkingConstraint:
         _, end, after = self._decode(self._thoughts[-WINDOW:]).partition(CLOSE)
         if end:
             missing = AFTER.removeprefix(after)
-            self._thinking, self._next = False, self._encode(missing) if missing else []
+            self._begin(self._encode(missing) if missing else [])
         elif len(self._thoughts) >= self._most:
-            self._thinking, self._next = False, self._encode(EMPTY)
+            self._begin(self._encode(EMPTY))
+
+    def _begin(self, before: list[int]) -> None:
+        self._thinking, self._next = False, before
+        self._spend(len(self._thoughts) + len(before))
 
 
 def split_thoughts(text: str) -> tuple[str, str]:

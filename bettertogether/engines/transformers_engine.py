@@ -17,7 +17,8 @@ from ..errors import ConfigError
 from ..training.lending import ModelState, lent_out
 from .adapters import AdapterBank, linear_shapes, meta_linear_shapes
 from .base import FinetuneResult, ProgressFunction, TrainingProgress, TrainingRow
-from .decoding import Decoder, Row, TokenScore
+from .closing import ClosingConstraint
+from .decoding import Decoder, Row, TokenConstraint, TokenScore
 from .finetuning import TrainingJob, train
 from .loading import is_out_of_memory, load_model, make_decoder, pick_device, pick_dtype
 from .responses import ResponseWriter
@@ -166,14 +167,20 @@ class TransformersEngine(SharedEngine):
         adapter = "" if self._adapters.folder(model) is None else model
         prompt_ids, max_new_tokens, sampling = self._rendered(request)
         row = Row(prompt_ids, max_new_tokens, adapter, sampling)
-        if request.config.response_format is not None:
-            row.constraint = self._grammars.constraint(request.config.response_format)
-        if self._renderer.thinks:
-            row.constraint = ThinkingConstraint(
-                row.constraint, most=max_new_tokens // 2, encode=self._renderer.after_prompt,
-                decode=self._card.tokenizer.decode, eos_ids=self._eos_ids,
-            )  # fmt: skip
+        row.constraint = self._constraint(request, max_new_tokens)
         return Job(row, TextStream(self._writer.decode, sampling.stop))
+
+    def _constraint(self, request: Request, room: int) -> TokenConstraint | None:
+        """What an answer of `room` tokens must follow."""
+        answer: ClosingConstraint | None = None
+        if request.config.response_format is not None:
+            answer = ClosingConstraint(self._grammars.constraint(request.config.response_format), room)
+        if not self._renderer.thinks:
+            return answer
+        return ThinkingConstraint(
+            answer, most=room // 2, encode=self._renderer.after_prompt, decode=self._card.tokenizer.decode,
+            eos_ids=self._eos_ids, spend=(lambda tokens: None) if answer is None else answer.spend,
+        )  # fmt: skip
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from dspy.lm15 import Config, Message, Request
+from small_models import VOCABULARY, byte_tokenizer
+
+from bettertogether.engines import TransformersEngine
+from bettertogether.engines.closing import ClosingConstraint
+from bettertogether.engines.structured import GrammarCompiler
+
+TOKENIZER = byte_tokenizer()
+COMPILER = GrammarCompiler(TOKENIZER, VOCABULARY, [258])
+
+
+def format_of(**properties: Any) -> dict[str, Any]:
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {"type": "json_schema", "schema": schema}
+
+
+TEXT_AND_LABEL = format_of(text={"type": "string"}, label={"enum": ["good", "bad"]})
+OPEN = [
+    TEXT_AND_LABEL,
+    format_of(counts={"type": "object", "additionalProperties": {"type": "integer"}}),
+    format_of(items={"type": "array", "items": {"type": "array", "items": {"type": "string"}}}),
+    format_of(any={}),
+]
+
+
+def write(constraint: ClosingConstraint, room: int, wishes: Sequence[str]) -> str:
+    """The answer of a model that writes the first of its wishes that may come next, over and over."""
+    ids = constraint.forced()
+    tokens = [TOKENIZER(wish, add_special_tokens=False).input_ids[0] for wish in wishes]
+    while not constraint.ended and len(ids) < room:
+        token_id = next(each for each in tokens if constraint.allows(each))
+        constraint.advance(token_id)
+        ids += [token_id, *constraint.forced()]
+    return str(TOKENIZER.decode(ids[:room]))
+
+
+def constrained(response_format: dict[str, Any], room: int) -> ClosingConstraint:
+    return ClosingConstraint(COMPILER.constraint(response_format), room)
+
+
+def test_a_text_without_end_is_closed_and_the_label_after_it_is_the_models() -> None:
+    constraint = constrained(TEXT_AND_LABEL, 100)
+    answer = json.loads(write(constraint, 100, ["a", "b", '"']))
+    assert answer["text"] == "a" * len(answer["text"])
+    assert len(answer["text"]) > 40
+    assert answer["label"] == "bad"
+    assert constraint.shortened
+
+
+def test_an_answer_that_ends_by_itself_is_left_alone() -> None:
+    constraint = constrained(TEXT_AND_LABEL, 100)
+    assert json.loads(write(constraint, 100, ['"', "g"])) == {"text": "", "label": "good"}
+    assert not constraint.shortened
+
+
+def test_an_answer_for_which_there_is_no_room_is_cut() -> None:
+    constraint = constrained(TEXT_AND_LABEL, 20)
+    assert write(constraint, 20, ["a", "b"]) == '{\n  "text": "aaaaaaa'
+    assert not constraint.shortened
+
+
+def asked(engine: TransformersEngine, response_format: dict[str, Any], seed: int, **config: Any) -> Request:
+    config = {"max_tokens": 90, "temperature": 1.0, "seed": seed, "response_format": response_format, **config}
+    return Request(f"local/{engine.base_name}", (Message.user("Hi"),), config=Config(**config))
+
+
+@pytest.mark.parametrize("response_format", OPEN)
+def test_every_answer_of_a_random_model_parses(engine: TransformersEngine, response_format: dict[str, Any]) -> None:
+    for seed in range(10):
+        response = engine.complete(asked(engine, response_format, seed))
+        assert list(json.loads(response.text or "")) == list(response_format["schema"]["properties"])
+
+
+def test_a_shortened_answer_says_that_its_length_ended_it(engine: TransformersEngine) -> None:
+    responses = [engine.complete(asked(engine, TEXT_AND_LABEL, seed)) for seed in range(20)]
+    assert {response.finish_reason for response in responses} == {"stop", "length"}
+    assert all(json.loads(response.text or "")["label"] in ("good", "bad") for response in responses)
+
+
+def test_a_shortened_answer_may_have_log_probabilities(engine: TransformersEngine) -> None:
+    response = engine.complete(asked(engine, TEXT_AND_LABEL, 1, logprobs=0, temperature=0.0))
+    assert json.loads(response.text or "")["label"] in ("good", "bad")
