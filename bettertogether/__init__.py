@@ -9,25 +9,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .artifact import load, merge, save
-    from .budget import Budget
-    from .callbacks import Callback, ProgressDisplay
+    from .artifact.artifact import load, merge, save
+    from .callbacks.display import ProgressDisplay
+    from .callbacks.events import Callback
     from .downloads import default_model
     from .lm import local_lm, vllm_lm
     from .optimizer import BetterTogether
-    from .prompts import BootstrapFewShotRS
-    from .report import CompileReport
+    from .report.report import CompileReport
+    from .run.budget import Budget
+    from .steps.prompt_step import BootstrapFewShotRS
+    from .steps.weight_step import LoRAFinetune
     from .training.config import LoRAConfig, TrainingConfig
-    from .weights import LoRAFinetune
 
 _PUBLIC = {
     "BetterTogether": ".optimizer",
-    "BootstrapFewShotRS": ".prompts",
-    "Budget": ".budget",
+    "BootstrapFewShotRS": ".steps.prompt_step",
+    "Budget": ".run.budget",
     "Callback": ".callbacks",
     "CompileReport": ".report",
     "LoRAConfig": ".training.config",
-    "LoRAFinetune": ".weights",
+    "LoRAFinetune": ".steps.weight_step",
     "ProgressDisplay": ".callbacks",
     "TrainingConfig": ".training.config",
     "default_model": ".downloads",

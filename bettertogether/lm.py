@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import dspy
 from dspy.clients.provider import Provider, TrainingJob
 
-from .answer_format import whole_format
-from .engines.base import MODEL_PREFIX, LocalEngine, TrainingRow
+from .engines.answer_format import whole_format
+from .engines.lm_options import check_lm_options
+from .engines.protocol import MODEL_PREFIX, LocalEngine, TrainingRow
 from .errors import ConfigError, DataError, NotTrainableError
-from .lm_options import check_lm_options
 from .training.config import LoRAConfig, TrainingConfig
 
 if TYPE_CHECKING:
-    from .engines.shared_engine import SharedEngine
+    from .engines.base_engine import BaseEngine
 
 
 class LocalTrainingJob(TrainingJob):
@@ -197,7 +197,7 @@ def vllm_lm(
 
 
 def _shared_lm(
-    engine_class: type[SharedEngine],
+    engine_class: type[BaseEngine],
     model: str | Path,
     adapter: str | Path | None,
     engine_options: Mapping[str, Any] | None,

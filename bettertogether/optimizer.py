@@ -13,25 +13,26 @@ from typing import Any, Literal
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from . import callbacks as events
-from . import strategy as strategies
-from .arguments import check_compile_args, check_options
-from .asked import as_before, asked_of, machine, strategy_text, versions
-from .budget import Budget
-from .copies import copy_program
+from .callbacks import events
+from .callbacks.display import ProgressDisplay
 from .errors import ConfigError, NotTrainableError, ProgramError
-from .failures import all_raised
 from .files import json_text
-from .loop import Loop, Plan, final_program
-from .metrics import Metric, check_metric
 from .printable import get_logger
-from .programs import as_programs, predictors_of, require_program
-from .prompts import BootstrapFewShotRS
+from .programs.copies import copy_program
+from .programs.program import as_programs, predictors_of, require_program
 from .records import Ledger
-from .report import CompileReport
-from .run_directory import RunDirectory, checked_folder, default_run_directory
-from .selection import rank, select, split_valset
-from .weights import LoRAFinetune
+from .report.report import CompileReport
+from .rollouts.failures import all_raised
+from .rollouts.metrics import Metric, check_metric
+from .run import strategy as strategies
+from .run.arguments import check_compile_args, check_options
+from .run.asked import as_before, asked_of, machine, strategy_text, versions
+from .run.budget import Budget
+from .run.directory import RunDirectory, checked_folder, default_run_directory
+from .run.loop import Loop, Plan, final_program
+from .run.selection import rank, select, split_valset
+from .steps.prompt_step import BootstrapFewShotRS
+from .steps.weight_step import LoRAFinetune
 
 logger = get_logger(__name__)
 
@@ -122,7 +123,7 @@ class BetterTogether(Teleprompter):
         folder = _new_directory() if run_dir is None else checked_folder(run_dir)
         with _asking(plan, folder) as asked, RunDirectory.open(folder, asked) as directory:
             logger.info("Run directory: %s. The same call with run_dir=%r goes on with this run.", folder, str(folder))
-            watchers = [*([events.ProgressDisplay()] if progress else []), *callbacks]
+            watchers = [*([ProgressDisplay()] if progress else []), *callbacks]
             with events.listening(watchers):
                 return self._run(plan, directory, asked, warnings, budget or Budget())
 

@@ -13,7 +13,7 @@ import dspy
 from tasks import Iris, iris_data, iris_match
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, default_model, local_lm
-from bettertogether.evaluation import compare, evaluate
+from bettertogether.rollouts.evaluation import compare, evaluate
 
 
 def main() -> None:

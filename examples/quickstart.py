@@ -16,7 +16,7 @@ import dspy
 from tasks import Sentiment, sentiment_data, sentiment_match
 
 from bettertogether import BetterTogether, default_model, local_lm, save, vllm_lm
-from bettertogether.evaluation import compare, evaluate
+from bettertogether.rollouts.evaluation import compare, evaluate
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def iris_data(seed: int) -> Split:
     """The 150 flowers in three parts of 50, classes spread evenly."""
     from sklearn.datasets import load_iris
 
-    from bettertogether.labels import stratified_split
+    from bettertogether.rollouts.labels import stratified_split
 
     bunch = load_iris()
     names = ("sepal_length", "sepal_width", "petal_length", "petal_width")

@@ -8,7 +8,7 @@ from pathlib import Path
 import dspy
 import pytest
 
-pytest.register_assert_rewrite("bettertogether.engine_contract")
+pytest.register_assert_rewrite("bettertogether.testing.engine_contract")
 
 from fakes import learner, parity_engine  # noqa: E402
 

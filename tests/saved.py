@@ -10,7 +10,7 @@ from typing import Any
 import dspy
 from fakes import learner, numbers, parity_engine, parity_program, plain_lm
 
-from bettertogether.engines.base import FinetuneResult, TrainingRow
+from bettertogether.engines.protocol import FinetuneResult, TrainingRow
 from bettertogether.testing import FakeEngine
 
 

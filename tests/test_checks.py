@@ -7,13 +7,13 @@ import pytest
 from fakes import numbers, parity_engine, parity_match, parity_program
 
 from bettertogether.checks import require_whole
-from bettertogether.collection import RowOptions
 from bettertogether.errors import ConfigError
-from bettertogether.evaluation import evaluate
-from bettertogether.parallel import thread_count
-from bettertogether.prompts import BootstrapFewShotRS
-from bettertogether.traces import Pass, Sampling
-from bettertogether.weights import LoRAFinetune
+from bettertogether.rollouts.evaluation import evaluate
+from bettertogether.rollouts.parallel import thread_count
+from bettertogether.rollouts.traces import ExamplePass, Sampling
+from bettertogether.steps.prompt_step import BootstrapFewShotRS
+from bettertogether.steps.rows_from_traces import RowOptions
+from bettertogether.steps.weight_step import LoRAFinetune
 
 WRONG_OF_BOTH: dict[str, list[Any]] = {
     "num_threads": ["x", 0, -1, 2.5, True],
@@ -75,7 +75,7 @@ def test_a_metric_that_cannot_be_called_is_an_error_at_once(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"metric": "exact"}, "metric='exact'"),
+        ({"metric": "exact"}, "'exact'"),
         ({"num_threads": "x"}, "num_threads='x'"),
         ({"max_errors": -1}, "max_errors=-1"),
         ({"seed": "x"}, "seed='x'"),
@@ -97,7 +97,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_what_is_right_stays_as_it_was() -> None:
     assert Sampling(temperature=[0.5, 1]).temperatures == (0.5, 1)
     assert RowOptions(max_rescue_share=1).max_rescue_share == 1
-    assert Pass(None, threshold=0.5, num_threads=3, max_errors=0).num_threads == 3
+    assert ExamplePass(None, threshold=0.5, num_threads=3, max_errors=0).num_threads == 3
 
 
 def test_no_threads_are_too_few() -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bettertogether
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, local_lm
-from bettertogether.rows import render_prompt
+from bettertogether.steps.rows import render_prompt
 
 sys.path.insert(0, str(Path(__file__).parent / "engines"))
 from small_models import save_model

@@ -9,7 +9,7 @@ import dspy
 import pytest
 from fakes import api_lm, numbers, parity_engine, parity_match, parity_program, plain_lm, reply
 
-from bettertogether.engines.base import TrainingRow
+from bettertogether.engines.protocol import TrainingRow
 from bettertogether.errors import ConfigError, DataError, NotTrainableError, UnknownAdapterError
 from bettertogether.lm import (
     LocalLM,
@@ -20,8 +20,8 @@ from bettertogether.lm import (
     require_engine,
     rows_from_chats,
 )
+from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeEngine
-from bettertogether.weights import LoRAFinetune
 
 ROWS = [TrainingRow(({"role": "user", "content": "q"},), "a")]
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}

@@ -29,9 +29,9 @@ from fakes import (
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, load
 from bettertogether.artifact import save
 from bettertogether.errors import NoTrainingDataError, TooManyErrors
-from bettertogether.evaluation import evaluate
 from bettertogether.lm import local_engine
-from bettertogether.programs import prompts_state
+from bettertogether.programs.program import prompts_state
+from bettertogether.rollouts.evaluation import evaluate
 from bettertogether.testing import FakeEngine
 
 
@@ -179,9 +179,11 @@ def test_a_tie_goes_to_the_tuned_program_when_its_own_step_shows_a_gain() -> Non
 @pytest.mark.parametrize("strategy", ["p->w", "p -> w ", " p ->w"])
 def test_white_space_in_a_strategy_does_not_matter(strategy: str) -> None:
     """Defect 12: `"p->w"` or a trailing space is rejected."""
-    report = BetterTogether(parity_match).compile(
-        parity_program(parity_engine(learner)), trainset=numbers(30), strategy=strategy, progress=False
-    ).report
+    report = (
+        BetterTogether(parity_match)
+        .compile(parity_program(parity_engine(learner)), trainset=numbers(30), strategy=strategy, progress=False)
+        .report
+    )
     assert [record.strategy for record in report.rounds] == ["", "p", "p -> w"]
 
 
@@ -216,7 +218,7 @@ def test_an_evaluation_that_crashes_is_an_error_and_not_a_zero() -> None:
         evaluate(parity_program(parity_engine(learner)), numbers(20), broken, max_errors=3)
 
 
-def test_a_failing_step_is_in_the_report_and_the_same_call_goes_on() -> None:
+def test_a_failing_step_is_in_the_report_and_the_same_call_goes_on(tmp_path: Path) -> None:
     """Defect 13: a failing step is swallowed into a flag; nothing can be resumed."""
     ready = threading.Event()
 
@@ -230,7 +232,9 @@ def test_a_failing_step_is_in_the_report_and_the_same_call_goes_on() -> None:
 
     def call() -> dspy.Module:
         optimizer = BetterTogether(parity_match, p=BootstrapFewShotRS(parity_match), x=Fails())
-        return optimizer.compile(parity_program(engine), trainset=numbers(30), strategy="p -> x", progress=False)
+        return optimizer.compile(
+            parity_program(engine), trainset=numbers(30), strategy="p -> x", progress=False, run_dir=tmp_path / "run"
+        )
 
     first = call()
     assert first.flag_compilation_error_occurred is True

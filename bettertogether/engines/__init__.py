@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .base import (
+from .protocol import (
     MODEL_PREFIX,
     ChatMessage,
     FinetuneResult,
@@ -17,10 +17,10 @@ from .base import (
 )
 
 if TYPE_CHECKING:
-    from .transformers_engine import TransformersEngine
-    from .vllm_engine import VLLMEngine
+    from .local.transformers_engine import TransformersEngine
+    from .vllm.vllm_engine import VLLMEngine
 
-_LAZY = {"TransformersEngine": ".transformers_engine", "VLLMEngine": ".vllm_engine"}
+_LAZY = {"TransformersEngine": ".local.transformers_engine", "VLLMEngine": ".vllm.vllm_engine"}
 
 __all__ = [
     "MODEL_PREFIX",

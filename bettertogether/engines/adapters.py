@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, UnknownAdapterError
 from .adapter_settings import check_settings
-from .base import MODEL_PREFIX, adapter_model_name
+from .protocol import MODEL_PREFIX, adapter_model_name
 
 CONTENT_FIELDS = (
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern",

@@ -19,14 +19,7 @@ from ..printable import get_logger
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.packing import TokenizedRow
 from .adapters import content_hash, write_round
-from .base import (
-    ChatMessage,
-    FinetuneResult,
-    ProgressFunction,
-    TrainingRow,
-    adapter_model_name,
-    adapter_round,
-)
+from .protocol import ChatMessage, FinetuneResult, ProgressFunction, TrainingRow, adapter_model_name, adapter_round
 
 logger = get_logger(__name__)
 

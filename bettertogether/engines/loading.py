@@ -21,11 +21,11 @@ from transformers import (
 from ..errors import ConfigError, ModelError
 from ..printable import get_logger
 from .adapters import AdapterBank
-from .decoding import Decoder
-from .packed_attention import more_than_attention
-from .packed_decoder import PackedDecoder
-from .packed_linear import pack_linear_layers
-from .plain_decoder import PlainDecoder
+from .local.decoder import Decoder
+from .local.packed_attention import more_than_attention
+from .local.packed_decoder import PackedDecoder
+from .local.packed_linear import pack_linear_layers
+from .local.plain_decoder import PlainDecoder
 
 logger = get_logger(__name__)
 

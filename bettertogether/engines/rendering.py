@@ -13,7 +13,7 @@ from dspy.lm15 import DataPart, InvalidRequestError, Request, TextPart, Thinking
 
 from ..errors import ModelError
 from ..printable import get_logger
-from .base import ChatMessage
+from .protocol import ChatMessage
 from .thinking import CLOSE, EMPTY, OPEN
 
 logger = get_logger(__name__)

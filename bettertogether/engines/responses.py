@@ -19,8 +19,8 @@ from dspy.lm15 import (
     Usage,
 )
 
-from .decoding import TokenScore
-from .scheduler import Answer
+from .local.decoder import TokenScore
+from .local.scheduler import Answer
 from .thinking import ThoughtSplitter, split_thoughts
 
 

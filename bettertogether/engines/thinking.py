@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Collection, Sequence
 
-from .decoding import TokenConstraint
+from .local.decoder import TokenConstraint
 
 OPEN, CLOSE = "<think>", "</think>"
 AFTER = "\n\n"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..engines.base import TrainingProgress
+from ..engines.protocol import TrainingProgress
 from ..errors import TrainingError
 from ..files import atomic_write
 from .packing import TokenizedRow

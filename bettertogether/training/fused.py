@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoRALinear
 from torch import Tensor, nn
 
-from ..engines.packed_linear import PackedLinear
+from ..engines.local.packed_linear import PackedLinear
 
 CHUNK_ELEMENTS = 1 << 20
 """Logits handled at once in the loss: 4 MiB in float32."""

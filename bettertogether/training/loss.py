@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..engines.packed_attention import more_than_attention
+from ..engines.local.packed_attention import more_than_attention
 from ..printable import get_logger
 from .attention import ATTENTION_NAME, PackedLayout, attention_implementation
 from .fused import completion_loss_sum

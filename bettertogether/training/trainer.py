@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..engines.base import ProgressFunction, TrainingProgress
+from ..engines.protocol import ProgressFunction, TrainingProgress
 from ..errors import DataError, NoTrainingDataError, TrainingError
 from ..printable import get_logger
 from . import checkpoint

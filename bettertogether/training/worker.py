@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from .. import errors
-from ..engines.base import ProgressFunction, TrainingProgress
+from ..engines.protocol import ProgressFunction, TrainingProgress
 from ..errors import BetterTogetherError, ConfigError, TrainingError
 from ..files import atomic_write
 from ..processes import WatchedProcess, last_lines

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from tasks import sentiment_data, sentiment_match
 
 import bettertogether
-from bettertogether.evaluation import Evaluation, evaluate
+from bettertogether.rollouts.evaluation import Evaluation, evaluate
 
 
 def mib(folder: Path) -> float:

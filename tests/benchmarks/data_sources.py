@@ -21,8 +21,8 @@ from tasks import Iris, Sentiment, iris_data, iris_match, sentiment_data, sentim
 
 from bettertogether import LoRAFinetune, default_model, local_lm
 from bettertogether.errors import NoTrainingDataError
-from bettertogether.evaluation import evaluate
-from bettertogether.runs import RunStore
+from bettertogether.rollouts.evaluation import evaluate
+from bettertogether.rollouts.rollout import RolloutStore
 
 SOURCES = {
     "own runs": {"num_samples": 0, "rescue": False, "balance": False},
@@ -49,7 +49,7 @@ def main() -> None:
         train, _, test = sentiment_data(60, 0, arguments.test, arguments.seed)
         student, metric = dspy.Predict(Sentiment), sentiment_match
     student.set_lm(local_lm(default_model(), max_tokens=arguments.max_tokens))
-    test, store, done = test[: arguments.test], RunStore(), {}
+    test, store, done = test[: arguments.test], RolloutStore(), {}
     if not arguments.collect_only:
         print(f"{'untouched':12} test {evaluate(student, test, metric).mean:.3f}", flush=True)
     for name, options in SOURCES.items():

@@ -24,12 +24,12 @@ from sklearn.datasets import load_iris
 from transformers import GenerationConfig
 
 from bettertogether.engines.adapters import AdapterBank, linear_shapes
-from bettertogether.engines.base import ChatMessage
-from bettertogether.engines.decoding import Row
 from bettertogether.engines.loading import load_model, make_decoder, pick_dtype, read_card
+from bettertogether.engines.local.decoder import Row
+from bettertogether.engines.local.scheduler import Job, Scheduler
+from bettertogether.engines.local.text_stream import TextStream
+from bettertogether.engines.protocol import ChatMessage
 from bettertogether.engines.rendering import PromptRenderer
-from bettertogether.engines.scheduler import Job, Scheduler
-from bettertogether.engines.text_stream import TextStream
 
 Prompts = Sequence[list[int]]
 Answers = list[list[int]]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bettertogether.engines.loading import load_model, read_card
-from bettertogether.engines.packed_linear import PackedLinear
+from bettertogether.engines.local.packed_linear import PackedLinear
 
 ROWS = (1, 8, 16, 32, 64, 256, 2048)
 

@@ -27,10 +27,10 @@ import dspy
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fakes import Parity, TwoSteps, numbers, parity_match, plain_lm, two_step_engine
 
-from bettertogether.evaluation import evaluate
-from bettertogether.runs import Runner
+from bettertogether.rollouts.evaluation import evaluate
+from bettertogether.rollouts.rollout import Runner
+from bettertogether.rollouts.traces import ExamplePass, Sampling, collect_traces
 from bettertogether.testing import FakeEngine
-from bettertogether.traces import Pass, Sampling, collect_traces
 
 CALLS, REPEATS = 1000, 5
 ANSWER = "[[ ## parity ## ]]\nodd\n\n[[ ## completed ## ]]"
@@ -73,7 +73,7 @@ def overhead(name: str, program: dspy.Module) -> None:
         "evaluate, 1 thread": lambda: evaluate(program, examples, parity_match, num_threads=1),
         "evaluate, 8 threads": lambda: evaluate(program, examples, parity_match, num_threads=8),
         "collect_traces, 8 threads": lambda: collect_traces(
-            program, examples, Pass(parity_match, num_threads=8), sampling=Sampling(0, rescue=False)
+            program, examples, ExamplePass(parity_match, num_threads=8), sampling=Sampling(0, rescue=False)
         ),
     }
     print(f"{name}: {bare_ms:.3f} ms a call are DSPy's, the fake LM's and the metric's")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from tasks import Sentiment, sentiment_data, sentiment_match
 
 from bettertogether import BootstrapFewShotRS, default_model, local_lm
-from bettertogether.evaluation import evaluate
+from bettertogether.rollouts.evaluation import evaluate
 
 
 def measure(name, optimizer, student, train, validation, test):
@@ -41,8 +41,11 @@ def measure(name, optimizer, student, train, validation, test):
     validation_score = evaluate(compiled, validation, sentiment_match).mean
     calls = after["requests"] - before["requests"]
     tokens = after["prompt_tokens"] - before["prompt_tokens"]
-    print(f"{name:>6}: {calls:5d} calls {tokens:8d} prompt tokens {seconds:7.1f} s  "
-          f"validation {validation_score:.3f}  test {score:.3f}", flush=True)
+    print(
+        f"{name:>6}: {calls:5d} calls {tokens:8d} prompt tokens {seconds:7.1f} s  "
+        f"validation {validation_score:.3f}  test {score:.3f}",
+        flush=True,
+    )
     return seconds, calls, tokens, validation_score, score
 
 
@@ -74,9 +77,11 @@ def main() -> None:
             results[name].append(measure(name, optimizer, student, train, validation, test))
     medians = {key: [statistics.median(column) for column in zip(*rows, strict=True)] for key, rows in results.items()}
     ratio = [theirs / mine if mine else float("nan") for mine, theirs in zip(*medians.values(), strict=True)]
-    print(f"\ndspy / ours, medians of {arguments.seeds} seeds: seconds {ratio[0]:.2f}, calls {ratio[1]:.2f}, "
-          f"prompt tokens {ratio[2]:.2f}; validation {medians['ours'][3]:.3f} against {medians['dspy'][3]:.3f}, "
-          f"test {medians['ours'][4]:.3f} against {medians['dspy'][4]:.3f}")
+    print(
+        f"\ndspy / ours, medians of {arguments.seeds} seeds: seconds {ratio[0]:.2f}, calls {ratio[1]:.2f}, "
+        f"prompt tokens {ratio[2]:.2f}; validation {medians['ours'][3]:.3f} against {medians['dspy'][3]:.3f}, "
+        f"test {medians['ours'][4]:.3f} against {medians['dspy'][4]:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ import statistics
 
 import dspy
 
-from bettertogether import racing
-from bettertogether.demos import Candidate
-from bettertogether.prompts import choose
+from bettertogether.steps import race as racing
+from bettertogether.steps.demo_sets import Candidate
+from bettertogether.steps.prompt_step import choose
 
 
 def table(candidates: int, size: int, rng: random.Random) -> list[list[float]]:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from tasks import Sentiment, sentiment_data, sentiment_match
 
 from bettertogether import default_model, local_lm
-from bettertogether.evaluation import evaluate_many
+from bettertogether.rollouts.evaluation import evaluate_many
 
 
 def program(lm: dspy.LM, demos: list[dspy.Example]) -> dspy.Predict:

@@ -29,7 +29,7 @@ from sides import Figures, measure, median, ratios, report
 from tasks import Sentiment, sentiment_data, sentiment_match
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, default_model, local_lm
-from bettertogether.evaluation import evaluate
+from bettertogether.rollouts.evaluation import evaluate
 
 DEMO_SETS = 6
 """Sets of demos that each side samples; the zero-shot prompt and the labels alone come on top."""

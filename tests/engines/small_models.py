@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from bettertogether.engines.adapters import AdapterBank, linear_shapes
-from bettertogether.engines.decoding import Decoder, Row
+from bettertogether.engines.local.decoder import Decoder, Row
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 256 + len(SPECIAL)

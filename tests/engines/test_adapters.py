@@ -19,9 +19,9 @@ from bettertogether.engines.adapters import (
     meta_linear_shapes,
     write_round,
 )
-from bettertogether.engines.decoding import Row
-from bettertogether.engines.packed_decoder import PackedDecoder
-from bettertogether.engines.plain_decoder import PlainDecoder
+from bettertogether.engines.local.decoder import Row
+from bettertogether.engines.local.packed_decoder import PackedDecoder
+from bettertogether.engines.local.plain_decoder import PlainDecoder
 from bettertogether.errors import ModelError, UnknownAdapterError
 
 

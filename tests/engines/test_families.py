@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from bettertogether.engines.adapters import AdapterBank, linear_shapes
-from bettertogether.engines.decoding import Row
 from bettertogether.engines.loading import make_decoder, read_card
-from bettertogether.engines.packed_decoder import PackedDecoder
+from bettertogether.engines.local.decoder import Row
+from bettertogether.engines.local.packed_decoder import PackedDecoder
 from bettertogether.errors import ModelError
 from bettertogether.training.adapter import training_adapter
 from bettertogether.training.config import LoRAConfig, TrainingConfig

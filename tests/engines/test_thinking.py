@@ -89,7 +89,7 @@ def test_a_tokenizer_that_drops_the_end_of_thinking_is_refused() -> None:
 
 def test_a_template_that_writes_todays_date_writes_the_same_every_day(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = []
-    gpt_oss = "Current date: {{ strftime_now(\"%Y-%m-%d\") }}\n" + CHATML
+    gpt_oss = 'Current date: {{ strftime_now("%Y-%m-%d") }}\n' + CHATML
     for day in (25, 26):
 
         class Clock(datetime.datetime):

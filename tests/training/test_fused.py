@@ -7,7 +7,7 @@ from reference import relative_error
 from tiny import FAMILIES, tiny_model
 from torch import Tensor, nn
 
-from bettertogether.engines.packed_linear import pack_linear_layers
+from bettertogether.engines.local.packed_linear import pack_linear_layers
 from bettertogether.training.fused import fused_lora
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])

@@ -54,7 +54,7 @@ def test_attention_dropout_is_a_reason_not_to_pack() -> None:
 
 
 def test_a_model_that_another_attention_serves_is_still_checked_against_transformers_own() -> None:
-    import bettertogether.engines.packed_attention as serving
+    import bettertogether.engines.local.packed_attention as serving
 
     model = tiny_model()
     model.set_attn_implementation(serving.ATTENTION_NAME)

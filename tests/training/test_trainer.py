@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_adapter import fingerprint
 from tiny import GEMMA2, random_rows, tiny_model
 
-from bettertogether.engines.base import TrainingProgress
+from bettertogether.engines.protocol import TrainingProgress
 from bettertogether.errors import ConfigError, DataError, NoTrainingDataError, TrainingError
 from bettertogether.training import LoRAConfig, TrainingConfig
 from bettertogether.training.adapter import training_adapter

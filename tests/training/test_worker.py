@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny import random_rows, tiny_model
 
-from bettertogether.engines.base import TrainingProgress
+from bettertogether.engines.protocol import TrainingProgress
 from bettertogether.errors import ConfigError, TrainingError
 from bettertogether.training import TrainingConfig
 from bettertogether.training.trainer import train_adapter

@@ -1,0 +1,288 @@
+"""A compiled program as one folder: prompts, demos, adapters, scores. JSON and safetensors, nothing that runs.
+
+artifact.json            program class, prompts and demos, LMs, DSPy adapter, versions
+adapters/NAME/           plain PEFT folders
+report.json              the CompileReport, where the program has one
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import dspy
+
+from ..engines.protocol import LocalEngine
+from ..errors import ArtifactError, ModelError, RunDirectoryError
+from ..files import atomic_write, now
+from ..printable import get_logger
+from ..report.report import CompileReport
+from .folder import (
+    MANIFEST,
+    check_files,
+    file_hashes,
+    folder_argument,
+    inside,
+    put_in_place,
+    read_json,
+    recover,
+    refuse_foreign,
+)
+from .manifest import SCHEMA, checked_manifest
+from .saved_lm import BaseModel, compare_base, dump_lm, load_lm, require_content
+from .saved_options import check_options
+from .saved_program import class_path, dump_parameter, load_prompts, parameters_of, rebuild
+
+logger = get_logger(__name__)
+
+_ADAPTER_FILES = (".json", ".safetensors", ".md", ".txt")
+_PACKAGES = ("bettertogether", "dspy", "torch", "transformers", "peft")
+
+
+def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
+    """Save a program; returns the folder.
+
+    An artifact that is already there is replaced as a whole; any other folder that is not empty is refused. Base
+    weights are not copied, the adapters are. Secrets (API keys, headers) are left out. Raises ArtifactError.
+    """
+    target = folder_argument(folder, "folder")
+    _require_program(program, "program")
+    work = None
+    try:
+        refuse_foreign(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        _write(program, work)
+        put_in_place(work, target)
+    except (OSError, RunDirectoryError) as error:
+        raise ArtifactError(f"{target} can't be written: {error}. What was there before is unchanged.") from error
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def load(
+    folder: str | os.PathLike[str],
+    into: dspy.Module | None = None,
+    *,
+    base_model: BaseModel | None = None,
+    lms: Mapping[str, dspy.LM] | None = None,
+    allow_unsafe_lm_state: bool = False,
+) -> dspy.Module:
+    """The program of a saved folder, with its LMs.
+
+    Args:
+        folder: What `save` wrote.
+        into: A program of the saved structure; a copy of it gets the prompts. None makes a plain dspy.Predict or
+            ChainOfThought anew, and any other program by its class, which must be imported already (nothing is
+            imported that you did not import) and take no arguments.
+        base_model: Folder, hub id or engine to use in place of the saved base model, as on another machine.
+        lms: Predictor name to the LM to use in place of the saved one.
+        allow_unsafe_lm_state: Also take options that may send prompts and keys elsewhere (endpoints, headers, ...)
+            and custom LM classes from the file. Without it, only options of sampling are taken
+            (`bettertogether.artifact.saved_options.SAMPLING`), others are an error. For files you trust.
+
+    Raises ArtifactError when a file is damaged, is not the one that was saved, or reaches outside the folder, when
+    `into` has another structure, or when an LM can't be made here. Adapters are served from `folder`, so leave it in
+    place.
+    """
+    root = folder_argument(folder, "folder")
+    recover(root)
+    manifest = _read_manifest(root)
+    saved = manifest["predictors"]
+    given = _given_lms(lms, saved)
+    if into is not None:
+        _require_program(into, "into")
+    if base_model is not None and not isinstance(base_model, str | Path | LocalEngine):
+        raise ArtifactError(f"base_model={base_model!r:.100}: give a folder, a hub id or an engine.")
+    for name, entry in saved.items():
+        check_options(entry["config"] or {}, f"{root / MANIFEST}: the predictor {name!r}", allow=allow_unsafe_lm_state)
+    program = load_prompts(rebuild(manifest["program"], saved) if into is None else into, saved)
+
+    @functools.cache
+    def saved_lm(key: str) -> dspy.LM:
+        record = manifest["lms"][key]
+        adapter = inside(root, record["adapter"]) if record["adapter"] else None
+        return load_lm(record, adapter, base_model=base_model, allow_unsafe_lm_state=allow_unsafe_lm_state)
+
+    for name, parameter in parameters_of(program).items():
+        key = saved[name]["lm"]
+        if isinstance(parameter, dspy.Predict) and (key is not None or name in given):
+            parameter.lm = given[name] if name in given else saved_lm(key)
+    report = load_report(root)
+    if report is not None:
+        program.report = report
+    _compare_adapter(root, manifest["adapter"])
+    return program
+
+
+def _require_program(value: object, name: str) -> None:
+    if not isinstance(value, dspy.Module):
+        made = f"; make one: {value.__name__}()" if isinstance(value, type) else ""
+        raise ArtifactError(f"{name} must be a program (a dspy.Module), got {value!r:.100}{made}.")
+
+
+def _given_lms(lms: Mapping[str, dspy.LM] | None, saved: Mapping[str, Any]) -> dict[str, dspy.LM]:
+    if not isinstance(lms, Mapping | None):
+        raise ArtifactError(f"lms={lms!r:.100}: give a mapping of predictor name to dspy.LM.")
+    given = dict(lms or {})
+    if unknown := sorted(map(str, given.keys() - saved.keys())):
+        raise ArtifactError(f"lms= names {unknown}, the saved predictors are {sorted(saved)}.")
+    if wrong := {name: lm for name, lm in given.items() if not callable(lm)}:
+        raise ArtifactError(f"lms= holds {wrong!r:.200}: give a dspy.LM for each predictor.")
+    return given
+
+
+def load_report(folder: str | os.PathLike[str]) -> CompileReport | None:
+    """The CompileReport that was saved with a program, or None."""
+    path = inside(folder_argument(folder, "folder"), "report.json")
+    return read_json(path, CompileReport.from_dict) if path.exists() else None
+
+
+def merge(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    predictor: str | None = None,
+    base_model: str | Path | None = None,
+) -> Path:
+    """Write the tuned model of a saved program as a plain Hugging Face model, the adapter merged into the weights.
+
+    `predictor` picks one where the program has several adapters. `out` must be new or empty. Raises ArtifactError.
+    """
+    root, target = folder_argument(folder, "folder"), folder_argument(out, "out")
+    if not isinstance(base_model, str | Path | None):
+        raise ArtifactError(f"base_model={base_model!r:.100}: give the base model's folder or hub id.")
+    recover(root)
+    manifest = _read_manifest(root)
+    record = manifest["lms"][_adapter_to_merge(manifest, predictor)]
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ArtifactError(f"{target} is not empty: give an `out` folder that is new or empty.")
+    from ..engines.merging import Base, merge_adapter
+
+    adapter = inside(root, record["adapter"])
+    require_content(adapter, record["model"])
+    base = base_model or record["base"]
+    try:
+        compare_base(record, Base.at(base), chosen=base_model is not None)
+        merge_adapter(base, adapter, target)
+    except (ModelError, RunDirectoryError) as error:
+        raise ArtifactError(f"{root} can't be merged: {error}") from error
+    return target
+
+
+def _adapter_to_merge(manifest: Mapping[str, Any], predictor: str | None) -> str:
+    saved = manifest["predictors"]
+    if predictor is not None and (not isinstance(predictor, str) or predictor not in saved):
+        raise ArtifactError(f"predictor={predictor!r} was not saved; there are {sorted(saved)}.")
+    names = list(saved) if predictor is None else [predictor]
+    keys = {saved[name]["lm"] for name in names} - {None}
+    tuned = sorted(key for key in keys if manifest["lms"][key]["adapter"])
+    if len(tuned) == 1:
+        return tuned[0]
+    owners = {name: manifest["lms"][saved[name]["lm"]]["model"] for name in names if saved[name]["lm"] in tuned}
+    raise ArtifactError(
+        f"Exactly one adapter can be merged, this program has {len(tuned)}: {owners}. "
+        + ("Give predictor=... to pick one." if tuned else "Only a program that a weight step tuned has one.")
+    )
+
+
+def _write(program: dspy.Module, work: Path) -> None:
+    lms: dict[str, dict[str, Any]] = {}
+    keys: dict[int, str] = {}
+    predictors = {name: dump_parameter(name, parameter) for name, parameter in parameters_of(program).items()}
+    for name, parameter in parameters_of(program).items():
+        lm = parameter.lm if isinstance(parameter, dspy.Predict) else None
+        if lm is None:
+            continue
+        if id(lm) not in keys:
+            keys[id(lm)] = f"lm{len(keys)}"
+            saved = dump_lm(lm)
+            adapter = None if saved.adapter is None else _copy_adapter(saved.adapter, lm.model, work)
+            lms[keys[id(lm)]] = {**saved.record, "adapter": adapter}
+        predictors[name]["lm"] = keys[id(lm)]
+    report = getattr(program, "report", None)
+    if isinstance(report, CompileReport):
+        atomic_write(work / "report.json", json.dumps(report.to_dict(), ensure_ascii=False))
+    manifest = {
+        "schema": SCHEMA,
+        "created": now(),
+        "program": class_path(program),
+        "adapter": _adapter_name(),
+        "predictors": predictors,
+        "lms": lms,
+        "versions": _versions(),
+        "files": file_hashes(work),
+    }
+    atomic_write(work / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
+    # What is saved can be read: whatever is too odd for the reader is found here.
+    read_json(work / MANIFEST, checked_manifest)
+
+
+def _copy_adapter(source: Path, model: str, work: Path) -> str:
+    """Copy an adapter's own files (no checkpoints); returns its path inside the artifact, which is named by the
+    adapter's content: two adapters may lie in folders of the same name."""
+    relative = PurePosixPath("adapters", model.rpartition("@")[2].replace("/", "-"))
+    folder = work / relative
+    if folder.exists():
+        return str(relative)
+    folder.mkdir(parents=True)
+    require_content(source, model)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in _ADAPTER_FILES:
+            atomic_write(folder / file.name, file.read_bytes())
+    return str(relative)
+
+
+def _adapter_name() -> str:
+    adapter = dspy.settings.adapter
+    return type(adapter).__name__ if adapter is not None else "ChatAdapter"
+
+
+def _compare_adapter(root: Path, saved: str) -> None:
+    if saved != _adapter_name():
+        logger.warning(
+            "%s was saved under %s and is loaded under %s: to get the prompts it was tuned with, use "
+            "dspy.configure(adapter=dspy.%s()).",
+            root,
+            saved,
+            _adapter_name(),
+            saved,
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of an artifact whose files are those that were saved. Raises ArtifactError."""
+    path = inside(root, MANIFEST)
+    if not path.exists():
+        raise ArtifactError(f"{root} holds no {MANIFEST}: give a folder that bettertogether saved.")
+    manifest = read_json(path, checked_manifest)
+    if manifest["files"] is None:
+        logger.warning(
+            "%s was saved by an earlier version, without hashes of its files: damage may go unseen. Save again.",
+            root,
+        )
+    for record in manifest["lms"].values():
+        if record["adapter"] is not None and not inside(root, record["adapter"]).is_dir():
+            raise ArtifactError(f"{root / record['adapter']} is not there: copy the whole folder again.")
+    check_files(root, manifest["files"] or {})
+    return manifest

@@ -1,0 +1,315 @@
+"""What the engines for a transformers model have in common: its tokens, and one engine per process and model."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from dspy._vendor.lm15.types import StreamEvent
+from dspy.clients.engines.base import validate_request
+from dspy.lm15 import ContextLengthError, Request, Response
+
+from ..errors import ConfigError, ModelError
+from ..files import cache_folder
+from ..training.config import LoRAConfig, TrainingConfig
+from .finetuning import TrainingJob, prepare
+from .fingerprint import model_hash, short_hash
+from .loading import read_card
+from .local.decoder import SamplingOptions
+from .local.training_turn import TrainingTurn
+from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, ProgressFunction, TrainingRow
+from .rendering import DEFAULT_TEMPLATE_KWARGS, PromptRenderer, messages_of
+
+DEFAULT_MAX_TOKENS = 1024
+PARAMS = frozenset({"temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "logprobs"})
+SAME_ANSWERS = frozenset(
+    {
+        "device", "max_batch_size", "cache_bytes", "cache_folder", "url", "command", "concurrency",
+        "stop_while_training", "mixed_batches", "request_timeout_s", "startup_timeout_s", "api_key",
+    }
+)  # fmt: skip
+"""Options that decide where and how fast a model answers, not what; all others are part of its name."""
+
+
+class BaseEngine:
+    """Base of an engine: `copy`, `deepcopy` and `pickle` of it give the same engine.
+
+    A subclass's arguments are the model, `adapters` (PEFT folders to serve from the start) and options, which it
+    hands on to this class: "chat_template_kwargs", "cache_folder" and its own.
+    """
+
+    kind = "local"
+    """What runs the model; the same weights in another kind of engine are another model."""
+
+    def __init__(self, model: str | Path, options: Mapping[str, Any]) -> None:
+        model = expanded(model)
+        self._card = read_card(model)
+        self._place = self.place(options)
+        self._options = {name: _plain(value) for name, value in options.items() if name not in self._place}
+        self.short_name = _short_name(model)
+        """The base's name without its fingerprint: the folder's, or the last part of the hub id."""
+        self.base_hash = self._model_hash()
+        """SHA-256 of the base's weights, config, tokenizer and chat template: the same wherever they are."""
+        self.base_name = f"{self.short_name}-{short_hash(self.base_hash, self._traits(options))}"
+        self.max_length = self._card.max_length
+        self._turn = TrainingTurn()
+        template_kwargs = self._options["chat_template_kwargs"]
+        self._renderer = PromptRenderer(self._card.tokenizer, self._card.eos_ids, template_kwargs)
+        self._eos_ids = frozenset({*self._card.eos_ids, self._renderer.end_id})
+        if self._card.unknown_tokens:
+            # Those that the chat template itself writes are in every prompt: better said now.
+            self.prompt_tokens([{"role": "user", "content": ""}])
+            self.completion_tokens("")
+
+    def _model_hash(self) -> str:
+        return model_hash(self._card.source, getattr(self._card.config, "_commit_hash", None))
+
+    def _traits(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Whatever decides the answers besides the model's files."""
+        values = {**options, **self._place}
+        if values["chat_template_kwargs"] is None:
+            values["chat_template_kwargs"] = DEFAULT_TEMPLATE_KWARGS
+        decisive = {name: value for name, value in values.items() if name not in SAME_ANSWERS and value is not None}
+        return {"kind": self.kind, **_plain(decisive)}
+
+    def _check_unchanged(self) -> None:
+        """Raises ModelError where the model's files are not those that this engine is named after."""
+        if self._model_hash() != self.base_hash:
+            raise ModelError(
+                f"The files of {self._card.source!r} have changed since {self.base_name} was made, and their weights "
+                "are not loaded yet. Make a new LM of them; it gets a name of its own."
+            )
+
+    def canonical(self, model: str) -> str:
+        """The full name for a model name in which the base's fingerprint is missing, as older versions wrote it."""
+        base, at, adapter = model.partition("@")
+        return f"{MODEL_PREFIX}{self.base_name}{at}{adapter}" if base == MODEL_PREFIX + self.short_name else model
+
+    @classmethod
+    def place(cls, options: Mapping[str, Any]) -> dict[str, str | None]:
+        """The options of which each value has an engine of its own, as they come out here: where and in what
+        precision the model runs. Raises ConfigError."""
+        return {}
+
+    def add_adapter(self, folder: Path) -> str:
+        """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
+        raise NotImplementedError
+
+    def adapter_folder(self, model: str) -> Path | None:
+        """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
+        raise NotImplementedError
+
+    def adapter_folders(self) -> list[Path]:
+        """Folders of all adapters, in the order they were added."""
+        raise NotImplementedError
+
+    @classmethod
+    def shared(cls, model: str | Path, *, adapters: Sequence[str | Path] = (), **options: Any) -> Self:
+        """The engine of this process for a model and place: made at the first call, found at later ones.
+
+        A folder whose files have changed is another model. Raises ConfigError when the engine was made with other
+        options than those given now.
+        """
+        key = (cls, *_identity(expanded(model)), *cls.place(options).values())
+        with _SHARED_LOCK:
+            engine = _SHARED.get(key)
+            if engine is None:
+                engine = _SHARED[key] = cls(model, **options)
+        assert isinstance(engine, cls)
+        engine._check_options(options)
+        for folder in adapters:
+            engine.add_adapter(Path(folder))
+        return engine
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        for name, value in options.items():
+            if name not in self._place and self._options.get(name, _MISSING) != _plain(value):
+                raise ConfigError(
+                    f"{name}={_plain(value)!r} was asked for, but {self.short_name!r} is loaded in this process with "
+                    f"{name}={self._options.get(name)!r}. Use the same options, or close() the engine first."
+                )
+
+    def messages(self, request: Request) -> tuple[ChatMessage, ...]:
+        """The chat messages that a request is rendered from (system first). Raises UnsupportedFeatureError."""
+        return messages_of(request)
+
+    def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Token ids of a prompt, ending where the answer begins. Raises ModelError for a token unknown to the model."""
+        token_ids = self._renderer.prompt_tokens(messages)
+        self._card.check_tokens(token_ids)
+        return token_ids
+
+    def completion_tokens(self, completion: str) -> list[int]:
+        """Token ids of an answer, ended by the end-of-turn token. Raises ModelError as `prompt_tokens` does."""
+        token_ids = self._renderer.completion_tokens(completion)
+        self._card.check_tokens(token_ids)
+        return token_ids
+
+    def _rendered(self, request: Request) -> tuple[list[int], int, SamplingOptions]:
+        """The prompt's tokens, how many the answer may have at most, and how they are picked.
+
+        Raises lm15's ContextLengthError and UnsupportedFeatureError.
+        """
+        validate_request(request)
+        sampling = SamplingOptions.from_config(request.config)
+        prompt_ids = self.prompt_tokens(self.messages(request))
+        room = self.max_length - len(prompt_ids)
+        if room < 1:
+            raise ContextLengthError(
+                f"The prompt has {len(prompt_ids)} tokens; {self.short_name} takes {self.max_length} for prompt and "
+                "answer together. Use fewer or shorter demos, or a model with a longer context."
+            )
+        return prompt_ids, min(request.config.max_tokens or DEFAULT_MAX_TOKENS, room), sampling
+
+    def finetune(
+        self,
+        rows: Sequence[TrainingRow],
+        *,
+        validation_rows: Sequence[TrainingRow] = (),
+        lora: LoRAConfig = LoRAConfig(),
+        training: TrainingConfig = TrainingConfig(),
+        start_from: str | None = None,
+        folder: Path | None = None,
+        on_progress: ProgressFunction | None = None,
+    ) -> FinetuneResult:
+        """Train an adapter and serve it under a new name; answers wait meanwhile. See `LocalEngine.finetune`.
+
+        Raises EngineBusyError when a callback of a training asks for another one.
+        """
+        parent = Path(folder).expanduser() if folder is not None else self._adapters_folder()
+        origin = None if start_from is None else (start_from, self.adapter_folder(start_from))
+        job = prepare(self, rows, validation_rows, lora, training, origin, parent)
+        with self._turn.taken(self.short_name):
+            result = self._train(job, None if on_progress is None else self._turn.marking(on_progress))
+        self.add_adapter(result.folder)
+        return result
+
+    def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
+        """Run a training on this engine's model."""
+        raise NotImplementedError
+
+    def _adapters_folder(self) -> Path:
+        """Where trained adapters go by default."""
+        if self._options["cache_folder"] is not None:
+            return Path(self._options["cache_folder"]).expanduser()
+        return cache_folder() / "adapters"
+
+    def dump_state(self) -> dict[str, Any]:
+        """Model, place, options and the folders of the adapters, as JSON."""
+        adapters = [str(folder) for folder in self.adapter_folders()]
+        return {"model": self._card.source, "adapters": adapters, **self._place, **self._options}
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any]) -> Self:
+        """The engine for a saved state: the one already loaded in this process where there is one."""
+        options = dict(state)
+        return cls.shared(options.pop("model"), **options)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
+        return type(self)._unpickled, (self.dump_state(),)
+
+    @classmethod
+    def _unpickled(cls, state: dict[str, Any]) -> Self:
+        """The engine of a pickle, without the adapters of other runs that were deleted since."""
+        return cls.load_state({**state, "adapters": [each for each in state["adapters"] if Path(each).is_dir()]})
+
+    def close(self) -> None:
+        """Free what the engine holds; a later call of `shared` makes a new one."""
+        with _SHARED_LOCK:
+            for key in [key for key, engine in _SHARED.items() if engine is self]:
+                del _SHARED[key]
+
+    async def complete_async(self, request: Request) -> Response:
+        """`complete` for an event loop."""
+        raise NotImplementedError
+
+    def stream_async(self, request: Request) -> AsyncIterator[StreamEvent]:
+        """`stream` for an event loop."""
+        raise NotImplementedError
+
+
+class AsyncSide:
+    """An engine whose `complete` is awaited, for `dspy.LM(async_engine=...)`; the event loop stays free.
+
+    A subclass names the class of its engines.
+    """
+
+    engine_class: type[BaseEngine] = BaseEngine
+
+    def __init__(self, engine: BaseEngine) -> None:
+        self.engine = engine
+
+    async def complete(self, request: Request) -> Response:
+        """Answer one request."""
+        return await self.engine.complete_async(request)
+
+    async def stream(self, request: Request) -> AsyncIterator[StreamEvent]:
+        """Answer one request as events."""
+        async for event in self.engine.stream_async(request):
+            yield event
+
+    async def aclose(self) -> None:
+        """Nothing to do: the engine belongs to whoever made it."""
+
+    def dump_state(self) -> dict[str, Any]:
+        """State of the engine."""
+        return self.engine.dump_state()
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any]) -> Self:
+        """The asynchronous side of the engine for a saved state."""
+        return cls(cls.engine_class.load_state(state))
+
+
+_SHARED: dict[tuple[Any, ...], BaseEngine] = {}
+_SHARED_LOCK = threading.Lock()
+_MISSING = object()
+
+
+def _forget_shared() -> None:
+    """In a forked child: no engine came along with its threads, and the lock may be held by one of those."""
+    global _SHARED_LOCK
+    _SHARED.clear()
+    _SHARED_LOCK = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_shared)
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as JSON."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def expanded(path: str | Path) -> str | Path:
+    """A path with "~" replaced by the home folder; anything else as it is."""
+    if not str(path).startswith("~"):
+        return path
+    return type(path)(Path(path).expanduser())
+
+
+def _short_name(model: str | Path) -> str:
+    name = Path(str(model).rstrip("/")).resolve().name if Path(model).is_dir() else Path(model).name
+    # In a model name, "@" begins the adapter.
+    return name.replace("@", "_")
+
+
+def _identity(model: str | Path) -> tuple[str, ...]:
+    try:
+        return (str(Path(model).resolve()), model_hash(model)) if Path(model).is_dir() else (str(model),)
+    except PermissionError as error:
+        raise ModelError(f"{model} can't be read ({error}). Give a folder that this user may read.") from error

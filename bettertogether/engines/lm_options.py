@@ -1,0 +1,92 @@
+"""What may be given to `local_lm` and `vllm_lm` for the LM itself, checked when it is made rather than at a call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from dspy.utils.callback import BaseCallback
+
+from ..checks import is_number, require_switch, require_whole
+from ..errors import ConfigError
+
+SAMPLING = (
+    "temperature",
+    "max_tokens",
+    "top_p",
+    "top_k",
+    "seed",
+    "stop",
+    "n",
+    "logprobs",
+    "top_logprobs",
+    "rollout_id",
+)
+REQUEST = (
+    "max_completion_tokens",
+    "response_format",
+    "tools",
+    "user",
+    "prompt_cache",
+    "use_developer_role",
+    "model_type",
+)
+CLIENT = (
+    "cache", "callbacks", "num_retries", "provider", "finetuning_model", "launch_kwargs", "train_kwargs",
+)  # fmt: skip
+ALLOWED = frozenset({*SAMPLING, *REQUEST, *CLIENT})
+OTHER_NAMES: Mapping[str, str] = {
+    "max_new_tokens": "max_tokens=",
+    "max_length": "max_tokens=",
+    "stop_sequences": "stop=",
+    "stop_strings": "stop=",
+    "do_sample": "temperature= (0 takes the likeliest token, 1 samples)",
+    "num_return_sequences": "n=",
+    "torch_dtype": "engine_options={'dtype': ...}",
+    "device_map": "engine_options={'device': ...}",
+    "enable_thinking": "engine_options={'chat_template_kwargs': {'enable_thinking': ...}}",
+    "cache_in_memory": "dspy.configure_cache(...)",
+}
+"""What other libraries call it, and what to give here."""
+
+
+def check_lm_options(options: Mapping[str, Any], engine_options: Collection[str]) -> None:
+    """Raises ConfigError for an option that is not known, or for a value that it can't have.
+
+    `engine_options` are the names of those that belong to the engine.
+    """
+    unknown = sorted(options.keys() - ALLOWED)
+    if unknown:
+        hints = [f"{name} goes into engine_options={{{name!r}: ...}}." for name in unknown if name in engine_options]
+        hints += [f"For {name} give {OTHER_NAMES[name]}." for name in unknown if name in OTHER_NAMES]
+        raise ConfigError(
+            f"Options {unknown} are not known.{''.join(f' {h}' for h in hints)} Allowed: {sorted(ALLOWED)}."
+        )
+    for name in ("max_tokens", "max_completion_tokens", "top_k", "n"):
+        require_whole(name, options.get(name), 1, optional=True)
+    for name in ("seed", "rollout_id"):
+        require_whole(name, options.get(name), 0, optional=True)
+    require_whole("num_retries", options.get("num_retries", 0), 0)
+    require_switch("cache", options.get("cache", True))
+    temperature, top_p = options.get("temperature"), options.get("top_p")
+    if temperature is not None and not (is_number(temperature) and temperature >= 0):
+        raise ConfigError(f"temperature={temperature!r} is not allowed: give a number, 0 or more, or None.")
+    if top_p is not None and not (is_number(top_p) and 0 <= top_p <= 1):
+        raise ConfigError(f"top_p={top_p!r} is not allowed: give a number from 0 to 1, or None.")
+    _check_stop(options.get("stop"))
+    _check_callbacks(options.get("callbacks"))
+
+
+def _check_stop(stop: Any) -> None:
+    texts = [stop] if isinstance(stop, str) else stop
+    if texts is None:
+        return
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+        raise ConfigError(f"stop={stop!r} is not allowed: give a text that ends the answer, or a list of such texts.")
+
+
+def _check_callbacks(callbacks: Any) -> None:
+    if callbacks is None:
+        return
+    if not isinstance(callbacks, list | tuple) or not all(isinstance(each, BaseCallback) for each in callbacks):
+        raise ConfigError(f"callbacks={callbacks!r} is not allowed: give a list of dspy.utils.BaseCallback objects.")

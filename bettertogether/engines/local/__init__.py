@@ -1,0 +1,1 @@
+"""The engine that holds the model in this process."""

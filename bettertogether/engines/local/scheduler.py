@@ -1,0 +1,416 @@
+"""Continuous batching: one worker thread, into whose batch new requests come and from which finished ones leave.
+
+Knows nothing of tensors: what decides tokens is a `Decoder`, which a test can replace.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ...errors import EngineClosedError
+from ...printable import get_logger
+from .decoder import Decision, Decoder, Row, TokenScore
+from .text_stream import TextStream
+
+logger = get_logger(__name__)
+
+GATHER_S = 0.003
+"""An idle engine waits so long for companions of a request, and again after each that comes."""
+GATHER_ROUNDS = 5
+EXIT_WAIT_S = 30.0
+"""How long the end of the program may wait for a training on a daemon thread."""
+COUNTERS = ("requests", "prompt_tokens", "generated_tokens", "forced_tokens", "batches")
+
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished row."""
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    reused_tokens: int
+    generated_tokens: int
+    scores: tuple[TokenScore, ...]
+    cut: bool
+    """Whether a stop text cut the text short of its tokens."""
+
+
+TokenSink = Callable[[str, Sequence[TokenScore]], Any]
+"""Is told of the text of one answer as it comes, on the worker thread. What it raises fails this answer alone."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way through the engine."""
+
+    row: Row
+    stream: TextStream
+    sink: TokenSink | None = None
+    future: Future[Answer] = field(default_factory=Future)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the text must be known at each step."""
+        return self.sink is not None or bool(self.row.sampling.stop)
+
+
+class Scheduler:
+    """Runs jobs on a decoder.
+
+    Args:
+        make_decoder: Called on the worker thread before the first job; may take long (it loads the model).
+        eos_ids: Tokens that end an answer and are not part of it.
+        max_batch_size: Rows decoded at once, at most.
+        out_of_memory: Tells whether an error means that a smaller batch may succeed.
+    """
+
+    def __init__(
+        self,
+        make_decoder: Callable[[], Decoder],
+        *,
+        eos_ids: frozenset[int],
+        max_batch_size: int,
+        out_of_memory: Callable[[BaseException], bool],
+    ) -> None:
+        self._make_decoder = make_decoder
+        self._eos_ids = eos_ids
+        self._max_batch_size = max_batch_size
+        self._limit = max_batch_size
+        self._out_of_memory = out_of_memory
+        self._decoder: Decoder | None = None
+        self._waiting: deque[Job] = deque()
+        self._running: dict[Row, Job] = {}
+        self._wake = threading.Condition()
+        self._model_in_use = threading.Lock()
+        self._pauses = 0
+        """Threads that want the model to themselves; a lock alone would let the worker take it again first."""
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._pid = os.getpid()
+        self._counters = dict.fromkeys(COUNTERS, 0)
+        _alive.add(self)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it was made in this process, and not in the one that this is a fork of."""
+        return os.getpid() == self._pid
+
+    def check_open(self) -> None:
+        """Raises EngineClosedError where no job can be submitted. Takes no lock: a fork may have left one taken."""
+        if not self.is_ours:
+            raise EngineClosedError(
+                "This engine was made in another process and its worker thread did not come along with the fork. Call "
+                "local_lm(...) in this process, which makes an engine of its own, or start processes with the 'spawn' "
+                "method."
+            )
+        if self._closed:
+            raise EngineClosedError("The engine is closed; make a new one to go on.")
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; its future gets the answer, or the error. Raises EngineClosedError."""
+        self.check_open()
+        with self._wake:
+            self.check_open()
+            self._counters["requests"] += 1
+            self._counters["prompt_tokens"] += len(job.row.prompt_ids)
+            reason = self._begin(job)
+            if reason is None:
+                self._waiting.append(job)
+                if self._thread is None or not self._thread.is_alive():
+                    self._thread = threading.Thread(target=self._run, name="bettertogether-engine", daemon=True)
+                    self._thread.start()
+                self._wake.notify_all()
+        if reason is not None:
+            _finish(job, reason)
+
+    def _begin(self, job: Job) -> FinishReason | None:
+        """Write what the grammar forces from the start, which then goes through the model with the prompt."""
+        constraint = job.row.constraint
+        if constraint is None or job.row.sampling.logprobs is not None:
+            return None
+        forced = constraint.forced()
+        self._counters["forced_tokens"] += len(forced)
+        return self._take(job, Decision(tuple(forced), ended=constraint.ended))
+
+    def counters(self) -> dict[str, int]:
+        """Work done so far."""
+        decoder = self._decoder
+        with self._wake:
+            counters = dict(self._counters)
+        return {**counters, **(decoder.counters() if decoder else {"forward_passes": 0, "prefix_tokens_reused": 0})}
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the worker between two steps, so that the caller may use the model (and most of its memory)."""
+        with self._wake:
+            self._pauses += 1
+        try:
+            with self._model_in_use:
+                if self._decoder is not None and not self._running:
+                    self._decoder.reset()
+                yield
+        finally:
+            with self._wake:
+                self._pauses -= 1
+                self._wake.notify_all()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside `exclusive`: give the model back to the worker for the block."""
+        self._model_in_use.release()
+        with self._wake:
+            self._pauses -= 1
+            self._wake.notify_all()
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._pauses += 1
+            self._model_in_use.acquire()
+            if self._decoder is not None and not self._running:
+                self._decoder.reset()
+
+    def stop(self) -> None:
+        """Let the worker end its step, and end it. Pending jobs are left as they are."""
+        if not self.is_ours:
+            # The fork left the thread behind, and may have left the lock taken.
+            self._closed = True
+            return
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def wait_for_training(self) -> None:
+        """Wait a while for the thread that holds the model; its next progress line ends a closed engine's training."""
+        if self.is_ours and self._model_in_use.acquire(timeout=EXIT_WAIT_S):
+            self._model_in_use.release()
+
+    def close(self) -> None:
+        """Stop the worker; pending jobs fail with EngineClosedError."""
+        self.stop()
+        self._fail_all(EngineClosedError("The engine was closed before this request was answered."))
+
+    def _fail_all(self, error: BaseException) -> None:
+        jobs = [*self._running.values(), *self._waiting]
+        self._running.clear()
+        self._waiting.clear()
+        self._decoder = None
+        for job in jobs:
+            _fail(job, error)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    self._wake.wait_for(self._has_work)
+                    if self._closed:
+                        return
+                    self._gather()
+                with self._model_in_use:
+                    self._cycle()
+        except BaseException as error:
+            # Nobody may wait for a thread that has ended; the next request starts another.
+            logger.critical("The engine's worker thread ends, all requests with it.", exc_info=error)
+            with self._wake:
+                self._thread = None
+                self._fail_all(error)
+
+    def _has_work(self) -> bool:
+        return self._closed or bool(not self._pauses and (self._waiting or self._running))
+
+    def _gather(self) -> None:
+        """With nothing running, wait a moment for the requests that other threads are about to send."""
+        for _ in range(GATHER_ROUNDS):
+            known = len(self._waiting)
+            if self._running or self._closed or known >= self._limit:
+                return
+            self._wake.wait(GATHER_S)
+            if len(self._waiting) == known:
+                return
+
+    def _cycle(self) -> None:
+        """Admit what is waiting, and take one step."""
+        if self._decoder is None and not self._load():
+            return
+        assert self._decoder is not None
+        jobs: Sequence[Job] = ()
+        try:
+            self._drop_cancelled(self._decoder)
+            jobs = self._next_jobs()
+            self._admit(self._decoder, jobs)
+            jobs = list(self._running.values())
+            decisions = self._decoder.step([job.row for job in jobs]) if jobs else []
+        except Exception as error:
+            self._handle(error, jobs)
+        else:
+            self._apply(self._decoder, jobs, decisions)
+
+    def _load(self) -> bool:
+        """Make the decoder; where that fails, those who wait get the error, and the next request tries again."""
+        try:
+            self._decoder = self._make_decoder()
+        except Exception as error:
+            logger.error("The model can't be loaded; %d requests fail.", len(self._waiting), exc_info=error)
+            with self._wake:
+                jobs = list(self._waiting)
+                self._waiting.clear()
+            for job in jobs:
+                _fail(job, error)
+        return self._decoder is not None
+
+    def _next_jobs(self) -> list[Job]:
+        with self._wake:
+            free = max(self._limit - len(self._running), 0)
+            return list(self._waiting)[:free]
+
+    def _admit(self, decoder: Decoder, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        by_row = {job.row: job for job in jobs}
+        taken = decoder.admit(list(by_row))
+        with self._wake:
+            for row in taken:
+                self._waiting.remove(by_row[row])
+                self._running[row] = by_row[row]
+
+    def _apply(self, decoder: Decoder, jobs: Sequence[Job], decisions: Sequence[Decision]) -> None:
+        """Give each job what a step decided for it."""
+        if not jobs:
+            return
+        self._counters["batches"] += 1
+        for job, decision in zip(jobs, decisions, strict=True):
+            if decision.token_ids:
+                self._counters["forced_tokens"] += len(decision.token_ids) - 1
+            reason, error = None, decision.error
+            try:
+                reason = None if error else self._take(job, decision)
+            except Exception as raised:
+                error = raised
+            if reason is None and error is None:
+                continue
+            decoder.release(job.row)
+            del self._running[job.row]
+            if error is not None:
+                _fail(job, error)
+            elif reason is not None:
+                _finish(job, reason)
+        if not self._running:
+            self._limit = min(self._max_batch_size, self._limit * 2)
+
+    def _take(self, job: Job, decision: Decision) -> FinishReason | None:
+        """Add decided tokens to a job; says why it ends, where they end it."""
+        row = job.row
+        token_ids = list(decision.token_ids)[: row.max_new_tokens - len(row.output_ids)]
+        complete = decision.ended and len(token_ids) == len(decision.token_ids)
+        end = next((place for place, token in enumerate(token_ids) if token in self._eos_ids), None)
+        token_ids = token_ids[:end]
+        row.output_ids += token_ids
+        scores = decision.scores[: len(token_ids)]
+        row.scores += scores
+        self._counters["generated_tokens"] += len(token_ids)
+        if job.reads_text:
+            text = job.stream.push(token_ids)
+            if job.sink is not None and (text or scores):
+                job.sink(text, scores)
+        if end is not None or complete or job.stream.stopped:
+            return "length" if getattr(row.constraint, "shortened", False) else "stop"
+        return "length" if len(row.output_ids) >= row.max_new_tokens else None
+
+    def _drop_cancelled(self, decoder: Decoder) -> None:
+        for job in [job for job in self._running.values() if job.future.cancelled()]:
+            decoder.release(job.row)
+            del self._running[job.row]
+        with self._wake:
+            self._waiting = deque(job for job in self._waiting if not job.future.cancelled())
+
+    def _handle(self, error: Exception, jobs: Sequence[Job]) -> None:
+        """Go on after a failed pass with half of the requests, until the one that can't be answered is alone."""
+        rows = list(self._running)
+        involved = len({*rows, *(job.row for job in jobs)})
+        self._requeue(rows)
+        if involved > 1:
+            self._limit = max(1, involved // 2)
+            if self._out_of_memory(error):
+                logger.warning("Out of memory; the batch is halved to %d requests.", self._limit)
+            else:
+                logger.warning("A pass over %d requests failed; trying %d of them.", involved, self._limit)
+            return
+        logger.error("A pass over a single request failed, and the request with it.", exc_info=error)
+        with self._wake:
+            self._waiting = deque(job for job in self._waiting if job not in jobs)
+        if not self._out_of_memory(error):
+            self._limit = self._max_batch_size
+        for job in jobs:
+            _fail(job, error)
+
+    def _requeue(self, rows: Sequence[Row]) -> None:
+        """Put running rows back to the head of the queue; what they have written stays."""
+        with self._wake:
+            self._waiting.extendleft(self._running.pop(row) for row in reversed(rows))
+        if self._decoder is not None:
+            self._decoder.reset()
+
+
+def _finish(job: Job, reason: FinishReason) -> None:
+    """Give a job its answer."""
+    row = job.row
+    try:
+        if not job.reads_text:
+            job.stream.push(row.output_ids)
+        rest = job.stream.finish()
+        if job.sink is not None and rest:
+            job.sink(rest, ())
+    except Exception as error:
+        _fail(job, error)
+        return
+    answer = Answer(
+        text=job.stream.text,
+        finish_reason="stop" if job.stream.stopped else reason,
+        prompt_tokens=len(row.prompt_ids),
+        reused_tokens=row.reused_tokens,
+        generated_tokens=len(row.output_ids),
+        scores=tuple(row.scores),
+        cut=job.stream.stopped,
+    )
+    if _is_awaited(job):
+        job.future.set_result(answer)
+
+
+def _fail(job: Job, error: BaseException) -> None:
+    """Give a job an error."""
+    if _is_awaited(job):
+        job.future.set_exception(error)
+
+
+def _is_awaited(job: Job) -> bool:
+    """Whether a job's future still wants an outcome."""
+    return not job.future.done() and job.future.set_running_or_notify_cancel()
+
+
+_alive: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
+def _stop_all() -> None:
+    # A daemon thread that comes back from a kernel after the interpreter has gone ends the process with SIGABRT.
+    for scheduler in list(_alive):
+        scheduler.stop()
+        scheduler.wait_for_training()
+
+
+atexit.register(_stop_all)

@@ -1,0 +1,273 @@
+"""The engine that runs a Hugging Face model in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from dspy._vendor.lm15.types import StreamEvent
+from dspy.lm15 import Request, Response
+
+from ...errors import ConfigError
+from ...training.lending import ModelState, lent_out
+from ..adapters import AdapterBank, linear_shapes, meta_linear_shapes
+from ..base_engine import PARAMS, AsyncSide, BaseEngine
+from ..closing import ClosingConstraint
+from ..finetuning import TrainingJob, train
+from ..loading import is_out_of_memory, load_model, make_decoder, pick_device, pick_dtype
+from ..protocol import FinetuneResult, ProgressFunction, TrainingProgress, TrainingRow
+from ..responses import ResponseWriter
+from ..structured import GrammarCompiler, structured_output_available
+from ..thinking import ThinkingConstraint
+from .decoder import Decoder, Row, TokenConstraint, TokenScore
+from .scheduler import Answer, Job, Scheduler
+from .text_stream import TextStream
+
+WAIT_S = 0.2
+"""A waiting thread wakes so often, so that Ctrl-C reaches it."""
+
+
+class TransformersEngine(BaseEngine):
+    """Answers requests with a model of transformers, many at once, and trains LoRA adapters on it.
+
+    The weights are loaded at the first request. Threads may call `complete` at the same time; their requests are
+    decoded together, and the part that their prompts share is computed once. `copy`, `deepcopy` and `pickle` give the
+    same engine.
+
+    Args:
+        model: Folder of a transformers model, or a hub id.
+        adapters: PEFT folders to serve from the start.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 elsewhere.
+        device: "cpu", "cuda", "cuda:1", ... or "auto": CUDA where there is one.
+        max_batch_size: Requests decoded at once.
+        cache_bytes: Bound on the memory for shared prefixes.
+        chat_template_kwargs: Variables for the chat template; {"enable_thinking": False} when None.
+        cache_folder: Where trained adapters go by default; ~/.cache/bettertogether/adapters when None.
+
+    Raises ModelError for a folder or id that holds no causal language model, and ConfigError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        adapters: Sequence[Path] = (),
+        dtype: str = "auto",
+        device: str = "auto",
+        max_batch_size: int = 64,
+        cache_bytes: int = 2 << 30,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        cache_folder: Path | None = None,
+    ) -> None:
+        for name, value in (("max_batch_size", max_batch_size), ("cache_bytes", cache_bytes)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} is not allowed: give a whole number above 0.")
+        options = {
+            "dtype": dtype, "device": device, "max_batch_size": max_batch_size, "cache_bytes": cache_bytes,
+            "chat_template_kwargs": chat_template_kwargs, "cache_folder": cache_folder,
+        }  # fmt: skip
+        super().__init__(model, options)
+        self._device = pick_device(device)
+        self._dtype = pick_dtype(dtype, self._device)
+        self.concurrency = max_batch_size
+        self.supports_response_schema = structured_output_available()
+        self.supported_params = PARAMS | ({"response_format"} if self.supports_response_schema else frozenset())
+        self._grammars = GrammarCompiler(self._card.tokenizer, self._card.vocabulary, sorted(self._eos_ids))
+        self._writer = ResponseWriter(self._card.tokenizer, thinks=self._renderer.thinks)
+        self._model: Any = None
+        self._shapes: Mapping[str, tuple[int, int]] = {}
+        self._load_lock = threading.Lock()
+        self._adapters = AdapterBank(self.base_name, self._layer_shapes)
+        self._scheduler = Scheduler(
+            self._make_decoder, eos_ids=self._eos_ids, max_batch_size=max_batch_size, out_of_memory=is_out_of_memory
+        )
+        for folder in adapters:
+            self.add_adapter(folder)
+
+    @classmethod
+    def place(cls, options: Mapping[str, Any]) -> dict[str, str | None]:
+        """Device and precision."""
+        device = pick_device(options.get("device", "auto"))
+        dtype = pick_dtype(options.get("dtype", "auto"), device)
+        return {"dtype": str(dtype).removeprefix("torch."), "device": str(device)}
+
+    def complete(self, request: Request) -> Response:
+        """Answer one request; `request.model` names the base or an adapter.
+
+        Raises UnknownAdapterError, and lm15's ContextLengthError, UnsupportedFeatureError and InvalidRequestError.
+        """
+        job = self._job(request)
+        self._scheduler.submit(job)
+        return self._writer.response(request, _wait(job.future))
+
+    def stream(self, request: Request) -> Iterator[StreamEvent]:
+        """Answer one request as events, each sent when its tokens are decided."""
+        events: SimpleQueue[tuple[str, Sequence[TokenScore]] | None] = SimpleQueue()
+        job = self._job(request)
+        job.sink = lambda text, scores: events.put((text, scores))
+        job.future.add_done_callback(lambda _: events.put(None))
+        return self._events(request, job, events)
+
+    def _events(self, request: Request, job: Job, events: SimpleQueue[Any]) -> Iterator[StreamEvent]:
+        self._scheduler.submit(job)
+        try:
+            yield self._writer.start(request)
+            deltas = self._writer.deltas()
+            while (piece := events.get()) is not None:
+                yield from deltas(*piece)
+            yield self._writer.end(_wait(job.future))
+        finally:
+            job.future.cancel()
+
+    async def complete_async(self, request: Request) -> Response:
+        """`complete` for an event loop."""
+        job = self._job(request)
+        self._scheduler.submit(job)
+        return self._writer.response(request, await asyncio.wrap_future(job.future))
+
+    async def stream_async(self, request: Request) -> AsyncIterator[StreamEvent]:
+        """`stream` for an event loop."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[tuple[str, Sequence[TokenScore]] | None] = asyncio.Queue()
+        job = self._job(request)
+
+        def tell(event: tuple[str, Sequence[TokenScore]] | None) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:
+                # The loop was closed: nobody reads this stream any more.
+                job.future.cancel()
+
+        job.sink = lambda text, scores: tell((text, scores))
+        job.future.add_done_callback(lambda _: tell(None))
+        self._scheduler.submit(job)
+        try:
+            yield self._writer.start(request)
+            deltas = self._writer.deltas()
+            while (piece := await events.get()) is not None:
+                for event in deltas(*piece):
+                    yield event
+            yield self._writer.end(job.future.result())
+        finally:
+            job.future.cancel()
+
+    @property
+    def asynchronous(self) -> AsyncTransformersEngine:
+        """The same engine for `dspy.LM(async_engine=...)`."""
+        return AsyncTransformersEngine(self)
+
+    def _job(self, request: Request) -> Job:
+        self._scheduler.check_open()
+        model = self.canonical(request.model)
+        adapter = "" if self._adapters.folder(model) is None else model
+        prompt_ids, max_new_tokens, sampling = self._rendered(request)
+        row = Row(prompt_ids, max_new_tokens, adapter, sampling)
+        row.constraint = self._constraint(request, max_new_tokens)
+        return Job(row, TextStream(self._writer.decode, sampling.stop))
+
+    def _constraint(self, request: Request, room: int) -> TokenConstraint | None:
+        """What an answer of `room` tokens must follow."""
+        answer: ClosingConstraint | None = None
+        if request.config.response_format is not None:
+            answer = ClosingConstraint(self._grammars.constraint(request.config.response_format), room)
+        if not self._renderer.thinks:
+            return answer
+        return ThinkingConstraint(
+            answer, most=room // 2, encode=self._renderer.after_prompt, decode=self._card.tokenizer.decode,
+            eos_ids=self._eos_ids, spend=(lambda tokens: None) if answer is None else answer.spend,
+        )  # fmt: skip
+
+    def add_adapter(self, folder: Path) -> str:
+        """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
+        self._scheduler.check_open()
+        return self._adapters.add(Path(folder).expanduser())
+
+    def adapter_folder(self, model: str) -> Path | None:
+        """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
+        return self._adapters.folder(self.canonical(model))
+
+    def adapter_folders(self) -> list[Path]:
+        """Folders of all adapters, in the order they were added."""
+        return self._adapters.folders()
+
+    def finetune(self, rows: Sequence[TrainingRow], **options: Any) -> FinetuneResult:
+        """Train an adapter and serve it under a new name. See `LocalEngine.finetune`.
+
+        Requests wait for the end of the training; while `on_progress` runs they are answered, so that it may ask, too.
+        """
+        self._scheduler.check_open()
+        return super().finetune(rows, **options)
+
+    def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
+        if job.training.num_processes > 1:
+            self._check_unchanged()
+            return train(self, job, None, self._card.source, on_progress)
+        with self._scheduler.exclusive():
+            model = self._loaded_model()
+            return train(self, job, model, self._card.source, self._reporting(model, on_progress))
+
+    def _reporting(self, model: Any, on_progress: ProgressFunction | None) -> ProgressFunction:
+        """The callback with the model put back and lent to the worker while it runs; it ends a closed engine's
+        training."""
+        before = ModelState.of(model)
+
+        def report(line: TrainingProgress) -> None:
+            self._scheduler.check_open()
+            if on_progress is not None:
+                with lent_out(model, before), self._scheduler.lent():
+                    on_progress(line)
+
+        return report
+
+    def counters(self) -> dict[str, int]:
+        """requests, prompt_tokens, prefix_tokens_reused, generated_tokens, forced_tokens, forward_passes, batches."""
+        return self._scheduler.counters()
+
+    def close(self) -> None:
+        """Stop the worker and free the weights. Pending requests fail with EngineClosedError."""
+        self._scheduler.close()
+        if self._scheduler.is_ours:
+            self._adapters.attach(None)
+        self._model = None
+        super().close()
+
+    def _layer_shapes(self) -> Mapping[str, tuple[int, int]]:
+        if not self._shapes:
+            self._shapes = meta_linear_shapes(self._card.config)
+        return self._shapes
+
+    def _loaded_model(self) -> Any:
+        with self._load_lock:
+            if self._model is None:
+                self._check_unchanged()
+                model = load_model(self._card, self._device, self._dtype)
+                # Now, since a training wraps layers for its time.
+                self._shapes = linear_shapes(model)
+                self._adapters.attach(model)
+                self._model = model
+            return self._model
+
+    def _make_decoder(self) -> Decoder:
+        return make_decoder(self._loaded_model(), self._adapters, self._options["cache_bytes"])
+
+
+class AsyncTransformersEngine(AsyncSide):
+    """A `TransformersEngine` whose `complete` is awaited."""
+
+    engine_class = TransformersEngine
+
+
+def _wait(future: Future[Answer]) -> Answer:
+    """The answer; a thread that is interrupted while it waits takes its request back."""
+    try:
+        while True:
+            wait([future], timeout=WAIT_S)
+            if future.done():
+                return future.result()
+    finally:
+        future.cancel()

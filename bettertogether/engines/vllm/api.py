@@ -1,0 +1,62 @@
+"""vLLM's HTTP API for completions: what is sent, and what comes back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import httpx
+from dspy.lm15 import InvalidRequestError, ServerError
+
+from ..local.decoder import SamplingOptions, TokenScore
+
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
+"""A server fills fields that are not sent from the model's generation_config.json."""
+
+
+def sampling_fields(sampling: SamplingOptions) -> dict[str, Any]:
+    """The sampling options of a request, as fields of its body."""
+    fields: dict[str, Any] = {**NEUTRAL, "stop": list(sampling.stop), "seed": sampling.seed}
+    if sampling.logprobs is not None:
+        fields |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
+    if sampling.greedy:
+        return fields | {"temperature": 0.0}
+    return fields | {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+
+
+def scores_of(choice: Mapping[str, Any]) -> list[TokenScore]:
+    """Scores from vLLM's log probabilities, where tokens are written as "token_id:17"."""
+    found = choice.get("logprobs")
+    if not found:
+        return []
+    tops = found.get("top_logprobs") or [None] * len(found["tokens"])
+    scores = []
+    for token, logprob, top in zip(found["tokens"], found["token_logprobs"], tops, strict=True):
+        likeliest = sorted(((_token_id(key), value) for key, value in (top or {}).items()), key=lambda pair: -pair[1])
+        scores.append(TokenScore(_token_id(token), logprob, tuple(likeliest)))
+    return scores
+
+
+def _token_id(text: str) -> int:
+    return int(text.removeprefix("token_id:"))
+
+
+def chunks_of(reply: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a stream of server-sent events."""
+    for line in reply.iter_lines():
+        data = line.removeprefix("data:").strip()
+        if line.startswith("data:") and data != "[DONE]":
+            chunk: dict[str, Any] = json.loads(data)
+            if "error" in chunk:
+                raise ServerError(f"vLLM broke an answer off: {chunk['error']}")
+            yield chunk
+
+
+def check(reply: httpx.Response) -> None:
+    """Raise what an answer with an error status stands for."""
+    if reply.status_code < 400:
+        return
+    reply.read()
+    message = f"vLLM answered {reply.status_code}: {reply.text:.500}"
+    raise InvalidRequestError(message) if reply.status_code < 500 else ServerError(message)

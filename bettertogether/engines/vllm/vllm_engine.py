@@ -1,0 +1,430 @@
+"""The engine that answers through a vLLM server and trains in this process, or in several."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import httpx
+import torch
+from dspy._vendor.lm15.types import StreamEvent
+from dspy.lm15 import Request, Response, ServerError, TransportError
+
+from ...errors import ConfigError, EngineBusyError, EngineClosedError, ModelError
+from ...printable import get_logger
+from ..adapters import adapter_name, read_adapter_config, unknown_adapter
+from ..base_engine import PARAMS, AsyncSide, BaseEngine
+from ..finetuning import TrainingJob, train
+from ..loading import load_model, pick_device, pick_dtype
+from ..local.scheduler import Answer
+from ..protocol import MODEL_PREFIX, FinetuneResult, ProgressFunction
+from ..responses import ResponseWriter
+from ..structured import after_thoughts, answer_grammar
+from .api import check, chunks_of, sampling_fields, scores_of
+from .gate import Gate
+from .options import SERVER_RESOURCES, check_options, is_cut, server_options_for
+from .server import VLLMServer
+from .stream import Put, StreamReader
+
+logger = get_logger(__name__)
+
+COUNTERS = ("requests", "prompt_tokens", "prefix_tokens_reused", "generated_tokens")
+
+
+class VLLMEngine(BaseEngine):
+    """Answers requests through vLLM's HTTP API, base and adapters side by side, and trains adapters for it.
+
+    Prompts are rendered here and sent as tokens, so that the rows of a training and the prompts of a program are the
+    same, as with `TransformersEngine`. The server is started at the first request, stopped while a training in this
+    process needs its memory, and started again at the next request; it ends with this process, however that ends.
+    vLLM does not promise the same text for the same seed whatever runs beside it.
+
+    Args:
+        model: Folder of a transformers model, or a hub id.
+        adapters: PEFT folders to serve from the start.
+        api_key: Key of a server that runs already; the environment's VLLM_API_KEY when None. It is not saved. A server
+            of ours gets a random one.
+        url: Server that runs already, "http://host:8000"; None starts one on this machine. It must have been started
+            with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora, and must see the adapters' folders under
+            the same paths.
+        command: Program to start: "vllm", or its path in another environment.
+        server_options: Options of `vllm serve`: {"gpu_memory_utilization": 0.8, "tensor_parallel_size": 2}.
+        concurrency: Requests worth having in flight at once.
+        stop_while_training: Stop a server of ours while an adapter is trained.
+        mixed_batches: Whether the server may answer for the base and for adapters in one batch. vLLM's CPU build gets
+            that wrong (vllm-project/vllm#48421: base answers come out as an adapter's), so None is False for a server
+            of ours on a machine without CUDA, and True otherwise.
+        request_timeout_s: Longest time between two pieces of an answer from the server.
+        startup_timeout_s: How long a server may take until it answers.
+        chat_template_kwargs: Variables for the chat template; {"enable_thinking": False} when None.
+        cache_folder: Where trained adapters go by default; ~/.cache/bettertogether/adapters when None.
+
+    Raises ModelError for a folder or id that holds no causal language model or a `url` where no vLLM answers, and
+    ConfigError.
+    """
+
+    kind = "vllm"
+    supported_params = PARAMS | {"response_format"}
+    supports_response_schema = True
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        adapters: Sequence[Path] = (),
+        url: str | None = None,
+        api_key: str | None = None,
+        command: str | Sequence[str] = "vllm",
+        server_options: Mapping[str, Any] | None = None,
+        concurrency: int = 64,
+        stop_while_training: bool = True,
+        mixed_batches: bool | None = None,
+        request_timeout_s: float = 600.0,
+        startup_timeout_s: float = 600.0,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        cache_folder: Path | None = None,
+    ) -> None:
+        check_options(
+            url=url, api_key=api_key, command=command, server_options=server_options, concurrency=concurrency,
+            stop_while_training=stop_while_training, mixed_batches=mixed_batches,
+            request_timeout_s=request_timeout_s, startup_timeout_s=startup_timeout_s,
+            chat_template_kwargs=chat_template_kwargs,
+        )  # fmt: skip
+        options = {
+            "url": url, "command": command, "server_options": server_options or {}, "concurrency": concurrency,
+            "stop_while_training": stop_while_training, "mixed_batches": mixed_batches,
+            "request_timeout_s": request_timeout_s, "startup_timeout_s": startup_timeout_s,
+            "chat_template_kwargs": chat_template_kwargs, "cache_folder": cache_folder,
+        }  # fmt: skip
+        super().__init__(model, options)
+        self.concurrency = concurrency
+        self._base_model = MODEL_PREFIX + self.base_name
+        self._server = VLLMServer(
+            self._card.source, self._base_model, url=url, api_key=api_key,
+            options=server_options_for(self._card, url, server_options),
+            command=[command] if isinstance(command, str) else command, startup_timeout_s=startup_timeout_s,
+        )  # fmt: skip
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
+        timeout = httpx.Timeout(request_timeout_s, connect=10.0)
+        # A proxy of the environment's is not for a server on this machine.
+        self._client = httpx.Client(timeout=timeout, limits=limits, trust_env=not self._server.ours)
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="bettertogether-vllm")
+        self._writer = ResponseWriter(self._card.tokenizer, thinks=self._renderer.thinks)
+        self._gate = Gate()
+        self._mixed_batches = mixed_batches
+        if mixed_batches is None:
+            self._mixed_batches = not self._server.ours or torch.cuda.is_available()
+        self._lock = threading.RLock()
+        self._counts: Counter[str] = Counter()
+        self._adapters: dict[str, Path] = {}
+        self._loaded: set[tuple[int, str]] = set()
+        """Adapters that the server holds, each with the number of the server."""
+        self._closed = False
+        self._served_base = self._base_model
+        if url is None:
+            self.max_length = min(self.max_length, int(self._server.options.get("max_model_len") or self.max_length))
+        else:
+            self._meet_server()
+        for folder in adapters:
+            self.add_adapter(folder)
+
+    def _traits(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Without the server's options that decide only where and how fast it runs."""
+        server = {name: value for name, value in options["server_options"].items() if name not in SERVER_RESOURCES}
+        return super()._traits({**options, "server_options": server})
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        key = options.get("api_key")
+        if key is not None and key != self._server.api_key:
+            raise ConfigError(
+                f"Another api_key was given than the one with which {self.short_name!r} is served in this process. Use "
+                "the same one, or close() the engine first."
+            )
+        super()._check_options({name: value for name, value in options.items() if name != "api_key"})
+
+    @classmethod
+    def place(cls, options: Mapping[str, Any]) -> dict[str, str | None]:
+        """The server."""
+        return {"url": options.get("url")}
+
+    def _meet_server(self) -> None:
+        """Learn the base model's name and context length from a server that is not ours."""
+        address, _ = self._server.address()
+        try:
+            reply = self._client.get(f"{address}/v1/models", headers=self._server.headers)
+            models = reply.raise_for_status().json()["data"]
+            base = next(model for model in models if not model.get("parent"))
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, StopIteration) as error:
+            raise ModelError(
+                f"No vLLM server answers at {address}: {error!r}. Start one there (VLLM_ALLOW_RUNTIME_LORA_UPDATING="
+                "True vllm serve MODEL --enable-lora --max-lora-rank 64), or leave url out to have one started here. A "
+                "server with a key wants api_key=."
+            ) from error
+        self._served_base = base["id"]
+        served_length = int(base.get("max_model_len") or self.max_length)
+        if is_cut(self._card) and self.max_length < served_length:
+            logger.warning(
+                "The server at %s takes texts of %d tokens, for which vLLM changes this model's rotary factors in "
+                "texts of any length; training keeps to those of short ones. Start it with --max-model-len %d.",
+                address, served_length, self.max_length,
+            )  # fmt: skip
+        self.max_length = min(self.max_length, served_length)
+
+    def complete(self, request: Request) -> Response:
+        """Answer one request; `request.model` names the base or an adapter.
+
+        Raises UnknownAdapterError, ModelError when no server comes up or an adapter can't be loaded there, and lm15's
+        ContextLengthError, UnsupportedFeatureError, InvalidRequestError, TransportError and ServerError.
+        """
+        request = self._named(request)
+        body = self._body(request)
+        with self._gate.together(self._kind(request.model)), self._translated():
+            reply = self._ask(request.model, body).json()
+        return self._writer.response(request, self._answer(reply["choices"][0], reply["usage"]))
+
+    def stream(self, request: Request) -> Iterator[StreamEvent]:
+        """Answer one request as events."""
+        events: SimpleQueue[Any] = SimpleQueue()
+        reader = self._reader(request, events.put)
+        try:
+            while (event := events.get()) is not None:
+                yield _event(event)
+        finally:
+            reader.stop()
+
+    async def complete_async(self, request: Request) -> Response:
+        """`complete` for an event loop."""
+        return await asyncio.wrap_future(self._pool.submit(self.complete, request))
+
+    async def stream_async(self, request: Request) -> AsyncIterator[StreamEvent]:
+        """`stream` for an event loop."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Any] = asyncio.Queue()
+
+        def put(event: Any) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody takes events any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        reader = self._reader(request, put)
+        try:
+            while (event := await events.get()) is not None:
+                yield _event(event)
+        finally:
+            reader.stop()
+
+    def _reader(self, request: Request, put: Put) -> StreamReader:
+        request = self._named(request)
+        body = self._body(request) | {"stream": True, "stream_options": {"include_usage": True}}
+        reader = StreamReader(put)
+        reader.start(self._pool, lambda reader: self._events(request, body, reader))
+        return reader
+
+    def _events(self, request: Request, body: Mapping[str, Any], reader: StreamReader) -> Iterator[StreamEvent]:
+        usage: dict[str, Any] = {}
+        last: dict[str, Any] = {}
+        with self._gate.together(self._kind(request.model)), self._translated():
+            yield self._writer.start(request)
+            deltas = self._writer.deltas()
+            with closing(self._ask(request.model, body, stream=True)) as reply:
+                reader.reads(reply)
+                for chunk in chunks_of(reply):
+                    usage = chunk.get("usage") or usage
+                    for choice in chunk["choices"]:
+                        last = choice if choice["finish_reason"] else last
+                        if choice["text"]:
+                            yield from deltas(choice["text"], scores_of(choice))
+        yield self._writer.end(self._answer(last, usage))
+
+    @property
+    def asynchronous(self) -> AsyncVLLMEngine:
+        """The same engine for `dspy.LM(async_engine=...)`."""
+        return AsyncVLLMEngine(self)
+
+    def _named(self, request: Request) -> Request:
+        return replace(request, model=self.canonical(request.model))
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        """What is asked of the server. A request that can't be answered fails here, before any server is started."""
+        if self._closed:
+            raise EngineClosedError(f"The engine of {self.base_name} was closed. Make a new LM: vllm_lm(...).")
+        if self._turn.in_callback and self._stops_for_training:
+            raise EngineBusyError(
+                f"A callback of a training of {self.short_name} asks the model, whose server is stopped until the "
+                "training ends. Ask when it has, or make the engine with stop_while_training=False."
+            )
+        self.adapter_folder(request.model)
+        prompt_ids, max_tokens, sampling = self._rendered(request)
+        model = self._served_base if request.model == self._base_model else request.model
+        body = {"model": model, "prompt": prompt_ids, "max_tokens": max_tokens, **sampling_fields(sampling)}
+        body["stop_token_ids"] = sorted(self._eos_ids)
+        if request.config.response_format is not None:
+            body["structured_outputs"] = {"grammar": self._grammar(request.config.response_format)}
+        return body
+
+    def _grammar(self, response_format: Mapping[str, Any]) -> str:
+        grammar = answer_grammar(response_format)
+        return after_thoughts(grammar) if self._renderer.thinks else grammar
+
+    def _kind(self, model: str) -> str:
+        """Requests of one kind may run together."""
+        return "any" if self._mixed_batches else "base" if model == self._base_model else "adapters"
+
+    def _ask(self, model: str, body: Mapping[str, Any], *, stream: bool = False) -> httpx.Response:
+        """The server's reply, which is not an error; its body is still to be read where it is a `stream`."""
+        reply = self._send(model, body, stream)
+        if reply.status_code == 404 and model != self._base_model:
+            # A server that is not ours was started anew since the adapter was loaded there.
+            reply.close()
+            with self._lock:
+                self._loaded.clear()
+            reply = self._send(model, body, stream)
+        check(reply)
+        return reply
+
+    def _send(self, model: str, body: Mapping[str, Any], stream: bool) -> httpx.Response:
+        url = f"{self._prepare(model)}/v1/completions"
+        request = self._client.build_request("POST", url, json=body, headers=self._server.headers)
+        return self._client.send(request, stream=stream)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.TransportError as error:
+            raise TransportError(f"No answer from the vLLM server: {error!r}.{self._server.why_gone()}") from error
+
+    def _prepare(self, model: str) -> str:
+        """The server's address; it runs, and holds the adapter."""
+        address, number = self._server.address()
+        with self._lock:
+            if model == self._base_model or (number, model) in self._loaded:
+                return address
+            adapter = {"lora_name": model, "lora_path": str(self._adapters[model].resolve())}
+            url = f"{address}/v1/load_lora_adapter"
+            reply = self._client.post(url, json=adapter, headers=self._server.headers)
+            if reply.status_code >= 400 and "already been loaded" not in reply.text:
+                raise ModelError(
+                    f"vLLM does not load the adapter {adapter['lora_path']}: {reply.status_code} {reply.text:.500}. "
+                    "Its rank must be within the server's --max-lora-rank; a server that was started by hand needs "
+                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora."
+                )
+            self._loaded.add((number, model))
+            return address
+
+    def _answer(self, choice: Mapping[str, Any], usage: Mapping[str, Any]) -> Answer:
+        if choice.get("finish_reason") not in ("stop", "length"):
+            raise ServerError(f"vLLM broke an answer off: finish_reason={choice.get('finish_reason')!r}.")
+        details = usage.get("prompt_tokens_details") or {}
+        answer = Answer(
+            text=choice["text"],
+            finish_reason=choice["finish_reason"],
+            prompt_tokens=usage["prompt_tokens"],
+            reused_tokens=details.get("cached_tokens") or 0,
+            generated_tokens=usage["completion_tokens"],
+            scores=tuple(scores_of(choice)),
+            cut=isinstance(choice.get("stop_reason"), str),
+        )
+        counted = (1, answer.prompt_tokens, answer.reused_tokens, answer.generated_tokens)
+        with self._lock:
+            self._counts.update(dict(zip(COUNTERS, counted, strict=True)))
+        return answer
+
+    def add_adapter(self, folder: Path) -> str:
+        """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
+        folder = Path(folder).expanduser()
+        self._check_rank(int(read_adapter_config(folder)["r"]), f"The adapter in {folder}", ModelError)
+        name = adapter_name(self.base_name, folder)
+        with self._lock:
+            if name not in self._adapters or not self._adapters[name].exists():
+                self._adapters[name] = folder
+        return name
+
+    def _check_rank(self, rank: int, what: str, error: type[Exception]) -> None:
+        most = int(self._server.options["max_lora_rank"])
+        if self._server.ours and rank > most:
+            raise error(
+                f"{what} has rank {rank}, and the server takes {most} at most. Give server_options="
+                "{'max_lora_rank': ...} when the engine is made, or a lower rank."
+            )
+
+    def adapter_folder(self, model: str) -> Path | None:
+        """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
+        model = self.canonical(model)
+        if model == self._base_model:
+            return None
+        with self._lock:
+            if model not in self._adapters:
+                raise unknown_adapter(model, self.base_name, self._adapters)
+            return self._adapters[model]
+
+    def adapter_folders(self) -> list[Path]:
+        """Folders of all adapters, in the order they were added."""
+        with self._lock:
+            return list(self._adapters.values())
+
+    @property
+    def _stops_for_training(self) -> bool:
+        return bool(self._server.ours and self._options["stop_while_training"])
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        if not self._stops_for_training:
+            yield
+            return
+        with self._gate.alone():
+            self._server.stop()
+            yield
+
+    def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
+        self._check_rank(job.lora.rank, "lora", ConfigError)
+        self._check_unchanged()
+        with self._paused():
+            if job.training.num_processes > 1:
+                return train(self, job, None, self._card.source, on_progress)
+            return self._train_here(job, on_progress)
+
+    def _train_here(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
+        """Train in this process, on a model of its own that is freed afterwards."""
+        device = pick_device("auto")
+        model = load_model(self._card, device, pick_dtype("auto", device), pack=False)
+        try:
+            return train(self, job, model, self._card.source, on_progress)
+        finally:
+            del model
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def counters(self) -> dict[str, int]:
+        """requests, prompt_tokens, prefix_tokens_reused, generated_tokens."""
+        with self._lock:
+            return {name: self._counts[name] for name in COUNTERS}
+
+    def close(self) -> None:
+        """Stop the server where it is ours."""
+        self._closed = True
+        self._server.stop()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+        super().close()
+
+
+class AsyncVLLMEngine(AsyncSide):
+    """A `VLLMEngine` whose `complete` is awaited."""
+
+    engine_class = VLLMEngine
+
+
+def _event(event: Any) -> StreamEvent:
+    if isinstance(event, BaseException):
+        raise event
+    return event  # type: ignore[no-any-return]

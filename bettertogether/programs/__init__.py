@@ -1,0 +1,1 @@
+"""Programs as values: copied, described, restored. What every other wing needs of a `dspy.Module`."""

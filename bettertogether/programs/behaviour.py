@@ -1,0 +1,240 @@
+"""What a program, a metric or an optimizer does, as a hash: its code, what it holds, and the models it asks.
+
+Code is what runs (bytecode, constants, defaults, values closed over), of the classes and functions that the user
+wrote and of those that they name in their own modules. Installed packages count by name: their versions are noted
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import dataclasses
+import dis
+import enum
+import functools
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+import dspy
+import pydantic
+from dspy.clients.base_lm import BaseLM
+
+from ..redaction import without_secrets
+from .content import Walk, by_name, cell_content, combined, name_of
+from .copies import RESULTS
+from .program import modules_of
+
+PACE = frozenset(
+    {
+        "adapters", "cache_bytes", "cache_folder", "command", "concurrency", "device", "max_batch_size",
+        "mixed_batches", "model", "number", "request_timeout_s", "startup_timeout_s", "stop_while_training", "url",
+    }
+)  # fmt: skip
+"""Options of an engine that say where and how fast it runs; which model it runs is in the model's name."""
+
+NOISE = frozenset({"_compiled", "stage", "callbacks", "history", "traces", "train", *RESULTS})
+"""Attributes of modules and LMs that say nothing about their answers."""
+
+
+class BehaviourWalk(Walk):
+    """A walk that looks into code, programs and LMs.
+
+    `lasting`: for another process, where what holds no content (a lock, a client of a service) counts by its type;
+    else for this process, where it counts as itself.
+    """
+
+    def __init__(self, *, lasting: bool) -> None:
+        super().__init__()
+        self._lasting = lasting
+
+    def type_hashed(self, value: type) -> bytes:
+        """A class of the user's: its code and that of its own bases; another: its name."""
+        parts = [name_of(value).encode()]
+        if issubclass(value, dspy.Signature) and value is not dspy.Signature:
+            return combined("signature", [self.hashed(signature_parts(value))])
+        if issubclass(value, pydantic.BaseModel) and is_own(value):
+            parts.append(self.hashed(_schema(value)))
+        for base in value.__mro__:
+            if is_own(base):
+                parts += [self.hashed(list(part)) for part in class_parts(base).items()]
+        return combined("class", parts)
+
+    def function_hashed(self, value: types.FunctionType) -> bytes:
+        """A function, with what it names in modules of the user's."""
+        if not is_own(value):
+            held = [self.hashed(cell_content(cell)) for cell in value.__closure__ or ()]
+            return combined("function", [f"{value.__module__}.{value.__qualname__}".encode(), *held])
+        named = [self.hashed(list(part)) for part in named_values(value)]
+        return combined("own", [super().function_hashed(value), *named])
+
+    def object_hashed(self, value: Any) -> bytes:
+        """An object: what it holds, and the code of its class where that is the user's."""
+        if isinstance(value, dspy.Module):
+            return combined("module", [self.hashed(type(value)), self.hashed(module_parts(value))])
+        if isinstance(value, BaseLM):
+            return combined("lm", [self.hashed(type(value)), self.hashed(by_name(lm_parts(value)))])
+        if hasattr(value, "dump_state") and hasattr(value, "complete"):
+            return combined("engine", [self.hashed(type(value)), self.hashed(engine_parts(value))])
+        if isinstance(value, functools.partial):
+            return combined("partial", [self.hashed([value.func, list(value.args), by_name(value.keywords)])])
+        if isinstance(value, _Accessor):
+            return combined(type(value).__name__, [self.hashed(part) for part in _accessors(value)])
+        if callable(getattr(value, "__wrapped__", None)):
+            return combined(name_of(type(value)), [self.hashed(value.__wrapped__)])
+        if self._lasting and not _has_content(type(value)):
+            return self.nothing_seen(value)
+        return combined("object", [self.hashed(type(value)), super().object_hashed(value)])
+
+    def nothing_seen(self, value: Any) -> bytes:
+        """What has no content to see: its type for another process, itself in this one."""
+        seen = super().nothing_seen(value)
+        return seen if self._lasting else combined("itself", [seen, str(id(value)).encode()])
+
+
+def program_key(program: dspy.Module) -> str | None:
+    """A hash of what decides a program's answers in this process: its classes, what its modules hold (prompts and LMs
+    with their options, frozen sub-modules too), the adapter in use. None for a program with a patched `forward`, of
+    which nothing can be said."""
+    if any({"forward", "aforward"} & vars(module).keys() for _, module in modules_of(program)):
+        return None
+    return BehaviourWalk(lasting=False).of([program, dspy.settings.adapter])
+
+
+def module_parts(module: dspy.Module) -> list[list[Any]]:
+    """What decides a module's answers besides its class, as names with values."""
+    return by_name({name: value for name, value in vars(module).items() if name not in NOISE})
+
+
+def lm_parts(lm: BaseLM) -> dict[str, Any]:
+    """What decides an LM's answers besides its weights, which its model's name stands for. No secrets."""
+    parts = {"model": lm.model, "model_type": lm.model_type, **_options(lm.kwargs)}
+    if getattr(lm, "use_developer_role", False):
+        parts["use_developer_role"] = True
+    engine = getattr(lm, "engine", None)
+    if hasattr(engine, "dump_state"):
+        parts |= {f"engine.{name}": value for name, value in engine_parts(engine)[1:]}
+    if is_own(type(lm)):
+        left_out = {*NOISE, "cache", "kwargs", "model", "model_type", "num_retries"}
+        held = {name: value for name, value in vars(lm).items() if name not in left_out and not name.startswith("_")}
+        parts |= {f"attribute.{name}": value for name, value in _options(held).items()}
+    return parts
+
+
+def engine_parts(engine: Any) -> list[list[Any]]:
+    """The base model of an engine and the options that change its answers."""
+    state = {name: value for name, value in engine.dump_state().items() if name not in PACE}
+    return [["base", getattr(engine, "base_name", None)], *by_name(_options(state))]
+
+
+def _options(options: Mapping[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = without_secrets(options)
+    return {name: value for name, value in kept.items() if value is not None}
+
+
+def signature_parts(signature: Any) -> list[Any]:
+    """Instructions and fields with their types and texts."""
+    fields = [
+        [name, field.annotation, repr(field.default), list(map(repr, field.metadata)), _field_text(field)]
+        for name, field in signature.fields.items()
+    ]
+    return [signature.instructions, fields]
+
+
+def _field_text(field: Any) -> list[list[Any]]:
+    return by_name(field.json_schema_extra or {})
+
+
+def class_parts(kind: type) -> dict[str, Any]:
+    """What the user wrote in a class body, by name: functions, properties, constants, types of fields."""
+    if issubclass(kind, enum.Enum):
+        return {name: member.value for name, member in kind.__members__.items()}
+    parts = {name: value for name, value in sorted(vars(kind).items()) if _is_written(name, value)}
+    return {**parts, "annotations": by_name(vars(kind).get("__annotations__", {}))}
+
+
+_Accessor = property | classmethod | staticmethod | functools.cached_property
+_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
+
+
+def _is_written(name: str, value: Any) -> bool:
+    if isinstance(value, types.FunctionType | _Accessor):
+        return True
+    generated = name.startswith(("__", "_abc_", "model_", "_pydantic")) or isinstance(value, _DESCRIPTORS)
+    return not generated
+
+
+def _accessors(value: Any) -> list[Any]:
+    if isinstance(value, property):
+        return [value.fget, value.fset, value.fdel]
+    return [value.func if isinstance(value, functools.cached_property) else value.__func__]
+
+
+def _schema(kind: type[pydantic.BaseModel]) -> Any:
+    try:
+        return kind.model_json_schema()
+    except pydantic.PydanticUserError:
+        # Of types that JSON lacks.
+        return repr(kind.__annotations__)
+
+
+def named_values(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function names in its own module, and in other modules of the user's: functions, classes, constants and
+    objects; but no global that it assigns to as it runs."""
+    home = function.__globals__
+    read, attributes, assigned = _names(function.__code__)
+    for name in sorted(read & home.keys() - assigned):
+        value = home[name]
+        if not isinstance(value, types.ModuleType):
+            yield name, value
+        elif _module_is_own(value.__name__):
+            yield from ((f"{name}.{part}", vars(value)[part]) for part in sorted(attributes & vars(value).keys()))
+
+
+@functools.lru_cache(maxsize=10_000)
+def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """Globals that code reads, attributes that it reads, globals that it assigns to."""
+    steps = list(dis.get_instructions(code))
+    read = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    attributes = {step.argval for step in steps if step.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+    assigned = {step.argval for step in steps if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner = _names(constant)
+            read, attributes, assigned = read | inner[0], attributes | inner[1], assigned | inner[2]
+    return frozenset(read), frozenset(attributes), frozenset(assigned)
+
+
+def is_own(value: Any) -> bool:
+    """Whether a class or function is the user's: of no installed package, not of Python itself."""
+    return _module_is_own(getattr(value, "__module__", None) or "builtins")
+
+
+_OURS = frozenset({"bettertogether", "dspy", "builtins"})
+
+
+@functools.lru_cache(maxsize=10_000)
+def _module_is_own(name: str) -> bool:
+    top = name.partition(".")[0]
+    if top in _OURS or (top in sys.stdlib_module_names and top != "__main__"):
+        return False
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    return not {"site-packages", "dist-packages"} & set(PurePath(file).parts)
+
+
+_PICKLING = ("__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__getnewargs_ex__")
+_RANDOM = ("random.", "numpy.random.", "torch._C.Generator")
+
+
+def _has_content(kind: type) -> bool:
+    """Whether what an object holds says the same in another process. Of an installed package's classes those that say
+    how they are pickled; the others may be clients, pools, handles. A random state is never the same."""
+    if name_of(kind).startswith(_RANDOM):
+        return False
+    if is_own(kind) or kind.__module__.partition(".")[0] in _OURS - {"builtins"}:
+        return True
+    if dataclasses.is_dataclass(kind) or issubclass(kind, pydantic.BaseModel) or kind in copyreg.dispatch_table:
+        return True
+    return any(name in vars(base) for base in kind.__mro__[:-1] for name in _PICKLING)

@@ -1,0 +1,151 @@
+"""Programs as values: their modules, prompts in and out, a fingerprint."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import dspy
+
+from ..errors import ArtifactError, ProgramError
+from .copies import RESULTS, copy_program
+from .demo_values import decode_demos, encode_demos
+
+_NO_PARTS = frozenset({*RESULTS, "history", "callbacks", "demos", "traces", "train", "lm", "signature"})
+
+
+def modules_of(program: dspy.Module) -> list[tuple[str, dspy.Module]]:
+    """The modules that a program is made of, itself first, by name: those that are frozen too, unlike
+    `named_predictors`, and neither in `RESULTS` nor among the demos and histories, unlike `named_sub_modules`."""
+    found: list[tuple[str, dspy.Module]] = []
+    seen: set[int] = set()
+    queue: deque[tuple[str, Any]] = deque([("self", program)])
+    while queue:
+        name, value = queue.popleft()
+        if id(value) in seen or not isinstance(value, dspy.Module | dict | list | tuple):
+            continue
+        seen.add(id(value))
+        if isinstance(value, dspy.Module):
+            found.append((name, value))
+            queue.extend((f"{name}.{k}", v) for k, v in list(value.__dict__.items()) if k not in _NO_PARTS)
+        else:
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            # A corpus of a million texts needs no names.
+            queue.extend((f"{name}[{k!r}]", v) for k, v in list(items) if not isinstance(v, str | int | float))
+    return found
+
+
+def copy_for_step(program: dspy.Module) -> dspy.Module:
+    """A copy that an optimizer accepts: not marked as compiled, its demos its own."""
+    copied = copy_program(program)
+    copied._compiled = False
+    return copied
+
+
+def predictors_of(program: dspy.Module) -> dict[str, dspy.Predict]:
+    """Name to predictor, in the program's order. Predictors of compiled sub-modules are frozen and not among them."""
+    return dict(program.named_predictors())
+
+
+def require_program(program: object, role: str = "student") -> dspy.Module:
+    """Check that this is a program with predictors, each with an LM. Raises ProgramError."""
+    if not isinstance(program, dspy.Module):
+        raise ProgramError(f"{role} must be a dspy.Module, got {type(program).__name__}.")
+    predictors = predictors_of(program)
+    if not predictors:
+        raise ProgramError(
+            f"The {role} program has no predictors to optimize. If it was compiled before, its sub-modules may be "
+            "frozen: set `module._compiled = False` on those to be optimized again."
+        )
+    missing = [name for name, predictor in predictors.items() if predictor.lm is None]
+    if missing:
+        raise ProgramError(
+            f"The {role} program must have a language model set on every predictor, but these have none: {missing}. "
+            f"`{role}.set_lm(lm)` sets them all, for example with lm = bettertogether.local_lm(folder_or_hub_id)."
+        )
+    return program
+
+
+def as_programs(programs: dspy.Module | Iterable[dspy.Module] | None) -> list[dspy.Module]:
+    """A list from one program, several or none. Raises ProgramError for anything else."""
+    if isinstance(programs, dspy.Module):
+        return [programs]
+    given = list(programs) if isinstance(programs, Iterable) else [programs] if programs is not None else []
+    if not all(isinstance(each, dspy.Module) for each in given):
+        raise ProgramError(f"teacher must be a dspy.Module, a list of them or None, got {programs!r:.100}.")
+    return given
+
+
+def require_reachable(program: dspy.Module) -> None:
+    """Check that other LMs in the program's predictors would be used. Raises ProgramError for a program whose
+    `forward` an optimizer replaced by one that runs a program of its own, as `dspy.KNNFewShot` does."""
+    forward = getattr(program.__dict__.get("forward"), "__func__", None)
+    for cell in getattr(forward, "__closure__", None) or ():
+        if isinstance(cell.cell_contents, dspy.Module) and cell.cell_contents is not program:
+            raise ProgramError(
+                f"forward of this {type(program).__name__} was replaced by an optimizer, and runs on a program of its "
+                "own that tuned weights would not reach (dspy.KNNFewShot does so). Run the weight step before it."
+            )
+
+
+def prompts_state(program: dspy.Module) -> dict[str, Any]:
+    """Instructions, field texts and demos by predictor name, as JSON; LMs left out. Raises ArtifactError for a demo
+    that would not give the same prompt again."""
+    return {name: prompt_state(predictor, name) for name, predictor in predictors_of(program).items()}
+
+
+def same_prompts(one: dspy.Module, other: dspy.Module) -> bool:
+    """Whether two programs are known to have the same prompts."""
+    try:
+        return prompts_state(one) == prompts_state(other)
+    except ArtifactError:
+        return False
+
+
+def prompt_state(predictor: dspy.Predict, name: str) -> dict[str, Any]:
+    """Instructions, field texts and demos of one predictor, as JSON. Raises ArtifactError as `prompts_state` does."""
+    # Without its LM, which need not be one that can be saved.
+    bare = copy.copy(predictor)
+    bare.lm, bare.demos = None, []
+    dumped = {key: value for key, value in bare.dump_state().items() if key not in ("lm", "traces", "train")}
+    return {**dumped, "demos": encode_demos(predictor, name)}
+
+
+def load_prompt(predictor: dspy.Predict, state: Mapping[str, Any], name: str) -> None:
+    """Give a predictor the prompt of a `prompt_state`; its LM stays. Raises ArtifactError."""
+    lm = predictor.lm
+    predictor.load_state({**state, "lm": None})
+    predictor.lm = lm
+    predictor.demos = decode_demos(predictor, state["demos"], name)
+
+
+def with_prompts(program: dspy.Module, source: dspy.Module) -> dspy.Module:
+    """A copy of `program` (its LMs) with the prompts of `source`: signatures and demos."""
+    copied = copy_for_step(program)
+    originals = predictors_of(source)
+    for name, predictor in predictors_of(copied).items():
+        original = originals[name]
+        predictor.signature = original.signature
+        predictor.demos = list(original.demos)
+    return copied
+
+
+def load_prompts(program: dspy.Module, state: Mapping[str, Any]) -> dspy.Module:
+    """A copy of `program` with prompts from `prompts_state`; its LMs stay."""
+    copied = copy_for_step(program)
+    predictors = predictors_of(copied)
+    if predictors.keys() != state.keys():
+        raise ProgramError(
+            f"The saved prompts are for predictors {sorted(state)}, the program has {sorted(predictors)}: "
+            "give the program that they were saved from."
+        )
+    for name, predictor in predictors.items():
+        load_prompt(predictor, state[name], name)
+    return copied
+
+
+def model_names(program: dspy.Module) -> dict[str, str]:
+    """Predictor name to the model name of its LM."""
+    return {name: predictor.lm.model for name, predictor in predictors_of(program).items() if predictor.lm}

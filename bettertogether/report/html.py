@@ -1,0 +1,320 @@
+"""A `CompileReport` as one HTML file that needs nothing else: no network, no script, everything escaped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..records import Ledger, StepRecord
+from ..rollouts.failures import STUDENT, failure_text
+from .charts import Curve, ForestRow, bars, escaped, forest_plot, line_chart, ticks
+from .report import CompileReport
+from .style import STYLE
+from .text import effect_text, seconds_text
+
+_COLORS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
+_LEDGER_COLUMNS = {
+    "program_calls": "program calls",
+    "metric_calls": "metric calls",
+    "lm_calls": "LM calls",
+    "cache_hits": "from cache",
+    "prompt_tokens": "prompt tokens",
+    "generated_tokens": "generated tokens",
+    "trained_tokens": "trained tokens",
+}
+_CARD_COUNTS = {
+    "kept_by_predictor": "kept, by predictor",
+    "kept_by_label": "kept, by label",
+    "kept_by_source": "kept, by source",
+    "dropped_by_reason": "dropped, by reason",
+    "dropped_by_predictor": "dropped, by predictor",
+}
+
+
+def render(report: CompileReport) -> str:
+    """The page."""
+    sections = [
+        _summary(report),
+        _warnings(report),
+        _rounds(report),
+        _two_by_two(report),
+        *(_step(record) for record in report.rounds[1:]),
+        _prompts(report),
+        _costs(report),
+        _circumstances(report),
+    ]
+    title = f"BetterTogether: {report.strategy}"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</main></body></html>\n"
+    )
+
+
+def render_in_notebook(report: CompileReport) -> str:
+    """What a notebook shows: the head, the table of rounds and the warnings, without the page's style."""
+    return f"<div>{_summary(report)}{_round_table(report)}{_warnings(report)}</div>"
+
+
+class _Html(str):
+    """Text that is HTML already."""
+
+
+def _text(value: Any) -> _Html:
+    return value if isinstance(value, _Html) else _Html(escaped(value))
+
+
+def _section(title: str, *parts: str) -> str:
+    body = "".join(part for part in parts if part)
+    return f"<section><h2>{_text(title)}</h2>{body}</section>" if body else ""
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], last_is_total: bool = False) -> str:
+    """A table. The first column is text, the others are numbers."""
+    head = "".join(f"<th>{_text(name)}</th>" for name in header)
+    lines = ["<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    if last_is_total and lines:
+        lines[-1] = lines[-1].replace("<tr>", '<tr class="total">', 1)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _fold(title: str, body: str, *, is_open: bool = False) -> str:
+    return f"<details{' open' if is_open else ''}><summary>{_text(title)}</summary>{body}</details>"
+
+
+def _name(record: StepRecord) -> str:
+    return record.strategy or STUDENT
+
+
+def _summary(report: CompileReport) -> str:
+    best, student = report.selected_round, report.student_round
+    examples = f"{report.valset_size} validation examples" if report.valset_size else "no validation examples"
+    gain = report.gain(report.selected)
+    facts = {"wall time": _clock(report.ledger.seconds)}
+    if gain is not None:
+        interval = effect_text(gain, report).partition(" ")[2]
+        facts = {
+            "score of the selected program": report.number(best.score),
+            "score of the untouched student": report.number(student.score),
+            f"gain, 95% interval {interval}": report.number(gain.gain, sign=True),
+            **facts,
+        }
+    cards = "".join(f"<div><b>{_text(value)}</b><span>{_text(name)}</span></div>" for name, value in facts.items())
+    chosen = "the untouched student" if report.selected == 0 else f"<code>{_text(_name(best))}</code>"
+    return (
+        f"<header><h1>{_text(report.strategy)}</h1><p>Selected: {chosen}. Seed {_text(report.seed)}, "
+        f"{_text(examples)}.</p>"
+        f'<div class="facts">{cards}</div></header>'
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def _warnings(report: CompileReport) -> str:
+    notes = "".join(f"<li>{_text(warning)}</li>" for warning in report.warnings)
+    return f'<aside><ul class="warnings">{notes}</ul></aside>' if notes else ""
+
+
+def _rounds(report: CompileReport) -> str:
+    rows = []
+    for position, record in enumerate(report.rounds):
+        low, high = report.score_interval(position)
+        text = report.number(record.score)
+        if position and report.gain(position) is not None:
+            text += f"  ({report.number(_gain(report, position), sign=True)})"
+        if record.status != "complete":
+            text = str(record.status)
+        rows.append(ForestRow(_name(record), record.score, low, high, text, position == report.selected))
+    values = [value for row in rows for value in (row.value, row.low, row.high) if value is not None]
+    plot = ""
+    if report.student_round.score is not None:
+        marks = {tick: report.number(tick) for tick in ticks(values)}
+        plot = forest_plot(rows, report.student_round.score, marks)
+        plot += '<p class="note">Dots are mean scores, bars their 95% intervals; the dashed line is the student.</p>'
+    return _section("Score of each round", plot, _round_table(report))
+
+
+def _round_table(report: CompileReport) -> str:
+    header = ("round", "score", "gain over the student [95% interval]", "examples", "failed", "status")
+    return _table(header, [_round_cells(report, position) for position in range(len(report.rounds))])
+
+
+def _gain(report: CompileReport, position: int) -> float:
+    effect = report.gain(position)
+    return math.nan if effect is None else effect.gain
+
+
+def _round_cells(report: CompileReport, position: int) -> list[str]:
+    record = report.rounds[position]
+    mark = ' <span class="mark">selected</span>' if position == report.selected else ""
+    gain = "" if position == 0 else effect_text(report.gain(position), report)
+    examples = "-" if record.scores is None else str(len(record.scores))
+    name = _Html(f"<code>{_text(_name(record))}</code>{mark}")
+    return [name, report.number(record.score), gain, examples, failure_text(record.failures), record.status]
+
+
+def _two_by_two(report: CompileReport) -> str:
+    cells, split = report.two_by_two, report.attribution
+    if cells is None or split is None:
+        return ""
+    means = {cell: report.number(sum(scores) / len(scores)) for cell, scores in cells.items()}
+    table = _table(
+        ("", "old prompts", "new prompts"),
+        [
+            ["base weights", means["base_old"], means["base_new"]],
+            ["tuned weights", means["tuned_old"], means["tuned_new"]],
+        ],
+    )
+    effects = {
+        "weights alone": split.weights,
+        "prompts alone": split.prompts,
+        "both together, beyond the sum": split.interaction,
+        "total": split.total,
+    }
+    values = [value for effect in effects.values() for value in (effect.gain, effect.low, effect.high, 0.0)]
+    marks = {tick: report.number(tick, sign=True) for tick in ticks(values)}
+    rows = [
+        ForestRow(name, effect.gain, effect.low, effect.high, effect_text(effect, report), name == "total")
+        for name, effect in effects.items()
+    ]
+    return _section("Weights or prompts?", table, forest_plot(rows, 0.0, marks))
+
+
+def _step(record: StepRecord) -> str:
+    details = record.details
+    return _section(
+        f"Step {record.index}: {_name(record)}",
+        f'<pre class="error">{_text(record.error)}</pre>' if record.error else "",
+        _candidates(details),
+        _losses(details.get("history") or ()),
+        _data_card(details.get("data_card") or {}),
+    )
+
+
+def _candidates(details: Mapping[str, Any]) -> str:
+    candidates = details.get("candidates") or ()
+    rows = []
+    for candidate in candidates:
+        values = dict(candidate)
+        name, score = values.pop("name", ""), values.pop("score", None)
+        mark = ' <span class="mark">chosen</span>' if name and name == details.get("chosen") else ""
+        rest = [_short(values.get(key)) for key in ("scored_on", "demos")]
+        note = "stopped early" if values.get("stopped") else ""
+        rows.append([_Html(_text(name) + mark), "-" if score is None else f"{score:.3f}", *rest, note])
+    if not rows:
+        return ""
+    table = _table(("candidate", "score", "examples", "demos", ""), rows)
+    return _fold(f"Prompt candidates ({len(rows)})", table, is_open=len(rows) <= 12)
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else json.dumps(value, ensure_ascii=False, default=str)[:200]
+
+
+def _losses(history: Sequence[Mapping[str, Any]]) -> str:
+    adapters = list(dict.fromkeys(str(line.get("adapter", "")) for line in history))
+    charts = []
+    for adapter in adapters:
+        lines = [line for line in history if str(line.get("adapter", "")) == adapter]
+        training, held_out = _points(lines, "loss"), _points(lines, "validation_loss")
+        curves = [Curve("training", training, "#94a3b8", width=1.5)] if training else []
+        curves += [Curve("held out", held_out, _COLORS[0], dots=True)] if held_out else []
+        title = f"Loss per token{f', {adapter}' if adapter else ''}"
+        charts.append(line_chart(curves, "optimizer steps", title))
+    return "".join(charts)
+
+
+def _points(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[tuple[float, float], ...]:
+    pairs = [(line.get("step"), line.get(key)) for line in lines]
+    return tuple((float(x), float(y)) for x, y in pairs if x is not None and y is not None and math.isfinite(y))
+
+
+def _data_card(card: Mapping[str, Any]) -> str:
+    if not card:
+        return ""
+    groups = "".join(
+        f"<div><h4>{_text(title)}</h4>{bars(card[key])}</div>"
+        for key, title in _CARD_COUNTS.items()
+        if isinstance(card.get(key), Mapping) and card[key]
+    )
+    facts = []
+    if "examples_covered" in card:
+        facts.append(f"{card['examples_covered']} of {card.get('examples', '?')} examples gave rows")
+    for key in ("prompt_tokens", "completion_tokens"):
+        spread = card.get(key)
+        if isinstance(spread, Mapping) and spread:
+            facts.append(f"{key.replace('_', ' ')}: " + ", ".join(f"{k} {v}" for k, v in spread.items()))
+    samples = "".join(_sample(number, row) for number, row in enumerate(card.get("samples") or (), 1))
+    text = f'<p class="note">{_text("; ".join(facts))}</p>' if facts else ""
+    return f'<h3>Training rows</h3>{text}<div class="groups">{groups}</div>{samples}'
+
+
+def _sample(number: int, row: Mapping[str, Any]) -> str:
+    turns = [*_turns(row.get("prompt")), *(("answer to learn", text) for _, text in _turns(row.get("completion")))]
+    body = "".join(f'<div class="turn"><b>{_text(role)}</b><pre>{_text(text)}</pre></div>' for role, text in turns)
+    known = [str(row[key]) for key in ("predictor", "label", "source") if row.get(key) not in (None, "")]
+    return _fold(f"Sample row {number}: {', '.join(known)}", body)
+
+
+def _turns(value: Any) -> list[tuple[str, str]]:
+    """Role and text of the messages of a row, whose prompt or completion may also be plain text."""
+    if isinstance(value, str):
+        return [("", value)]
+    return [(str(turn.get("role", "")), str(turn.get("content", ""))) for turn in value or ()]
+
+
+def _prompts(report: CompileReport) -> str:
+    before, after = report.student_round.program or {}, report.selected_round.program or {}
+    parts = []
+    for name, state in after.items():
+        old = before.get(name, {})
+        changed = "" if old == state else ' <span class="mark">changed</span>'
+        columns = f"{_prompt('before', old)}{_prompt('after', state)}" if changed else _prompt("unchanged", state)
+        parts.append(f'<h3><code>{_text(name)}</code>{changed}</h3><div class="columns">{columns}</div>')
+    return _section("Prompts of the selected program", *parts)
+
+
+def _prompt(title: str, state: Mapping[str, Any]) -> str:
+    signature = state.get("signature") or {}
+    demos = state.get("demos") or ()
+    body = f"<pre>{_text(signature.get('instructions', ''))}</pre>"
+    body += "".join(_fold(f"demo {number}", _demo(demo)) for number, demo in enumerate(demos, 1))
+    return f"<div><h4>{_text(title)}, {len(demos)} demos</h4>{body}</div>"
+
+
+def _demo(demo: Mapping[str, Any]) -> str:
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        for key, value in demo.items()
+    }
+    lines = "".join(f"<dt>{_text(key)}</dt><dd>{_text(text)}</dd>" for key, text in texts.items())
+    return f"<dl>{lines}</dl>"
+
+
+def _costs(report: CompileReport) -> str:
+    work = [(_name(record), record.ledger) for record in report.rounds]
+    if report.extra != Ledger():
+        work.append(("other work", report.extra))
+    rows = [_cost_cells(name, ledger) for name, ledger in [*work, ("total", report.ledger)]]
+    return _section("Cost", _table(("round", *_LEDGER_COLUMNS.values(), "seconds"), rows, last_is_total=True))
+
+
+def _cost_cells(name: str, ledger: Ledger) -> list[str]:
+    counts = [f"{getattr(ledger, column):,}" for column in _LEDGER_COLUMNS]
+    return [_Html(f"<code>{_text(name)}</code>"), *counts, seconds_text(ledger.seconds)]
+
+
+def _circumstances(report: CompileReport) -> str:
+    pairs = [*report.machine.items(), *report.versions.items()]
+    text = ", ".join(f"{_text(key)} {_text(value)}" for key, value in pairs)
+    return f"<footer>{text}</footer>" if text else ""

@@ -1,0 +1,142 @@
+"""What a compile run found: rounds with scores and intervals, the selected one, the cost, the warnings."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from ..errors import ConfigError, DataError
+from ..files import atomic_write
+from ..records import Ledger, StepRecord
+from ..saved_report import SCHEMA, checked_report
+from .intervals import CELLS, UNKNOWN, Attribution, Effect, Interval, attribution, mean_interval, paired_interval
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """The result of a compile run. `print(report)` and a notebook show a table; `to_html` writes a page."""
+
+    rounds: tuple[StepRecord, ...]
+    """Every round in order; the first is the untouched student."""
+    selected: int
+    """Position in `rounds` of the program that compile returned."""
+    valset_size: int
+    """Examples that each round was scored on; 0 without a valset."""
+    strategy: str
+    """What was asked for, such as "p -> w -> p"."""
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Package name to version."""
+    machine: Mapping[str, str] = field(default_factory=dict)
+    """What it ran on: processor, accelerator, threads, ..."""
+    warnings: tuple[str, ...] = ()
+    extra: Ledger = field(default_factory=Ledger)
+    """Work outside the rounds, such as the evaluation of the 2x2."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.selected, int) or not 0 <= self.selected < len(self.rounds):
+            raise DataError(f"selected={self.selected} is not allowed: there are {len(self.rounds)} rounds, from 0.")
+
+    @property
+    def student_round(self) -> StepRecord:
+        """The untouched student."""
+        return self.rounds[0]
+
+    @property
+    def selected_round(self) -> StepRecord:
+        """The round whose program compile returned."""
+        return self.rounds[self.selected]
+
+    @property
+    def ledger(self) -> Ledger:
+        """The cost of the whole run, earlier sittings of a resumed run included."""
+        return sum((record.ledger for record in self.rounds), self.extra)
+
+    @property
+    def metric_calls(self) -> int:
+        """Calls of the metric in the whole run."""
+        return self.ledger.metric_calls
+
+    @property
+    def lm_calls(self) -> int:
+        """Calls of predictors to their LMs in the whole run, cache hits included."""
+        return self.ledger.lm_calls
+
+    def gain(self, position: int) -> Effect | None:
+        """Gain of a round over the student on the same examples, with its 95% interval; None when either has no
+        scores. Raises DataError for a position that is none."""
+        record, student = self._round(position), self.student_round
+        if not record.scores or not student.scores or len(record.scores) != len(student.scores):
+            return None
+        gain = sum(record.scores) / len(record.scores) - sum(student.scores) / len(student.scores)
+        return Effect(gain, *paired_interval(record.scores, student.scores))
+
+    def score_interval(self, position: int) -> Interval:
+        """95% interval of a round's score; (nan, nan) when not known. Raises DataError for a position that is none."""
+        scores = self._round(position).scores
+        return mean_interval(scores) if scores else UNKNOWN
+
+    def _round(self, position: int) -> StepRecord:
+        count = len(self.rounds)
+        if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < count:
+            raise DataError(f"position={position!r} is not allowed: there are {count} rounds, from 0.")
+        return self.rounds[position]
+
+    @property
+    def two_by_two(self) -> Mapping[str, Sequence[float]] | None:
+        """Per-example scores of the 2x2 of weights and prompts (keys: `statistics.CELLS`), where it was measured."""
+        for record in (self.selected_round, *reversed(self.rounds)):
+            cells = record.details.get("two_by_two")
+            if cells and all(cells.get(cell) for cell in CELLS):
+                return {cell: tuple(cells[cell]) for cell in CELLS}
+        return None
+
+    @property
+    def attribution(self) -> Attribution | None:
+        """What the weights and the prompts each gave, where the 2x2 was measured."""
+        cells = self.two_by_two
+        return attribution(cells) if cells else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"schema": SCHEMA, **asdict(self), "rounds": [record.to_dict() for record in self.rounds]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`. Raises DataError for another schema, and for a missing, unknown or wrong field."""
+        values = checked_report(data)
+        values["rounds"] = tuple(StepRecord.from_dict(record) for record in values["rounds"])
+        values["warnings"] = tuple(values.get("warnings", ()))
+        values["extra"] = Ledger(**values.get("extra", {}))
+        return cls(**values)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one HTML file that needs nothing else. Raises ConfigError, RunDirectoryError."""
+        from .html import render
+
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+            raise ConfigError(f"path={path!r} is not allowed: give the file to write, such as 'report.html'.")
+        atomic_write(os.path.expanduser(path), render(self))
+
+    def __str__(self) -> str:
+        from .text import render
+
+        return render(self)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        from .html import render_in_notebook
+
+        return render_in_notebook(self)
+
+    def number(self, value: float | None, *, sign: bool = False) -> str:
+        """A score or a gain as text, with decimals that fit the metric's unit; "-" for None and NaN."""
+        if value is None or not math.isfinite(value):
+            return "-"
+        largest = max((abs(record.score) for record in self.rounds if record.score is not None), default=1.0)
+        return format(value, f"{'+' if sign else ''}.{3 if largest < 10 else 1}f")

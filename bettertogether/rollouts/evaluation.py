@@ -1,0 +1,141 @@
+"""Score a program on examples, example by example."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import dspy
+
+from ..callbacks import events
+from ..errors import ConfigError, ProgramError
+from ..printable import printable
+from ..records import Failure, Ledger
+from ..report.intervals import mean_interval, paired_interval
+from ..run.selection import check_examples
+from .failures import count_failures, failure_text, failure_warning
+from .metrics import Metric, check_metric
+from .rollout import Attempt, RolloutStore
+from .traces import ExamplePass, Trace
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A program's scores on a list of examples."""
+
+    scores: tuple[float, ...]
+    """The metric on each example, in order; 0.0 where the program or the metric failed."""
+    ledger: Ledger
+    traces: tuple[Trace, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """Mean score, in the metric's unit; NaN without examples."""
+        return sum(self.scores) / len(self.scores) if self.scores else math.nan
+
+    def __repr__(self) -> str:
+        failed = f", failed: {failure_text(self.failures)}" if self.failures else ""
+        return f"Evaluation(mean {self.mean:.3f} of {len(self.scores)} examples{failed})"
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """The examples that failed and so scored 0, by kind, the commonest first."""
+        return count_failures(self.traces)
+
+
+def evaluate(
+    program: dspy.Module,
+    examples: Sequence[dspy.Example],
+    metric: Metric,
+    *,
+    num_threads: int | None = None,
+    max_errors: int | None = None,
+    seed: int = 0,
+    store: RolloutStore | None = None,
+    phase: str = "evaluate",
+) -> Evaluation:
+    """Run `program` on every example and score it with `metric` (called with trace=None, as DSPy evaluates).
+
+    A parse failure scores 0. An example whose program or metric raises scores 0 too, and counts against `max_errors`
+    (None: `dspy.settings.max_errors`); raises TooManyErrors above it. Where more than half of the examples fail, the
+    log says so at once, with the commonest reason; see `Evaluation.failures`. Raises ProgramError, DataError and
+    ConfigError before any work.
+    """
+    evaluation = evaluate_many(
+        [program],
+        examples,
+        metric,
+        num_threads=num_threads,
+        max_errors=max_errors,
+        seed=seed,
+        store=store,
+        phase=phase,
+    )[0]
+    if warning := failure_warning(evaluation.failures, len(evaluation.scores), phase):
+        events.warn(warning)
+    return evaluation
+
+
+def evaluate_many(
+    programs: Sequence[dspy.Module],
+    examples: Sequence[dspy.Example],
+    metric: Metric,
+    *,
+    num_threads: int | None = None,
+    max_errors: int | None = None,
+    seed: int = 0,
+    store: RolloutStore | None = None,
+    phase: str = "evaluate",
+) -> list[Evaluation]:
+    """`evaluate` for several programs at once: their calls share the engine's batches."""
+    for program in programs:
+        if not isinstance(program, dspy.Module):
+            raise ProgramError(f"program={program!r:.100} is not allowed: give a dspy.Module.")
+    check_metric(metric)
+    if not isinstance(store, RolloutStore | None):
+        raise ConfigError(f"store={store!r} is not allowed: give a bettertogether.rollouts.rollout.RunStore, or None.")
+    examples = check_examples(examples, "examples")
+    options = ExamplePass(
+        metric,
+        num_threads=num_threads,
+        max_errors=max_errors,
+        seed=seed,
+        store=store,
+        phase=phase,
+        judge_with_trace=False,
+        judge_passes=False,
+    )
+    size = len(examples)
+    jobs = [(number, index, Attempt()) for number in range(len(programs)) for index in range(size)]
+    traces = options.over_many(programs, examples, jobs) if jobs else []
+    parts = [tuple(traces[size * number : size * (number + 1)]) for number in range(len(programs))]
+    return [_evaluation(part) for part in parts]
+
+
+def _evaluation(traces: tuple[Trace, ...]) -> Evaluation:
+    ledger = sum((trace.ledger for trace in traces), Ledger())
+    return Evaluation(tuple(trace.score for trace in traces), ledger, traces)
+
+
+def compare(evaluations: Mapping[str, Evaluation]) -> str:
+    """A line for each evaluation: its mean with a 95% interval, and from the second on its gain over the first on the
+    same examples, with a paired 95% interval; and how many examples failed, by kind. Scores in the metric's unit.
+    Raises ConfigError, and DataError for evaluations of other numbers of examples."""
+    if not isinstance(evaluations, Mapping) or not evaluations:
+        raise ConfigError(f"evaluations={evaluations!r:.100} is not allowed: give a dict from a name to an Evaluation.")
+    for name, evaluation in evaluations.items():
+        if not isinstance(name, str) or not isinstance(evaluation, Evaluation):
+            raise ConfigError(f"evaluations[{name!r}]={evaluation!r:.100} is not allowed: give an Evaluation by name.")
+    first = next(iter(evaluations.values()))
+    width = max(map(len, evaluations))
+    lines = []
+    for name, evaluation in evaluations.items():
+        low, high = mean_interval(evaluation.scores)
+        line = f"{name:<{width}}  {evaluation.mean:.3f} [{low:.3f}, {high:.3f}]"
+        if evaluation is not first:
+            low, high = paired_interval(evaluation.scores, first.scores)
+            line += f"   gain {evaluation.mean - first.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        failed = failure_text(evaluation.failures)
+        lines.append(f"{line}   failed: {failed}" if failed else line)
+    return printable("\n".join(lines))

@@ -1,0 +1,174 @@
+"""What failed in a pass over examples, and what makes a score or a step meaningless.
+
+The rules, for the report and for the log line that is written at once:
+- A failed example scores 0 and is counted by kind, however few there are.
+- Where more than half of the examples failed, a warning says how many, the commonest reason and one of them.
+- Where all of them failed, the score says nothing: the round is not selected unless there is no other, and where all
+  of them raised (program, metric, a metric without a finite number) the result's flag is set as for a failed step.
+- Where all scores of a round are equal, they tell nothing apart. The first round with a score below the full mark on
+  every example gets a warning with an answer as an example; so does a student with the full mark on every example,
+  since nothing is left to gain. A later round that reaches the full mark everywhere is a success.
+- Where all rounds have the same score on each example, below the full mark, a warning says that the scores did not
+  select.
+The full mark is 1, or the highest threshold of a step where that is higher.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dspy.utils.exceptions import AdapterParseError
+
+from ..records import Failure, StepRecord
+from ..redaction import masked
+from .metrics import BELOW_THRESHOLD
+
+if TYPE_CHECKING:
+    from .traces import Trace
+
+STUDENT = "student"
+"""How the untouched student, whose strategy is "", is called."""
+
+_LONGEST = 200
+_NOT_RAISED = frozenset({"parse failure", "prompt too long"})
+_ADVICE = {
+    "metric error": "Mend the metric.",
+    "program error": "Mend the program.",
+    "timeout": "Give the LM a longer timeout, or fewer threads.",
+    "parse failure": "The answers lack the program's output fields: constrain them (dspy.JSONAdapter with "
+    "bettertogether[structured]), raise max_tokens where they are cut, or take a larger model.",
+    "prompt too long": "Shorten the inputs or give fewer demos, or take a model with a longer context.",
+}
+_NOT_CALLABLE = " The program that this step returned can't be called as the student is."
+_METRIC_ADVICE = "Let the metric return a finite number."
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+def error_text(error: BaseException) -> str:
+    """The error in one line, without secrets; of an answer that can't be parsed, the answer."""
+    if isinstance(error, AdapterParseError):
+        return f"{', '.join(error.signature.output_fields)} not found in the answer {_short.repr(error.lm_response)}"
+    return masked(f"{type(error).__name__}: {error}".splitlines()[0][:_LONGEST])
+
+
+def count_failures(traces: Sequence[Trace]) -> tuple[Failure, ...]:
+    """The failed runs of a pass by kind, the commonest first. A score below the threshold is no failure."""
+    by_kind: dict[str, list[Trace]] = {}
+    for trace in traces:
+        if not trace.passed and trace.reason not in (None, BELOW_THRESHOLD):
+            by_kind.setdefault(str(trace.reason).partition(":")[0], []).append(trace)
+    counted = [_failure(kind, failed) for kind, failed in by_kind.items()]
+    return tuple(sorted(counted, key=lambda failure: -failure.count))
+
+
+def _failure(kind: str, traces: Sequence[Trace]) -> Failure:
+    reasons = Counter(_reason(trace) for trace in traces)
+    commonest = reasons.most_common(1)[0][0]
+    first = next(trace for trace in traces if _reason(trace) == commonest)
+    return Failure(kind, len(traces), commonest, _shown_inputs(first))
+
+
+def _reason(trace: Trace) -> str:
+    """The reason without its kind, where there is more to say."""
+    return str(trace.reason).partition(": ")[2] or trace.detail or str(trace.reason)
+
+
+def _shown_inputs(trace: Trace) -> str:
+    return f"example {trace.index}: {_fields(dict(trace.example.inputs()))}"
+
+
+def _fields(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={_short.repr(value)}" for name, value in values.items())[:_LONGEST]
+
+
+def scored_example(traces: Sequence[Trace]) -> str | None:
+    """The first example that did not fail, with its answer, in short; None when all failed."""
+    for trace in traces:
+        if trace.reason in (None, BELOW_THRESHOLD):
+            answer = trace.prediction
+            text = _fields(dict(answer.items())) if hasattr(answer, "items") else _short.repr(answer)
+            return f"{_shown_inputs(trace)} -> {text}"
+    return None
+
+
+def failure_text(failures: Sequence[Failure]) -> str:
+    """Counts by kind: "5 x parse failure, 2 x timeout"."""
+    return ", ".join(f"{failure.count} x {failure.kind}" for failure in failures)
+
+
+def failure_warning(failures: Sequence[Failure], total: int, what: str, unit: str = "examples") -> str | None:
+    """What to say of a pass over `total` examples (or runs) of which more than half failed; None of any other."""
+    failed = sum(failure.count for failure in failures)
+    if 2 * failed <= total:
+        return None
+    most = failures[0]
+    counts = f"all {total}" if failed == total else f"{failed} of {total}"
+    says = "nothing" if failed == total else "little"
+    advice = _ADVICE.get(most.kind, _METRIC_ADVICE)
+    return (
+        f"{what}: {counts} {unit} failed, so the result says {says}: {failure_text(failures)}, most often "
+        f"{most.reason} ({most.example}). {advice}"
+    )
+
+
+def all_failed(record: StepRecord) -> bool:
+    """Whether no example of a scored round got a score."""
+    return bool(record.scores) and record.failed == len(record.scores or ())
+
+
+def all_raised(record: StepRecord) -> bool:
+    """Whether the program or the metric was broken on every example of a scored round."""
+    return all_failed(record) and not any(failure.kind in _NOT_RAISED for failure in record.failures)
+
+
+def _program_broken(record: StepRecord) -> bool:
+    return all_failed(record) and record.failures[0].kind == "program error"
+
+
+def round_warnings(records: Sequence[StepRecord], full_mark: float) -> list[str]:
+    """What is meaningless in the rounds so far, in their order; only grows with further rounds."""
+    said: set[float] = set()
+    warnings = []
+    for record in records:
+        scores, name = record.scores or (), record.strategy or STUDENT
+        if warning := failure_warning(record.failures, len(scores), name):
+            broke = record.strategy and _program_broken(record) and not all_failed(records[0])
+            warnings.append(f"{warning}{_NOT_CALLABLE}" if broke else warning)
+        elif len(scores) > 1 and len(set(scores)) == 1 and scores[0] not in said:
+            said.add(scores[0])
+            warnings += _equal_scores(record, name, full_mark)
+    return warnings
+
+
+def _equal_scores(record: StepRecord, name: str, full_mark: float) -> list[str]:
+    score, count = (record.scores or (0.0,))[0], len(record.scores or ())
+    if score < full_mark:
+        seen = f" ({record.scored_example})" if record.scored_example else ""
+        return [
+            f"{name}: each of the {count} examples scores {score:g}, so nothing can be told apart by it: check the "
+            f"metric, and what the program answers{seen}."
+        ]
+    if record.strategy:
+        return []
+    return [
+        f"{name}: each of the {count} examples has the full score {score:g}: nothing is left to gain on them. Give a "
+        "harder valset."
+    ]
+
+
+def no_difference(records: Sequence[StepRecord], full_mark: float) -> str | None:
+    """What to say at the end where no step changed any example's score; None where it was said why before."""
+    scored = [record.scores for record in records if record.status == "complete" and record.scores]
+    if len(scored) < 2 or len(scored[0]) < 2 or len(set(scored)) > 1:
+        return None
+    if any(map(all_failed, records)) or min(scored[0]) >= full_mark:
+        return None
+    return (
+        f"The {len(scored)} rounds have the same score on each of the {len(scored[0])} validation examples: the scores "
+        "did not tell them apart, and the rule for ties selected."
+    )

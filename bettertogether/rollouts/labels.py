@@ -1,0 +1,75 @@
+"""Labels of examples, where labels repeat: what rows, demos and splits are balanced by."""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import TypeVar
+
+import dspy
+
+from ..errors import ConfigError
+
+MOST_LABELS = 50
+
+T = TypeVar("T")
+
+
+def output_names(program: dspy.Module) -> set[str]:
+    """The output fields of all of a program's predictors."""
+    return {name for predictor in program.predictors() for name in predictor.signature.output_fields}
+
+
+def label_fields(examples: Sequence[dspy.Example], outputs: Collection[str] = ()) -> list[str]:
+    """Fields of the examples that are not inputs, in order; [] when the inputs were not declared. Where some are among
+    `outputs`, those alone: the others (an id, a source, a difficulty) say nothing about the answer."""
+    fields: dict[str, None] = {}
+    for example in examples:
+        for name, _ in example.labels().items():
+            fields.setdefault(name)
+    return [name for name in fields if name in outputs] or list(fields)
+
+
+def labels_of(
+    examples: Sequence[dspy.Example], label_field: str | None = None, outputs: Collection[str] = ()
+) -> list[str | None]:
+    """A label for each example: the value of `label_field`, or of the first label field whose values repeat (at most
+    50 distinct values, each seen twice on average); all None when there is none, as with free-text answers. `outputs`
+    are the fields that the program answers. Raises ConfigError for a `label_field` that no example has."""
+    candidates = [label_field] if label_field else label_fields(examples, outputs)
+    if label_field and examples and not any(label_field in example for example in examples):
+        raise ConfigError(f"label_field={label_field!r} is no field of the examples: they have {sorted(examples[0])}.")
+    for field in candidates:
+        values = [example.get(field) for example in examples]
+        if not all(isinstance(value, str | int | bool | enum.Enum) or value is None for value in values):
+            continue
+        distinct = {value for value in values if value is not None}
+        if label_field or (1 < len(distinct) <= MOST_LABELS and 2 * len(distinct) <= len(examples)):
+            return [None if value is None else str(value) for value in values]
+    return [None] * len(examples)
+
+
+def stratified_order(items: Sequence[T], labels: Sequence[str | None], seed: int) -> list[T]:
+    """The items in a seeded random order in which every label is spread evenly, so that any head of it is a
+    stratified sample. Without labels: a plain shuffle."""
+    rng = random.Random(seed)
+    groups: dict[str | None, list[T]] = defaultdict(list)
+    for item, label in zip(items, labels, strict=True):
+        groups[label].append(item)
+    placed: list[tuple[float, float, T]] = []
+    for label in sorted(groups, key=str):
+        members = groups[label]
+        rng.shuffle(members)
+        offset = rng.random()
+        placed.extend(((rank + offset) / len(members), rng.random(), item) for rank, item in enumerate(members))
+    return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
+
+
+def stratified_split(
+    examples: Sequence[dspy.Example], first_size: int, seed: int, label_field: str | None = None
+) -> tuple[list[dspy.Example], list[dspy.Example]]:
+    """Two disjoint parts, the first with `first_size` examples, each in a seeded random order."""
+    order = stratified_order(list(range(len(examples))), labels_of(examples, label_field), seed)
+    return [examples[i] for i in order[:first_size]], [examples[i] for i in order[first_size:]]

@@ -1,0 +1,103 @@
+"""What a metric said: any kind of metric in, one `Verdict` out."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+
+from ..errors import ConfigError
+
+Metric = Callable[..., Any]
+
+FULL_MARK = 1.0
+"""Score that passes when no threshold is given: True, 1, 1.0."""
+
+BELOW_THRESHOLD = "score below threshold"
+"""Reason of a verdict on a run that did not fail and was not good enough."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A metric's answer for one prediction."""
+
+    score: float
+    """The metric's number; 0.0 when it gave none."""
+    passed: bool
+    reason: str | None = None
+    """Why it did not pass, in a word or two."""
+    feedback: str | None = None
+    """Text of a metric that returns `Prediction(score=, feedback=)`."""
+
+
+def call_metric(metric: Metric, example: dspy.Example, prediction: Any, trace: list[Any] | None) -> Any:
+    """Call a metric of two, three (trace) or five (GEPA: trace, pred_name, pred_trace) arguments."""
+    return metric(*(example, prediction, trace, None, None)[: _arity(metric)])
+
+
+def check_metric(metric: Any) -> None:
+    """Check that this can be called as a metric. Raises ConfigError."""
+    if not callable(metric):
+        raise ConfigError(f"metric must be a function (example, prediction, trace=None), got {metric!r}.")
+    _arity(metric)
+
+
+def _arity(metric: Metric) -> int:
+    try:
+        parameters = list(inspect.signature(metric).parameters.values())
+    except (TypeError, ValueError):
+        return 3
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return 3
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 2 or len([p for p in positional if p.default is p.empty]) > 5:
+        raise ConfigError(
+            f"metric must take (example, prediction), (example, prediction, trace) or GEPA's five arguments, "
+            f"got {inspect.signature(metric)}."
+        )
+    return 5 if len(positional) >= 5 else min(len(positional), 3)
+
+
+def score_of(value: Any) -> tuple[float, str | None]:
+    """Score and feedback of what a metric returned: bool, number, `Prediction(score, feedback)` or a mapping.
+
+    Raises TypeError for anything else (None among them).
+    """
+    feedback = None
+    if isinstance(value, Mapping | dspy.Example) or hasattr(value, "score"):
+        holder = value if isinstance(value, Mapping) else {k: getattr(value, k, None) for k in ("score", "feedback")}
+        feedback = holder.get("feedback")
+        value = holder.get("score")
+    if isinstance(value, str) or value is None:
+        raise TypeError(f"the metric must return a bool, a number or Prediction(score=...), it returned {value!r}")
+    return float(value), None if feedback is None else str(feedback)
+
+
+def judge(
+    metric: Metric | None,
+    example: dspy.Example,
+    prediction: Any,
+    trace: list[Any] | None,
+    threshold: float | None = None,
+) -> Verdict:
+    """The verdict on one prediction: passed when the score is a number and at least `threshold` (None: full mark).
+
+    Raises what the metric raises; ConfigError when scores above 1 come without a threshold, since the full mark of
+    such a metric is not known.
+    """
+    if metric is None:
+        return Verdict(FULL_MARK, True)
+    score, feedback = score_of(call_metric(metric, example, prediction, trace))
+    if not math.isfinite(score):
+        return Verdict(0.0, False, f"metric returned {'NaN' if math.isnan(score) else score}", feedback)
+    if threshold is None and score > FULL_MARK:
+        raise ConfigError(
+            f"The metric returned {score:g}. Without a threshold, 1.0 is taken as its full mark: give threshold=... "
+            "(the score from which an example counts as solved), or return a score from 0 to 1."
+        )
+    passed = score >= (FULL_MARK if threshold is None else threshold)
+    return Verdict(score, passed, None if passed else BELOW_THRESHOLD, feedback)

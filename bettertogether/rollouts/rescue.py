@@ -1,0 +1,96 @@
+"""Rescue (STaR's rationalization, arXiv 2203.14465): one more try with the label as a hint that no row shows."""
+
+from __future__ import annotations
+
+import enum
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, Union, get_args, get_origin
+
+import dspy
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from ..programs.program import predictors_of
+
+
+def narrow_signatures(program: dspy.Module, labels: Mapping[str, Any]) -> None:
+    """Let the answer fields accept the label alone, and say so in the prompt.
+
+    An engine that constrains its output to the schema can then write nothing else; any other model reads the hint.
+    Predictors without one of the label fields get the hint as text when no predictor has one.
+    """
+    predictors = predictors_of(program)
+    hit = {name for name, p in predictors.items() if labels.keys() & p.signature.output_fields.keys()}
+    for name, predictor in predictors.items():
+        if hit and name not in hit:
+            continue
+        signature = predictor.signature
+        known = dict(labels)
+        for label_field in labels.keys() & signature.output_fields.keys():
+            annotation = signature.output_fields[label_field].annotation
+            known[label_field] = value = as_field(labels[label_field], annotation)
+            # A Literal of another type has no schema, or is not read back as a value of the field's.
+            if type(value) in (str, int, bool) and _is_of_type(value, annotation):
+                signature = signature.with_updated_fields(label_field, type_=_only(value, labels[label_field]))
+        predictor.signature = signature.with_instructions(f"{signature.instructions}\n\n{hint_of(known)}")
+
+
+def _only(value: Any, label: Any) -> Any:
+    """The type of one value, in the label's spelling too, for an LM that copies what it is judged by."""
+    return Literal[value, label] if isinstance(label, str) and isinstance(value, str) else Literal[value]
+
+
+HINT = "The right final result is known: "
+
+
+def hint_of(labels: Mapping[str, Any]) -> str:
+    """The sentence that gives the label away."""
+    shown = {name: value.value if isinstance(value, enum.Enum) else value for name, value in labels.items()}
+    listed = ", ".join(f"`{name}` = {value!r}" for name, value in shown.items())
+    return f"{HINT}{listed}. Write what leads to it."
+
+
+def as_field(label: Any, annotation: Any) -> Any:
+    """A label as a value of an output field's type: 3.0 for 3 where the field is a float, "positive" for "Positive"
+    where that is the legal value. The label as it is where the type has no such value."""
+    kinds = _kinds(annotation)
+    if type(label) in kinds:
+        return label
+    legal = [value for kind in kinds for value in _legal_values(kind)]
+    spelt = _text_of(label).strip().casefold()
+    for value in [*(value for value in legal if type(value) is type(label) and value == label), *legal]:
+        names = [value.value, value.name] if isinstance(value, enum.Enum) else [value]
+        if spelt in {str(name).casefold() for name in names}:
+            return value
+    if str in kinds:
+        return _text_of(label)
+    found, value = _validated(label, annotation)
+    return value if found else label
+
+
+def _is_of_type(value: Any, annotation: Any) -> bool:
+    found, same = _validated(value, annotation)
+    return found and type(same) is type(value)
+
+
+def _validated(value: Any, annotation: Any) -> tuple[bool, Any]:
+    try:
+        return True, TypeAdapter(annotation).validate_python(value)
+    except (ValidationError, PydanticUserError):
+        return False, None
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a type."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _legal_values(kind: Any) -> list[Any]:
+    if isinstance(kind, enum.EnumMeta):
+        return list(kind)
+    return list(get_args(kind)) if get_origin(kind) is Literal else []
+
+
+def _text_of(label: Any) -> str:
+    return str(label.value if isinstance(label, enum.Enum) else label)

@@ -1,0 +1,354 @@
+"""Run a program on one example and note which predictor made which call. Failures are data."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import dspy
+from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMTimeoutError
+from dspy.utils.usage_tracker import UsageTracker
+
+from ..errors import PromptTooLongError
+from ..programs.behaviour import program_key
+from ..programs.content import by_name, example_content, fingerprint
+from ..programs.copies import copy_program
+from ..programs.program import modules_of, predictors_of
+from ..records import Ledger
+from .attribution import Attribution
+from .event_loop import run_on_loop
+from .rescue import HINT, as_field, narrow_signatures
+from .watching import Record, Seen, Watch, snapshot, watched_lm
+
+FailureKind = Literal["parse failure", "prompt too long", "timeout", "program error"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a predictor."""
+
+    predictor: str
+    """Its name in `program.named_predictors()`."""
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    """Output fields only, as the LM gave them."""
+    signature: type[dspy.Signature] | None = None
+    """The one that the call was given; None: the predictor's own."""
+    demos: tuple[Any, ...] | None = None
+    """Those that the call was given; None: the predictor's own."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """LM options that the call was given."""
+    adapter: Any = field(default=None, compare=False)
+    """Another adapter than the run's, where the call was made under one."""
+    text: str | None = field(default=None, compare=False)
+    """The answer as the LM wrote it, where that is known."""
+    cut: bool = False
+    """The answer ended at max_tokens: neither a row nor a demo may show it."""
+    unfit: str | None = None
+    """Why no row may be made of it, another reason than `cut`."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a program did on one example, before any metric has looked at it."""
+
+    prediction: Any
+    calls: tuple[Call, ...]
+    raw_trace: tuple[Any, ...]
+    """DSPy's trace: (predictor, inputs, prediction) triples, with the program's own predictors."""
+    strangers: int = 0
+    """Calls of predictors that are none of the program's, such as one that `forward` makes."""
+    failure: FailureKind | None = None
+    error: BaseException | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How to run: as it is, sampled, or with the label as a hint."""
+
+    source: Literal["student", "teacher", "sample", "rescue"] = "student"
+    number: int = 0
+    """0 for the first run, 1.. for further ones."""
+    temperature: float | None = None
+    """None leaves the LM's own."""
+    narrow: Mapping[str, Any] = field(default_factory=dict)
+    """Rescue: label field to the value that the answer must have."""
+
+    @property
+    def key(self) -> str:
+        """What tells one attempt from another."""
+        return fingerprint([self.number, self.temperature, by_name(self.narrow)])
+
+
+def stable_seed(*parts: object) -> int:
+    """A 31-bit seed that depends on the parts alone."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+def example_key(example: dspy.Example) -> str:
+    """A hash of an example's fields and of which of them are inputs."""
+    return example_content(example)[0]
+
+
+class RolloutStore:
+    """Runs that were done before, by program, example and attempt, so that steps share them.
+
+    As with DSPy's cache, the same request to the same model has the same answer, sampled or not.
+    """
+
+    def __init__(self) -> None:
+        self._runs: dict[tuple[str, str, str], Rollout] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, str, str]) -> Rollout | None:
+        """The run for a key, or None."""
+        with self._lock:
+            return self._runs.get(key)
+
+    def put(self, key: tuple[str, str, str], run: Rollout) -> None:
+        """Keep a run, unless something raised or took too long: that is worth another try."""
+        if run.failure not in ("program error", "timeout"):
+            with self._lock:
+                self._runs[key] = run
+
+
+class Runner:
+    """Runs one program on examples; safe to call from many threads.
+
+    The program itself is left alone: each run has a copy of it to itself, so that a call is known to be of this run
+    in whatever thread it is made.
+    """
+
+    def __init__(self, program: dspy.Module, *, seed: int = 0, store: RolloutStore | None = None) -> None:
+        self._program = program
+        self._seed = seed
+        self._key = program_key(program)
+        self._store = store if self._key is not None else None
+        self._needs_seeds = any(_needs_seed(predictor.lm) for predictor in program.predictors())
+        self._attribution = Attribution(program)
+        self._spare: list[_Copy] = []
+        """Copies that no thread is using; one for each run would cost more than the run of a small program."""
+
+    def run(self, example: dspy.Example, attempt: Attempt = Attempt()) -> Rollout:
+        """Run the program on one example. Never raises for what the program does; see `Run.failure`."""
+        content, all_seen = example_content(example)
+        store = self._store if all_seen else None
+        key = (self._key or "", content, f"{self._seed if self._is_changed(attempt) else ''}|{attempt.key}")
+        if store and (known := store.get(key)):
+            return replace(known, ledger=Ledger())
+        try:
+            copied = self._spare.pop()
+        except IndexError:
+            copied = _Copy(self._program, self._attribution)
+        seed = stable_seed(self._seed, content, attempt.number) if self._is_changed(attempt) else None
+        run = copied.run(example, attempt, seed)
+        self._spare.append(copied)
+        if store:
+            store.put(key, run)
+        return run
+
+    def _is_changed(self, attempt: Attempt) -> bool:
+        """Whether an attempt needs other LMs or prompts than the program's."""
+        asked = attempt.number > 0 or attempt.temperature is not None or bool(attempt.narrow)
+        return asked or self._needs_seeds
+
+
+def run_program(program: dspy.Module, example: dspy.Example) -> Rollout:
+    """One run of a program as it is. Never raises for what the program does."""
+    return Runner(program).run(example)
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What a predictor had when a run began."""
+
+    signature: type[dspy.Signature]
+    demos: tuple[Any, ...]
+    lm: Any
+
+
+class _Copy:
+    """A copy of a program that serves one run at a time, and is watched."""
+
+    def __init__(self, program: dspy.Module, attribution: Attribution) -> None:
+        self._attribution = attribution
+        self._program = copy_program(program, shares_state=True)
+        attribution.mark(self._program)
+        originals = dict(modules_of(program))
+        pairs = [(module, originals[name]) for name, module in modules_of(self._program)]
+        for module, original in pairs:
+            # A deep copy is made without them.
+            module.callbacks = list(original.callbacks)
+        self._watch = Watch(attribution)
+        self._watch.attach(self._program)
+        self._by_name = predictors_of(self._program)
+        self._basis: dict[str, _Basis] = {}
+        self._predictors = [pair for pair in pairs if isinstance(pair[0], dspy.Predict)]
+
+    def run(self, example: dspy.Example, attempt: Attempt, seed: int | None) -> Rollout:
+        """One run; `seed` is None for the program's own LMs."""
+        self._prepare(attempt, seed)
+        prediction, failure, error = None, None, None
+        with self._watch.recording() as record:
+            try:
+                prediction = _call(self._program, dict(example.inputs()))
+            except Exception as caught:
+                failure, error = _kind(caught), caught
+        _hand_on_usage(record.tracker, prediction)
+        entries = record.in_order()
+        names = [self._attribution.name_of(entry[0]) for entry in entries]
+        named = [(entry, name) for entry, name in zip(entries, names, strict=True) if name]
+        return Rollout(
+            prediction,
+            tuple(self._call_of(entry, name, record, attempt) for entry, name in named),
+            tuple((self._attribution.original(entry[0]), *entry[1:]) for entry in entries),
+            names.count(None),
+            failure,
+            error,
+            _ledger(record.tracker, len(entries)),
+        )
+
+    def _prepare(self, attempt: Attempt, seed: int | None) -> None:
+        """Undo what a run before left, and give the predictors the LMs and prompts of this one."""
+        # One copy of an LM for all that share it: dspy.BestOfN asks for the one LM of its module.
+        lms: dict[tuple[int, bool], Any] = {}
+        own = {id(predictor) for predictor in self._by_name.values()}
+        for predictor, original in self._predictors:
+            predictor.signature, predictor.config = original.signature, original.config
+            predictor.demos = list(original.demos)
+            sampled = seed is not None and id(predictor) in own
+            lm = original.lm or (dspy.settings.lm if sampled else None)
+            key = id(lm), sampled
+            if lm is not None and key not in lms:
+                lms[key] = watched_lm(_sampling_lm(lm, attempt, seed) if sampled else lm)
+            predictor.lm = lms.get(key)
+        if attempt.narrow:
+            narrow_signatures(self._program, attempt.narrow)
+        self._basis = {n: _Basis(p.signature, tuple(p.demos), p.lm) for n, p in self._by_name.items()}
+
+    def _call_of(self, entry: Any, name: str, record: Record, attempt: Attempt) -> Call:
+        predictor, inputs, prediction = entry
+        seen = record.seen(prediction)
+        if seen is None:
+            fields = predictor.signature.output_fields
+            return Call(name, dict(inputs), {key: value for key, value in prediction.items() if key in fields})
+        basis = self._basis[name]
+        own_signature = None if seen.signature is basis.signature else seen.signature
+        return Call(
+            name,
+            # DSPy has filled in defaults, and a wrapped adapter (dspy.Refine's) may have put in more.
+            {key: seen.inputs.get(key, inputs[key]) for key in seen.signature.input_fields if key in inputs},
+            self._outputs(seen, name, attempt),
+            own_signature,
+            None if _same_demos(seen, basis) else tuple(seen.demos),
+            snapshot(dict(seen.asked.get("config") or {})),
+            _own_adapter(seen, record),
+            seen.text,
+            seen.cut,
+            _unfit(seen, basis, own_signature, attempt),
+        )
+
+    def _outputs(self, seen: Seen, name: str, attempt: Attempt) -> dict[str, Any]:
+        """What the call gave, a rescued label as a value of the field's own type."""
+        fields = self._attribution.predictor(name).signature.output_fields
+        return {
+            field_name: as_field(value, fields[field_name].annotation)
+            if field_name in attempt.narrow.keys() & fields.keys()
+            else value
+            for field_name, value in seen.outputs.items()
+        }
+
+
+def _same_demos(seen: Seen, basis: _Basis) -> bool:
+    """Whether a call had the predictor's demos, or deep copies of them."""
+    if len(seen.demos) != len(basis.demos):
+        return False
+    return all(one is other or repr(one) == repr(other) for one, other in zip(seen.demos, basis.demos, strict=True))
+
+
+def _own_adapter(seen: Seen, record: Record) -> Any:
+    # That of dspy.Refine adds advice on an earlier attempt, which is no part of the predictor's own prompt.
+    if seen.adapter is record.adapter or type(seen.adapter).__module__ == "dspy.predict.refine":
+        return None
+    return seen.adapter or dspy.ChatAdapter()
+
+
+def _unfit(seen: Seen, basis: _Basis, own_signature: Any, attempt: Attempt) -> str | None:
+    if _weights_of(seen.lm) != _weights_of(basis.lm or dspy.settings.lm):
+        return "made with another LM than the predictor's"
+    if attempt.narrow and own_signature is not None and HINT in own_signature.instructions:
+        return "its own signature shows the hint"
+    return None
+
+
+def _weights_of(lm: Any) -> tuple[Any, Any]:
+    """What answers for an LM, whatever its options."""
+    engine = getattr(lm, "engine", None)
+    return engine if isinstance(engine, str) else id(engine), getattr(lm, "model", lm)
+
+
+def _needs_seed(lm: Any) -> bool:
+    """Whether an LM samples without a seed although it could take one."""
+    if lm is None or not (lm.kwargs.get("temperature") or 0) > 0 or lm.kwargs.get("seed") is not None:
+        return False
+    return "seed" in lm.supported_params
+
+
+def _sampling_lm(lm: Any, attempt: Attempt, seed: int | None) -> Any:
+    changes: dict[str, Any] = {}
+    if attempt.temperature is not None:
+        changes["temperature"] = attempt.temperature
+    if attempt.number > 0 and changes.get("temperature", lm.kwargs.get("temperature")):
+        changes["rollout_id"] = attempt.number
+    samples = (changes.get("temperature", lm.kwargs.get("temperature")) or 0) > 0
+    if samples and "seed" in lm.supported_params:
+        changes["seed"] = seed
+    sampled = lm.copy(**changes) if changes else lm
+    if "seed" in changes:
+        sampled.drawn = seed, sampled.kwargs.get("rollout_id")
+    return sampled
+
+
+def _hand_on_usage(tracker: UsageTracker, prediction: Any) -> None:
+    """To DSPy's tracker outside of the run, and to the prediction, as DSPy would have."""
+    if dspy.settings.track_usage and isinstance(prediction, dspy.Prediction):
+        prediction.set_lm_usage(tracker.get_total_tokens())
+    outer = dspy.settings.usage_tracker
+    if outer:
+        for model, entries in tracker.usage_data.items():
+            for entry in entries:
+                outer.add_usage(model, entry)
+
+
+def _call(program: dspy.Module, inputs: dict[str, Any]) -> Any:
+    forward = program.__dict__.get("forward")
+    synced = getattr(forward, "__module__", None) == dspy.syncify.__module__
+    if not synced and (hasattr(type(program), "forward") or forward is not None):
+        return program(**inputs)
+    if hasattr(type(program), "aforward"):
+        return run_on_loop(program.acall(**inputs))
+    raise TypeError(f"{type(program).__name__} has neither forward nor aforward: define one of them.")
+
+
+def _kind(error: BaseException) -> FailureKind:
+    if isinstance(error, AdapterParseError):
+        return "parse failure"
+    # DSPy wraps what an engine raises, unless it is one of its own errors.
+    if isinstance(error, ContextWindowExceededError) or isinstance(error.__cause__, PromptTooLongError):
+        return "prompt too long"
+    return "timeout" if isinstance(error, TimeoutError | LMTimeoutError) else "program error"
+
+
+def _ledger(tracker: UsageTracker, calls: int) -> Ledger:
+    entries = [entry for model_entries in tracker.usage_data.values() for entry in model_entries]
+    return Ledger(
+        program_calls=1,
+        lm_calls=max(calls, len(entries)),
+        cache_hits=max(0, calls - len(entries)),
+        prompt_tokens=sum(int(entry.get("prompt_tokens") or 0) for entry in entries),
+        generated_tokens=sum(int(entry.get("completion_tokens") or 0) for entry in entries),
+    )

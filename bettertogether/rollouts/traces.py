@@ -1,0 +1,346 @@
+"""Run a program over examples and judge it: traces with their calls, verdicts and reasons.
+
+Paper, section 3.2 (bootstrapping); RFT, arXiv 2308.01825 (several samples); STaR, arXiv 2203.14465 (rescue).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import dspy
+
+from ..callbacks import events
+from ..checks import is_number, require_metric, require_pass_options, require_switch, require_whole
+from ..errors import BetterTogetherError, ConfigError, TooManyErrors
+from ..records import Ledger
+from .failures import count_failures, error_text, failure_warning
+from .labels import label_fields, labels_of, output_names, stratified_order
+from .metrics import Metric, Verdict, judge
+from .parallel import parallel_map, thread_count
+from .rollout import Attempt, Call, Rollout, RolloutStore, Runner
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One attempt at one example, judged."""
+
+    index: int
+    """Position of the example in the examples given."""
+    example: dspy.Example
+    prediction: Any
+    calls: tuple[Call, ...]
+    verdict: Verdict
+    source: str
+    """"student", "teacher", "sample" or "rescue"."""
+    attempt: int = 0
+    label: str | None = None
+    failed: bool = False
+    """The program or the metric raised (a parse failure is not counted here)."""
+    detail: str | None = None
+    """What the program raised, a parse failure too, in one line."""
+    ledger: Ledger = field(default_factory=Ledger)
+    strangers: int = 0
+    """Calls of predictors that are none of the program's."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the metric was satisfied."""
+        return self.verdict.passed
+
+    @property
+    def score(self) -> float:
+        """The metric's number."""
+        return self.verdict.score
+
+    @property
+    def reason(self) -> str | None:
+        """Why the trace can't be learned from."""
+        return self.verdict.reason
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How hard to try for a passing trace of each example."""
+
+    num_samples: int = 4
+    """More tries for an example that failed, each with its own seed."""
+    temperature: float | Sequence[float] = 1.0
+    """Temperature of those tries; several values are used in turn."""
+    rescue: bool = True
+    """For examples that still fail: once more with the label as a hint, which no training row shows."""
+    sample_passing: bool = False
+    """Take the `num_samples` tries for examples that passed as well (RFT), for more distinct traces."""
+
+    def __post_init__(self) -> None:
+        require_whole("num_samples", self.num_samples, 0, meaning="a whole number, 0 for none")
+        if isinstance(self.temperature, Sequence) and not isinstance(self.temperature, str):
+            object.__setattr__(self, "temperature", tuple(self.temperature))
+        temperatures = self.temperatures
+        if not temperatures or any(not is_number(value) or not 0 < value <= 2 for value in temperatures):
+            raise ConfigError(f"temperature={self.temperature!r} is not allowed: give numbers above 0, at most 2.")
+        require_switch("rescue", self.rescue)
+        require_switch("sample_passing", self.sample_passing)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The schedule."""
+        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)  # type: ignore[return-value]
+
+    def temperature_of(self, number: int) -> float:
+        """Temperature of the try with this number, from 1."""
+        return self.temperatures[(number - 1) % len(self.temperatures)]
+
+
+@dataclass(frozen=True)
+class TraceSet:
+    """All attempts of a pass, in the order of the examples and attempts."""
+
+    traces: tuple[Trace, ...] = field(repr=False)
+    ledger: Ledger
+    examples: int
+    warnings: tuple[str, ...] = ()
+    """What makes the pass meaningless; said already when it was found."""
+
+    @property
+    def passing(self) -> tuple[Trace, ...]:
+        """The attempts that the metric accepted."""
+        return tuple(trace for trace in self.traces if trace.passed)
+
+    def reasons(self) -> dict[str, int]:
+        """How many attempts failed, by reason."""
+        return dict(Counter(trace.reason or "?" for trace in self.traces if not trace.passed).most_common())
+
+
+@dataclass
+class ExamplePass:
+    """Options that every pass over examples shares, and the count of examples that raised."""
+
+    metric: Metric | None
+    threshold: float | None = None
+    num_threads: int | None = None
+    max_errors: int | None = None
+    seed: int = 0
+    store: RolloutStore | None = None
+    phase: str = "run"
+    judge_with_trace: bool = True
+    """Give the metric the trace (bootstrapping) or None (evaluation), as DSPy does."""
+    judge_passes: bool = True
+    """Evaluation needs no verdict, only the score."""
+
+    def __post_init__(self) -> None:
+        require_metric(self.metric)
+        require_pass_options(self.num_threads, self.max_errors, self.seed, self.threshold)
+
+    @classmethod
+    def of_step(
+        cls,
+        step: Any,
+        *,
+        num_threads: int | None,
+        max_errors: int | None,
+        seed: int | None,
+        store: RolloutStore | None,
+        phase: str,
+    ) -> Self:
+        """The options of one of our optimizers; what its `compile` was given wins over what it was made with."""
+        return cls(
+            step.metric,
+            step.threshold,
+            step.num_threads if num_threads is None else num_threads,
+            step.max_errors if max_errors is None else max_errors,
+            step.seed if seed is None else seed,
+            store,
+            phase,
+        )
+
+    def over(
+        self,
+        program: dspy.Module,
+        examples: Sequence[dspy.Example],
+        jobs: Sequence[tuple[int, Attempt]],
+        labels: Sequence[str | None] | None = None,
+    ) -> list[Trace]:
+        """Run and judge (example index, attempt) jobs, concurrently. Raises TooManyErrors."""
+        return self.over_many([program], examples, [(0, *job) for job in jobs], labels)
+
+    def over_many(
+        self,
+        programs: Sequence[dspy.Module],
+        examples: Sequence[dspy.Example],
+        jobs: Sequence[tuple[int, int, Attempt]],
+        labels: Sequence[str | None] | None = None,
+    ) -> list[Trace]:
+        """`over` for several programs at once: (program index, example index, attempt) jobs share the threads."""
+        runners = [Runner(program, seed=self.seed, store=self.store) for program in programs]
+        limit = dspy.settings.max_errors if self.max_errors is None else self.max_errors
+        failures: dict[int, dict[int, Trace]] = defaultdict(dict)
+        done = 0
+
+        def one(job: tuple[int, int, Attempt]) -> Trace:
+            program, index, attempt = job
+            trace = self._judged(index, examples[index], runners[program].run(examples[index], attempt), attempt)
+            return replace(trace, label=labels[index]) if labels else trace
+
+        def note(position: int, trace: Trace) -> None:
+            nonlocal done
+            done += 1
+            tokens = trace.ledger.prompt_tokens + trace.ledger.generated_tokens
+            events.emit("progress", {"phase": self.phase, "done": done, "total": len(jobs), "tokens": tokens})
+            failed = failures[jobs[position][0]]
+            if trace.failed:
+                failed[trace.index] = trace
+            if limit is not None and len(failed) > limit:
+                raise TooManyErrors(_too_many(failed, len(examples), limit))
+
+        threads = max(thread_count(program, self.num_threads) for program in programs)
+        return parallel_map(one, jobs, num_threads=threads, on_result=note)
+
+    def _judged(self, index: int, example: dspy.Example, run: Rollout, attempt: Attempt) -> Trace:
+        verdict, failed = self._verdict(example, run)
+        judged = run.error is None and self.metric is not None
+        return Trace(
+            index=index,
+            example=example,
+            prediction=run.prediction,
+            calls=run.calls,
+            verdict=verdict,
+            source=attempt.source,
+            attempt=attempt.number,
+            failed=failed,
+            detail=error_text(run.error) if run.error is not None else None,
+            ledger=replace(run.ledger, metric_calls=int(judged)),
+            strangers=run.strangers,
+        )
+
+    def _verdict(self, example: dspy.Example, run: Rollout) -> tuple[Verdict, bool]:
+        """The verdict, and whether something raised that counts against `max_errors`."""
+        if isinstance(run.error, BetterTogetherError):
+            raise run.error
+        if run.failure in ("parse failure", "prompt too long"):
+            return Verdict(0.0, False, run.failure), False
+        if run.error is not None:
+            return Verdict(0.0, False, f"{run.failure}: {error_text(run.error)}"), True
+        threshold = self.threshold if self.judge_passes else float("-inf")
+        try:
+            trace = list(run.raw_trace) if self.judge_with_trace else None
+            return judge(self.metric, example, run.prediction, trace, threshold), False
+        except BetterTogetherError:
+            raise
+        except Exception as error:
+            return Verdict(0.0, False, f"metric error: {error_text(error)}"), True
+
+
+def _too_many(failures: Mapping[int, Trace], examples: int, limit: int) -> str:
+    reasons = Counter(trace.reason for trace in failures.values()).most_common(3)
+    listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+    return (
+        f"{len(failures)} of {examples} examples raised, more than max_errors={limit} allows. {listed}. "
+        "Mend the program or the metric, or give a higher max_errors."
+    )
+
+
+def collect_traces(
+    program: dspy.Module,
+    examples: Sequence[dspy.Example],
+    options: ExamplePass,
+    *,
+    sampling: Sampling = Sampling(),
+    teachers: Sequence[dspy.Module] = (),
+    label_field: str | None = None,
+) -> TraceSet:
+    """Traces of every example: a first run each, then more tries for those that failed, as `sampling` says.
+
+    With teachers, each of them makes the first runs instead of the student, and the first teacher the further tries.
+    """
+    outputs = output_names(program)
+    labels = labels_of(examples, label_field, outputs)
+    known = label_fields(examples, outputs) if label_field is None else [label_field]
+    traces: list[Trace] = []
+
+    def wave(runner: dspy.Module, indices: Iterable[int], attempt_of: Callable[[int], Attempt]) -> None:
+        jobs = [(index, attempt_of(index)) for index in indices]
+        if jobs:
+            traces.extend(options.over(runner, examples, jobs, labels))
+
+    def unsolved() -> list[int]:
+        solved = {trace.index for trace in traces if trace.passed}
+        return [index for index in range(len(examples)) if index not in solved]
+
+    source = "teacher" if teachers else "student"
+    for first in teachers or (program,):
+        wave(first, range(len(examples)), lambda _: Attempt(source))  # type: ignore[arg-type]
+    warning = failure_warning(count_failures(traces), len(traces), options.phase, "runs")
+    if warning:
+        events.warn(warning)
+    sampler = (*teachers, program)[0]
+    for number in range(1, sampling.num_samples + 1):
+        again = range(len(examples)) if sampling.sample_passing else unsolved()
+        attempt = Attempt("sample", number, sampling.temperature_of(number))
+        wave(sampler, again, lambda _, attempt=attempt: attempt)  # type: ignore[misc]
+    if sampling.rescue:
+        hints = {index: _hint(examples[index], known) for index in unsolved()}
+        wave(sampler, [i for i, hint in hints.items() if hint], lambda i: Attempt("rescue", 1, None, hints[i]))
+    traces.sort(key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
+    ledger = sum((trace.ledger for trace in traces), Ledger())
+    return TraceSet(tuple(traces), ledger, len(examples), (warning,) if warning else ())
+
+
+def _hint(example: dspy.Example, fields: Sequence[str]) -> dict[str, Any]:
+    return {name: example[name] for name in fields if example.get(name) is not None}
+
+
+NO_CALLS = "no calls to learn from"
+"""Why a passing trace is left out: the program answered by itself, or its calls were not seen."""
+
+
+def select_traces(
+    traces: Iterable[Trace],
+    *,
+    max_per_example: int = 2,
+    max_rescue_share: float = 1.0,
+    dropped: Counter[str] | None = None,
+) -> list[Trace]:
+    """The passing traces to learn from: one of each kind of content, at most `max_per_example` of an example (its own
+    first, rescued last), rescued ones at most this share of all. `dropped` counts the passing ones left out."""
+    counts = Counter() if dropped is None else dropped
+    kept: list[Trace] = []
+    seen: dict[int, set[str]] = {}
+    for trace in traces:
+        if not trace.passed:
+            continue
+        if not trace.calls:
+            counts[NO_CALLS] += 1
+            continue
+        content = repr([(call.predictor, sorted(call.outputs.items())) for call in trace.calls])
+        known = seen.setdefault(trace.index, set())
+        if content in known:
+            counts["same as another of its example"] += 1
+        elif len(known) >= max_per_example:
+            counts["over max_traces_per_example"] += 1
+        else:
+            known.add(content)
+            kept.append(trace)
+    return _limit_rescued(kept, max_rescue_share, counts)
+
+
+def _limit_rescued(traces: list[Trace], max_share: float, dropped: Counter[str]) -> list[Trace]:
+    own = [trace for trace in traces if trace.source != "rescue"]
+    rescued = [trace for trace in traces if trace.source == "rescue"]
+    room = len(rescued) if max_share >= 1 else int(len(own) * max_share / (1 - max_share))
+    if len(rescued) <= room:
+        return traces
+    dropped["over max_rescue_share"] += len(rescued) - room
+    # Spread over the labels, which the head of a sorted trainset would not be.
+    chosen = stratified_order(rescued, [trace.label for trace in rescued], seed=0)[:room]
+    return sorted([*own, *chosen], key=lambda trace: (trace.index, trace.attempt))
+
+
+def hint_leaks(trace: Trace) -> bool:
+    """Whether a rescued answer talks about its hint, so that it makes no sense without it."""
+    if trace.source != "rescue":
+        return False
+    text = " ".join(str(value).lower() for call in trace.calls for value in call.outputs.values())
+    return any(word in text for word in ("right final result is known", "the hint", "given hint"))

@@ -1,0 +1,210 @@
+"""Run one optimizer as a step: ours or any DSPy Teleprompter, with the LMs of the program kept."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
+from dspy.utils.callback import BaseCallback
+
+from ..errors import ProgramError
+from ..lm import local_engine
+from ..programs.copies import drop_results
+from ..programs.program import as_programs, copy_for_step, modules_of, predictors_of
+from ..records import Ledger
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave."""
+
+    program: dspy.Module
+    ledger: Ledger
+    details: Mapping[str, Any]
+    step_gain: float | None
+
+
+class _CallCounter(BaseCallback):
+    def __init__(self) -> None:
+        self.calls = 0
+        self._lock = threading.Lock()
+
+    def on_lm_end(self, call_id: str, outputs: Any, exception: Exception | None = None) -> None:
+        with self._lock:
+            self.calls += 1
+
+
+def is_ours(optimizer: Teleprompter) -> bool:
+    """Whether an optimizer takes a store of runs and says afterwards what it did (`ledger`, `details`, `step_gain`)."""
+    return hasattr(optimizer, "step_gain")
+
+
+_USUAL = ("trainset", "teacher", "valset")
+
+
+@contextmanager
+def lent(optimizer: Teleprompter, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Give the optimizer's attributes that are None the value of the setting of the same name, for the optimizers that
+    take num_threads, max_errors or seed when they are made; take them back afterwards."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in given.items() if getattr(optimizer, name, ...) is None}
+    own = getattr(optimizer, "__dict__", {}).keys() & given.keys()
+    for name, value in given.items():
+        setattr(optimizer, name, value)
+    try:
+        yield
+    finally:
+        for name, value in given.items():
+            # Another value is one that the optimizer itself, or its user, has put there meanwhile.
+            if getattr(optimizer, name, None) is value:
+                setattr(optimizer, name, None) if name in own else delattr(optimizer, name)
+
+
+def accepted_arguments(optimizer: Teleprompter, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that the optimizer's `compile` takes; those that are None are left to its own defaults. One that
+    takes any keyword is given what `dspy.BetterTogether` has for it."""
+    parameters = inspect.signature(optimizer.compile).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    names = {*parameters, *(_USUAL if takes_any else ())}
+    return {k: v for k, v in arguments.items() if v is not None and k in names}
+
+
+def run_step(
+    optimizer: Teleprompter,
+    program: dspy.Module,
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+) -> StepResult:
+    """Compile a copy of `program` with `optimizer` itself, so that what it keeps of its work is found there.
+
+    Args:
+        settings: num_threads, max_errors, seed: for `compile` where it takes them, else for the optimizer itself.
+        data: trainset, valset, teacher, store, ...: for `compile`, where it takes them.
+        overrides: The user's own arguments for `compile`; they win.
+
+    The program's LMs answer during the step, whatever `dspy.settings.lm` is, and are those of the result, unless the
+    optimizer put others in their place.
+    """
+    ours = is_ours(optimizer)
+    student = copy_for_step(program)
+    lms = {name: predictor.lm for name, predictor in predictors_of(student).items()}
+    arguments = accepted_arguments(optimizer, {**settings, **data})
+    counter = _CallCounter()
+    before = _engine_counters(lms.values())
+    keep_lms(student)
+    if not ours and arguments.get("teacher") is not None:
+        arguments["teacher"] = _marked_copy(arguments["teacher"])
+    arguments |= overrides
+    own_teachers = as_programs(overrides.get("teacher"))
+    with lent(optimizer, settings), _kept_lms(own_teachers), _fallback_lm(lms), _counting(None if ours else counter):
+        result = unmark(optimizer.compile(student, **arguments))
+    drop_results(result)
+    _free_forward(result)
+    for name, predictor in predictors_of(result).items():
+        if predictor.lm is None:
+            predictor.lm = lms.get(name)
+    if ours:
+        return StepResult(result, optimizer.ledger, optimizer.details, optimizer.step_gain)
+    after = _engine_counters(lms.values())
+    ledger = Ledger(
+        lm_calls=counter.calls,
+        cache_hits=max(0, counter.calls - (after["requests"] - before["requests"])) if before["engines"] else 0,
+        prompt_tokens=after["prompt_tokens"] - before["prompt_tokens"],
+        generated_tokens=after["generated_tokens"] - before["generated_tokens"],
+    )
+    return StepResult(result, ledger, {"optimizer": type(optimizer).__name__}, None)
+
+
+def _engine_counters(lms: Any) -> dict[str, int]:
+    engines = {id(engine): engine for lm in lms if (engine := local_engine(lm)) is not None}
+    totals = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0, "engines": len(engines)}
+    for engine in engines.values():
+        counters = engine.counters()
+        for name in ("requests", "prompt_tokens", "generated_tokens"):
+            totals[name] += counters.get(name, 0)
+    return totals
+
+
+@contextmanager
+def _counting(counter: _CallCounter | None) -> Iterator[None]:
+    if counter is None:
+        yield
+        return
+    with dspy.context(callbacks=[*dspy.settings.callbacks, counter]):
+        yield
+
+
+@contextmanager
+def _fallback_lm(lms: Mapping[str, Any]) -> Iterator[None]:
+    """Optimizers that ask `dspy.settings.lm` for proposals find the program's own LM where none is set."""
+    if dspy.settings.lm is not None or not lms:
+        yield
+        return
+    with dspy.context(lm=next(iter(lms.values()))):
+        yield
+
+
+def _reset_but_lm(predictor: dspy.Predict) -> None:
+    lm = predictor.lm
+    type(predictor).reset(predictor)
+    predictor.lm = lm
+
+
+def keep_lms(*programs: dspy.Module) -> None:
+    """Mark programs, so that `reset_copy()` of them and of their copies clears prompts but not LMs.
+
+    DSPy's few-shot optimizers reset predictors and then run on `dspy.settings.lm`, which after a weight step is the
+    wrong model. `KNNFewShot` goes on doing so whenever its result is called, with the program that it was given: so
+    what is marked must be a copy that nobody else has, and stays marked.
+    """
+    for program in programs:
+        for predictor in program.predictors():
+            predictor.reset = functools.partial(_reset_but_lm, predictor)
+
+
+@contextmanager
+def _kept_lms(programs: Sequence[dspy.Module]) -> Iterator[None]:
+    """`keep_lms` of the user's own programs while a step runs."""
+    keep_lms(*programs)
+    try:
+        yield
+    finally:
+        for program in programs:
+            for predictor in program.predictors():
+                predictor.__dict__.pop("reset", None)
+
+
+def unmark(result: dspy.Module) -> dspy.Module:
+    """Take the mark off an optimizer's result and its candidates. Raises ProgramError for a result that is none."""
+    if not isinstance(result, dspy.Module):
+        raise ProgramError(f"The optimizer returned {type(result).__name__} where a dspy.Module is needed.")
+    candidates = getattr(result, "candidate_programs", None) or []
+    for each in (result, *(candidate["program"] for candidate in candidates if "program" in candidate)):
+        for _, predictor in each.named_sub_modules(dspy.Predict):
+            predictor.__dict__.pop("reset", None)
+    return result
+
+
+def _free_forward(program: dspy.Module) -> None:
+    """Undo `module.forward = module.forward`, with which DSPy ends its tracing: it binds the method to the object that
+    was traced, which in a copy is another one."""
+    for _, module in modules_of(program):
+        if getattr(module.__dict__.get("forward"), "__func__", ...) is getattr(type(module), "forward", None):
+            del module.__dict__["forward"]
+
+
+def _marked_copy(teacher: Any) -> Any:
+    if not isinstance(teacher, dspy.Module):
+        return [_marked_copy(each) for each in teacher]
+    copied = copy_for_step(teacher)
+    copied._compiled = teacher._compiled
+    keep_lms(copied)
+    return copied

@@ -1,0 +1,202 @@
+"""What a call of `compile` asked for: all that decides its result, as names and texts that a user can compare.
+
+Code, values and data that are too long to be shown are named by a hash of their content. Noted are the code of the
+program, of the teachers and of the metric, with what they call and hold; the models with their options; the optimizers
+with theirs; the data; and the settings of DSPy that change an answer. Not noted is what only changes the pace
+(threads, batch sizes, the device), who watches, and what has no content that lasts from one process to the next: locks,
+open files, clients of services, random states count by their type. No secret is noted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import platform
+import types
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import dspy
+from dspy.clients.base_lm import BaseLM
+from dspy.teleprompt.teleprompt import Teleprompter
+
+from .. import __version__
+from ..programs.behaviour import NOISE, BehaviourWalk, class_parts, is_own, lm_parts, named_values, signature_parts
+from ..programs.content import cell_content, dataset_hash
+from ..programs.program import model_names, modules_of, predictors_of
+from ..redaction import is_secret_name, masked
+from .strategy import join
+
+if TYPE_CHECKING:
+    from .loop import Plan
+
+FORM = 2
+"""Of what is noted here. Other forms can't be compared."""
+
+_SHORT = 100
+"""Characters of a value that is shown as it is."""
+
+_PACE = frozenset({"num_threads", "folder", "log_dir", "verbose", "details", "ledger", "step_gain"})
+"""Attributes of optimizers that are no setting which decides a result, or results that ours keep."""
+
+Noted = dict[str, Any]
+
+
+def asked_of(plan: Plan, strategy: str) -> Noted:
+    """What a checked call asks for, as JSON; `strategy` as text."""
+    note = _Notes()
+    return {
+        "form": FORM,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "strategy": strategy,
+        "seed": plan.seed,
+        "max_rounds": plan.max_rounds,
+        "shuffle": plan.shuffle,
+        "two_by_two": plan.two_by_two,
+        "student": note.program(plan.student),
+        "teachers": {str(number): note.program(each) for number, each in enumerate(plan.teachers, 1)},
+        "adapter": note.holder(dspy.settings.adapter or dspy.ChatAdapter()),
+        "settings": {name: note.text(dspy.settings.get(name)) for name in ("lm", "rm")},
+        "trainset": note.examples(plan.trainset),
+        "valset": note.examples(plan.valset),
+        "metric": note.callable(plan.metric),
+        "optimizers": {key: note.optimizer(optimizer) for key, optimizer in plan.optimizers.items()},
+        "compile_args": {key: note.entries(arguments) for key, arguments in plan.compile_args.items()},
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def strategy_text(plan: Plan) -> str:
+    """The strategy as it was understood, whatever its white space."""
+    return "auto" if plan.auto else ", ".join(map(join, plan.strategies))
+
+
+class _Notes:
+    """Texts for values; what is met twice is walked once."""
+
+    def __init__(self) -> None:
+        self._walk = BehaviourWalk(lasting=True)
+
+    def text(self, value: Any) -> str:
+        """A value as text: itself where it is short and plain, else its kind and a hash of its content."""
+        if _is_plain(value) and len(shown := repr(value)) <= _SHORT:
+            return masked(shown)
+        digest = self._walk.of(value)[:16]
+        if isinstance(value, types.FunctionType):
+            return f"{value.__qualname__} {digest}"
+        size = f" of {len(value)}" if isinstance(value, list | tuple | dict | set | str) else ""
+        return f"{type(value).__qualname__}{size} {digest}"
+
+    def entries(self, values: Mapping[Any, Any]) -> Noted:
+        """Names with texts, in order, without secrets."""
+        named = {str(name): value for name, value in values.items()}
+        return {name: self.text(named[name]) for name in sorted(named) if not is_secret_name(name)}
+
+    def examples(self, examples: Sequence[dspy.Example]) -> str:
+        """A data set."""
+        return f"{len(examples)} examples {dataset_hash(examples)[:16]}"
+
+    def program(self, program: dspy.Module) -> Noted:
+        """A program: its classes' code, what its modules hold, its prompts, its LMs."""
+        predictors = predictors_of(program)
+        modules = dict(modules_of(program))
+        return {
+            "class": type(program).__qualname__,
+            "code": self.code(*map(type, modules.values())),
+            "attributes": {name: held for name, module in modules.items() if (held := self._held(module))},
+            "prompts": {name: self._prompt(predictor) for name, predictor in predictors.items()},
+            "models": model_names(program),
+            "lms": {name: self.entries(lm_parts(p.lm)) for name, p in predictors.items() if isinstance(p.lm, BaseLM)},
+        }
+
+    def _held(self, module: dspy.Module) -> Noted:
+        left_out = NOISE | ({"lm", "signature", "demos"} if isinstance(module, dspy.Predict) else set())
+        held = {k: v for k, v in vars(module).items() if k not in left_out and not isinstance(v, dspy.Module)}
+        return self.entries(held)
+
+    def _prompt(self, predictor: dspy.Predict) -> Noted:
+        instructions, fields = signature_parts(predictor.signature)
+        return {
+            "instructions": self.text(instructions),
+            "fields": {field[0]: self.text(field[1:]) for field in fields},
+            "demos": self.text(list(predictor.demos)),
+        }
+
+    def code(self, *kinds: type) -> Noted:
+        """The user's code of classes, by method."""
+        noted: Noted = {}
+        for base in dict.fromkeys(base for kind in kinds for base in kind.__mro__ if is_own(base)):
+            for name, value in class_parts(base).items():
+                key = f"{base.__qualname__}.{name}"
+                while key in noted:
+                    # A class of the same name, such as one made by the same function.
+                    key += "'"
+                noted[key] = self.text(value)
+        return noted
+
+    def holder(self, value: Any, *, left_out: frozenset[str] = NOISE) -> Noted:
+        """An object with settings: its class with the user's code, its attributes."""
+        held = {name: each for name, each in getattr(value, "__dict__", {}).items() if name not in left_out}
+        code = self.code(type(value))
+        return {"class": type(value).__qualname__, **({"code": code} if code else {}), **self.entries(held)}
+
+    def optimizer(self, optimizer: Teleprompter) -> Noted:
+        """An optimizer: its class, its settings. What begins with "_" is its own affair."""
+        private = {name for name in vars(optimizer) if name.startswith("_")}
+        return self.holder(optimizer, left_out=_PACE | private)
+
+    def callable(self, function: Any) -> Noted:
+        """A metric: a function, a partial, a method, or an object that can be called."""
+        if isinstance(function, functools.partial):
+            given = {"args": self.text(list(function.args)), "keywords": self.entries(function.keywords)}
+            return {"partial": self.callable(function.func), **given}
+        if isinstance(function, types.MethodType):
+            return {"method": self.callable(function.__func__), "of": self.holder(function.__self__)}
+        if not isinstance(function, types.FunctionType):
+            return {**self.holder(function), "content": self.text(function)}
+        names = function.__code__.co_freevars
+        cells = dict(zip(names, map(cell_content, function.__closure__ or ()), strict=True))
+        defaults = {n: p.default for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+        return {
+            "name": function.__qualname__,
+            "code": self.text(function.__code__),
+            "defaults": self.entries(defaults),
+            "closure": self.entries(cells),
+            "uses": self.entries(dict(named_values(function))) if is_own(function) else {},
+        }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return type(value) in (list, tuple) and all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return type(value) is dict and all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def as_before(now: Any, before: Any, after: Any) -> Any:
+    """What was asked, without what a run of this process itself changed: entries (a counter of a metric, notes that an
+    optimizer keeps) that are as that run left them stand as they were before it."""
+    if not (isinstance(now, dict) and isinstance(after, dict) and isinstance(before, dict)):
+        return before if now == after else now
+    merged = {name: as_before(now.get(name), before.get(name), after.get(name)) for name in [*now, *before]}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result may depend on."""
+    found = {"bettertogether": __version__}
+    for package in ("dspy", "torch", "transformers", "peft", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, str]:
+    """What this runs on."""
+    return {"platform": platform.platform(), "python": platform.python_version(), "cpus": str(os.cpu_count())}

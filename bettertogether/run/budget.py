@@ -1,0 +1,77 @@
+"""A limit on what a compile run may use, and the meter that holds a run to it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import BudgetExceeded, ConfigError
+from ..records import Ledger
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of a run; None is no limit. Checked between units of work, so a run overshoots by one unit at most."""
+
+    minutes: float | None = None
+    """Wall time in minutes, the time of resumed steps included."""
+    metric_calls: int | None = None
+    """Calls of the metric."""
+    tokens: int | None = None
+    """Prompt, generated and trained tokens together."""
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "metric_calls", "tokens"):
+            value = getattr(self, name)
+            kinds = int | float if name == "minutes" else int
+            if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and value > 0):
+                continue
+            number = "a number" if name == "minutes" else "a whole number"
+            raise ConfigError(f"Budget({name}={value!r}) is not allowed: give {number} above 0, or None for no limit.")
+
+    def start(self, spent: Ledger = Ledger(), *, clock: Callable[[], float] = time.monotonic) -> BudgetMeter:
+        """A meter whose clock runs from now on. `spent` is what resumed steps used before, their seconds included."""
+        return BudgetMeter(self, spent, clock=clock)
+
+
+class BudgetMeter:
+    """What a run has used of its budget. Safe to use from many threads."""
+
+    def __init__(
+        self, budget: Budget, spent: Ledger = Ledger(), *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.budget = budget
+        self._clock = clock
+        self._started_s = clock() - spent.seconds
+        self._charged = spent.with_seconds(0.0)
+        self._lock = threading.Lock()
+
+    def charge(self, ledger: Ledger) -> None:
+        """Add work that was done. Its seconds are not added: the meter's own clock has them."""
+        with self._lock:
+            self._charged += ledger.with_seconds(0.0)
+
+    @property
+    def used(self) -> Ledger:
+        """Everything charged so far, with the wall time since the start."""
+        with self._lock:
+            return self._charged.with_seconds(self._clock() - self._started_s)
+
+    def check(self) -> None:
+        """Raise BudgetExceeded when a limit is reached; the message has what was used and the limits."""
+        used = self.used
+        amounts = {"minutes": used.seconds / 60, "metric_calls": used.metric_calls, "tokens": used.tokens}
+        limits = {name: getattr(self.budget, name) for name in amounts}
+        if not any(limit is not None and amounts[name] >= limit for name, limit in limits.items()):
+            return
+        parts = [
+            f"{amounts[name]:,.{1 if name == 'minutes' else 0}f} of {'any' if limit is None else format(limit, ',')} "
+            f"{name.replace('_', ' ')}"
+            for name, limit in limits.items()
+        ]
+        raise BudgetExceeded(
+            f"The budget is used up: {', '.join(parts)}. Give a larger Budget with the same run_dir to go on after "
+            "the last finished step."
+        )

@@ -1,0 +1,295 @@
+"""The directory of a compile run: what was asked, one record per finished step, adapters, report. Made to be killed.
+
+Guarantees:
+- `append` returns after the record is on disk (fsync). A kill at any moment loses at most the record being written:
+  its torn line is dropped when the directory is opened again.
+- Every other file is written whole or not at all (temporary file, fsync, `os.replace`).
+- A full or failing disk raises RunDirectoryError and leaves what was there before as it was.
+- One process at a time: the lock is the operating system's, so that it ends with its process, however that ends.
+- A directory that holds anything else, or another run, is never written to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from ..errors import RunDirectoryError
+from ..files import FileLock, append_line, atomic_write, cache_folder, disk_errors, json_text, now
+from ..printable import get_logger
+from ..records import StepRecord
+
+__all__ = ["RunDirectory", "atomic_write", "cache_folder", "checked_folder", "default_run_directory"]
+
+logger = get_logger(__name__)
+
+SCHEMA = 1
+"""Version of run.json; a newer one is refused."""
+
+INFORMATIVE = ("versions", "machine")
+"""Keys of `run` that may differ when a run goes on: noted in the log, no error."""
+
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError)
+"""What reading a damaged file raises."""
+
+_LOCKS = ("lock", "lock.owner")
+_TEMPORARY = re.compile(r"\..+\.tmp")
+_SHOWN = 120
+_LINES = 12
+
+
+def default_run_directory(key: str) -> Path:
+    """Where the run with a name of its own lives when no `run_dir` is given."""
+    return cache_folder().absolute() / "runs" / key
+
+
+def checked_folder(run_dir: Any) -> Path:
+    """The absolute path of a run directory, "~" expanded. Raises RunDirectoryError for what can't name a folder."""
+    advice = 'give a folder, such as run_dir="runs/first"'
+    if not isinstance(run_dir, str | os.PathLike) or not isinstance(os.fspath(run_dir), str):
+        raise RunDirectoryError(f"run_dir={run_dir!r} is not allowed: {advice}.")
+    text = os.fspath(run_dir)
+    if not text.strip() or "\0" in text:
+        raise RunDirectoryError(f"run_dir={text!r} names no folder: {advice}.")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise RunDirectoryError(f"run_dir={text!r} can't be found ({error}): {advice}.") from error
+
+
+class RunDirectory:
+    """A directory opened by `RunDirectory.open`; close it, or use it in a `with`, to let other processes in."""
+
+    def __init__(self, path: Path, lock: FileLock, header: dict[str, Any], records: list[StepRecord]) -> None:
+        self.path = path
+        self._lock = lock
+        self._header = header
+        self._records = records
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], run: Mapping[str, Any]) -> Self:
+        """Start a run in a new or empty directory, or go on with the same run in its own.
+
+        `run` says what was asked (strategy, seeds, student, datasets, options, versions, ...), as JSON. A run is the
+        same when all of it is equal but the keys of `INFORMATIVE`. Raises RunDirectoryError when the directory
+        belongs to another run, to something else, to another process, to a newer version, or is damaged.
+        """
+        folder = checked_folder(path)
+        asked = _as_json(run)
+        with disk_errors(folder):
+            if folder.exists() and not folder.is_dir():
+                raise RunDirectoryError(
+                    f"{folder} is a file: give a run_dir that is a directory, or does not exist yet."
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(folder)
+        lock = FileLock(folder / "lock")
+        try:
+            header = _read_header(folder)
+            if header is None:
+                header = {"schema": SCHEMA, "created": now(), "finished": None, "run": asked}
+                atomic_write(folder / "run.json", _pretty(header))
+            else:
+                _require_same(folder, header["run"], asked)
+            _remove_temporary(folder)
+            records = _read_records(folder / "records.jsonl")
+            with disk_errors(folder):
+                for name in ("adapters", "programs"):
+                    (folder / name).mkdir(exist_ok=True)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(folder, lock, header, records)
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """What was asked when the directory was made."""
+        return self._header["run"]
+
+    @property
+    def adapters(self) -> Path:
+        """Folder for trained adapters."""
+        return self.path / "adapters"
+
+    @property
+    def programs(self) -> Path:
+        """Folder for saved programs."""
+        return self.path / "programs"
+
+    @property
+    def report(self) -> Path:
+        """Where the HTML report goes."""
+        return self.path / "report.html"
+
+    @property
+    def finished(self) -> bool:
+        """Whether `finish` was called, in this process or an earlier one."""
+        return self._header["finished"] is not None
+
+    def records(self) -> tuple[StepRecord, ...]:
+        """The records on disk, in the order they were appended."""
+        return tuple(self._records)
+
+    def append(self, record: StepRecord) -> None:
+        """Add a record; it is on disk when this returns. Raises RunDirectoryError and leaves the file as it was."""
+        self._require_open()
+        try:
+            line = json_text(record.to_dict()) + "\n"
+        except (TypeError, ValueError) as error:
+            raise RunDirectoryError(
+                f"The record of step {record.index} ({record.strategy or 'student'}) is not JSON: {error}. Put only "
+                "numbers, text, lists and dicts in its details and program."
+            ) from error
+        append_line(self.path / "records.jsonl", line.encode("utf-8", "surrogatepass"))
+        self._records.append(record)
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a file of the directory, whole or not at all; returns its path."""
+        self._require_open()
+        target = (self.path / name).resolve()
+        if not target.is_relative_to(self.path.resolve()) or target.name in ("", "lock", "run.json", "records.jsonl"):
+            raise RunDirectoryError(f"{name!r} is not a file that a step may write: give a relative name of its own.")
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(target, text)
+        return target
+
+    def finish(self) -> None:
+        """Mark the run as complete."""
+        self._require_open()
+        header = {**self._header, "finished": now()}
+        atomic_write(self.path / "run.json", _pretty(header))
+        self._header = header
+
+    def close(self) -> None:
+        """Let other processes open the directory."""
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        if not self._lock.held:
+            raise RunDirectoryError(f"{self.path} was closed: open it again with RunDirectory.open to write to it.")
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+
+
+def _as_json(run: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(run)))
+    except (TypeError, ValueError) as error:
+        raise RunDirectoryError(f"run is not JSON: {error}. Give numbers, text, lists and dicts only.") from error
+    return plain
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if (folder / "run.json").exists():
+        return
+    with disk_errors(folder):
+        found = sorted(p.name for p in folder.iterdir() if p.name not in _LOCKS and not _TEMPORARY.fullmatch(p.name))
+    if found:
+        raise RunDirectoryError(
+            f"{folder} is not empty and holds no run.json (found {found[:3]}): it belongs to something else and is "
+            "left alone. Give a run_dir that is empty or does not exist yet."
+        )
+
+
+def _remove_temporary(folder: Path) -> None:
+    """Remove what a kill in the middle of a write left: files of `atomic_write`, folders of an artifact saved here."""
+    with disk_errors(folder):
+        for leftover in folder.iterdir():
+            if not _TEMPORARY.fullmatch(leftover.name):
+                continue
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+
+def _read_header(folder: Path) -> dict[str, Any] | None:
+    path = folder / "run.json"
+    if not path.exists():
+        return None
+    try:
+        header = json.loads(path.read_bytes())
+        schema, run, _ = header["schema"], dict(header["run"]), header["finished"]
+    except DAMAGE as error:
+        raise RunDirectoryError(f"{path} is damaged ({error!r}): restore it, or give another run_dir.") from error
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise RunDirectoryError(
+            f"{path} has schema {schema!r}, this version reads up to {SCHEMA}: "
+            "update with pip install -U bettertogether, or give another run_dir."
+        )
+    return {**header, "run": run}
+
+
+def _require_same(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    if stored.get("form") != asked.get("form"):
+        raise RunDirectoryError(
+            f"{folder} was made by another version of bettertogether, which noted other things about what was asked: "
+            "whether this is the same call can't be told. Give another run_dir, or go on with that version."
+        )
+    differences = list(_differences(stored, asked))
+    for key, line in differences:
+        if key.split(".")[0] in INFORMATIVE:
+            logger.warning("%s goes on under other circumstances: %s", folder, line)
+    blocking = [line for key, line in differences if key.split(".")[0] not in INFORMATIVE]
+    if blocking:
+        if len(blocking) > _LINES:
+            blocking[_LINES:] = [f"and {len(blocking) - _LINES} more"]
+        raise RunDirectoryError(
+            f"{folder} holds another run; what differs:\n  " + "\n  ".join(blocking) + "\n"
+            "Make the call as it was to go on with that run, or give another run_dir (or delete this one) to start."
+        )
+
+
+def _differences(stored: Any, asked: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if stored == asked:
+        return
+    if isinstance(stored, Mapping | None) and isinstance(asked, Mapping | None):
+        stored, asked = stored or {}, asked or {}
+        for name in sorted(stored.keys() | asked.keys()):
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(stored.get(name), asked.get(name), inner)
+    else:
+        yield key, f"{key}: the directory has {stored!r:.{_SHOWN}}, this call has {asked!r:.{_SHOWN}}"
+
+
+def _read_records(path: Path) -> list[StepRecord]:
+    """All records; a last line torn by a kill is cut off, damage anywhere else raises RunDirectoryError."""
+    if not path.exists():
+        return []
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunDirectoryError(f"{path} can't be read ({error}): restore it, or give another run_dir.") from error
+    lines = content.split(b"\n")
+    torn = lines.pop()
+    records = [_parse(path, number, line) for number, line in enumerate(lines, 1)]
+    if torn:
+        logger.warning(
+            "%s: the last line was torn by a kill (%d bytes) and is dropped; its step will run again.", path, len(torn)
+        )
+        atomic_write(path, content[: len(content) - len(torn)])
+    return records
+
+
+def _parse(path: Path, number: int, line: bytes) -> StepRecord:
+    try:
+        return StepRecord.from_dict(json.loads(line))
+    except DAMAGE as error:
+        raise RunDirectoryError(
+            f"{path}, line {number} is damaged ({error!r}): restore the file, or delete this line and all after it to "
+            "run those steps again, or give another run_dir."
+        ) from error

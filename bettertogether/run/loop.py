@@ -1,0 +1,407 @@
+"""The loop: run the steps of a strategy, score every round, record it, go on where an earlier sitting stopped."""
+
+from __future__ import annotations
+
+import random
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
+
+from ..callbacks import events
+from ..engines.protocol import MODEL_PREFIX, LocalEngine
+from ..errors import ArtifactError, BetterTogetherError, BudgetExceeded, ConfigError, ModelError, RunDirectoryError
+from ..lm import local_engine
+from ..printable import get_logger
+from ..programs.program import (
+    copy_for_step,
+    load_prompts,
+    model_names,
+    predictors_of,
+    prompts_state,
+    same_prompts,
+    with_prompts,
+)
+from ..records import Ledger, StepRecord
+from ..redaction import masked
+from ..report.intervals import CELLS
+from ..rollouts.evaluation import Evaluation, evaluate_many
+from ..rollouts.failures import count_failures, failure_warning, no_difference, round_warnings, scored_example
+from ..rollouts.metrics import FULL_MARK, Metric
+from ..rollouts.rollout import RolloutStore, stable_seed
+from . import strategy
+from .any_optimizer import StepResult, is_ours, run_step
+from .budget import BudgetMeter
+from .directory import RunDirectory
+from .selection import still_gaining
+from .strategy import Steps
+
+logger = get_logger(__name__)
+
+ENOUGH_FOR_BOTH = 20
+"""Trainset examples from which our prompt step needs no valset of its own."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run was asked for, checked."""
+
+    student: dspy.Module
+    trainset: list[dspy.Example]
+    valset: list[dspy.Example]
+    teachers: list[dspy.Module]
+    metric: Metric
+    optimizers: Mapping[str, Teleprompter]
+    strategies: tuple[Steps, ...]
+    auto: bool
+    max_rounds: int
+    seed: int
+    num_threads: int | None
+    max_errors: int | None
+    provide_traceback: bool | None
+    shuffle: bool
+    compile_args: Mapping[str, Mapping[str, Any]]
+    on_step_error: Literal["return", "raise"]
+    two_by_two: bool
+
+
+class _BudgetWatch(events.Callback):
+    """Charges the meter as work is done and stops it between two units when the budget is used up."""
+
+    def __init__(self, meter: BudgetMeter) -> None:
+        self._meter = meter
+        self._trained = 0
+
+    def on_progress(self, event: events.ProgressEvent) -> None:
+        self._meter.charge(Ledger(metric_calls=1, prompt_tokens=event.get("tokens", 0)))
+        self._meter.check()
+
+    def on_training(self, event: events.TrainingEvent) -> None:
+        tokens = event["progress"].tokens
+        self._meter.charge(Ledger(trained_tokens=max(0, tokens - self._trained)))
+        self._trained = tokens
+        self._meter.check()
+
+
+@dataclass
+class Loop:
+    """One sitting of a run."""
+
+    plan: Plan
+    directory: RunDirectory
+    meter: BudgetMeter
+    records: list[StepRecord] = field(default_factory=list)
+    programs: dict[str, dspy.Module] = field(default_factory=dict)
+    """Strategy prefix to the program after it."""
+    warnings: list[str] = field(default_factory=list)
+    error: BaseException | None = None
+    """What ended the run early."""
+    store: RolloutStore = field(default_factory=RolloutStore)
+
+    def run(self) -> None:
+        """Run what is left to do. Afterwards `records` and `programs` hold every round; a failed or interrupted step
+        is the last record. Raises what the scoring of the untouched student raises."""
+        earlier = {record.strategy: record for record in self.directory.records() if record.status == "complete"}
+        if not self._student(earlier.get("")):
+            return
+        step = self._next(())
+        while step is not None:
+            if not self._finish(step, earlier.get(strategy.join(step))):
+                return
+            step = self._next(step)
+        if warning := no_difference(self.records, self._full_mark()):
+            self._warn(warning)
+
+    def _next(self, last: Steps) -> Steps | None:
+        if not self.plan.auto:
+            todo = [p for p in strategy.prefixes(self.plan.strategies) if strategy.join(p) not in self.programs]
+            return todo[0] if todo else None
+        keys = list(self.plan.optimizers)
+        if len(last) >= self.plan.max_rounds or not still_gaining(self.records, len(keys)):
+            return None
+        return (*last, keys[len(last) % len(keys)])
+
+    def _student(self, earlier: StepRecord | None) -> bool:
+        """Score or restore the untouched student; False when the budget does not reach that far."""
+        events.emit("step_start", {"index": 0, "step": "", "strategy": ""})
+        started = time.monotonic()
+        self.programs[""] = self.plan.student
+        if earlier is not None:
+            self._restore(earlier)
+            self._check_scale()
+            return True
+        result = StepResult(self.plan.student, Ledger(), {}, None)
+        try:
+            with events.listening([_BudgetWatch(self.meter)]):
+                scored = self._evaluate(self.plan.student, "untouched student")
+        except BudgetExceeded as error:
+            self.error = error
+            # Not on disk, so that a larger budget scores the student.
+            self.records.append(self._record(0, (), result, None, started))
+            text = f"The run ended while the untouched student was scored: {error}"
+            self.warnings.append(f"{text} {self._how_to_go_on()}")
+            events.emit("step_end", {"record": self.records[0]})
+            return False
+        self._keep(self._record(0, (), result, scored, started))
+        self._check_scale()
+        return True
+
+    def _how_to_go_on(self) -> str:
+        return f"Make the same call with run_dir={str(self.directory.path)!r} to go on."
+
+    def _check_scale(self) -> None:
+        scores = self.records[0].scores or ()
+        unset = [key for key, o in self.plan.optimizers.items() if getattr(o, "threshold", ...) is None]
+        if unset and max(scores, default=0.0) > FULL_MARK:
+            raise ConfigError(
+                f"The metric gave {max(scores):g} on the valset, but the steps {unset} take 1.0 as its full mark: give "
+                "them threshold=... (the score from which an example counts as solved), or scale the metric to 0..1."
+            )
+
+    def _finish(self, steps: Steps, earlier: StepRecord | None) -> bool:
+        """Run or restore one step; False when the run ends here."""
+        name = strategy.join(steps)
+        index = len(self.records)
+        events.emit("step_start", {"index": index, "step": steps[-1], "strategy": name})
+        if earlier is not None and earlier.program is not None:
+            self._restore(earlier)
+            return True
+        started = time.monotonic()
+        try:
+            self.meter.check()
+            with events.listening([_BudgetWatch(self.meter)]):
+                self._run(index, steps, started)
+            return True
+        except BudgetExceeded as error:
+            self._end(index, steps, error, "skipped", str(error), started)
+        except KeyboardInterrupt as error:
+            self._end(index, steps, error, "skipped", f"interrupted. {self._how_to_go_on()}", started)
+        except Exception as error:
+            self._end(index, steps, error, "failed", traceback.format_exc(), started)
+            if self.plan.on_step_error == "raise":
+                raise
+        return False
+
+    def _run(self, index: int, steps: Steps, started: float) -> None:
+        parent = self.programs[strategy.join(steps[:-1])]
+        result = self._step(index, steps, parent)
+        scored = self._evaluate(result.program, strategy.join(steps))
+        if self.plan.two_by_two and model_names(parent) != model_names(result.program) and scored is not None:
+            cells, cost = self._two_by_two(parent, result.program)
+            warnings = [*result.details.get("warnings", ()), *cells.pop("warnings", ())]
+            details = {**result.details, **cells, "warnings": warnings}
+            result = replace(result, details=details, ledger=result.ledger + cost)
+        self.programs[strategy.join(steps)] = result.program
+        self._keep(self._record(index, steps, result, scored, started))
+
+    def _step(self, index: int, steps: Steps, parent: dspy.Module) -> StepResult:
+        plan, key = self.plan, steps[-1]
+        optimizer = plan.optimizers[key]
+        trainset = list(plan.trainset)
+        if plan.shuffle:
+            random.Random(stable_seed(plan.seed, "shuffle", index)).shuffle(trainset)
+        own = is_ours(optimizer)
+        data = {
+            "trainset": trainset,
+            "valset": None if own and len(trainset) >= ENOUGH_FOR_BOTH else (plan.valset or None),
+            "teacher": (plan.teachers if own else _one_or_all(plan.teachers)) or None,
+            "restart_from": plan.student if own else None,
+            "store": self.store if own else None,
+            "folder": self.directory.adapters if own else None,
+            "provide_traceback": plan.provide_traceback,
+        }
+        settings = {"num_threads": plan.num_threads, "max_errors": plan.max_errors, "seed": plan.seed}
+        return run_step(optimizer, parent, settings, data, plan.compile_args.get(key, {}))
+
+    def _evaluate(self, program: dspy.Module, phase: str) -> Evaluation | None:
+        scored = self._evaluate_many([program], f"score {phase}")
+        return scored[0] if scored else None
+
+    def _evaluate_many(self, programs: Sequence[dspy.Module], phase: str) -> list[Evaluation]:
+        """Each program on the valset; empty without one."""
+        plan = self.plan
+        if not plan.valset:
+            return []
+        return evaluate_many(
+            programs,
+            plan.valset,
+            plan.metric,
+            num_threads=plan.num_threads,
+            max_errors=plan.max_errors,
+            seed=plan.seed,
+            store=self.store,
+            phase=phase,
+        )
+
+    def _two_by_two(self, parent: dspy.Module, tuned: dspy.Module) -> tuple[dict[str, Any], Ledger]:
+        """Scores of {base, tuned weights} x {the student's prompts, the prompts before this step}, where those
+        differ."""
+        student = self.plan.student
+        if same_prompts(parent, student):
+            return {}, Ledger()
+        programs = {
+            "base_old": student,
+            "base_new": with_prompts(student, parent),
+            "tuned_old": with_prompts(tuned, student),
+            "tuned_new": with_prompts(tuned, parent),
+        }
+        scored = dict(zip(CELLS, self._evaluate_many([programs[cell] for cell in CELLS], "score the 2x2"), strict=True))
+        cost = sum((evaluation.ledger for evaluation in scored.values()), Ledger())
+        cells = {cell: list(evaluation.scores) for cell, evaluation in scored.items()}
+        return {"two_by_two": cells, "warnings": _cell_warnings(scored)}, cost
+
+    def _record(
+        self, index: int, steps: Steps, result: StepResult, scored: Evaluation | None, started: float
+    ) -> StepRecord:
+        ledger = result.ledger + (scored.ledger if scored else Ledger())
+        adapters = _adapter_folders(result.program)
+        return StepRecord(
+            index=index,
+            step=steps[-1] if steps else "",
+            strategy=strategy.join(steps),
+            status="complete",
+            score=scored.mean if scored else None,
+            scores=scored.scores if scored else None,
+            failures=scored.failures if scored else (),
+            scored_example=scored_example(scored.traces) if scored and len(set(scored.scores)) == 1 else None,
+            step_gain=result.step_gain,
+            ledger=ledger.with_seconds(time.monotonic() - started),
+            details={**result.details, "adapter_folders": adapters},
+            program=self._saved_prompts(steps, result.program),
+            models=model_names(result.program),
+        )
+
+    def _saved_prompts(self, steps: Steps, program: dspy.Module) -> dict[str, Any] | None:
+        """The prompts as JSON; None where they are not all there is to the program, or can't be saved."""
+        if steps and not _restorable(program, self.plan.student):
+            return None
+        try:
+            return prompts_state(program)
+        except ArtifactError as error:
+            text = f"Round {strategy.join(steps)!r} can't be restored by a later call, nor its program saved: {error}"
+            self.warnings.append(text)
+            events.warn(text)
+            return None
+
+    def _keep(self, record: StepRecord) -> None:
+        self.directory.append(record)
+        self._add(record)
+
+    def _add(self, record: StepRecord) -> None:
+        """Take a round, and say at once what is meaningless in it."""
+        self.records.append(record)
+        for warning in round_warnings(self.records, self._full_mark()):
+            if warning not in self.warnings:
+                self._warn(warning)
+        events.emit("step_end", {"record": record})
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        events.warn(text)
+
+    def _full_mark(self) -> float:
+        thresholds = [getattr(optimizer, "threshold", None) for optimizer in self.plan.optimizers.values()]
+        return max([FULL_MARK, *(threshold for threshold in thresholds if isinstance(threshold, int | float))])
+
+    def _end(
+        self,
+        index: int,
+        steps: Steps,
+        error: BaseException,
+        status: Literal["failed", "skipped"],
+        text: str,
+        started: float,
+    ) -> None:
+        name = strategy.join(steps)
+        seconds = time.monotonic() - started
+        record = StepRecord(index, steps[-1], name, status, error=masked(text), ledger=Ledger(seconds=seconds))
+        self.error = error
+        kind = type(error).__name__
+        reason = masked(f"{kind}: {error}") if str(error) else kind
+        self.warnings.append(f"The run ended at {name!r}: {reason.rstrip('.')}. {self._how_to_go_on()}")
+        expected = isinstance(error, BetterTogetherError | KeyboardInterrupt)
+        logger.error("Step %r did not finish: %s", name, reason, exc_info=None if expected else error)
+        self._keep(record)
+
+    def _restore(self, record: StepRecord) -> None:
+        """Take a finished step of an earlier sitting."""
+        if record.strategy:
+            self.programs[record.strategy] = restore_program(self.plan.student, record, self.directory.adapters)
+        self._add(replace(record, index=len(self.records)))
+
+
+def _cell_warnings(scored: Mapping[str, Evaluation]) -> list[str]:
+    """What to say of the cells of a 2x2 in which most examples failed; said at once."""
+    failing = {c: e for c, e in scored.items() if failure_warning(e.failures, len(e.scores), c)}
+    traces = [trace for evaluation in failing.values() for trace in evaluation.traces]
+    warning = failure_warning(count_failures(traces), len(traces), f"2x2 ({', '.join(failing)})", "runs")
+    if warning is None:
+        return []
+    events.warn(warning)
+    return [warning]
+
+
+def _one_or_all(teachers: list[dspy.Module]) -> Any:
+    return teachers[0] if len(teachers) == 1 else teachers
+
+
+def _adapter_folders(program: dspy.Module) -> dict[str, str]:
+    """Model name to adapter folder, for the program's tuned local LMs."""
+    folders = {}
+    for predictor in program.predictors():
+        engine = local_engine(predictor.lm)
+        folder = engine.adapter_folder(predictor.lm.model) if engine else None
+        if folder is not None:
+            folders[predictor.lm.model] = str(folder)
+    return folders
+
+
+def _restorable(program: dspy.Module, student: dspy.Module) -> bool:
+    """Whether prompts and models say all there is: the same class and predictors, no patched forward."""
+    same = type(program) is type(student) and predictors_of(program).keys() == predictors_of(student).keys()
+    return same and "forward" not in program.__dict__
+
+
+def restore_program(student: dspy.Module, record: StepRecord, adapters: Path) -> dspy.Module:
+    """The program of a record: the student's structure, the recorded prompts, its LMs under the recorded names."""
+    program = load_prompts(student, record.program or {})
+    folders: Mapping[str, str] = record.details.get("adapter_folders", {})
+    lms: dict[tuple[int, str], Any] = {}
+    for name, predictor in predictors_of(program).items():
+        model = record.models[name]
+        if model == predictor.lm.model:
+            continue
+        engine = local_engine(predictor.lm)
+        if engine is not None and model in folders:
+            moved = adapters / model.removeprefix(MODEL_PREFIX)
+            _add_recorded(engine, moved if moved.exists() else Path(folders[model]), model)
+        predictor.lm = lms.setdefault((id(predictor.lm), model), predictor.lm.copy(model=model))
+    return program
+
+
+def _add_recorded(engine: LocalEngine, folder: Path, model: str) -> None:
+    """Serve an adapter of a record. Raises RunDirectoryError for a folder that does not hold it."""
+    try:
+        found = engine.add_adapter(folder)
+    except (ModelError, OSError) as error:
+        found = str(error)
+    if found.rpartition("@")[2] != model.rpartition("@")[2]:
+        raise RunDirectoryError(
+            f"{folder} does not hold the adapter {model} that the run recorded, it was damaged or changed ({found}). "
+            "Bring the folder back, or start again with another run_dir."
+        )
+
+
+def final_program(program: dspy.Module, candidates: Sequence[dict[str, Any]], failed: bool, report: Any) -> dspy.Module:
+    """A copy of the selected program with the attributes that `dspy.BetterTogether` gives its result, and ours."""
+    result = copy_for_step(program)
+    result._compiled = True
+    result.candidate_programs = list(candidates)
+    result.flag_compilation_error_occurred = failed
+    result.report = report
+    return result

@@ -1,0 +1,147 @@
+"""Demo sets: which traces and which labelled examples a candidate prompt shows."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import dspy
+
+from ..programs.program import copy_for_step, predictors_of
+from ..rollouts.labels import labels_of, output_names, stratified_order
+from ..rollouts.rollout import example_key, stable_seed
+from ..rollouts.traces import Trace
+from .demo_fit import DemoFit
+
+
+@dataclass
+class Candidate:
+    """A program with one set of demos."""
+
+    name: str
+    program: dspy.Module
+    dropped_demos: int = 0
+    """Demos left out because the prompt would not have fitted the model's context, or could not be made."""
+    scores: dict[int, float] = field(default_factory=dict)
+    """Position in the validation examples to score."""
+    stopped: bool = False
+    """Taken out of the race before it was fully scored."""
+
+    @property
+    def mean(self) -> float:
+        """Mean of the scores so far."""
+        return sum(self.scores.values()) / len(self.scores) if self.scores else 0.0
+
+    @property
+    def demos(self) -> int:
+        """Demos in all of the program's prompts."""
+        return sum(len(predictor.demos) for predictor in self.program.predictors())
+
+
+def demos_of(trace: Trace) -> dict[str, dspy.Example]:
+    """One demo per predictor of a trace. Of several calls of one predictor, one chosen by the trace's content: half
+    the time the last, else one of the earlier, as DSPy does."""
+    calls: dict[str, list[dspy.Example]] = defaultdict(list)
+    for call in trace.calls:
+        if not call.cut:
+            calls[call.predictor].append(dspy.Example({**call.inputs, **call.outputs, "augmented": True}))
+    chosen = {}
+    for name, demos in calls.items():
+        rng = random.Random(stable_seed(name, example_key(trace.example), len(demos)))
+        chosen[name] = rng.choice(demos[:-1]) if len(demos) > 1 and rng.random() < 0.5 else demos[-1]
+    return chosen
+
+
+def labelled_demo(predictor: dspy.Predict, example: dspy.Example) -> dspy.Example | None:
+    """The example itself as a demo, where it has a field of the predictor's inputs and all of its outputs but a
+    reasoning; None where it would show too little."""
+    signature = predictor.signature
+    fields = {name: example[name] for name in signature.fields if name in example}
+    outputs = [name for name in signature.output_fields if name != "reasoning"]
+    if not any(name in fields for name in signature.input_fields) or not all(name in fields for name in outputs):
+        return None
+    return dspy.Example(**fields)
+
+
+class DemoSets:
+    """Makes candidates for a program from passing traces and labelled examples."""
+
+    def __init__(self, program: dspy.Module, traces: Sequence[Trace], labelled: Sequence[dspy.Example]) -> None:
+        self._program = program
+        self._traces = list(traces)
+        self._labelled = list(labelled)
+        self._of_trace = {id(trace): demos_of(trace) for trace in self._traces}
+        self._of_example = {name: self._labelled_demos(p) for name, p in predictors_of(program).items()}
+        self._fits = {name: self._fit(name, predictor) for name, predictor in predictors_of(program).items()}
+        self._seen: set[str] = set()
+        self.dropped: Counter[str] = Counter()
+        """Demos dropped because they did not fit, by predictor."""
+
+    def _labelled_demos(self, predictor: dspy.Predict) -> dict[int, dspy.Example]:
+        found = {id(example): labelled_demo(predictor, example) for example in self._labelled}
+        return {key: demo for key, demo in found.items() if demo is not None}
+
+    def _fit(self, name: str, predictor: dspy.Predict) -> DemoFit:
+        asked = [call.inputs for trace in self._traces for call in trace.calls if call.predictor == name]
+        return DemoFit(name, predictor, [*asked, *self._of_example[name].values()])
+
+    def problems(self) -> dict[str, dict[str, int]]:
+        """By predictor: how many demos can't be shown, by reason, and how many questions can't be asked beside any."""
+        found = {name: dict(fit.left_out) for name, fit in self._fits.items()}
+        for name, fit in self._fits.items():
+            if fit.passed_over:
+                found[name]["question too long to be asked beside demos"] = fit.passed_over
+        return {name: reasons for name, reasons in found.items() if reasons}
+
+    def candidate(self, name: str, traces: int, labelled: int, seed: int) -> Candidate | None:
+        """A candidate with demos of up to `traces` traces, filled up with labelled examples to `labelled` demos in
+        all; covering the labels. None when the same set was made before, or when there is nothing to show."""
+        program = copy_for_step(self._program)
+        shown = self._pick_traces(traces, seed)
+        used = {trace.index for trace in shown}
+        extra = self._pick_labelled(seed, used)
+        before = sum(self.dropped.values())
+        for predictor_name, predictor in predictors_of(program).items():
+            fit, labelled_demos = self._fits[predictor_name], self._of_example[predictor_name]
+            made = [self._of_trace[id(trace)] for trace in shown]
+            demos = [demos[predictor_name] for demos in made if predictor_name in demos]
+            known = [labelled_demos[id(example)] for example in extra if id(example) in labelled_demos]
+            fills = [demo for demo in known if fit.usable(demo)][: max(0, labelled - len(demos))]
+            predictor.demos = fit.fitting([*demos, *fills])
+            self.dropped += Counter({predictor_name: len(demos) + len(fills) - len(predictor.demos)})
+        content = _shown(program)
+        candidate = Candidate(name, program, sum(self.dropped.values()) - before)
+        if candidate.demos == 0 or content in self._seen:
+            return None
+        self._seen.add(content)
+        return candidate
+
+    def _pick_traces(self, count: int, seed: int) -> list[Trace]:
+        order = stratified_order(self._traces, [trace.label for trace in self._traces], seed)
+        picked: dict[int, Trace] = {}
+        for trace in order:
+            if len(picked) < count:
+                picked.setdefault(trace.index, trace)
+        return list(picked.values())
+
+    def _pick_labelled(self, seed: int, used: set[int]) -> list[dspy.Example]:
+        labels = labels_of(self._labelled, outputs=output_names(self._program))
+        order = stratified_order(list(range(len(self._labelled))), labels, stable_seed("labelled", seed))
+        return [self._labelled[index] for index in order if index not in used]
+
+
+def _shown(program: dspy.Module) -> str:
+    """What the demos show; a labelled example and a trace of the same answer show the same."""
+    shown = {
+        name: [sorted((k, v) for k, v in demo.toDict().items() if k != "augmented") for demo in predictor.demos]
+        for name, predictor in predictors_of(program).items()
+    }
+    return repr(shown)
+
+
+def demo_states(program: dspy.Module) -> Mapping[str, list[dict[str, Any]]]:
+    """The demos by predictor, as plain dicts."""
+    return {name: [dict(demo.items()) for demo in p.demos] for name, p in predictors_of(program).items()}

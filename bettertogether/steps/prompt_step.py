@@ -1,0 +1,332 @@
+"""The prompt step: `BootstrapFewShotRS`, the paper's BFRS (section 3.1), done once and in parallel.
+
+Split the trainset in two; bootstrap traces on the first part once; sample few-shot sets from them; score each on the
+second part; keep the best.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
+
+from ..callbacks import events
+from ..checks import require_metric, require_pass_options, require_switch, require_whole
+from ..errors import DataError
+from ..printable import get_logger
+from ..programs.program import as_programs, copy_for_step, require_program, with_prompts
+from ..records import Ledger
+from ..rollouts.evaluation import evaluate_many
+from ..rollouts.failures import count_failures, failure_warning
+from ..rollouts.labels import stratified_split
+from ..rollouts.metrics import FULL_MARK, Metric
+from ..rollouts.rollout import RolloutStore, stable_seed
+from ..rollouts.traces import ExamplePass, Sampling, Trace, TraceSet, collect_traces, select_traces
+from ..run.selection import check_examples
+from .demo_sets import Candidate, DemoSets, demo_states
+from .race import RaceResult, ScoreFunction, run_race
+
+logger = get_logger(__name__)
+
+TRAIN_SHARE = 0.3
+"""Share of the examples that demos are bootstrapped from; the paper's 100 of 350 and 15 of 50."""
+MOST_TRAIN, MOST_VALIDATION = 100, 250
+CANDIDATES = "candidates"
+"""What a warning about their scores begins with."""
+SAMPLING_TRIES = 5
+"""How often a demo set that was sampled before is sampled again."""
+
+
+class BootstrapFewShotRS(Teleprompter):
+    """Few-shot demos from the program's own successful runs, chosen by score.
+
+    Args:
+        metric: `(example, prediction, trace=None)` to a bool, a number or `Prediction(score, feedback)`.
+        num_candidates: Demo sets to try, besides the prompts given, the zero-shot prompt and the labels alone.
+        max_bootstrapped_demos: Demos of a set that come from traces, at most.
+        max_labeled_demos: Demos of a set in all, filled up with labelled examples of the trainset.
+        train_size: Examples to bootstrap from; None: 30% of the trainset, at most 100.
+        val_size: Examples to score candidates on, none of which is bootstrapped from; None: the rest, at most 250.
+        threshold: Score from which an example counts as solved; None: 1.0, the full mark.
+        restart: Start from the original prompts (`restart_from=` of `compile`), as the paper does, not from the prompts
+            given. Those are a candidate either way, so the step never loses what it was given.
+        race: Stop candidates that a paired bound says can't win; False scores all of them fully.
+        num_samples, temperature, rescue: How hard to try for a trace of each example, see `LoRAFinetune`.
+        num_threads, max_errors, seed: As in `dspy.Evaluate`; `compile` may be given its own.
+    """
+
+    def __init__(
+        self,
+        metric: Metric,
+        *,
+        num_candidates: int = 6,
+        max_bootstrapped_demos: int = 3,
+        max_labeled_demos: int = 3,
+        train_size: int | None = None,
+        val_size: int | None = None,
+        threshold: float | None = None,
+        restart: bool = True,
+        race: bool = True,
+        num_samples: int = 1,
+        temperature: float | Sequence[float] = 1.0,
+        rescue: bool = True,
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("num_candidates", num_candidates, 0),
+            ("max_bootstrapped_demos", max_bootstrapped_demos, 0),
+            ("max_labeled_demos", max_labeled_demos, 0),
+            ("train_size", 1 if train_size is None else train_size, 1),
+            ("val_size", 1 if val_size is None else val_size, 1),
+        ):
+            require_whole(name, value, least)
+        require_switch("restart", restart)
+        require_switch("race", race)
+        require_metric(metric)
+        require_pass_options(num_threads, max_errors, seed, threshold)
+        self.metric = metric
+        self.num_candidates = num_candidates
+        self.max_bootstrapped_demos = max_bootstrapped_demos
+        self.max_labeled_demos = max_labeled_demos
+        self.train_size = train_size
+        self.val_size = val_size
+        self.threshold = threshold
+        self.restart = restart
+        self.race = race
+        self.sampling = Sampling(num_samples, temperature, rescue)
+        self.num_threads = num_threads
+        self.max_errors = max_errors
+        self.seed = seed
+        self.details: dict[str, Any] = {}
+        """What the last `compile` did, as JSON: candidates with their scores, the race, the traces."""
+        self.ledger = Ledger()
+        """What the last `compile` cost."""
+        self.step_gain: float | None = None
+        """Validation score of the chosen prompts minus that of the prompts given, on the same examples."""
+        self._warnings: list[str] = []
+
+    @classmethod
+    def paper(cls, metric: Metric, **options: Any) -> Self:
+        """The paper's setting: 6 candidates, at most 3 demos, 100 + 250 examples, one run each, every candidate
+        scored fully. (On Iris the paper took train_size=15, val_size=35.)"""
+        paper = {"train_size": 100, "val_size": 250, "race": False, "num_samples": 0, "rescue": False}
+        return cls(metric, **(paper | options))
+
+    def compile(  # type: ignore[override]
+        self,
+        student: dspy.Module,
+        *,
+        trainset: Sequence[dspy.Example],
+        teacher: dspy.Module | Sequence[dspy.Module] | None = None,
+        valset: Sequence[dspy.Example] | None = None,
+        restart_from: dspy.Module | None = None,
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        seed: int | None = None,
+        store: RolloutStore | None = None,
+    ) -> dspy.Module:
+        """A copy of the student with the best prompts found, its LMs kept.
+
+        `valset`, when given, is what candidates are scored on, and demos come from all of the trainset. `restart_from`
+        is the program whose prompts a restart starts from; None: the student without demos. The result has
+        `candidate_programs` (dicts with score, program, name; best first). Raises ProgramError, DataError,
+        TooManyErrors.
+        """
+        started = time.monotonic()
+        require_program(student)
+        require_pass_options(num_threads, max_errors, seed)
+        check_examples(trainset, "trainset")
+        check_examples(valset or (), "valset")
+        if restart_from is not None:
+            require_program(restart_from, "restart_from")
+        teachers = as_programs(teacher)
+        seed = self.seed if seed is None else seed
+        options = ExamplePass.of_step(
+            self,
+            num_threads=num_threads,
+            max_errors=max_errors,
+            seed=seed,
+            store=store or RolloutStore(),
+            phase="bootstrap demos",
+        )
+        train, validation = self._split(trainset, valset, seed)
+        start = self._start(student, restart_from)
+        traces = collect_traces(start, train, options, sampling=self.sampling, teachers=teachers)
+        self._warnings = list(traces.warnings)
+        self._check_passing(traces)
+        sets = DemoSets(start, select_traces(traces.traces), train)
+        candidates = self._candidates(student, start, sets, seed)
+        self.ledger = traces.ledger
+        race = run_race(candidates, len(validation), self._scorer(validation, options, candidates), race=self.race)
+        self._check_scores(candidates)
+        best = choose(candidates, len(validation))
+        for name, reasons in sets.problems().items():
+            listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+            self._warn(f"Not all examples can be demos of predictor {name!r}: {listed}.")
+        self._account(candidates, best, traces, race, sets, len(validation), time.monotonic() - started)
+        return _result(candidates, best, len(validation))
+
+    def _split(
+        self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example] | None, seed: int
+    ) -> tuple[list[dspy.Example], list[dspy.Example]]:
+        if not trainset:
+            raise DataError("trainset cannot be empty: give the examples to bootstrap demos from.")
+        if valset:
+            train = stratified_split(trainset, self.train_size or MOST_TRAIN, seed)[0]
+            return train, stratified_split(valset, self.val_size or len(valset), seed)[0]
+        if len(trainset) < 2:
+            raise DataError(f"trainset has {len(trainset)} example: give two or more, or a valset.")
+        share = min(MOST_TRAIN, max(1, round(TRAIN_SHARE * len(trainset))))
+        size = min(self.train_size or share, len(trainset) - 1)
+        train, rest = stratified_split(trainset, size, seed)
+        return train, rest[: self.val_size or MOST_VALIDATION]
+
+    def _start(self, student: dspy.Module, restart_from: dspy.Module | None) -> dspy.Module:
+        """The program that demos are added to: original prompts (restart) or current ones, without demos."""
+        restarts = self.restart and restart_from is not None
+        start = with_prompts(student, restart_from) if restarts else copy_for_step(student)
+        for predictor in start.predictors():
+            predictor.demos = []
+        return start
+
+    def _candidates(self, student: dspy.Module, start: dspy.Module, sets: DemoSets, seed: int) -> list[Candidate]:
+        candidates = [Candidate("current", copy_for_step(student))]
+        if demo_states(student) != demo_states(start) or _instructions(student) != _instructions(start):
+            candidates.append(Candidate("zero-shot", start))
+        if self.max_labeled_demos and (labels := sets.candidate("labels", 0, self.max_labeled_demos, seed)):
+            candidates.append(labels)
+        for number in range(1, self.num_candidates + 1):
+            if candidate := self._sampled(sets, number, seed):
+                candidates.append(candidate)
+        return candidates
+
+    def _sampled(self, sets: DemoSets, number: int, seed: int) -> Candidate | None:
+        """A set of demos that was not sampled before; None when a few tries find none."""
+        for attempt in range(SAMPLING_TRIES):
+            own_seed = stable_seed("demos", seed, number, attempt)
+            size = self.max_bootstrapped_demos
+            if number > 1 and size:
+                size = random.Random(own_seed).randint(1, size)
+            if candidate := sets.candidate(f"demos {number}", size, self.max_labeled_demos, own_seed):
+                return candidate
+        return None
+
+    def _warn(self, text: str) -> None:
+        self._warnings.append(text)
+        events.warn(text)
+
+    def _check_passing(self, traces: TraceSet) -> None:
+        if self.max_bootstrapped_demos and not traces.passing and not traces.warnings:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in traces.reasons().items())
+            self._warn(
+                f"bootstrap demos: the metric accepted none of {len(traces.traces)} runs on {traces.examples} examples "
+                f"({reasons}), so no demo comes from a run. Give a threshold= that runs can reach, or a teacher, or "
+                "mend the metric."
+            )
+
+    def _check_runs(self, traces: Sequence[Trace]) -> None:
+        warning = failure_warning(count_failures(traces), len(traces), CANDIDATES, "runs")
+        if warning and not self._said_of_candidates():
+            self._warn(warning)
+
+    def _check_scores(self, candidates: Sequence[Candidate]) -> None:
+        scores = [score for candidate in candidates for score in candidate.scores.values()]
+        full_mark = FULL_MARK if self.threshold is None else self.threshold
+        equal = len(set(scores)) == 1 and len(scores) > len(candidates) > 1
+        if equal and scores[0] < full_mark and not self._said_of_candidates():
+            self._warn(
+                f"{CANDIDATES}: each of the {len(candidates)} scores {scores[0]:g} on each example, so the scores "
+                "don't say which is best, and the one with the fewest demos is taken. Check the metric."
+            )
+
+    def _said_of_candidates(self) -> bool:
+        return any(warning.startswith(CANDIDATES) for warning in self._warnings)
+
+    def _scorer(
+        self, validation: Sequence[dspy.Example], options: ExamplePass, candidates: Sequence[Candidate]
+    ) -> ScoreFunction:
+        def score(running: Sequence[Candidate], positions: Sequence[int]) -> list[tuple[float, ...]]:
+            results = evaluate_many(
+                [candidate.program for candidate in running],
+                [validation[position] for position in positions],
+                self.metric,
+                num_threads=options.num_threads,
+                max_errors=options.max_errors,
+                seed=options.seed,
+                store=options.store,
+                phase=f"{len(running)} of {len(candidates)} candidates, to {positions[-1] + 1} of {len(validation)}",
+            )
+            best = max(result.mean for result in results)
+            for candidate, result in zip(running, results, strict=True):
+                self.ledger += result.ledger
+                number = candidates.index(candidate) + 1
+                events.emit(
+                    "candidate",
+                    {"number": number, "total": len(candidates), "score": result.mean, "best_score": best},
+                )
+            self._check_runs([trace for result in results for trace in result.traces])
+            return [result.scores for result in results]
+
+        return score
+
+    def _account(
+        self,
+        candidates: Sequence[Candidate],
+        best: Candidate,
+        traces: TraceSet,
+        race: RaceResult,
+        sets: DemoSets,
+        validation_size: int,
+        seconds: float,
+    ) -> None:
+        current = candidates[0]
+        both = current.scores.keys() & best.scores.keys()
+        self.step_gain = sum(best.scores[i] - current.scores[i] for i in both) / len(both) if both else None
+        self.ledger = self.ledger.with_seconds(seconds)
+        self.details = {
+            "candidates": [
+                {
+                    "name": candidate.name,
+                    "score": candidate.mean,
+                    "scored_on": len(candidate.scores),
+                    "stopped": candidate.stopped,
+                    "demos": candidate.demos,
+                }
+                for candidate in candidates
+            ],
+            "chosen": best.name,
+            "validation_examples": validation_size,
+            "race": {"calls_made": race.calls_made, "calls_saved": race.calls_saved, "confidence": race.confidence},
+            "traces": {
+                "examples": traces.examples,
+                "solved": len({trace.index for trace in traces.passing}),
+                "failed": traces.reasons(),
+            },
+            "dropped_demos": dict(sets.dropped),
+            "left_out": sets.problems(),
+            "warnings": list(self._warnings),
+        }
+
+
+def choose(candidates: Sequence[Candidate], size: int) -> Candidate:
+    """The best mean of those fully scored; of equals the one with fewer demos, then the earlier."""
+    finished = [candidate for candidate in candidates if len(candidate.scores) == size]
+    return min(finished, key=lambda candidate: (-candidate.mean, candidate.demos))
+
+
+def _instructions(program: dspy.Module) -> list[str]:
+    return [predictor.signature.instructions for predictor in program.predictors()]
+
+
+def _result(candidates: Sequence[Candidate], best: Candidate, size: int) -> dspy.Module:
+    result = copy_for_step(best.program)
+    result._compiled = True
+    ranked = sorted(candidates, key=lambda c: (c is not best, len(c.scores) < size, -c.mean))
+    result.candidate_programs = [{"score": c.mean, "program": c.program, "name": c.name} for c in ranked]
+    return result

@@ -1,0 +1,171 @@
+"""Passing traces to balanced rows, with the count of everything that was left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import dspy
+
+from ..checks import is_number, require_switch, require_whole
+from ..engines.protocol import LocalEngine
+from ..errors import ConfigError, DataError, NoTrainingDataError
+from ..programs.program import predictors_of
+from ..records import Ledger
+from ..rollouts.labels import label_fields, labels_of, output_names
+from ..rollouts.traces import NO_CALLS, Trace, TraceSet, hint_leaks, select_traces
+from .rows import DataCard, Row, TrainPrompt, balance_labels, make_data_card, rows_of_call, write_rows
+
+DOMINANT_SHARE = 0.8
+"""A label with more than this share of the rows gets a warning, unless the trainset is as skewed."""
+
+STRANGER = "call of a predictor that is none of the program's"
+
+Trainable = Mapping[str, tuple[LocalEngine, Any]]
+"""Predictor name to the engine that trains it and its LM."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Rows ready to train on, and how they came about."""
+
+    rows: tuple[Row, ...] = field(repr=False)
+    card: DataCard
+    ledger: Ledger
+    warnings: tuple[str, ...] = ()
+    """What makes the runs meaningless that the rows come from."""
+
+    def write(self, path: str | Path) -> Path:
+        """Write the rows as JSON lines that `datasets.load_dataset("json")` and `rows=` read."""
+        return write_rows(self.rows, Path(path).expanduser())
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """Which passing traces become rows, and with what prompt."""
+
+    train_prompt: TrainPrompt = "vanilla"
+    """"vanilla": no demos (the paper's); "optimized": the predictor's demos; "mixed": a row with each."""
+    max_traces_per_example: int = 2
+    """Distinct passing traces kept of one example."""
+    max_rescue_share: float = 1.0
+    """Rescued traces are at most this share of all. Below 1, a student that solves nothing by itself gets no rows."""
+    balance: bool = True
+    """Give the rows the trainset's shares of labels, where labels repeat."""
+    label_field: str | None = None
+    """Field that holds the label; None finds it."""
+
+    def __post_init__(self) -> None:
+        if self.train_prompt not in get_args(TrainPrompt):
+            allowed = get_args(TrainPrompt)
+            raise ConfigError(f"train_prompt={self.train_prompt!r} is not allowed: give one of {allowed}.")
+        if not is_number(self.max_rescue_share) or not 0 <= self.max_rescue_share <= 1:
+            raise ConfigError(f"max_rescue_share={self.max_rescue_share!r} is not allowed: give a number from 0 to 1.")
+        require_whole("max_traces_per_example", self.max_traces_per_example, 1, meaning="1 or more")
+        require_switch("balance", self.balance)
+        if not isinstance(self.label_field, str | None):
+            raise ConfigError(f"label_field={self.label_field!r} is not allowed: give a field's name, or None.")
+
+
+def rows_from_traces(
+    student: dspy.Module, trainset: Sequence[dspy.Example], traces: TraceSet, trainable: Trainable, options: RowOptions
+) -> Collected:
+    """The rows of the passing traces. Raises NoTrainingDataError with the counts when there are none."""
+    dropped: Counter[tuple[str, str]] = Counter({("", reason): n for reason, n in traces.reasons().items()})
+    plain = [trace for trace in traces.traces if not hint_leaks(trace)]
+    dropped["", "answer talks about the hint"] += len(traces.traces) - len(plain)
+    unchosen: Counter[str] = Counter()
+    chosen = select_traces(
+        plain,
+        max_per_example=options.max_traces_per_example,
+        max_rescue_share=options.max_rescue_share,
+        dropped=unchosen,
+    )
+    dropped.update({("", reason): count for reason, count in unchosen.items()})
+    dropped["", STRANGER] += sum(trace.strangers for trace in chosen)
+    by_trace = [_rows_of(student, trace, trainable, options.train_prompt, dropped) for trace in chosen]
+    usable = [(trace, rows) for trace, rows in zip(chosen, by_trace, strict=True) if rows]
+    labels = labels_of(trainset, options.label_field, output_names(student))
+    kept_labels = [trace.label for trace, _ in usable]
+    order = balance_labels(kept_labels, labels) if options.balance else range(len(usable))
+    dropped["", "left out by balance"] += len(usable) - len(set(order))
+    rows = [row for position in order for row in usable[position][1]]
+    engines = {name: engine for name, (engine, _) in trainable.items()}
+    reasons = +dropped
+    if not rows:
+        raise NoTrainingDataError(_no_rows(traces, reasons))
+    warnings = [*_label_warnings(rows, labels), *_no_labels(trainset, output_names(student))]
+    card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), warnings=warnings)
+    return Collected(tuple(rows), card, traces.ledger, traces.warnings)
+
+
+def _rows_of(
+    student: dspy.Module,
+    trace: Trace,
+    trainable: Trainable,
+    train_prompt: TrainPrompt,
+    dropped: Counter[tuple[str, str]],
+) -> list[Row]:
+    predictors = predictors_of(student)
+    rows: list[Row] = []
+    for call in trace.calls:
+        if call.predictor not in trainable:
+            continue
+        origin = {"example": trace.index, "label": trace.label, "source": trace.source}
+        engine = trainable[call.predictor][0]
+        try:
+            rows += rows_of_call(predictors[call.predictor], engine, call, train_prompt, **origin)
+        except DataError as error:
+            dropped[call.predictor, str(error)] += 1
+    return list({(row.predictor, repr(row.messages), row.completion): row for row in rows}.values())
+
+
+def _label_warnings(rows: Sequence[Row], wanted: Sequence[str | None]) -> list[str]:
+    counts = Counter(row.label for row in rows if row.label is not None)
+    labels = {label for label in wanted if label is not None}
+    if not counts or len(labels) < 2:
+        return []
+    warnings = []
+    absent = sorted(labels - counts.keys())
+    if absent:
+        warnings.append(f"No row has the label {absent}: the tuned model will hardly answer it.")
+    label, most = counts.most_common(1)[0]
+    total = sum(counts.values())
+    share_wanted = wanted.count(label) / sum(each is not None for each in wanted)
+    if most > DOMINANT_SHARE * total > share_wanted * total:
+        warnings.append(
+            f"{most} of {total} rows have the label {label!r}: training on them teaches that answer. "
+            "Raise num_samples, or turn rescue and balance on."
+        )
+    return warnings
+
+
+def _no_labels(trainset: Sequence[dspy.Example], outputs: Collection[str]) -> list[str]:
+    answers = sorted({name for example in trainset for name in example.inputs() if name in outputs})
+    if not answers or label_fields(trainset):
+        return []
+    return [
+        f"{answers} of the trainset are declared as inputs, though the program answers them: they are not taken for "
+        "labels, so nothing is rescued or balanced. Leave them out of with_inputs(...)."
+    ]
+
+
+def _no_rows(traces: TraceSet, dropped: Mapping[tuple[str, str], int]) -> str:
+    others = {key: count for key, count in dropped.items() if key != ("", NO_CALLS)}
+    reasons = "; ".join(f"{count} x {reason}" for (_, reason), count in others.items()) or NO_CALLS
+    unseen = ""
+    if runs := dropped.get(("", NO_CALLS)):
+        unseen = (
+            f" {runs} of the runs that passed made no call that was seen: calls in other processes, in threads that "
+            "outlive the run, or by predictors that forward makes and calls in threads, are not. Keep predictors as "
+            "attributes of the program, and wait for its threads."
+        )
+    return (
+        f"No training rows: {len(traces.traces)} runs on {traces.examples} examples, {len(traces.passing)} passed. "
+        f"Dropped: {reasons}.{unseen} Three things to try: run a prompt step first (strategy 'p -> w'); let failing "
+        "examples be tried again (num_samples=8, rescue=True, max_rescue_share=1.0); or give a teacher program or a "
+        "lower threshold."
+    )

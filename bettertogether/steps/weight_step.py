@@ -1,0 +1,347 @@
+"""The weight step: `LoRAFinetune`, the paper's BFT (section 3.2) with a LoRA adapter.
+
+Run the program as it is on all of the trainset, keep the calls of the runs that the metric accepts, train one adapter
+per LM on them (or one per predictor), and put the tuned LM into the predictors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
+
+from ..callbacks import events
+from ..checks import is_number, require_metric, require_pass_options, require_switch
+from ..engines.protocol import MODEL_PREFIX, FinetuneResult
+from ..errors import ConfigError, DataError, NoTrainingDataError, NotTrainableError
+from ..lm import local_engine, require_engine
+from ..printable import get_logger
+from ..programs.program import as_programs, copy_for_step, predictors_of, require_program, require_reachable
+from ..records import Ledger
+from ..rollouts.labels import stratified_order
+from ..rollouts.metrics import Metric
+from ..rollouts.rollout import RolloutStore
+from ..rollouts.traces import ExamplePass, Sampling, collect_traces
+from ..run.selection import check_examples
+from ..training.config import LoRAConfig, TrainingConfig
+from .rows import Row, TrainPrompt, make_data_card, read_rows, write_rows
+from .rows_from_traces import Collected, RowOptions, Trainable, rows_from_traces
+
+logger = get_logger(__name__)
+
+FEWEST_VALIDATION_ROWS = 4
+
+AdapterKey = tuple[int, str, str]
+"""(engine, model name, predictor or ""): what shares one adapter. The engine counts, since two may hold base models of
+one name."""
+
+
+class LoRAFinetune(Teleprompter):
+    """Fine-tune a program's local LMs on the program's own successful runs.
+
+    Args:
+        metric: `(example, prediction, trace=None)` to a bool, a number or `Prediction(score, feedback)`. It is given
+            the trace. None accepts every run that does not fail.
+        lora: Shape of the adapter.
+        training: How to train.
+        train_prompt: Prompt of the rows: "vanilla" (the paper's) is the zero-shot prompt, and the tuned program then
+            runs without demos; "optimized" keeps the demos in both; "mixed" trains on both and keeps the demos.
+        num_samples: More tries, at `temperature`, for an example whose run failed. 0 turns them off.
+        temperature: One number, or several used in turn.
+        rescue: Give an example that failed all tries one more, with its label as a hint that no row shows (STaR).
+        max_rescue_share: Rescued traces are at most this share of all (below 1: none for a student that solves nothing
+            by itself).
+        sample_passing: Sample examples that passed as well, for more distinct traces (RFT).
+        max_traces_per_example: Distinct passing traces kept of one example.
+        balance: Give the rows the trainset's shares of labels, where labels repeat.
+        label_field: Field that holds the label; None finds it.
+        multitask: One adapter per LM, fed by all predictors that use it; False: one adapter per predictor.
+        start_from: "base" trains a new adapter on the base weights; "current" goes on with the one in use.
+        frozen: Names of predictors to leave alone. Those whose LM is not local are left alone anyway.
+        threshold: Score from which an example counts as solved; None: 1.0, the full mark.
+        validation_share: Share of the trainset's examples held out to choose the best epoch (never the valset).
+        num_threads, max_errors, seed: As in `dspy.Evaluate`; `compile` may be given its own.
+        folder: Where adapters are written; None: the cache.
+    """
+
+    def __init__(
+        self,
+        metric: Metric | None = None,
+        *,
+        lora: LoRAConfig = LoRAConfig(),
+        training: TrainingConfig = TrainingConfig(),
+        train_prompt: TrainPrompt = "vanilla",
+        num_samples: int = 4,
+        temperature: float | Sequence[float] = 1.0,
+        rescue: bool = True,
+        max_rescue_share: float = 1.0,
+        sample_passing: bool = False,
+        max_traces_per_example: int = 2,
+        balance: bool = True,
+        label_field: str | None = None,
+        multitask: bool = True,
+        start_from: Literal["base", "current"] = "base",
+        frozen: Sequence[str] = (),
+        threshold: float | None = None,
+        validation_share: float = 0.1,
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        seed: int = 0,
+        folder: str | Path | None = None,
+    ) -> None:
+        if start_from not in ("base", "current"):
+            raise ConfigError(f'start_from={start_from!r} is not allowed: give "base" or "current".')
+        if isinstance(frozen, str):
+            raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names, [{frozen!r}].")
+        if not isinstance(frozen, Sequence) or not all(isinstance(name, str) for name in frozen):
+            raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names.")
+        for name, value, kind in (("lora", lora, LoRAConfig), ("training", training, TrainingConfig)):
+            if not isinstance(value, kind):
+                raise ConfigError(f"{name}={value!r} is not allowed: give a {kind.__name__}(...).")
+        require_switch("multitask", multitask)
+        if not isinstance(folder, str | Path | None):
+            raise ConfigError(f"folder={folder!r} is not allowed: give a path, or None for the cache.")
+        if not is_number(validation_share) or not 0 <= validation_share < 1:
+            raise ConfigError(f"validation_share={validation_share!r} is not allowed: give a number in [0, 1).")
+        require_metric(metric)
+        require_pass_options(num_threads, max_errors, seed, threshold)
+        self.metric = metric
+        self.lora = lora
+        self.training = training
+        self.sampling = Sampling(num_samples, temperature, rescue, sample_passing)
+        self.rows = RowOptions(train_prompt, max_traces_per_example, max_rescue_share, balance, label_field)
+        self.multitask = multitask
+        self.start_from = start_from
+        self.frozen = tuple(frozen)
+        self.threshold = threshold
+        self.validation_share = validation_share
+        self.num_threads = num_threads
+        self.max_errors = max_errors
+        self.seed = seed
+        self.folder = Path(folder).expanduser() if folder is not None else None
+        self.details: dict[str, Any] = {}
+        """What the last `compile` did, as JSON: data card, loss history, adapters."""
+        self.ledger = Ledger()
+        """What the last `compile` cost."""
+        self.step_gain: float | None = None
+        """Fall of the held-out loss in the last `compile`."""
+
+    @classmethod
+    def paper(cls, metric: Metric | None = None, **options: Any) -> Self:
+        """The paper's setting: r 32, alpha 64, query and key only, lr 1e-5, 5 epochs, one run per example, no rescue
+        and no balancing."""
+        paper: dict[str, Any] = {
+            "lora": LoRAConfig.paper(),
+            "training": TrainingConfig.paper(),
+            "num_samples": 0,
+            "rescue": False,
+            "balance": False,
+            "validation_share": 0.0,
+        }
+        return cls(metric, **(paper | options))
+
+    def compile(  # type: ignore[override]
+        self,
+        student: dspy.Module,
+        *,
+        trainset: Sequence[dspy.Example],
+        teacher: dspy.Module | Sequence[dspy.Module] | None = None,
+        rows: Sequence[Row] | str | Path | None = None,
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        seed: int | None = None,
+        store: RolloutStore | None = None,
+        folder: str | Path | None = None,
+    ) -> dspy.Module:
+        """A copy of the student whose predictors use tuned LMs.
+
+        `rows` (or a JSONL file of them) are trained on as they are, instead of collecting any. Raises ProgramError,
+        NotTrainableError, NoTrainingDataError, TooManyErrors, TrainingError.
+        """
+        started = time.monotonic()
+        require_reachable(require_program(student))
+        require_pass_options(num_threads, max_errors, seed)
+        if not isinstance(rows, Sequence | Path | None):
+            raise ConfigError(f"rows={rows!r} is not allowed: give a list of rows, or a file of them.")
+        trainable = self.trainable(student)
+        if rows is None:
+            collected = self.collect(
+                student,
+                trainset=trainset,
+                teacher=teacher,
+                num_threads=num_threads,
+                max_errors=max_errors,
+                seed=seed,
+                store=store,
+            )
+        else:
+            collected = self._given(rows, trainable)
+        card = collected.card.to_dict()
+        self.details = {"data_card": card, "adapters": {}, "history": [], "warnings": list(collected.warnings)}
+        self.ledger = collected.ledger
+        for warning in collected.card.warnings:
+            events.warn(warning)
+        target = Path(folder).expanduser() if folder is not None else self.folder
+        results = self._train(collected.rows, trainable, seed, target)
+        self._account(results, time.monotonic() - started)
+        return self._tuned(student, trainable, results)
+
+    def trainable(self, student: dspy.Module) -> Trainable:
+        """Predictor name to (engine, LM) for those to train. Raises NotTrainableError and ConfigError."""
+        predictors = predictors_of(student)
+        unknown = sorted(set(self.frozen) - predictors.keys())
+        if unknown:
+            raise ConfigError(f"frozen={unknown} are not predictors of the program: it has {sorted(predictors)}.")
+        active = {name: p for name, p in predictors.items() if name not in self.frozen}
+        found = {n: (engine, p.lm) for n, p in active.items() if (engine := local_engine(p.lm)) is not None}
+        if not found and active:
+            require_engine(*next((p.lm, name) for name, p in active.items()))
+        if not found:
+            raise NotTrainableError(f"frozen={list(self.frozen)} leaves no predictor to train: freeze fewer.")
+        for name in active.keys() - found.keys():
+            logger.info("Predictor %r keeps its LM %s, which is not local.", name, active[name].lm.model)
+        return found
+
+    def collect(
+        self,
+        student: dspy.Module,
+        *,
+        trainset: Sequence[dspy.Example],
+        teacher: dspy.Module | Sequence[dspy.Module] | None = None,
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        seed: int | None = None,
+        store: RolloutStore | None = None,
+    ) -> Collected:
+        """The rows that `compile` would train on. Raises NoTrainingDataError with the counts when there are none."""
+        trainable = self.trainable(student)
+        if not trainset:
+            raise DataError("trainset cannot be empty: give the examples to run the program on.")
+        check_examples(trainset, "trainset")
+        options = ExamplePass.of_step(
+            self,
+            num_threads=num_threads,
+            max_errors=max_errors,
+            seed=seed,
+            store=store,
+            phase="collect training data",
+        )
+        traces = collect_traces(
+            student,
+            trainset,
+            options,
+            sampling=self.sampling,
+            teachers=as_programs(teacher),
+            label_field=self.rows.label_field,
+        )
+        return rows_from_traces(student, trainset, traces, trainable, self.rows)
+
+    def _given(self, rows: Sequence[Row] | str | Path, trainable: Trainable) -> Collected:
+        given = tuple(read_rows(Path(rows).expanduser()) if isinstance(rows, str | Path) else rows)
+        if not given:
+            raise NoTrainingDataError("rows= is empty: give at least one row, or leave it out to collect them.")
+        unknown = sorted({row.predictor for row in given} - trainable.keys()) if not self.multitask else []
+        if unknown:
+            raise DataError(f"rows= are for {unknown}; with multitask=False they must be for {sorted(trainable)}.")
+        engines = {name: engine for name, (engine, _) in trainable.items()}
+        return Collected(given, make_data_card(given, engines, dropped={}, examples=0), Ledger())
+
+    def _adapter_key(self, predictor: str, lm: Any) -> AdapterKey:
+        return id(lm.engine), lm.model, "" if self.multitask else predictor
+
+    def _train(
+        self,
+        rows: Sequence[Row],
+        trainable: Trainable,
+        seed: int | None,
+        folder: Path | None,
+    ) -> dict[AdapterKey, FinetuneResult]:
+        groups: dict[AdapterKey, list[Row]] = defaultdict(list)
+        for row in rows:
+            # Rows given without a predictor's name go to every adapter of a multitask run.
+            names = [row.predictor] if row.predictor in trainable else list(trainable)
+            for key in dict.fromkeys(self._adapter_key(name, trainable[name][1]) for name in names):
+                groups[key].append(row)
+        engines = {self._adapter_key(name, lm): engine for name, (engine, lm) in trainable.items()}
+        training = self.training if seed is None else replace(self.training, seed=seed)
+        results: dict[AdapterKey, FinetuneResult] = {}
+        for number, (key, group) in enumerate(groups.items(), 1):
+            train_rows, validation_rows = self._split(group, training.seed)
+            adapter = f"adapter {number}/{len(groups)}"
+            base = MODEL_PREFIX + engines[key].base_name
+            results[key] = engines[key].finetune(
+                [row.training_row for row in train_rows],
+                validation_rows=[row.training_row for row in validation_rows],
+                lora=self.lora,
+                training=training,
+                start_from=key[1] if self.start_from == "current" and key[1] != base else None,
+                folder=folder,
+                on_progress=lambda line, adapter=adapter: events.emit(  # type: ignore[misc]
+                    "training", {"adapter": adapter, "progress": line}
+                ),
+            )
+            write_rows([*train_rows, *validation_rows], _rows_file(results[key]))
+        return results
+
+    def _split(self, rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+        """Rows to train on and rows held out, by example; none held out where they would be too few."""
+        examples = sorted({row.example for row in rows})
+        count = round(self.validation_share * len(examples))
+        if count < FEWEST_VALIDATION_ROWS or not self.training.keep_best:
+            return list(rows), []
+        labels = {row.example: row.label for row in rows}
+        held_out = set(stratified_order(examples, [labels[example] for example in examples], seed)[:count])
+        unique = {(row.example, row.predictor, row.completion): row for row in rows if row.example in held_out}
+        return [row for row in rows if row.example not in held_out], list(unique.values())
+
+    def _account(self, results: Mapping[AdapterKey, FinetuneResult], seconds: float) -> None:
+        falls = []
+        for (_, model, predictor), result in results.items():
+            name = f"{model} {predictor}".strip()
+            losses = {"before": result.base_validation_loss, "after": result.validation_loss}
+            self.details["adapters"][result.model] = {
+                "trained_from": name,
+                "folder": str(result.folder),
+                "rows": str(_rows_file(result)),
+                "best_epoch": result.best_epoch,
+                "held_out_loss": losses,
+                "skipped_rows": list(result.skipped_rows),
+            }
+            self.details["history"] += [{"adapter": result.model, **asdict(line)} for line in result.history]
+            if result.base_validation_loss is not None and result.validation_loss is not None:
+                falls.append(result.base_validation_loss - result.validation_loss)
+        self.step_gain = sum(falls) / len(falls) if falls else None
+        trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
+        self.ledger = (self.ledger + trained).with_seconds(seconds)
+
+    def _tuned(
+        self,
+        student: dspy.Module,
+        trainable: Trainable,
+        results: Mapping[AdapterKey, FinetuneResult],
+    ) -> dspy.Module:
+        tuned = copy_for_step(student)
+        lms: dict[tuple[int, str], Any] = {}
+        for name, predictor in predictors_of(tuned).items():
+            if name not in trainable:
+                continue
+            lm = trainable[name][1]
+            result = results.get(self._adapter_key(name, lm))
+            if result is None:
+                continue
+            predictor.lm = lms.setdefault((id(lm), result.model), lm.copy(model=result.model))
+            if self.rows.train_prompt == "vanilla":
+                predictor.demos = []
+        tuned._compiled = True
+        return tuned
+
+
+def _rows_file(result: FinetuneResult) -> Path:
+    """The rows that an adapter was trained on and held out, beside its folder, which peft alone fills."""
+    return result.folder.with_name(f"{result.folder.name}.rows.jsonl")

@@ -1,0 +1,291 @@
+"""A fake engine whose best answer is known, and a conformance test for engines. No torch.
+
+engine = FakeEngine(lambda request: {"answer": "yes"})
+program.set_lm(engine_lm(engine))
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from dspy._vendor.lm15.types import StreamEvent
+from dspy.lm15 import (
+    Message,
+    Request,
+    Response,
+    StreamDeltaEvent,
+    StreamEndEvent,
+    StreamStartEvent,
+    TextDelta,
+    Usage,
+)
+
+from ..engines.protocol import (
+    MODEL_PREFIX,
+    ChatMessage,
+    FinetuneResult,
+    ProgressFunction,
+    TrainingProgress,
+    TrainingRow,
+    adapter_model_name,
+    adapter_round,
+)
+from ..errors import NoTrainingDataError, UnknownAdapterError
+from ..training.config import LoRAConfig, TrainingConfig
+from .engine_contract import EngineContract
+
+__all__ = ["Answer", "EngineContract", "FakeEngine", "FakeRequest"]
+
+
+@dataclass(frozen=True)
+class FakeRequest:
+    """What the answer function of a `FakeEngine` is given."""
+
+    model: str
+    messages: tuple[ChatMessage, ...]
+    temperature: float
+    seed: int | None
+    schema: Mapping[str, Any] | None
+    """JSON schema of the answer, when the adapter asked for one."""
+    learned: str | None
+    """The answer that this adapter was trained to give to exactly this prompt; None otherwise."""
+    trained_on: int
+    """Rows this adapter was trained on; 0 for the base."""
+
+    @property
+    def system(self) -> str:
+        """The system message."""
+        return "".join(m["content"] for m in self.messages if m["role"] == "system")
+
+    @property
+    def user(self) -> str:
+        """The last user message."""
+        return [m["content"] for m in self.messages if m["role"] == "user"][-1]
+
+    @property
+    def demos(self) -> int:
+        """Number of demos in the prompt."""
+        return sum(m["role"] == "assistant" for m in self.messages)
+
+    @property
+    def round(self) -> int:
+        """Rounds of training behind the model: 0 for the base."""
+        return adapter_round(self.model)
+
+
+Answer = str | Mapping[str, Any]
+
+
+class FakeEngine:
+    """A `LocalEngine` that asks a function for its answers and "trains" by remembering its rows."""
+
+    supported_params = frozenset({"temperature", "max_tokens", "seed", "stop", "response_format"})
+    supports_response_schema = True
+
+    def __init__(
+        self,
+        answer: Callable[[FakeRequest], Answer],
+        *,
+        base_name: str = "fake",
+        max_length: int = 100_000,
+        concurrency: int = 8,
+        delay_s: Callable[[FakeRequest], float] | None = None,
+    ) -> None:
+        self.answer = answer
+        self.base_name = base_name
+        self.max_length = max_length
+        self.concurrency = concurrency
+        self.delay_s = delay_s
+        self.requests: list[FakeRequest] = []
+        """Every request that reached the engine, in order of arrival."""
+        self.trainings: list[tuple[TrainingRow, ...]] = []
+        """The rows of every training, in order."""
+        self._adapters: dict[str, tuple[Path, dict[str, str]]] = {}
+        self._counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
+        self._lock = threading.Lock()
+        self._number = next(_NUMBERS)
+        _ENGINES[self._number] = self
+
+    def __copy__(self) -> FakeEngine:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> FakeEngine:
+        return self
+
+    def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
+        return type(self).load_state, (self.dump_state(),)
+
+    @property
+    def asynchronous(self) -> _Asynchronous:
+        """The same engine for `dspy.LM(async_engine=...)`."""
+        return _Asynchronous(self)
+
+    def complete(self, request: Request) -> Response:
+        """Answer with what the function says; mappings become JSON."""
+        messages = self.messages(request)
+        memory = self._memory(request.model)
+        fake = FakeRequest(
+            model=request.model,
+            messages=messages,
+            temperature=request.config.temperature or 0.0,
+            seed=request.config.seed,
+            schema=(request.config.response_format or {}).get("schema"),
+            learned=memory.get(_key(messages)),
+            trained_on=len(memory),
+        )
+        with self._lock:
+            self.requests.append(fake)
+        if self.delay_s:
+            time.sleep(self.delay_s(fake))
+        answer = self.answer(fake)
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+        prompt, generated = len(self.prompt_tokens(messages)), len(self.completion_tokens(text))
+        with self._lock:
+            for name, count in zip(self._counts, (1, prompt, generated), strict=True):
+                self._counts[name] += count
+        usage = Usage(input_tokens=prompt, output_tokens=generated)
+        return Response(None, request.model, Message.assistant(text), "stop", usage)
+
+    def stream(self, request: Request) -> Iterator[StreamEvent]:
+        """The whole answer as one delta."""
+        response = self.complete(request)
+        yield StreamStartEvent(model=request.model)
+        yield StreamDeltaEvent(TextDelta(response.text or ""))
+        yield StreamEndEvent("stop", response.usage)
+
+    def messages(self, request: Request) -> tuple[ChatMessage, ...]:
+        """System first, text only."""
+        system = request.system if isinstance(request.system, str) else None
+        turns: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
+        turns += [{"role": message.role, "content": message.text or ""} for message in request.messages]
+        return tuple(turns)
+
+    def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """One token a word."""
+        return [_word(word) for message in messages for word in (message["role"], *message["content"].split())]
+
+    def completion_tokens(self, completion: str) -> list[int]:
+        """One token a word, and one for the end."""
+        return [*(_word(word) for word in completion.split()), 0]
+
+    def finetune(
+        self,
+        rows: Sequence[TrainingRow],
+        *,
+        validation_rows: Sequence[TrainingRow] = (),
+        lora: LoRAConfig = LoRAConfig(),
+        training: TrainingConfig = TrainingConfig(),
+        start_from: str | None = None,
+        folder: Path | None = None,
+        on_progress: ProgressFunction | None = None,
+    ) -> FinetuneResult:
+        """Remember every row; the held-out loss falls by a half where there are validation rows."""
+        if not rows:
+            raise NoTrainingDataError("no rows")
+        memory = dict(self._memory(start_from)) if start_from else {}
+        memory.update({_key(row.messages): row.completion for row in rows})
+        with self._lock:
+            self.trainings.append(tuple(rows))
+        round_number = adapter_round(start_from) + 1 if start_from else 1
+        where = _save_adapter(Path(folder or mkdtemp(prefix="fake-adapters-")), self.base_name, round_number, memory)
+        tokens = sum(len(self.prompt_tokens(r.messages)) + len(self.completion_tokens(r.completion)) for r in rows)
+        before, after = (2.0, 1.0) if validation_rows else (None, None)
+        line = TrainingProgress(1, 1, 1.0, 1.0, after, tokens * training.epochs, training.learning_rate)
+        if on_progress:
+            on_progress(line)
+        model = self.add_adapter(where)
+        return FinetuneResult(model, where, (line,), training.epochs, line.tokens, 0.0, before, after)
+
+    def add_adapter(self, folder: Path) -> str:
+        """Serve the adapter that `finetune` wrote into this folder."""
+        data = json.loads((folder / "fake_adapter.json").read_text())
+        model = _adapter_name(self.base_name, data["round"], data["memory"])
+        with self._lock:
+            self._adapters[model] = (folder, data["memory"])
+        return model
+
+    def adapter_folder(self, model: str) -> Path | None:
+        """Where an adapter lies; None for the base."""
+        if model == MODEL_PREFIX + self.base_name:
+            return None
+        self._memory(model)
+        return self._adapters[model][0]
+
+    def counters(self) -> dict[str, int]:
+        """Requests and tokens so far."""
+        with self._lock:
+            return dict(self._counts)
+
+    def dump_state(self) -> dict[str, Any]:
+        """A fake engine is found again by its number, in this process and while it lives."""
+        return {"number": self._number, "adapters": [str(folder) for folder, _ in self._adapters.values()]}
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any]) -> FakeEngine:
+        """The living engine of that number."""
+        engine = _ENGINES[state["number"]]
+        for folder in state["adapters"]:
+            engine.add_adapter(Path(folder))
+        return engine
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _memory(self, model: str) -> dict[str, str]:
+        if model == MODEL_PREFIX + self.base_name:
+            return {}
+        with self._lock:
+            if model not in self._adapters:
+                raise UnknownAdapterError(f"{model!r} is not held here; held: {sorted(self._adapters)}")
+            return self._adapters[model][1]
+
+
+_NUMBERS = itertools.count()
+_ENGINES: weakref.WeakValueDictionary[int, FakeEngine] = weakref.WeakValueDictionary()
+
+
+class _Asynchronous:
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    async def complete(self, request: Request) -> Response:
+        return self._engine.complete(request)
+
+    def dump_state(self) -> dict[str, Any]:
+        return self._engine.dump_state()
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any]) -> _Asynchronous:
+        return cls(FakeEngine.load_state(state))
+
+
+def _key(messages: Sequence[ChatMessage]) -> str:
+    return json.dumps(list(messages))
+
+
+@functools.lru_cache(maxsize=100_000)
+def _word(word: str) -> int:
+    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:3], "big") + 1
+
+
+def _adapter_name(base_name: str, round_number: int, memory: Mapping[str, str]) -> str:
+    content = hashlib.sha256(json.dumps(memory, sort_keys=True).encode()).hexdigest()
+    return adapter_model_name(base_name, round_number, content)
+
+
+def _save_adapter(parent: Path, base_name: str, round_number: int, memory: dict[str, str]) -> Path:
+    folder = parent / _adapter_name(base_name, round_number, memory).removeprefix(MODEL_PREFIX)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "fake_adapter.json").write_text(json.dumps({"round": round_number, "memory": memory}))
+    return folder

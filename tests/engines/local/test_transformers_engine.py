@@ -1,0 +1,419 @@
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import math
+import pickle
+import re
+import shutil
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+import pytest
+import torch
+from dspy._vendor.lm15.result import StreamAccumulator
+from dspy.clients.engines.stream_guard import checked_stream
+from dspy.lm15 import Config, ContextLengthError, Message, Request, UnsupportedFeatureError
+from small_models import PACKED, SIZES, byte_tokenizer, generated, save_model, tiny_model
+from test_adapters import save_adapter
+from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
+
+from bettertogether.engines import LocalEngine, TransformersEngine
+from bettertogether.engines.local import transformers_engine as engine_module
+from bettertogether.errors import ConfigError, EngineClosedError, ModelError, UnknownAdapterError
+from bettertogether.lm import engine_lm
+
+TOKENIZER = byte_tokenizer()
+
+
+def ask(text: str = "Hello", model: str = "local/tiny", **config: Any) -> Request:
+    return Request(model, (Message.user(text),), config=Config(**{"max_tokens": 8, **config}))
+
+
+def labels(*names: str) -> dict[str, Any]:
+    schema = {"type": "object", "properties": {"label": {"type": "string", "enum": list(names)}}, "required": ["label"]}
+    return {"type": "json_schema", "schema": {**schema, "additionalProperties": False}}
+
+
+def test_it_is_a_local_engine(engine: TransformersEngine) -> None:
+    assert isinstance(engine, LocalEngine)
+    assert (engine.short_name, engine.max_length, engine.concurrency) == ("tiny", 4096, 64)
+    assert re.fullmatch("tiny-[0-9a-f]{8}", engine.base_name)
+
+
+def test_weights_are_loaded_at_the_first_request(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[int] = []
+    load = engine_module.load_model
+    monkeypatch.setattr(engine_module, "load_model", lambda *args: loaded.append(1) or load(*args))
+    assert loaded == []
+    engine.complete(ask())
+    engine.complete(ask())
+    assert loaded == [1]
+
+
+def test_the_answer_is_the_one_of_generate(engine: TransformersEngine, folder: Path) -> None:
+    request = ask(max_tokens=12)
+    prompt_ids = engine.prompt_tokens(engine.messages(request))
+    expected = generated(AutoModelForCausalLM.from_pretrained(folder), prompt_ids, 12)
+    end = next((place for place, token in enumerate(expected) if token in (258, 260)), None)
+    response = engine.complete(request)
+    assert response.text == TOKENIZER.decode(expected[:end], skip_special_tokens=True)
+    assert response.finish_reason == ("length" if end is None else "stop")
+    assert response.usage.input_tokens == len(prompt_ids)
+    assert response.model == "local/tiny"
+
+
+def test_many_threads_get_the_answers_that_one_gets(engine: TransformersEngine, folder: Path) -> None:
+    texts = [f"What is {number} times {number}?" for number in range(24)]
+    answers: dict[str, str | None] = {}
+
+    def work(text: str) -> None:
+        answers[text] = engine.complete(ask(text)).text
+
+    threads = [threading.Thread(target=work, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = TransformersEngine(folder, max_batch_size=1)
+    assert answers == {text: alone.complete(ask(text)).text for text in texts}
+    assert engine.counters()["forward_passes"] < 24 * 8
+    alone.close()
+
+
+def test_the_same_seed_gives_the_same_text(engine: TransformersEngine) -> None:
+    texts = [engine.complete(ask(temperature=1.0, seed=seed)).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_label_costs_one_forward_pass(engine: TransformersEngine) -> None:
+    engine.complete(ask())
+    before = engine.counters()
+    response = engine.complete(ask("Which?", response_format=labels("setosa", "virginica"), max_tokens=100))
+    after = engine.counters()
+    assert json.loads(response.text or "")["label"] in ("setosa", "virginica")
+    assert response.finish_reason == "stop"
+    assert after["forward_passes"] - before["forward_passes"] == 1
+    assert after["forced_tokens"] - before["forced_tokens"] == (response.usage.output_tokens or 0) - 1
+
+
+def test_an_answer_that_has_no_choice_costs_none(engine: TransformersEngine) -> None:
+    response = engine.complete(ask(response_format=labels("only"), max_tokens=100))
+    assert response.text == '{\n  "label": "only"\n}'
+    assert engine.counters()["forward_passes"] == 0
+
+
+def test_free_text_in_json_may_run_to_the_limit(engine: TransformersEngine) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    response = engine.complete(ask(response_format={"type": "json_schema", "schema": schema}, max_tokens=20))
+    assert (response.finish_reason, response.usage.output_tokens) == ("length", 20)
+    assert (response.text or "").startswith('{\n  "a": "')
+
+
+def test_log_probabilities_are_the_models(engine: TransformersEngine, folder: Path) -> None:
+    request = ask(logprobs=2, max_tokens=3)
+    response = engine.complete(request)
+    prompt_ids = engine.prompt_tokens(engine.messages(request))
+    logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([prompt_ids])).logits[0, -1]
+    values, ids = torch.log_softmax(logits, -1).topk(2)
+    assert response.logprobs is not None
+    first = response.logprobs[0]
+    assert [top.token_id for top in first.top] == ids.tolist()
+    assert [top.logprob for top in first.top] == pytest.approx(values.tolist(), abs=1e-4)
+    assert (first.token_id, first.logprob) == (first.top[0].token_id, first.top[0].logprob)
+    assert all(math.isfinite(score.logprob) for score in response.logprobs)
+
+
+def test_the_stream_is_the_answer_in_pieces(engine: TransformersEngine) -> None:
+    request = ask(logprobs=0)
+    events = list(checked_stream(engine.stream(request)))
+    accumulator = StreamAccumulator(request)
+    for event in events:
+        accumulator.push(event)
+    streamed, whole = accumulator.response(), engine.complete(request)
+    assert (streamed.text, streamed.finish_reason) == (whole.text, whole.finish_reason)
+    assert [score.token_id for score in streamed.logprobs or ()] == [score.token_id for score in whole.logprobs or ()]
+    assert len(streamed.logprobs or ()) == whole.usage.output_tokens
+    assert sum(event.type == "delta" for event in events) > 2
+
+
+def test_a_stream_that_is_given_up_leaves_the_engine_free(engine: TransformersEngine) -> None:
+    stream = engine.stream(ask(max_tokens=3000))
+    next(stream)
+    stream.close()
+    assert engine.complete(ask(max_tokens=1)).usage.output_tokens in (0, 1)
+
+
+def test_awaited_requests_are_decoded_together(engine: TransformersEngine) -> None:
+    async def all_of_them() -> list[str | None]:
+        requests = [engine.asynchronous.complete(ask(f"{number}")) for number in range(8)]
+        return [response.text for response in await asyncio.gather(*requests)]
+
+    answers = asyncio.run(all_of_them())
+    assert answers == [engine.complete(ask(f"{number}")).text for number in range(8)]
+
+
+def test_an_awaited_stream_is_the_answer(engine: TransformersEngine) -> None:
+    async def text() -> str:
+        events = [event async for event in engine.asynchronous.stream(ask())]
+        return "".join(event.delta.text for event in events if event.type == "delta")
+
+    assert asyncio.run(text()) == engine.complete(ask()).text
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(tmp_path: Path) -> None:
+    short = save_model(tmp_path / "short", LlamaConfig(**{**PACKED["llama"].to_dict(), "max_position_embeddings": 64}))
+    engine = TransformersEngine(short)
+    with pytest.raises(ContextLengthError, match=r"The prompt has 1\d\d tokens; short takes 64"):
+        engine.complete(ask("x" * 90, model="local/short"))
+    room = 64 - len(engine.prompt_tokens([{"role": "user", "content": "x"}]))
+    response = engine.complete(ask("x", model="local/short", max_tokens=1000, temperature=0.0))
+    assert (response.usage.output_tokens or 0) <= room
+    engine.close()
+
+
+def test_an_adapter_answers_under_its_name_and_the_base_under_its_own(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    before = engine.complete(ask()).text
+    where = save_adapter(tmp_path / "adapter", 1)
+    name = engine.add_adapter(where)
+    assert engine.complete(ask(model=name)).text != before
+    assert engine.complete(ask()).text == before
+    assert (engine.adapter_folder(name), engine.adapter_folder("local/tiny")) == (where, None)
+
+
+def test_an_adapter_may_be_added_before_the_weights_are_loaded(folder: Path, tmp_path: Path) -> None:
+    where = save_adapter(tmp_path / "adapter", 1)
+    early, late = TransformersEngine(folder, adapters=[where]), TransformersEngine(folder)
+    late.complete(ask())
+    name = late.add_adapter(where)
+    assert early.complete(ask(model=name)).text == late.complete(ask(model=name)).text
+    early.close()
+    late.close()
+
+
+def test_a_model_name_that_is_not_served_is_an_error(engine: TransformersEngine) -> None:
+    with pytest.raises(UnknownAdapterError, match="Held: local/tiny"):
+        engine.complete(ask(model="local/other"))
+
+
+def test_an_unknown_option_is_refused(engine: TransformersEngine) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="frequency_penalty"):
+        engine.complete(ask(frequency_penalty=1.0))
+
+
+def test_dspy_asks_for_structured_answers(engine: TransformersEngine) -> None:
+    class Species(dspy.Signature):
+        """Name the species."""
+
+        length: float = dspy.InputField()
+        species: Literal["setosa", "virginica"] = dspy.OutputField()
+
+    lm = engine_lm(engine, max_tokens=100, cache=False)
+    with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
+        assert dspy.Predict(Species)(length=1.4).species in ("setosa", "virginica")
+    # One pass for the prompt, which is longer than a slot, and one for the label.
+    assert engine.counters()["forward_passes"] == 2
+
+
+def test_errors_reach_dspy_without_a_second_try(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = engine_lm(engine, cache=False, num_retries=3)
+    monkeypatch.setattr(engine_module, "load_model", lambda *args: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(dspy.LMError, match="broken"):
+        lm("Hello")
+    assert engine.counters()["requests"] == 1
+
+
+def test_copies_and_pickles_are_the_same_engine(folder: Path) -> None:
+    engine = TransformersEngine.shared(folder)
+    assert copy.copy(engine) is engine
+    assert copy.deepcopy({"engine": engine})["engine"] is engine
+    assert pickle.loads(pickle.dumps(engine)) is engine
+    assert copy.deepcopy(engine_lm(engine)).engine is engine
+    engine.close()
+
+
+def test_one_engine_for_one_model_in_a_process(folder: Path, tmp_path: Path) -> None:
+    engine = TransformersEngine.shared(folder)
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert TransformersEngine.shared(str(folder), dtype="float32") is engine
+    assert TransformersEngine.shared(link) is engine
+    other = TransformersEngine.shared(folder, dtype="bfloat16")
+    assert other is not engine
+    engine.close()
+    again = TransformersEngine.shared(folder)
+    assert again is not engine
+    for made in (other, again):
+        made.close()
+
+
+def test_sharing_with_other_options_is_an_error(folder: Path) -> None:
+    engine = TransformersEngine.shared(folder, max_batch_size=4)
+    with pytest.raises(ConfigError, match=r"max_batch_size=5 was asked for.*max_batch_size=4"):
+        TransformersEngine.shared(folder, max_batch_size=5)
+    engine.close()
+
+
+def test_the_state_is_json_and_gives_the_engine_with_its_adapters(folder: Path, tmp_path: Path) -> None:
+    engine = TransformersEngine.shared(folder, chat_template_kwargs={"x": 1})
+    name = engine.add_adapter(save_adapter(tmp_path / "adapter", 1))
+    state = json.loads(json.dumps(engine.dump_state()))
+    assert TransformersEngine.load_state(state) is engine
+    engine.close()
+    fresh = TransformersEngine.load_state(state)
+    assert fresh.adapter_folder(name) == tmp_path / "adapter"
+    assert fresh.dump_state() == state
+    assert fresh.asynchronous.load_state(state).engine is fresh
+    fresh.close()
+
+
+def test_the_state_of_an_lm_names_its_own_adapter_alone(folder: Path, tmp_path: Path) -> None:
+    engine = TransformersEngine.shared(folder)
+    engine.add_adapter(save_adapter(tmp_path / "other", 1))
+    own = engine_lm(engine, engine.add_adapter(save_adapter(tmp_path / "own", 2)))
+    named = [own.dump_state()[side]["state"]["adapters"] for side in ("engine", "async_engine")]
+    assert named == [[str(tmp_path / "own")]] * 2
+    assert engine_lm(engine).dump_state()["engine"]["state"]["adapters"] == []
+    assert len(engine.dump_state()["adapters"]) == 2
+    shutil.rmtree(tmp_path / "other")
+    engine.close()
+    program = dspy.Predict("q -> a")
+    program.load_state({**program.dump_state(), "lm": own.dump_state()}, allow_unsafe_lm_state=True)
+    assert program.lm.engine.adapter_folder(own.model) == tmp_path / "own"
+    program.lm.engine.close()
+
+
+def test_a_pickle_is_read_without_the_adapters_that_were_deleted_since(folder: Path, tmp_path: Path) -> None:
+    engine = TransformersEngine.shared(folder)
+    engine.add_adapter(save_adapter(tmp_path / "other", 1))
+    own = engine.add_adapter(save_adapter(tmp_path / "own", 2))
+    pickled = pickle.dumps(engine_lm(engine, own))
+    shutil.rmtree(tmp_path / "other")
+    engine.close()
+    found = pickle.loads(pickled)
+    assert found.engine.adapter_folders() == [tmp_path / "own"]
+    found.engine.close()
+
+
+def test_a_closed_engine_says_so(folder: Path) -> None:
+    engine = TransformersEngine(folder)
+    engine.complete(ask())
+    engine.close()
+    with pytest.raises(EngineClosedError, match="closed"):
+        engine.complete(ask())
+
+
+def test_an_interrupted_thread_takes_its_request_back(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.complete(ask())
+
+    def interrupt(futures: Any, timeout: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_module, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.complete(ask(max_tokens=4000))
+    monkeypatch.undo()
+    assert engine.complete(ask(max_tokens=2)).usage.output_tokens in (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"device": "toaster"}, "device='toaster'"),
+        ({"max_batch_size": 0}, "max_batch_size=0"),
+        ({"cache_bytes": -1}, "cache_bytes=-1"),
+    ],
+)
+def test_an_option_that_is_not_allowed_is_an_error(folder: Path, option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TransformersEngine(folder, **option)
+
+
+def test_a_path_that_is_no_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is not a folder"):
+        TransformersEngine(tmp_path / "gone")
+
+
+def test_a_folder_without_a_model_is_an_error_that_names_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json and model\.safetensors missing"):
+        TransformersEngine(tmp_path)
+
+
+def test_an_adapters_folder_is_told_from_a_models(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="holds an adapter"):
+        TransformersEngine(save_adapter(tmp_path / "adapter", 1))
+
+
+def test_an_id_that_can_not_be_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="'nobody/nothing' can't be loaded"):
+        TransformersEngine("nobody/nothing")
+
+
+def test_a_model_of_another_kind_is_an_error(tmp_path: Path) -> None:
+    T5Config(d_model=16).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"of type 't5', which is no causal language model"):
+        TransformersEngine(tmp_path)
+
+
+def test_a_token_without_an_embedding_is_told_at_load_and_refused_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_model(tmp_path / "tiny")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.save_pretrained(folder)
+    engine = TransformersEngine(folder)
+    assert "has tokens up to 261, the model embeddings for 261: texts with '<call>'" in caplog.text
+    assert engine.complete(ask("plain", max_tokens=2)).usage.output_tokens == 2
+    with pytest.raises(ModelError, match=r"'<call>', which is token 261.*embeddings for tokens 0 to 260"):
+        engine.complete(ask("a <call> here"))
+    engine.close()
+
+
+def test_a_chat_template_of_tokens_without_an_embedding_is_an_error_at_load(tmp_path: Path) -> None:
+    tiny_model(LlamaConfig(**{**SIZES, "vocab_size": 259})).save_pretrained(tmp_path / "tiny")
+    byte_tokenizer().save_pretrained(tmp_path / "tiny")
+    with pytest.raises(ModelError, match=r"'<\|im_start\|>', which is token 259.*embeddings for tokens 0 to 258"):
+        TransformersEngine(tmp_path / "tiny")
+
+
+def test_code_that_comes_with_a_model_is_not_run_and_not_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    (folder / "config.json").write_text(json.dumps({**config, **own}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked"))
+    with pytest.raises(ModelError, match="code of its own, which is not run"):
+        TransformersEngine(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_are_damaged_fail_the_request(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    tiny_model().save_pretrained(broken)
+    TOKENIZER.save_pretrained(broken)
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    engine = TransformersEngine(broken)
+    with pytest.raises(ModelError, match=r"weights of .*broken.* can't be loaded"):
+        engine.complete(ask(model="local/broken"))
+    engine.close()
+
+
+def test_bfloat16_answers_on_the_cpu(folder: Path) -> None:
+    engine = TransformersEngine(folder, dtype="bfloat16")
+    assert engine.complete(ask(max_tokens=4)).usage.output_tokens in range(5)
+    engine.close()

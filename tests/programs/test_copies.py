@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dspy
+import numpy as np
+from fakes import numbers, parity_engine, parity_match, plain_lm
+from saved import fresh_engine
+
+from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, load, save
+from bettertogether.programs.copies import copy_program
+from bettertogether.programs.program import copy_for_step, load_prompts, modules_of, prompts_state, with_prompts
+from bettertogether.rollouts.rollout import Attempt, Runner
+
+
+class Index:
+    """Counts the copies that are made of it."""
+
+    copies = 0
+
+    def __init__(self) -> None:
+        self.vectors = np.ones(8)
+
+    def __copy__(self) -> Index:
+        Index.copies += 1
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Index:
+        Index.copies += 1
+        return self
+
+
+class Search(dspy.Module):
+    """Asks, given what an index finds."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__()
+        self.ask = dspy.Predict("number: int -> parity")
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, number: int) -> dspy.Prediction:
+        return self.ask(number=number)
+
+
+def search(**parts: Any) -> Search:
+    program = Search(**parts)
+    program.set_lm(plain_lm(parity_engine(lambda *_: True)))
+    return program
+
+
+class Helper:
+    """No module, but refers to one."""
+
+    def __init__(self, ask: dspy.Module, index: Any = None) -> None:
+        self.ask, self.index, self.lock = ask, index, threading.Lock()
+
+
+@dataclass
+class Stages:
+    first: dspy.Module
+    index: Any = None
+
+
+def test_what_is_no_module_is_shared_wherever_it_is_held() -> None:
+    index, array = Index(), np.ones(8)
+    inner = Search(index=index, array=array)
+    program = search(
+        index=index, array=array, by_name={"a": index}, listed=[array], pair=(index, inner), nested={"a": [index]}
+    )
+    Index.copies = 0
+    copied = copy_program(program)
+    assert Index.copies == 0
+    assert copied.index is copied.by_name["a"] is copied.pair[0] is copied.nested["a"][0] is index
+    assert copied.array is copied.listed[0] is array
+    assert copied.pair[1] is not inner
+    assert copied.pair[1].array is array
+    assert copied.pair[1].ask is not inner.ask
+
+
+def test_a_whole_compile_makes_no_copy_of_an_index() -> None:
+    index = Index()
+    program = search(index=index, by_name={"a": [index]}, helper=Stages(dspy.Predict("a -> b"), index))
+    Index.copies = 0
+    steps = {"p": BootstrapFewShotRS(parity_match, num_samples=2), "w": LoRAFinetune(parity_match)}
+    compiled = BetterTogether(parity_match, **steps).compile(
+        program, trainset=numbers(20), valset=numbers(8), teacher=program, strategy="p -> w", progress=False
+    )
+    assert compiled.report.rounds[-1].status == "complete"
+    assert Index.copies == 0
+    assert compiled.index is index
+    assert {id(candidate["program"].index) for candidate in compiled.candidate_programs} == {id(index)}
+
+
+def test_every_copy_of_a_program_shares_its_index(tmp_path: Path) -> None:
+    program = search(index=Index())
+    Index.copies = 0
+    copies = [
+        copy_for_step(program),
+        with_prompts(program, program),
+        load_prompts(program, prompts_state(program)),
+        load(save(program, tmp_path), into=program, base_model=fresh_engine()),
+    ]
+    assert Index.copies == 0
+    assert all(each.index is program.index for each in copies)
+    assert len({id(each.ask) for each in [program, *copies]}) == 5
+
+
+def test_the_copies_of_a_runner_share_an_index_and_the_containers_of_their_program() -> None:
+    program = search(index=Index(), answers={"q": "a"}, seen=[])
+    runner = Runner(program)
+    Index.copies = 0
+    runner.run(numbers(1)[0], Attempt("sample", 1, 1.0))
+    spare = runner._spare[0]._program
+    assert Index.copies == 0
+    assert spare.index is program.index
+    assert (spare.answers is program.answers, spare.seen is program.seen) == (True, True)
+    assert spare.ask is not program.ask
+    assert spare.ask.demos is not program.ask.demos
+
+
+def test_a_candidate_has_lists_dicts_and_sets_of_its_own() -> None:
+    program = search(answers={"q": ["a"]}, seen=[1], known={1})
+    copied = copy_program(program)
+    copied.answers["r"], copied.known = "b", copied.known | {2}
+    copied.seen.append(2)
+    assert (program.answers, program.seen, program.known) == ({"q": ["a"]}, [1], {1})
+    assert copied.answers["q"] is program.answers["q"]
+
+
+def test_demos_and_options_are_a_copys_own_but_not_the_values_of_demos() -> None:
+    program = search()
+    image = Index()
+    program.ask.demos = [dspy.Example(number=image, parity="odd").with_inputs("number"), {"number": 1}]
+    program.ask.config["n"] = 1
+    Index.copies = 0
+    copied = copy_program(program)
+    copied.ask.demos[0]["parity"], copied.ask.demos[1]["number"], copied.ask.config["n"] = "even", 2, 3
+    assert (program.ask.demos[0].parity, program.ask.demos[1], program.ask.config) == ("odd", {"number": 1}, {"n": 1})
+    assert copied.ask.demos[0].number is image
+    assert copied.ask.demos[0].inputs().toDict() == {"number": image}
+    assert Index.copies == 0
+
+
+def test_an_object_that_refers_to_a_module_refers_to_its_copy_in_a_copy() -> None:
+    program = search(index=Index())
+    program.helper, program.stages = Helper(program.ask, program.index), Stages(program.ask, program.index)
+    program.helpers = {"a": [Helper(program.ask)]}
+    Index.copies = 0
+    copied = copy_program(program)
+    assert copied.helper.ask is copied.stages.first is copied.helpers["a"][0].ask is copied.ask
+    assert copied.ask is not program.ask
+    assert copied.helper.index is copied.stages.index is program.index
+    assert copied.helper.lock is program.helper.lock
+    assert Index.copies == 0
+
+
+def test_references_in_a_circle_are_followed_once() -> None:
+    program = search(index=Index())
+    program.helper = Helper(program)
+    program.ring = [program]
+    program.ring.append(program.ring)
+    copied = copy_program(program)
+    assert copied.helper.ask is copied.ring[0] is copied
+    assert copied.ring[1] is copied.ring
+    assert [name for name, _ in modules_of(copied)] == ["self", "self.ask"]
+
+
+def test_what_runs_is_shared_even_where_it_refers_to_the_program() -> None:
+    program = search(pool=ThreadPoolExecutor(1))
+    release = threading.Event()
+    program.pool.submit(release.wait)
+    program.pool.submit(program.ask, number=1)
+    copied = copy_program(program)
+    release.set()
+    assert copied.pool is program.pool
+    program.pool.shutdown()
+
+
+def test_an_object_that_refers_to_a_module_and_refuses_to_be_copied_is_shared() -> None:
+    class Refuses(Helper):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("no")
+
+    program = search()
+    program.helper = Refuses(program.ask)
+    copied = copy_program(program)
+    assert copied.helper is program.helper
+    assert copied.ask is not program.ask
+
+
+def test_a_copy_of_a_copy_and_dspys_own_deep_copy_still_work() -> None:
+    program = search(index=Index(), answers={})
+    twice = copy_program(copy_program(program))
+    assert twice.index is program.index
+    assert twice(number=2).parity == "even"
+    assert copy.deepcopy(twice).ask.signature is program.ask.signature
+
+
+def test_results_of_a_module_inside_are_not_copied() -> None:
+    program = search(inner=Search())
+    program.inner.candidate_programs = [{"program": Search(), "score": 1.0}]
+    assert copy_program(program).inner.candidate_programs is program.inner.candidate_programs

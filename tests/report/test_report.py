@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bettertogether.errors import DataError
+from bettertogether.records import Ledger, StepRecord
+from bettertogether.report import CompileReport
+from bettertogether.report.charts import bars, ticks
+from bettertogether.report.html import render
+from bettertogether.report.text import compact
+
+EVIL = "<script>alert('x')</script>&\"<img src=http://example.com/x.png>"
+COST = Ledger(8, 8, 16, 2, 1000, 200, 0, 12.5)
+VOID = {"meta", "img", "line", "circle", "polyline", "br", "hr", "link", "input"}
+
+
+def record(index: int, strategy: str, scores: tuple[float, ...] | None, **fields: Any) -> StepRecord:
+    mean = sum(scores) / len(scores) if scores else None
+    step = strategy.split(" -> ")[-1]
+    values = {"status": "complete", "score": mean, "scores": scores, "ledger": COST, **fields}
+    return StepRecord(index=index, step=step, strategy=strategy, **values)
+
+
+def report(**options: Any) -> CompileReport:
+    rounds = (
+        record(0, "", (0.0, 0.0, 1.0, 0.0)),
+        record(1, "p", (0.0, 1.0, 1.0, 0.0)),
+        record(2, "p -> w", (1.0, 1.0, 1.0, 0.0), ledger=Ledger(8, 8, 16, 2, 1000, 200, 9000, 100.0)),
+        record(3, "p -> w -> p", None, status="failed", ledger=Ledger(), error="Traceback: boom"),
+    )
+    return CompileReport(**{"rounds": rounds, "selected": 2, "valset_size": 4, "strategy": "p -> w -> p", **options})
+
+
+def test_the_table_has_every_round_with_score_gain_cost_and_status() -> None:
+    assert str(report()).splitlines() == [
+        "p -> w -> p, seed 0, 4 validation examples",
+        "",
+        "   strategy     score  gain [95% interval]      n  LM calls  tokens  seconds  status",
+        "   student      0.250                           4        16    1200     12.5  complete",
+        "   p            0.500  +0.250 [+0.000, +1.000]  4        16    1200     12.5  complete",
+        "*  p -> w       0.750  +0.500 [+0.000, +1.000]  4        16   10.2k      100  complete",
+        "   p -> w -> p      -  -                        -         0       0      0.0  failed",
+        "-" * 86,
+        "   total                                                 48   12.6k      125",
+    ]
+
+
+def test_the_table_fits_100_columns_and_keeps_the_end_of_a_long_strategy() -> None:
+    long = " -> ".join(["prompt", "weights"] * 12)
+    rounds = (record(0, "", (0.0, 1.0)), record(1, long, (1.0, 1.0)))
+    text = str(report(rounds=rounds, selected=1, strategy=long, warnings=("word " * 60,)))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "...s -> prompt -> weights  1.000" in text
+
+
+def test_scores_in_percent_have_one_decimal() -> None:
+    rounds = (record(0, "", (50.0, 70.0)), record(1, "p", (80.0, 90.0)))
+    assert "85.0  +25.0 [+20.0, +30.0]" in str(report(rounds=rounds, selected=1))
+
+
+def test_without_a_valset_the_table_shows_no_scores() -> None:
+    rounds = (record(0, "", None), record(1, "p", None))
+    lines = str(report(rounds=rounds, selected=1, valset_size=0)).splitlines()
+    assert lines[0] == "p -> w -> p, seed 0, no validation examples"
+    assert lines[4].split()[:5] == ["*", "p", "-", "-", "-"]
+
+
+def test_the_total_is_the_work_of_all_rounds_and_of_what_was_done_beside_them() -> None:
+    extra = Ledger(metric_calls=3, lm_calls=5, seconds=1.0)
+    result = report(extra=extra)
+    assert result.metric_calls == 8 + 8 + 8 + 3
+    assert result.lm_calls == 16 * 3 + 5
+    assert "other work" in str(result)
+
+
+def test_a_gain_is_paired_with_the_student_and_unknown_without_scores() -> None:
+    gain = report().gain(2)
+    assert gain is not None
+    assert gain.gain == 0.5
+    assert gain.low <= 0.5 <= gain.high
+    assert report().gain(3) is None
+
+
+def test_one_validation_example_gives_a_gain_without_an_interval() -> None:
+    result = report(rounds=(record(0, "", (0.0,)), record(1, "p", (1.0,))), selected=1)
+    assert "1.000  +1.000  " in str(result)
+    gain = result.gain(1)
+    assert gain is not None
+    assert math.isnan(gain.low)
+
+
+def test_the_2x2_is_shown_with_what_weights_and_prompts_gave() -> None:
+    cells = {"base_old": [0, 0], "base_new": [0, 1], "tuned_old": [1, 0], "tuned_new": [1, 1]}
+    rounds = (record(0, "", (0.0, 0.0)), record(1, "w", (1.0, 1.0), details={"two_by_two": cells}))
+    lines = str(report(rounds=rounds, selected=1)).splitlines()
+    assert "base weights            0.000        0.500" in lines
+    assert "tuned weights           0.500        1.000" in lines
+    assert any(line.startswith("gain from weights   +0.500 [") for line in lines)
+    assert any(line.startswith("from both together  +0.000 [") for line in lines)
+
+
+def test_a_2x2_that_was_not_measured_is_not_shown() -> None:
+    rounds = (record(0, "", (0.0, 0.0)), record(1, "w", (1.0, 1.0), details={"two_by_two": {}}))
+    assert report(rounds=rounds, selected=1).attribution is None
+
+
+def test_a_report_comes_back_from_json_as_it_was() -> None:
+    result = report(warnings=("few examples",), versions={"dspy": "3.4.1"}, machine={"cpus": "2"}, extra=COST)
+    assert CompileReport.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_a_report_of_another_schema_is_refused() -> None:
+    with pytest.raises(ValueError, match="schema 7"):
+        CompileReport.from_dict({**report().to_dict(), "schema": 7})
+
+
+def test_a_selected_round_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(DataError, match="selected=4"):
+        report(selected=4)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (9999, "9999"),
+        (10_000, "10.0k"),
+        (99_949, "99.9k"),
+        (99_950, "100k"),
+        (1_234_567, "1.2M"),
+        (3e9, "3.0G"),
+    ],
+)
+def test_counts_are_shortened(count: float, text: str) -> None:
+    assert compact(count) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.46, 0.83], [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
+        ([0.0], [-0.06, -0.04, -0.02, 0.0, 0.02, 0.04, 0.06]),
+        ([], [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        ([math.nan, 10.0, 90.0], [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]),
+    ],
+)
+def test_ticks_are_round_and_enclose_the_values(values: list[float], expected: list[float]) -> None:
+    assert ticks(values) == expected
+
+
+def test_bars_are_shares_of_the_largest_count() -> None:
+    assert 'style="width:100.0%"' in bars({"a": 4, "b": 1})
+    assert 'style="width:25.0%"' in bars({"a": 4, "b": 1})
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and collects tags, attributes and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def full_report(text: str) -> CompileReport:
+    """A report with everything in it, and `text` wherever text can be."""
+    state = {"demos": [{"question": text, "n": [1]}], "signature": {"instructions": text, "fields": []}}
+    row = {"prompt": [{"role": text, "content": text}], "completion": text, "predictor": text, "label": text}
+    counts = {"kept_by_predictor": {text: 3}, "dropped_by_reason": {text: 1}, "kept_by_label": {}}
+    card = {**counts, "examples": 4, "examples_covered": 3, "prompt_tokens": {text: 7}, "samples": [row]}
+    history = [
+        {"adapter": text, "step": step, "loss": 1 / (step + 1), "validation_loss": 0.5 if step % 2 else None}
+        for step in range(4)
+    ]
+    cells = {"base_old": [0, 0], "base_new": [0, 1], "tuned_old": [1, 0], "tuned_new": [1, 1]}
+    candidates = [{"name": text, "score": 0.5, "scored_on": 4, "stopped": True, "demos": 2}]
+    rounds = (
+        record(0, "", (0.0, 0.0), program={text: {**state, "demos": []}}),
+        record(1, text, (0.0, 1.0), program={text: state}, details={"candidates": candidates, "chosen": text}),
+        record(2, f"{text} -> w", (1.0, 1.0), details={"history": history, "data_card": card, "two_by_two": cells}),
+        record(3, f"{text} -> w -> w", None, status="failed", error=text),
+    )
+    pairs = {text: text}
+    return CompileReport(rounds, 1, 2, text, warnings=(text,), versions=pairs, machine=pairs, extra=COST)
+
+
+def test_the_page_is_well_formed_and_escapes_everything() -> None:
+    html = render(full_report(EVIL))
+    page = Page(html)
+    assert page.open == []
+    assert page.tags.isdisjoint({"script", "img", "link", "iframe", "object"})
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href")]
+    assert page.text.count("alert('x')") > 15
+    assert "<script" not in html
+
+
+def test_the_page_needs_no_network() -> None:
+    page = render(full_report("plain"))
+    assert "http" not in page
+    assert "@import" not in page
+    assert "url(" not in page
+
+
+def test_the_page_has_a_section_for_each_thing_there_is() -> None:
+    text = Page(render(full_report("T"))).text
+    for title in (
+        "Score of each round",
+        "Weights or prompts?",
+        "Prompt candidates (1)",
+        "Loss per token, T",
+        "Training rows",
+        "Sample row 1: T, T",
+        "Prompts of the selected program",
+        "demo 1",
+        "Cost",
+        "other work",
+    ):
+        assert title in text
+
+
+def test_the_page_of_a_run_without_scores_or_details_has_rounds_and_cost_only() -> None:
+    rounds = (record(0, "", None), record(1, "p", None))
+    page = Page(render(report(rounds=rounds, selected=1, valset_size=0)))
+    assert page.open == []
+    assert "Score of each round" in page.text
+    assert "Weights or prompts?" not in page.text
+    assert "svg" not in page.tags
+
+
+def test_a_loss_that_is_not_finite_leaves_a_gap_and_a_page(tmp_path: Path) -> None:
+    history = [{"adapter": "a", "step": step, "loss": loss} for step, loss in enumerate([1.0, math.nan, 0.5])]
+    rounds = (record(0, "", (0.0, 1.0)), record(1, "w", (1.0, 1.0), details={"history": history}))
+    report(rounds=rounds, selected=1).to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert '<polyline points="0.00,0.00 100.00,83.33"' in page
+    assert "nan" not in page

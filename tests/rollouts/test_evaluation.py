@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import dspy
+import pytest
+from fakes import numbers, parity_engine, parity_match, parity_program
+
+from bettertogether.errors import ConfigError, DataError, ProgramError, TooManyErrors
+from bettertogether.records import Ledger
+from bettertogether.rollouts.evaluation import Evaluation, compare, evaluate, evaluate_many
+from bettertogether.rollouts.rollout import RolloutStore
+from bettertogether.testing import FakeEngine
+
+
+def test_an_evaluation_has_a_score_of_every_example_in_order() -> None:
+    result = evaluate(parity_program(parity_engine(lambda _, n: n != 1)), numbers(4), parity_match)
+    assert result.scores == (1.0, 0.0, 1.0, 1.0)
+    assert result.mean == 0.75
+
+
+def test_every_example_is_run_and_scored_once() -> None:
+    engine = parity_engine(lambda *_: True)
+    result = evaluate(parity_program(engine), numbers(20), parity_match)
+    assert len(engine.requests) == result.ledger.metric_calls == result.ledger.lm_calls == 20
+
+
+def test_the_metric_is_given_no_trace() -> None:
+    seen: list[Any] = []
+    program = parity_program(parity_engine(lambda *_: True))
+    evaluate(program, numbers(2), lambda e, p, trace="?": seen.append(trace) or 1)
+    assert seen == [None, None]
+
+
+@pytest.mark.parametrize("score", [85.0, -3.0, 0.25])
+def test_scores_keep_the_metrics_unit(score: float) -> None:
+    result = evaluate(parity_program(parity_engine(lambda *_: True)), numbers(2), lambda e, p, trace=None: score)
+    assert result.scores == (score, score)
+
+
+def test_a_prediction_with_score_and_feedback_is_a_score() -> None:
+    metric = lambda e, p, trace=None: dspy.Prediction(score=0.5, feedback="half")  # noqa: E731
+    result = evaluate(parity_program(parity_engine(lambda *_: True)), numbers(1), metric)
+    assert result.scores == (0.5,)
+    assert result.traces[0].verdict.feedback == "half"
+
+
+def test_a_parse_failure_a_nan_and_a_raising_metric_score_zero() -> None:
+    assert evaluate(parity_program(FakeEngine(lambda _: "no")), numbers(2), parity_match).scores == (0.0, 0.0)
+    program = parity_program(parity_engine(lambda *_: True))
+    assert evaluate(program, numbers(1), lambda e, p, trace=None: math.nan).scores == (0.0,)
+    assert evaluate(program, numbers(1), lambda e, p, trace=None: 1 / 0).scores == (0.0,)
+
+
+def test_more_errors_than_allowed_are_an_error_and_not_a_score() -> None:
+    with pytest.raises(TooManyErrors, match="ZeroDivisionError"):
+        evaluate(
+            parity_program(parity_engine(lambda *_: True)), numbers(3), lambda e, p, trace=None: 1 / 0, max_errors=1
+        )
+
+
+def test_no_examples_have_no_mean() -> None:
+    result = evaluate(parity_program(parity_engine(lambda *_: True)), [], parity_match)
+    assert result.scores == ()
+    assert math.isnan(result.mean)
+
+
+def test_runs_of_the_store_are_used_again() -> None:
+    engine, store = parity_engine(lambda *_: True), RolloutStore()
+    for _ in range(2):
+        result = evaluate(parity_program(engine), numbers(3), parity_match, store=store)
+    assert len(engine.requests) == 3
+    assert (result.ledger.lm_calls, result.ledger.metric_calls) == (0, 3)
+
+
+def test_a_comparison_shows_means_intervals_and_paired_gains() -> None:
+    text = compare({"base": Evaluation((0.0, 1.0, 0.0, 1.0), Ledger()), "new": Evaluation((1.0,) * 4, Ledger())})
+    first, second = text.splitlines()
+    assert first.startswith("base  0.500 [")
+    assert second.startswith("new   1.000 [1.000, 1.000]   gain +0.500 [")
+
+
+def test_programs_scored_together_have_the_scores_that_each_has_alone() -> None:
+    programs = [parity_program(parity_engine(lambda _, n, k=k: n % k == 0)) for k in (1, 2, 3)]
+    together = evaluate_many(programs, numbers(7), parity_match)
+    assert [result.scores for result in together] == [
+        evaluate(program, numbers(7), parity_match).scores for program in programs
+    ]
+    assert [result.ledger.metric_calls for result in together] == [7, 7, 7]
+
+
+def test_programs_scored_together_are_in_flight_together() -> None:
+    meeting = threading.Barrier(2, timeout=10)
+
+    def wait_for_the_other(*_: Any) -> bool:
+        meeting.wait()
+        return True
+
+    programs = [parity_program(parity_engine(wait_for_the_other)) for _ in range(2)]
+    assert [result.mean for result in evaluate_many(programs, numbers(1), parity_match, num_threads=2)] == [1.0, 1.0]
+
+
+def test_each_program_has_its_own_count_of_errors() -> None:
+    def metric(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> float:
+        return 1 / example.number
+
+    programs = [parity_program(parity_engine(lambda *_: True)) for _ in range(3)]
+    results = evaluate_many(programs, numbers(2), metric, max_errors=1)
+    assert [result.scores for result in results] == [(0.0, 1.0)] * 3
+
+
+def test_no_examples_are_no_scores() -> None:
+    programs = [parity_program(parity_engine(lambda *_: True))] * 2
+    assert [result.scores for result in evaluate_many(programs, [], parity_match)] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"program": 5}, ProgramError, "program=5 is not allowed: give a dspy.Module"),
+        ({"program": dspy.Predict}, ProgramError, "is not allowed: give a dspy.Module"),
+        ({"examples": 5}, DataError, "examples must be a list of dspy.Example, got int"),
+        ({"examples": [5]}, DataError, "examples[0] is a int: give a dspy.Example"),
+        ({"examples": [dspy.Example(number=1)]}, DataError, "examples[0] does not say which fields are inputs"),
+        ({"metric": "exact"}, ConfigError, "metric must be a function"),
+        ({"metric": lambda example: 1}, ConfigError, "metric must take (example, prediction)"),
+        ({"num_threads": "x"}, ConfigError, "num_threads='x' is not allowed"),
+        ({"num_threads": 0}, ConfigError, "num_threads=0 is not allowed"),
+        ({"max_errors": -1}, ConfigError, "max_errors=-1 is not allowed"),
+        ({"seed": "x"}, ConfigError, "seed='x' is not allowed"),
+        (
+            {"store": {}},
+            ConfigError,
+            "store={} is not allowed: give a bettertogether.rollouts.rollout.RunStore, or None",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(changed: dict[str, Any], error: Any, message: str) -> None:
+    engine = parity_engine(lambda *_: True)
+    arguments = {"program": parity_program(engine), "examples": numbers(2), "metric": parity_match} | changed
+    with pytest.raises(error) as caught:
+        evaluate(**arguments)
+    assert message in str(caught.value)
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("evaluations", [5, {}, [], {"a": 0.5}, {1: Evaluation((1.0,), Ledger())}], ids=repr)
+def test_what_is_no_dict_of_evaluations_is_refused(evaluations: Any) -> None:
+    with pytest.raises(ConfigError, match="is not allowed: give a"):
+        compare(evaluations)
+
+
+def test_a_name_can_not_steer_the_terminal() -> None:
+    assert compare({"a\x1b[2J": Evaluation((1.0,), Ledger())}).startswith(r"a\x1b[2J  1.000")

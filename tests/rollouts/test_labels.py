@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import dspy
+import pytest
+
+from bettertogether.rollouts.labels import label_fields, labels_of, stratified_order, stratified_split
+
+
+def examples(answers: list[object], **more: list[object]) -> list[dspy.Example]:
+    return [
+        dspy.Example(q=i, answer=answer, **{k: v[i] for k, v in more.items()}).with_inputs("q")
+        for i, answer in enumerate(answers)
+    ]
+
+
+def test_label_fields_are_those_that_are_not_inputs_in_order() -> None:
+    assert label_fields(examples(["a", "b"], why=["x", "y"])) == ["answer", "why"]
+
+
+def test_labels_are_found_where_values_repeat() -> None:
+    assert labels_of(examples(["a", "b", "a", "b"])) == ["a", "b", "a", "b"]
+
+
+def test_numbers_and_bools_are_labels_as_text() -> None:
+    assert labels_of(examples([1, 2, 1, 2])) == ["1", "2", "1", "2"]
+    assert labels_of(examples([True, False, True, False])) == ["True", "False", "True", "False"]
+
+
+def test_free_text_answers_have_no_label() -> None:
+    assert labels_of(examples([f"answer {i}" for i in range(20)])) == [None] * 20
+
+
+def test_one_value_for_all_is_no_label() -> None:
+    assert labels_of(examples(["same"] * 6)) == [None] * 6
+
+
+def test_floats_and_lists_are_no_labels() -> None:
+    assert labels_of(examples([0.5, 0.5, 1.5, 1.5])) == [None] * 4
+    assert labels_of(examples([["a"], ["a"], ["b"], ["b"]])) == [None] * 4
+
+
+def test_the_first_field_that_repeats_is_the_label() -> None:
+    found = labels_of(examples(["p", "q", "r", "s"], kind=["x", "y", "x", "y"]))
+    assert found == ["x", "y", "x", "y"]
+
+
+def test_a_named_label_field_is_taken_even_if_its_values_do_not_repeat() -> None:
+    assert labels_of(examples(["p", "q", "r"]), "answer") == ["p", "q", "r"]
+
+
+def test_an_example_without_the_label_has_none() -> None:
+    assert labels_of([*examples(["a", "b", "a", "b"]), dspy.Example(q=9).with_inputs("q")])[-1] is None
+
+
+def test_more_than_fifty_values_are_no_labels() -> None:
+    assert labels_of(examples([str(i % 51) for i in range(204)])) == [None] * 204
+
+
+def test_any_head_of_a_stratified_order_has_the_labels_shares() -> None:
+    labels = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
+    order = stratified_order(list(range(100)), labels, seed=3)
+    assert sorted(order) == list(range(100))
+    for size in (10, 20, 50):
+        counts = Counter(labels[i] for i in order[:size])
+        assert all(abs(counts[label] - share * size) <= 1 for label, share in (("a", 0.6), ("b", 0.3), ("c", 0.1)))
+
+
+def test_a_stratified_order_depends_on_the_seed_alone() -> None:
+    labels = ["a", "b"] * 10
+    one, again, other = (stratified_order(list(range(20)), labels, seed) for seed in (1, 1, 2))
+    assert one == again
+    assert one != other
+
+
+@pytest.mark.parametrize("label", ["a", None])
+def test_without_labels_the_order_is_a_plain_shuffle(label: str | None) -> None:
+    order = stratified_order(list(range(30)), [label] * 30, seed=0)
+    assert sorted(order) == list(range(30))
+    assert order != list(range(30))
+
+
+def test_a_split_is_disjoint_and_complete() -> None:
+    data = examples(["a", "b"] * 10)
+    first, second = stratified_split(data, 6, seed=0)
+    assert sorted(example.q for example in [*first, *second]) == list(range(20))
+    assert Counter(example.answer for example in first) == {"a": 3, "b": 3}

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import dspy
+import pytest
+
+from bettertogether.errors import ConfigError
+from bettertogether.rollouts.metrics import Verdict, call_metric, judge, score_of
+
+EXAMPLE, PREDICTION = dspy.Example(a=1).with_inputs("a"), dspy.Prediction(b=2)
+
+
+def verdict(value: Any, threshold: float | None = None) -> Verdict:
+    return judge(lambda example, prediction, trace=None: value, EXAMPLE, PREDICTION, [], threshold)
+
+
+@pytest.mark.parametrize("value", [True, 1, 1.0, dspy.Prediction(score=1.0), {"score": 1}, {"score": True}])
+def test_the_full_mark_passes_without_a_threshold(value: Any) -> None:
+    assert verdict(value) == Verdict(1.0, True)
+
+
+@pytest.mark.parametrize("value", [False, 0, 0.3, 1e-9, 0.999, -1.0, dspy.Prediction(score=0.0), {"score": 0.5}])
+def test_less_than_the_full_mark_does_not_pass(value: Any) -> None:
+    got = verdict(value)
+    assert (got.passed, got.reason) == (False, "score below threshold")
+
+
+@pytest.mark.parametrize(("value", "passed"), [(0.7, True), (0.5, True), (0.49, False), (True, True), (-2.0, False)])
+def test_a_threshold_passes_scores_from_it_on(value: Any, passed: bool) -> None:
+    assert verdict(value, 0.5).passed is passed
+
+
+def test_a_negative_threshold_is_a_threshold() -> None:
+    assert verdict(-1.0, -2.0) == Verdict(-1.0, True)
+
+
+def test_a_threshold_of_zero_is_a_threshold() -> None:
+    assert verdict(0.0, 0.0).passed is True
+
+
+def test_nan_scores_zero_and_says_so() -> None:
+    assert verdict(math.nan, -1.0) == Verdict(0.0, False, "metric returned NaN")
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_score_does_not_pass(value: float) -> None:
+    got = verdict(value, 0.5)
+    assert (got.score, got.passed) == (0.0, False)
+    assert got.reason == f"metric returned {value}"
+
+
+@pytest.mark.parametrize("value", [None, "1.0", "yes", dspy.Prediction(score="1"), dspy.Prediction(feedback="x"), {}])
+def test_none_and_text_are_type_errors_that_show_the_value(value: Any) -> None:
+    with pytest.raises(TypeError, match="the metric must return a bool, a number or Prediction"):
+        verdict(value)
+
+
+def test_feedback_is_kept() -> None:
+    assert verdict(dspy.Prediction(score=0.2, feedback="too short")).feedback == "too short"
+    assert verdict({"score": 1.0, "feedback": 7}).feedback == "7"
+
+
+def test_a_score_above_one_without_a_threshold_is_an_error_that_asks_for_one() -> None:
+    with pytest.raises(ConfigError, match=r"returned 85.*give threshold="):
+        verdict(85.0)
+
+
+def test_a_score_above_one_with_a_threshold_is_judged_by_it() -> None:
+    assert verdict(85.0, 80) == Verdict(85.0, True)
+
+
+def test_no_metric_accepts_everything() -> None:
+    assert judge(None, EXAMPLE, PREDICTION, None) == Verdict(1.0, True)
+
+
+def test_a_metric_of_two_arguments_is_not_given_the_trace() -> None:
+    assert call_metric(lambda example, prediction: (example, prediction), EXAMPLE, PREDICTION, [1]) == (
+        EXAMPLE,
+        PREDICTION,
+    )
+
+
+def test_a_metric_of_three_arguments_is_given_the_trace() -> None:
+    assert call_metric(lambda e, p, trace=None: trace, EXAMPLE, PREDICTION, [1]) == [1]
+
+
+def test_gepas_five_arguments_are_given_trace_and_two_nones() -> None:
+    def metric(gold: Any, pred: Any, trace: Any, pred_name: Any, pred_trace: Any) -> Any:
+        return gold, pred, trace, pred_name, pred_trace
+
+    assert call_metric(metric, EXAMPLE, PREDICTION, [1]) == (EXAMPLE, PREDICTION, [1], None, None)
+
+
+def test_keyword_only_extras_do_not_count_as_arguments() -> None:
+    assert call_metric(lambda e, p, *, strict=False: strict, EXAMPLE, PREDICTION, None) is False
+
+
+def test_a_metric_with_star_args_is_given_three_arguments() -> None:
+    assert len(call_metric(lambda *arguments: arguments, EXAMPLE, PREDICTION, None)) == 3
+
+
+def test_a_callable_object_and_a_bound_method_are_metrics() -> None:
+    class Metric:
+        def __call__(self, example: Any, prediction: Any, trace: Any = None) -> float:
+            return 0.5
+
+        def method(self, example: Any, prediction: Any) -> float:
+            return 0.25
+
+    assert call_metric(Metric(), EXAMPLE, PREDICTION, None) == 0.5
+    assert call_metric(Metric().method, EXAMPLE, PREDICTION, None) == 0.25
+
+
+@pytest.mark.parametrize("metric", [lambda example: 1.0, lambda a, b, c, d, e, f: 1.0])
+def test_a_metric_that_takes_too_few_or_too_many_is_an_error(metric: Any) -> None:
+    with pytest.raises(ConfigError, match="metric must take"):
+        call_metric(metric, EXAMPLE, PREDICTION, None)
+
+
+def test_score_of_numpy_and_torch_like_numbers_is_their_float() -> None:
+    import numpy as np
+
+    assert score_of(np.float32(0.5)) == (0.5, None)
+    assert score_of(np.bool_(True)) == (1.0, None)
+
+
+def test_semantic_f1_style_metric_returning_a_prediction_with_only_score_has_no_feedback() -> None:
+    assert score_of(dspy.Prediction(score=0.75)) == (0.75, None)

@@ -1,0 +1,506 @@
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import dspy
+import pytest
+from fakes import (
+    OtherEngine,
+    Parity,
+    TwoSteps,
+    numbers,
+    parity_engine,
+    parity_program,
+    plain_lm,
+    reply,
+    two_step_engine,
+    two_step_program,
+)
+
+from bettertogether.errors import PromptTooLongError
+from bettertogether.records import Ledger
+from bettertogether.rollouts.rollout import Attempt, Call, RolloutStore, Runner, example_key, run_program, stable_seed
+from bettertogether.testing import FakeEngine, FakeRequest
+
+ONE = numbers(1, start=1)[0]
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return two_step_engine(lambda *_: True)
+
+
+def echo_engine() -> FakeEngine:
+    """Answers every output field `x` with "<x> of <first input value>"."""
+
+    def answer(request: FakeRequest) -> str:
+        names = request.system.split("Your output fields are:")[1].split("All interactions")[0]
+        fields = [line.split("`")[1] for line in names.splitlines() if line.startswith(("1.", "2.")) and "`" in line]
+        value = request.user.split(" ## ]]\n")[1].split("\n")[0]
+        return reply(request, **{name: f"{name} of {value}" for name in fields})
+
+    return FakeEngine(answer)
+
+
+def names(program: dspy.Module, **inputs: Any) -> list[str]:
+    """Which predictor made each call."""
+    program.set_lm(plain_lm(echo_engine()))
+    run = run_program(program, dspy.Example(**inputs).with_inputs(*inputs))
+    assert run.error is None
+    return [call.predictor for call in run.calls]
+
+
+class Base(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = dspy.Predict("q -> a")
+        self.second = dspy.Predict("q -> a")
+
+
+def test_a_call_has_its_predictor_inputs_and_outputs(engine: FakeEngine) -> None:
+    run = run_program(two_step_program(engine), ONE)
+    assert run.calls == (
+        Call("remark", {"number": 1}, {"remark": "1 ends in 1"}),
+        Call("decide", {"number": 1, "remark": "1 ends in 1"}, {"parity": "odd"}),
+    )
+
+
+def test_a_loop_gives_every_call_to_its_predictor() -> None:
+    class Loop(Base):
+        def forward(self, q: str) -> dspy.Prediction:
+            for _ in range(3):
+                q = self.second(q=q).a
+            return self.first(q=q)
+
+    assert names(Loop(), q="x") == ["second", "second", "second", "first"]
+
+
+def test_a_predictor_called_fifty_times_has_fifty_calls() -> None:
+    class Fifty(Base):
+        def forward(self, q: str) -> dspy.Prediction:
+            return [self.first(q=f"{q}{i}") for i in range(50)][-1]
+
+    assert names(Fifty(), q="x") == ["first"] * 50
+
+
+def test_a_skipped_predictor_has_no_calls() -> None:
+    class Skip(Base):
+        def forward(self, q: str) -> dspy.Prediction:
+            return self.second(q=q)
+
+    assert names(Skip(), q="x") == ["second"]
+
+
+def test_calls_in_another_order_than_the_predictors_are_theirs() -> None:
+    class Backwards(Base):
+        def forward(self, q: str) -> dspy.Prediction:
+            return self.first(q=self.second(q=q).a)
+
+    assert names(Backwards(), q="x") == ["second", "first"]
+
+
+def test_predictors_of_nested_modules_and_lists_have_their_paths() -> None:
+    class Outer(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = [dspy.ChainOfThought("q -> a"), dspy.Predict("q -> a")]
+            self.named = {"last": dspy.Predict("q -> a")}
+
+        def forward(self, q: str) -> dspy.Prediction:
+            return self.named["last"](q=self.steps[1](q=self.steps[0](q=q).a).a)
+
+    assert names(Outer(), q="x") == ["steps[0].predict", "steps[1]", "named['last']"]
+
+
+def test_calls_made_in_dspy_parallel_are_attributed_in_an_order_that_timing_does_not_change() -> None:
+    class Fan(Base):
+        def forward(self, q: str) -> dspy.Prediction:
+            pairs = [(self.second, {"q": f"{q}{i}"}) for i in range(4)] + [(self.first, {"q": q})]
+            dspy.Parallel(num_threads=4, disable_progress_bar=True)(pairs)
+            return self.first(q="end")
+
+    orders = set()
+    for delays in ([0.03, 0.0, 0.02, 0.01, 0.0], [0.0, 0.02, 0.01, 0.03, 0.02]):
+        remaining = iter(delays)
+        engine = echo_engine()
+        engine.delay_s = lambda _, remaining=remaining: next(remaining, 0.0)  # type: ignore[misc]
+        program = Fan()
+        program.set_lm(plain_lm(engine))
+        run = run_program(program, dspy.Example(q="x").with_inputs("q"))
+        orders.add(tuple((call.predictor, call.inputs["q"]) for call in run.calls))
+    expected = (("first", "x"), *(("second", f"x{i}") for i in range(4)), ("first", "end"))
+    assert orders == {expected}
+
+
+def test_tokens_used_in_dspy_parallel_are_counted() -> None:
+    class Fan(Base):
+        def forward(self, q: str) -> dspy.Prediction:
+            pairs = [(self.second, {"q": f"{q}{i}"}) for i in range(3)]
+            return dspy.Parallel(num_threads=3, disable_progress_bar=True)(pairs)[0]
+
+    program = Fan()
+    program.set_lm(plain_lm(echo_engine()))
+    ledger = run_program(program, dspy.Example(q="x").with_inputs("q")).ledger
+    assert (ledger.lm_calls, ledger.cache_hits) == (3, 0)
+    assert ledger.generated_tokens > 0
+
+
+def test_a_program_with_aforward_alone_is_run() -> None:
+    class Async(Base):
+        async def aforward(self, q: str) -> dspy.Prediction:
+            return await self.second.acall(q=(await self.first.acall(q=q)).a)
+
+    assert names(Async(), q="x") == ["first", "second"]
+
+
+def test_a_program_without_forward_fails_with_what_to_define() -> None:
+    class Nothing(Base):
+        pass
+
+    run = run_program(Nothing(), ONE)
+    assert run.failure == "program error"
+    assert "Nothing has neither forward nor aforward: define one of them" in str(run.error)
+
+
+def test_deep_copies_of_predictors_made_in_forward_are_told_apart() -> None:
+    class Copies(Base):
+        def forward(self, q: str) -> dspy.Prediction:
+            return copy.deepcopy(self.first)(q=copy.deepcopy(self.second)(q=q).a)
+
+    assert names(Copies(), q="x") == ["second", "first"]
+
+
+def test_a_new_predictor_of_the_same_signature_belongs_to_the_one_that_has_it() -> None:
+    class New(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.other = dspy.Predict("q -> a"), dspy.Predict("q -> b")
+
+        def forward(self, q: str) -> dspy.Prediction:
+            again = dspy.Predict(self.p.signature)
+            again.lm = self.p.lm
+            return again(q=q)
+
+    assert names(New(), q="x") == ["p"]
+
+
+def test_deep_copies_of_one_predictor_in_a_list_are_told_apart_by_object() -> None:
+    class Same(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            first = dspy.Predict("q -> a")
+            self.steps = [first, copy.deepcopy(first)]
+
+        def forward(self, q: str) -> dspy.Prediction:
+            return self.steps[0](q=self.steps[1](q=q).a)
+
+    assert names(Same(), q="x") == ["steps[1]", "steps[0]"]
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a deep copy"])
+def test_calls_of_a_frozen_sub_module_belong_to_nobody(copied: bool) -> None:
+    class Outer(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.own = Base(), dspy.Predict("q -> a")
+            self.frozen._compiled = True
+
+        def forward(self, q: str) -> dspy.Prediction:
+            inner = copy.deepcopy(self.frozen.first) if copied else self.frozen.first
+            return self.own(q=inner(q=q).a)
+
+    program = Outer()
+    program.frozen.first.lm = plain_lm(echo_engine())
+    assert names(program, q="x") == ["own"]
+
+
+def react_answer(request: FakeRequest) -> str:
+    if "next_tool_name" not in request.system:
+        return reply(request, reasoning="I looked.", answer="blue")
+    looked = "observation_0" in request.user
+    tool, arguments = ("finish", {}) if looked else ("look", {"thing": "sky"})
+    return reply(request, next_thought="Look.", next_tool_name=tool, next_tool_args=arguments)
+
+
+def react() -> dspy.ReAct:
+    def look(thing: str) -> str:
+        """Look at it."""
+        return f"the {thing} is blue"
+
+    return dspy.ReAct("question -> answer", tools=[look])
+
+
+def test_react_with_a_tool_gives_the_steps_to_react_and_the_answer_to_extract() -> None:
+    program = react()
+    program.set_lm(plain_lm(FakeEngine(react_answer)))
+    run = run_program(program, dspy.Example(question="sky?").with_inputs("question"))
+    assert [call.predictor for call in run.calls] == ["react", "react", "extract.predict"]
+    first = {"next_thought": "Look.", "next_tool_name": "look", "next_tool_args": {"thing": "sky"}}
+    assert run.calls[0].outputs == first
+    assert "the sky is blue" in run.calls[1].inputs["trajectory"]
+
+
+def test_react_shortens_a_history_that_is_too_long_for_the_model() -> None:
+    def answer(request: FakeRequest) -> str:
+        if "observation_1" in request.user and "observation_0" in request.user:
+            raise PromptTooLongError("too long")
+        if "next_tool_name" in request.system:
+            finish = "observation_1" in request.user
+            return reply(
+                request,
+                next_thought="",
+                next_tool_name="finish" if finish else "look",
+                next_tool_args={} if finish else {"thing": "sky"},
+            )
+        return reply(request, reasoning="", answer="blue")
+
+    program = react()
+    program.set_lm(plain_lm(FakeEngine(answer)))
+    run = run_program(program, dspy.Example(question="sky?").with_inputs("question"))
+    assert run.prediction.answer == "blue"
+
+
+def test_an_unparseable_answer_is_a_parse_failure() -> None:
+    run = run_program(parity_program(FakeEngine(lambda _: "no")), ONE)
+    assert (run.failure, run.calls) == ("parse failure", ())
+
+
+def test_a_raise_in_the_program_is_a_program_error_with_the_calls_made_before(engine: FakeEngine) -> None:
+    class Broken(TwoSteps):
+        def forward(self, number: int) -> dspy.Prediction:
+            self.remark(number=number)
+            raise KeyError("nope")
+
+    program = Broken()
+    program.set_lm(plain_lm(engine))
+    run = run_program(program, ONE)
+    assert (run.failure, repr(run.error)) == ("program error", "KeyError('nope')")
+    assert [call.predictor for call in run.calls] == ["remark"]
+
+
+def test_a_timeout_is_a_timeout() -> None:
+    class Slow(TwoSteps):
+        def forward(self, number: int) -> dspy.Prediction:
+            raise TimeoutError("60 s")
+
+    assert run_program(Slow(), ONE).failure == "timeout"
+
+
+def test_a_prompt_that_does_not_fit_is_a_failure_of_its_own_kind() -> None:
+    def refuse(request: FakeRequest) -> str:
+        raise PromptTooLongError("9 tokens, 8 fit")
+
+    assert run_program(parity_program(FakeEngine(refuse)), ONE).failure == "prompt too long"
+
+
+def test_the_ledger_counts_calls_and_tokens(engine: FakeEngine) -> None:
+    ledger = run_program(two_step_program(engine), ONE).ledger
+    prompts = sum(len(engine.prompt_tokens(request.messages)) for request in engine.requests)
+    assert (ledger.program_calls, ledger.lm_calls, ledger.cache_hits, ledger.metric_calls) == (1, 2, 0, 0)
+    assert ledger.prompt_tokens == prompts
+    assert ledger.generated_tokens > 10
+
+
+def test_an_answer_from_dspys_cache_is_a_cache_hit_without_tokens(engine: FakeEngine) -> None:
+    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
+    try:
+        program = two_step_program(engine, cache=True)
+        run_program(program, ONE)
+        ledger = run_program(program, ONE).ledger
+    finally:
+        dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
+    assert ledger == Ledger(program_calls=1, lm_calls=2, cache_hits=2)
+
+
+def test_a_second_format_tried_after_a_parse_failure_is_a_call(engine: FakeEngine) -> None:
+    second_only = FakeEngine(lambda request: "no" if request.schema is None else {"parity": "odd"})
+    ledger = run_program(parity_program(second_only), ONE).ledger
+    assert (ledger.lm_calls, ledger.cache_hits) == (2, 0)
+
+
+def test_usage_reaches_a_tracker_outside_and_the_prediction(engine: FakeEngine) -> None:
+    with dspy.context(track_usage=True), dspy.track_usage() as tracker:
+        run = run_program(two_step_program(engine), ONE)
+    assert tracker.get_total_tokens()["local/fake"]["prompt_tokens"] == run.ledger.prompt_tokens
+    assert run.prediction.get_lm_usage() == tracker.get_total_tokens()
+
+
+def test_runs_leave_no_prompts_in_dspys_histories(engine: FakeEngine) -> None:
+    program = two_step_program(engine)
+    run_program(program, ONE)
+    assert (program.history, program.remark.history, program.remark.lm.history) == ([], [], [])
+
+
+def test_a_long_history_does_not_slow_runs_down(engine: FakeEngine) -> None:
+    def seconds(program: Any) -> float:
+        runner = Runner(program)
+        started = time.process_time()
+        for example in numbers(50):
+            runner.run(example)
+        return time.process_time() - started
+
+    fresh, used = two_step_program(engine), two_step_program(engine)
+    used.history = [{"messages": [{"content": str(i)}]} for i in range(20_000)]
+    assert seconds(used) < 3 * seconds(fresh)
+
+
+def test_a_plain_attempt_runs_the_program_itself(engine: FakeEngine) -> None:
+    program = two_step_program(engine)
+    run = Runner(program).run(ONE)
+    assert [id(entry[0]) for entry in run.raw_trace] == [id(program.remark), id(program.decide)]
+    assert {request.seed for request in engine.requests} == {None}
+
+
+def test_a_sampled_attempt_has_its_temperature_and_a_seed_of_its_example_and_number(engine: FakeEngine) -> None:
+    runner = Runner(two_step_program(engine), seed=7)
+    for example in numbers(2):
+        for number in (1, 2):
+            runner.run(example, Attempt("sample", number, 0.9))
+    assert {request.temperature for request in engine.requests} == {0.9}
+    seeds = [request.seed for request in engine.requests]
+    assert len(set(seeds)) == 4
+    assert seeds[0] == stable_seed(7, example_key(numbers(1)[0]), 1)
+
+
+def test_sampling_leaves_the_program_as_it_was(engine: FakeEngine) -> None:
+    program = two_step_program(engine)
+    lm, signature = program.remark.lm, program.remark.signature
+    Runner(program).run(ONE, Attempt("rescue", 1, None, {"parity": "odd"}))
+    assert (program.remark.lm, program.remark.signature) == (lm, signature)
+    assert lm.kwargs == {"temperature": 0.0, "max_tokens": None}
+
+
+def test_one_copy_serves_attempts_that_do_not_overlap(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    monkeypatch.setattr("bettertogether.rollouts.rollout.copy_program", lambda p, **_: copies.append(p) or copy.copy(p))
+    runner = Runner(two_step_program(engine))
+    for number in range(1, 5):
+        runner.run(ONE, Attempt("sample", number, 1.0))
+    assert len(copies) == 1
+
+
+def test_a_rescue_leaves_no_hint_for_the_next_attempt(engine: FakeEngine) -> None:
+    runner = Runner(two_step_program(engine))
+    runner.run(ONE, Attempt("rescue", 1, None, {"parity": "odd"}))
+    runner.run(ONE, Attempt("sample", 1, 1.0))
+    assert ["result is known" in request.system for request in engine.requests] == [False, True, False, False]
+
+
+def test_an_lm_that_samples_without_a_seed_is_given_one(engine: FakeEngine) -> None:
+    program = two_step_program(engine, temperature=0.7)
+    Runner(program, seed=1).run(ONE)
+    assert {request.seed for request in engine.requests} == {stable_seed(1, example_key(ONE), 0)}
+
+
+def test_an_lm_with_its_own_seed_keeps_it(engine: FakeEngine) -> None:
+    Runner(two_step_program(engine, temperature=0.7, seed=5)).run(ONE)
+    assert {request.seed for request in engine.requests} == {5}
+
+
+def test_an_engine_that_takes_no_seed_is_sent_none() -> None:
+    other = OtherEngine(lambda request: reply(request, parity="odd"))
+    program = dspy.Predict(Parity)
+    program.set_lm(dspy.LM("local/api", engine=other, cache=False))
+    Runner(program).run(ONE, Attempt("sample", 1, 1.0))
+    assert [(request.temperature, request.seed) for request in other.fake.requests] == [(1.0, None)]
+
+
+def test_rescue_narrows_the_answer_to_the_label_and_says_so_in_the_prompt() -> None:
+    engine = parity_engine(lambda *_: True)
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        Runner(parity_program(engine)).run(ONE, Attempt("rescue", 1, None, {"parity": "odd"}))
+    (request,) = engine.requests
+    assert request.schema is not None
+    assert request.schema["properties"]["parity"]["const"] == "odd"
+    assert "`parity` = 'odd'" in request.system
+
+
+def test_rescue_hints_at_the_predictors_that_answer_the_label_alone(engine: FakeEngine) -> None:
+    Runner(two_step_program(engine)).run(ONE, Attempt("rescue", 1, None, {"parity": "odd"}))
+    assert ["result is known" in request.system for request in engine.requests] == [False, True]
+
+
+def test_rescue_hints_at_all_predictors_when_none_answers_the_label(engine: FakeEngine) -> None:
+    Runner(two_step_program(engine)).run(ONE, Attempt("rescue", 1, None, {"total": 3}))
+    assert ["`total` = 3" in request.system for request in engine.requests] == [True, True]
+
+
+def test_a_run_in_the_store_is_not_done_again(engine: FakeEngine) -> None:
+    store = RolloutStore()
+    first = Runner(two_step_program(engine), store=store).run(ONE)
+    again = Runner(two_step_program(engine), store=store).run(ONE)
+    assert len(engine.requests) == 2
+    assert again.calls == first.calls
+    assert again.ledger == Ledger()
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [Attempt("sample", 1, 1.0), Attempt("sample", 2, 0.5), Attempt("rescue", 1, None, {"parity": "odd"})],
+    ids=["sample", "another sample", "rescue"],
+)
+def test_another_attempt_is_another_run(engine: FakeEngine, attempt: Attempt) -> None:
+    runner = Runner(two_step_program(engine), store=RolloutStore())
+    runner.run(ONE)
+    runner.run(ONE, attempt)
+    assert len(engine.requests) == 4
+
+
+def test_another_seed_is_another_run_of_a_sampled_attempt(engine: FakeEngine) -> None:
+    store = RolloutStore()
+    for seed in (0, 1, 1):
+        Runner(two_step_program(engine), seed=seed, store=store).run(ONE, Attempt("sample", 1, 1.0))
+    assert len(engine.requests) == 4
+
+
+def test_the_seed_does_not_matter_for_a_greedy_run(engine: FakeEngine) -> None:
+    store = RolloutStore()
+    for seed in (0, 1):
+        Runner(two_step_program(engine), seed=seed, store=store).run(ONE)
+    assert len(engine.requests) == 2
+
+
+def test_a_parse_failure_is_kept_in_the_store_and_a_raise_or_a_timeout_is_not() -> None:
+    class Raises(dspy.Predict):
+        def forward(self, **inputs: Any) -> dspy.Prediction:
+            raise errors.pop(0)
+
+    errors: list[Exception] = [TimeoutError(), KeyError(), ValueError()]
+    program, store = Raises(Parity), RolloutStore()
+    kinds = [Runner(program, store=store).run(ONE).failure for _ in range(3)]
+    assert (kinds, errors) == (["timeout", "program error", "program error"], [])
+    unparseable = FakeEngine(lambda _: "no")
+    for _ in range(2):
+        Runner(parity_program(unparseable), store=store).run(ONE)
+    assert len(unparseable.requests) == 2
+
+
+def test_runs_of_a_program_with_a_patched_forward_are_never_taken_from_the_store(engine: FakeEngine) -> None:
+    store = RolloutStore()
+    Runner(two_step_program(engine), store=store).run(ONE)
+    patched = two_step_program(engine)
+    patched.forward = lambda **inputs: dspy.Prediction(parity="patched")
+    assert Runner(patched, store=store).run(ONE).prediction.parity == "patched"
+
+
+def test_examples_of_equal_content_have_equal_keys() -> None:
+    assert example_key(numbers(1)[0]) == example_key(numbers(1)[0])
+    assert example_key(numbers(1)[0]) != example_key(numbers(1, start=2)[0])
+
+
+def test_a_stable_seed_is_a_31_bit_number_that_depends_on_the_parts_alone() -> None:
+    assert stable_seed("a", 1) == stable_seed("a", 1) != stable_seed("a", 2)
+    assert all(0 <= stable_seed(i) < 2**31 for i in range(100))
+
+
+def test_runs_of_many_threads_do_not_mix_their_traces(engine: FakeEngine) -> None:
+    from bettertogether.rollouts.parallel import parallel_map
+
+    engine.delay_s = lambda request: 0.001 * (stable_seed(request.user) % 5)
+    runner = Runner(two_step_program(engine))
+    started = time.monotonic()
+    runs = parallel_map(lambda example: runner.run(example, Attempt("sample", 1, 1.0)), numbers(40), num_threads=8)
+    assert time.monotonic() - started < 5
+    assert [[call.inputs["number"] for call in run.calls] for run in runs] == [[n, n] for n in range(40)]

@@ -1,0 +1,90 @@
+"""The child process of `test_kill.py`: a compile of about two seconds, in a run directory given.
+
+    python tests/run/killed_run.py RUN_DIR
+
+Prints "started" when the work begins, and what the run ended with, as JSON, when it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import dspy
+from fakes import learner, numbers, parity_match, parity_program, reply, right, wrong
+
+from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
+from bettertogether.callbacks import Callback
+from bettertogether.engines.protocol import FinetuneResult
+from bettertogether.programs.program import prompts_state
+from bettertogether.testing import FakeEngine, FakeRequest
+
+CALL_S, TRAINING_S, WRITE_S = 0.03, 0.2, 0.02
+
+
+def answer(request: FakeRequest) -> str:
+    number = int(request.user.split("\n")[1])
+    return reply(request, parity=right(number) if learner(request, number) else wrong(number))
+
+
+class SlowEngine(FakeEngine):
+    """Takes its time to train, before and after the adapter is on disk."""
+
+    def finetune(self, *arguments: Any, **options: Any) -> FinetuneResult:
+        time.sleep(TRAINING_S)
+        result = super().finetune(*arguments, **options)
+        time.sleep(TRAINING_S)
+        return result
+
+
+class Started(Callback):
+    def on_run_start(self, event: Any) -> None:
+        sys.stdout.write("started\n")
+        sys.stdout.flush()
+
+
+def slow_fsync(handle: int, fsync: Any = os.fsync) -> None:
+    """Writing takes a while, so that some kills fall into it."""
+    time.sleep(WRITE_S)
+    fsync(handle)
+
+
+def outcome(compiled: dspy.Module, run_dir: Path) -> dict[str, Any]:
+    """The report and the program, without seconds, the place of the directory and the calls that were made twice."""
+    report = json.loads(json.dumps(compiled.report.to_dict()).replace(str(run_dir), "RUN"))
+    for record in report["rounds"]:
+        record["ledger"] = {name: record["ledger"][name] for name in ("metric_calls", "trained_tokens")}
+    return {"report": report, "prompts": prompts_state(compiled), "model": compiled.lm.model}
+
+
+def main() -> None:
+    logging.disable(logging.CRITICAL)
+    run_dir = Path(sys.argv[1])
+    os.fsync = slow_fsync
+    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
+    engine = SlowEngine(answer, delay_s=lambda request: CALL_S)
+    optimizer = BetterTogether(
+        parity_match,
+        p=BootstrapFewShotRS(parity_match, num_candidates=3, num_samples=1),
+        w=LoRAFinetune(parity_match, num_samples=1),
+    )
+    compiled = optimizer.compile(
+        parity_program(engine),
+        trainset=numbers(24, start=40),
+        valset=numbers(10),
+        strategy="p -> w -> p",
+        num_threads=8,
+        run_dir=run_dir,
+        callbacks=[Started()],
+        progress=False,
+    )
+    sys.stdout.write(json.dumps(outcome(compiled, run_dir)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Which calls go on with a run directory, and how the others are refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from dspy.teleprompt.teleprompt import Teleprompter
+from fakes import Parity, learner, numbers, parity_engine, parity_match, plain_lm
+
+from bettertogether import BetterTogether
+from bettertogether.errors import RunDirectoryError
+from bettertogether.testing import FakeEngine
+
+STRICT = 1.0
+
+
+class Same(Teleprompter):
+    """Gives the student back, and counts how often."""
+
+    def __init__(self, option: Any = 1) -> None:
+        self.option = option
+        self.times = 0
+
+    def compile(self, student: dspy.Module, *, trainset: Any, extra: Any = None) -> dspy.Module:
+        self.times += 1
+        self.received = trainset
+        return student
+
+
+def program(
+    *, flip: bool = False, words: Any = ("a",), instructions: str = "Say.", lm: Any = None, **config: Any
+) -> dspy.Module:
+    def answer(parity: str) -> str:
+        return {"odd": "even", "even": "odd"}[parity] if flip else parity
+
+    class Program(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = words
+            self.lock = threading.Lock()
+            self.say = dspy.Predict(Parity.with_instructions(instructions), **config)
+            self.say.lm = plain_lm(parity_engine(learner), **(lm or {}))
+
+        def forward(self, number: int) -> dspy.Prediction:
+            return dspy.Prediction(parity=answer(self.say(number=number).parity))
+
+    return Program()
+
+
+def other_forward() -> dspy.Module:
+    made = program()
+
+    class Program(type(made)):  # type: ignore[misc]
+        def forward(self, number: int) -> dspy.Prediction:
+            return self.say(number=number + 0)
+
+    Program.__qualname__ = type(made).__qualname__
+    made.__class__ = Program
+    return made
+
+
+def graded(example: Any, prediction: Any, trace: Any = None, *, weight: float = 1.0) -> float:
+    return weight * STRICT * (example.parity == prediction.parity)
+
+
+class Graded:
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self.calls = 0
+
+    def __call__(self, example: Any, prediction: Any, trace: Any = None) -> float:
+        self.calls += 1
+        return graded(example, prediction, weight=self.weight)
+
+    def method(self, example: Any, prediction: Any, trace: Any = None) -> float:
+        return self(example, prediction)
+
+
+def closure(weight: float) -> Any:
+    def metric(example: Any, prediction: Any, trace: Any = None) -> float:
+        return graded(example, prediction, weight=weight)
+
+    return metric
+
+
+def call(run_dir: Path, **changes: Any) -> dspy.Module:
+    student = changes.pop("student", program)()
+    metric = changes.pop("metric", lambda: parity_match)()
+    options = {"trainset": numbers(12, 40), "valset": numbers(4), "strategy": "s", "progress": False} | changes
+    optimizer = BetterTogether(metric, **options.pop("optimizers", lambda: {"s": Same()})())
+    return optimizer.compile(student, run_dir=run_dir, **options)
+
+
+def case(first: dict[str, Any], second: dict[str, Any], named: str) -> Any:
+    return pytest.param(first, second, named, id=f"{named} {next(iter(second))}")
+
+
+DIFFERENT = [
+    case({}, {"student": lambda: program(flip=True)}, "student.code.*Program.forward"),
+    case({}, {"student": other_forward}, "student.code.*Program.forward"),
+    case({}, {"student": lambda: program(words=("b",))}, r"student.attributes.self.words: .*\('a',\).*\('b',\)"),
+    case({}, {"student": lambda: program(instructions="Tell.")}, r"student.prompts.say.instructions: .*Say.*Tell"),
+    case({}, {"student": lambda: program(lm={"temperature": 1.5})}, r"student.lms.say.temperature: .*0\.0.*1\.5"),
+    case({}, {"student": lambda: program(lm={"max_tokens": 3})}, "student.lms.say.max_tokens"),
+    case({}, {"student": lambda: program(temperature=1.5)}, "student.attributes.self.say.config"),
+    case({}, {"teacher": program()}, "teachers.1.class"),
+    case({"teacher": program()}, {"teacher": program(flip=True)}, "teachers.1.code"),
+    case({"metric": lambda: closure(1.0)}, {"metric": lambda: closure(0.5)}, r"metric.closure.weight: .*1\.0.*0\.5"),
+    case({"metric": lambda: Graded(1.0)}, {"metric": lambda: Graded(0.5)}, r"metric.weight: .*1\.0.*0\.5"),
+    case({"metric": lambda: Graded(1.0).method}, {"metric": lambda: Graded(0.5).method}, "metric.of.weight"),
+    case(
+        {"metric": lambda: functools.partial(graded, weight=1.0)},
+        {"metric": lambda: functools.partial(graded, weight=0.5)},
+        "metric.keywords.weight",
+    ),
+    case({}, {"optimizers": lambda: {"s": Same([1])}}, r"optimizers.s.option: .*1.*\[1\]"),
+    case({}, {"optimizer_compile_args": {"s": {"extra": 2}}}, "compile_args.s.extra"),
+    case({}, {"trainset": numbers(12, 41)}, "trainset: .*12 examples"),
+    case({}, {"valset": numbers(5)}, "valset: .*4 examples.*5 examples"),
+    case({}, {"seed": 3}, "seed"),
+    case({}, {"two_by_two": False}, "two_by_two"),
+    case({}, {"strategy": "s -> s"}, "strategy"),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "named"), DIFFERENT)
+def test_another_call_is_refused_with_what_differs(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], named: str
+) -> None:
+    call(tmp_path / "run", **first)
+    with pytest.raises(RunDirectoryError, match=rf"holds another run; what differs:(.|\n)*{named}"):
+        call(tmp_path / "run", **(first | second))
+    call(tmp_path / "run", **first)
+
+
+SAME: list[dict[str, Any]] = [
+    {},
+    {"strategy": " s"},
+    {"strategy": ["s"]},
+    {"num_threads": 3},
+    {"progress": True},
+    {"student": lambda: program(words=["a", {"b": {"x", "y", "z"}}])},
+    {"metric": lambda: closure(1.0)},
+    {"metric": lambda: Graded(1.0)},
+    {"metric": lambda: functools.partial(graded, weight=0.5)},
+    {"optimizers": lambda: {"s": Same(threading.Lock())}},
+    {"optimizers": lambda: {"s": dspy.BootstrapFewShot(metric=parity_match)}},
+]
+
+
+@pytest.mark.parametrize("options", SAME, ids=str)
+def test_the_same_call_made_anew_goes_on(tmp_path: Path, options: dict[str, Any]) -> None:
+    base = {"strategy": "s"} if "strategy" in options else {}
+    first = call(tmp_path / "run", **(options | base))
+    second = call(tmp_path / "run", **options)
+    assert [r.to_dict() for r in second.report.rounds] == [r.to_dict() for r in first.report.rounds]
+
+
+@pytest.mark.parametrize("strategy", ["s->s", "s  ->  s", "s→s", ["s -> s"]])
+def test_white_space_in_a_strategy_does_not_matter(tmp_path: Path, strategy: Any) -> None:
+    call(tmp_path / "run", strategy="s -> s")
+    assert len(call(tmp_path / "run", strategy=strategy).report.rounds) == 3
+
+
+def test_what_the_run_itself_changed_in_metric_and_optimizer_is_no_other_call(tmp_path: Path) -> None:
+    metric, step = Graded(1.0), Same()
+    for times in (1, 1):
+        call(tmp_path / "run", metric=lambda: metric, optimizers=lambda: {"s": step})
+        assert (metric.calls, step.times, len(step.received)) == (8, times, 12)
+    step.option = 2
+    with pytest.raises(RunDirectoryError, match=r"optimizers\.s\.option"):
+        call(tmp_path / "run", metric=lambda: metric, optimizers=lambda: {"s": step})
+
+
+def test_a_constant_that_the_metric_reads_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call(tmp_path / "run", metric=lambda: graded)
+    monkeypatch.setitem(globals(), "STRICT", 0.5)
+    with pytest.raises(RunDirectoryError, match=r"metric\.uses\.STRICT: the directory has '1.0', this call has '0.5'"):
+        call(tmp_path / "run", metric=lambda: graded)
+
+
+def test_another_adapter_is_another_call(tmp_path: Path) -> None:
+    call(tmp_path / "run")
+    with dspy.context(adapter=dspy.ChatAdapter()):
+        call(tmp_path / "run")
+    with dspy.context(adapter=dspy.JSONAdapter()), pytest.raises(RunDirectoryError, match=r"adapter\.class"):
+        call(tmp_path / "run")
+    with (
+        dspy.context(adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)),
+        pytest.raises(RunDirectoryError, match=r"adapter\.use_json_adapter_fallback"),
+    ):
+        call(tmp_path / "run")
+
+
+def test_no_secret_is_noted(tmp_path: Path) -> None:
+    secret = "sk-abcdefghijklmnop1234567890"
+
+    class Keyed(Same):
+        def __init__(self) -> None:
+            super().__init__(option={"api_key": secret})
+            self.api_key = secret
+
+    call(tmp_path / "run", optimizers=lambda: {"s": Keyed()})
+    assert secret not in (tmp_path / "run" / "run.json").read_text()
+    call(tmp_path / "run", optimizers=lambda: {"s": Keyed()})
+
+
+def test_a_directory_of_a_version_that_noted_less_is_refused_in_words(tmp_path: Path) -> None:
+    call(tmp_path / "run")
+    header = json.loads((tmp_path / "run" / "run.json").read_text())
+    del header["run"]["form"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(header))
+    with pytest.raises(RunDirectoryError, match="made by another version of bettertogether"):
+        call(tmp_path / "run")
+
+
+def test_two_programs_that_hold_other_things_share_no_runs() -> None:
+    from bettertogether.programs.behaviour import program_key
+
+    engine = parity_engine(learner)
+
+    def made(words: Any) -> dspy.Module:
+        result = program(words=words)
+        result.say.lm = plain_lm(engine)
+        result.lock = None
+        return result
+
+    assert program_key(made(["a"])) == program_key(made(["a"]))
+    assert program_key(made(["a"])) != program_key(made(["b"]))
+    assert isinstance(engine, FakeEngine)

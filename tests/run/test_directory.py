@@ -1,0 +1,408 @@
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bettertogether import files
+from bettertogether.errors import RunDirectoryError
+from bettertogether.records import Ledger, StepRecord
+from bettertogether.run.directory import RunDirectory, atomic_write, default_run_directory
+
+RUN = {"strategy": "p -> w", "seed": 0, "options": {"p": {"candidates": 6}}, "versions": {"dspy": "3.4.1"}}
+
+APPEND_FOREVER = """
+import sys
+from bettertogether.records import StepRecord
+from bettertogether.run.directory import RunDirectory
+with RunDirectory.open(sys.argv[1], {}) as directory:
+    print("ready", flush=True)
+    while True:
+        index = len(directory.records())
+        directory.append(StepRecord(index, "p", "p", "complete", details={"text": "x" * 5000}))
+"""
+
+FULL_DISK = """
+import resource, signal, sys
+from bettertogether.errors import RunDirectoryError
+from bettertogether.records import StepRecord
+from bettertogether.run.directory import RunDirectory
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with RunDirectory.open(sys.argv[1], {}) as directory:
+    directory.append(StepRecord(0, "", "", "complete", details={"text": "x" * 1000}))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    try:
+        directory.append(StepRecord(1, "p", "p", "complete", details={"text": "x" * 9000}))
+    except RunDirectoryError as error:
+        print(len(directory.records()), error)
+"""
+
+
+def record(index: int, **fields: Any) -> StepRecord:
+    values = {"step": "p", "strategy": "p", "status": "complete", "score": 0.5, "scores": (0.0, 1.0), **fields}
+    return StepRecord(index=index, ledger=Ledger(lm_calls=3, seconds=1.5), **values)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def test_records_come_back_as_they_were_appended(tmp_path: Path) -> None:
+    written = [record(0), record(1, details={"loss": [1.0, 0.5], "text": "é\n"}, error="x"), record(2, scores=None)]
+    with RunDirectory.open(tmp_path / "run", RUN) as directory:
+        for each in written:
+            directory.append(each)
+    with RunDirectory.open(tmp_path / "run", RUN) as directory:
+        assert directory.records() == tuple(written)
+
+
+def test_a_new_directory_has_its_folders_and_says_what_was_asked(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path / "a" / "run", RUN) as directory:
+        assert directory.adapters.is_dir()
+        assert directory.programs.is_dir()
+        assert directory.run == RUN
+        assert json.loads((directory.path / "run.json").read_text())["schema"] == 1
+
+
+def test_finish_is_remembered(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        assert not directory.finished
+        directory.finish()
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        assert directory.finished
+
+
+def test_a_last_line_torn_at_any_byte_is_dropped_and_the_file_repaired(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        directory.append(record(0))
+        directory.append(record(1, details={"text": "é" * 20}))
+    path = tmp_path / "records.jsonl"
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for cut in [*range(first + 1, len(whole), 37), len(whole) - 1]:
+        path.write_bytes(whole[:cut])
+        with RunDirectory.open(tmp_path, RUN) as directory:
+            assert directory.records() == (record(0),)
+        assert path.read_bytes() == whole[:first]
+
+
+def test_a_torn_line_is_told_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        directory.append(record(0))
+    with open(tmp_path / "records.jsonl", "ab") as file:
+        file.write(b'{"schema": 1, "ind')
+    RunDirectory.open(tmp_path, RUN).close()
+    assert "18 bytes" in caplog.text
+
+
+def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        directory.append(record(0))
+        directory.append(record(1))
+    path = tmp_path / "records.jsonl"
+    damaged = path.read_bytes().replace(b'"index": 0', b'"index": #', 1)
+    path.write_bytes(damaged)
+    with pytest.raises(RunDirectoryError, match="line 1 is damaged"):
+        RunDirectory.open(tmp_path, RUN)
+    assert path.read_bytes() == damaged
+
+
+def test_a_record_of_another_schema_is_an_error(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path, RUN).close()
+    (tmp_path / "records.jsonl").write_text(json.dumps({**record(0).to_dict(), "schema": 99}) + "\n")
+    with pytest.raises(RunDirectoryError, match="schema 99"):
+        RunDirectory.open(tmp_path, RUN)
+
+
+def test_another_run_is_refused_with_the_fields_that_differ(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path, RUN).close()
+    before = files_of(tmp_path)
+    other = {**RUN, "seed": 1, "options": {"p": {"candidates": 9}}, "valset": "abc"}
+    with pytest.raises(RunDirectoryError) as caught:
+        RunDirectory.open(tmp_path, other)
+    message = str(caught.value)
+    assert "options.p.candidates: the directory has 6, this call has 9" in message
+    assert "seed: the directory has 0, this call has 1" in message
+    assert "valset: the directory has None, this call has 'abc'" in message
+    assert "strategy" not in message
+    assert files_of(tmp_path) == before
+
+
+def test_other_versions_are_noted_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    RunDirectory.open(tmp_path, RUN).close()
+    RunDirectory.open(tmp_path, {**RUN, "versions": {"dspy": "9"}}).close()
+    assert "versions.dspy: the directory has '3.4.1', this call has '9'" in caplog.text
+
+
+def test_tuples_in_what_was_asked_do_not_make_another_run(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path, {"fields": ("a", "b")}).close()
+    RunDirectory.open(tmp_path, {"fields": ["a", "b"]}).close()
+
+
+def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match=r"thesis\.txt"):
+        RunDirectory.open(tmp_path, RUN)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="is a file"):
+        RunDirectory.open(tmp_path / "run", RUN)
+
+
+def test_a_newer_run_json_is_refused(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path, RUN).close()
+    header = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**header, "schema": 2}))
+    with pytest.raises(RunDirectoryError, match="schema 2"):
+        RunDirectory.open(tmp_path, RUN)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"schema": 1, "run": 3, "finished": null}'])
+def test_a_damaged_run_json_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunDirectoryError, match="is damaged"):
+        RunDirectory.open(tmp_path, RUN)
+
+
+def test_what_was_asked_must_be_json(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="not JSON"):
+        RunDirectory.open(tmp_path / "run", {"metric": print})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_record_that_is_not_json_is_an_error_that_names_the_step(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        with pytest.raises(RunDirectoryError, match=r"step 4 \(p\) is not JSON"):
+            directory.append(record(4, details={"folder": Path("x")}))
+        assert directory.records() == ()
+
+
+def test_two_at_once_are_refused_and_the_directory_is_free_after_close(tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path, RUN)
+    with pytest.raises(RunDirectoryError, match=f"in use by another run .process {os.getpid()} since"):
+        RunDirectory.open(tmp_path, RUN)
+    directory.close()
+    RunDirectory.open(tmp_path, RUN).close()
+
+
+def test_a_failed_open_leaves_no_lock_behind(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path, RUN).close()
+    with pytest.raises(RunDirectoryError, match="another run"):
+        RunDirectory.open(tmp_path, {})
+    RunDirectory.open(tmp_path, RUN).close()
+
+
+def test_a_closed_directory_takes_no_more_records(tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path, RUN)
+    directory.close()
+    with pytest.raises(RunDirectoryError, match="was closed"):
+        directory.append(record(0))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_a_killed_process_loses_no_finished_record_and_holds_no_lock(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", APPEND_FOREVER, str(tmp_path)]
+    count = 0
+    for _ in range(3):
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(0.15)
+            process.send_signal(signal.SIGKILL)
+        with RunDirectory.open(tmp_path, {}) as directory:
+            assert [each.index for each in directory.records()] == list(range(len(directory.records())))
+            assert len(directory.records()) > count
+            count = len(directory.records())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="resource limits")
+def test_a_write_that_the_disk_cuts_off_raises_and_takes_nothing_with_it(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("1 ")
+    assert "run_dir" in done.stdout
+    with RunDirectory.open(tmp_path, {}) as directory:
+        assert [each.index for each in directory.records()] == [0]
+    assert (tmp_path / "records.jsonl").read_bytes().endswith(b"\n")
+
+
+def test_a_full_disk_leaves_an_earlier_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        directory.write_text("report.html", "old")
+
+        def full(_: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(files.os, "fsync", full)
+        with pytest.raises(RunDirectoryError, match="No space left on device"):
+            directory.write_text("report.html", "new")
+        with pytest.raises(RunDirectoryError, match="No space left on device"):
+            directory.finish()
+        monkeypatch.undo()
+        assert directory.report.read_text() == "old"
+        assert not directory.finished
+        assert [p.name for p in tmp_path.glob(".*")] == []
+
+
+def test_what_a_kill_left_of_a_write_is_removed(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path, RUN).close()
+    (tmp_path / ".report.html.abc.tmp").write_text("half")
+    RunDirectory.open(tmp_path, RUN).close()
+    assert not (tmp_path / ".report.html.abc.tmp").exists()
+
+
+def test_a_run_killed_before_run_json_was_written_can_start(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("")
+    (tmp_path / ".run.json.abc.tmp").write_text("half")
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        assert directory.records() == ()
+
+
+@pytest.mark.parametrize("name", ["../out.txt", "/tmp/out.txt", "records.jsonl", "run.json", "lock"])
+def test_a_step_writes_only_files_of_its_own(tmp_path: Path, name: str) -> None:
+    with (
+        RunDirectory.open(tmp_path / "run", RUN) as directory,
+        pytest.raises(RunDirectoryError, match="not a file that a step may write"),
+    ):
+        directory.write_text(name, "x")
+
+
+def test_write_text_makes_folders(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        assert directory.write_text("programs/1/program.json", "{}").read_text() == "{}"
+
+
+def test_atomic_write_keeps_unpaired_surrogates_from_breaking_a_run(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "text", "a\ud800")
+    assert (tmp_path / "text").read_bytes() == b"a\xed\xa0\x80"
+
+
+def test_a_record_with_an_unpaired_surrogate_comes_back(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        directory.append(record(0, error="\ud800"))
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        assert directory.records() == (record(0, error="\ud800"),)
+
+
+def test_the_default_directory_is_under_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BETTERTOGETHER_CACHE", str(tmp_path))
+    assert default_run_directory("abc") == tmp_path / "runs" / "abc"
+    monkeypatch.delenv("BETTERTOGETHER_CACHE")
+    assert default_run_directory("abc") == Path.home() / ".cache" / "bettertogether" / "runs" / "abc"
+
+
+def test_a_folder_that_a_kill_left_of_an_artifact_saved_here_is_removed(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path, RUN).close()
+    (tmp_path / ".program.abc.tmp" / "adapters").mkdir(parents=True)
+    RunDirectory.open(tmp_path, RUN).close()
+    assert not (tmp_path / ".program.abc.tmp").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_in_the_file_system_a_file_says_that_a_run_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    directory = RunDirectory.open(tmp_path, RUN)
+    assert "a file system without locks" in caplog.text
+    with pytest.raises(RunDirectoryError, match=f"in use by another run .process {os.getpid()} on"):
+        RunDirectory.open(tmp_path, RUN)
+    directory.close()
+    RunDirectory.open(tmp_path, RUN).close()
+
+
+def test_without_locks_a_run_of_a_process_that_ended_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    owner = tmp_path / "lock.owner"
+    owner.write_text(f"process {ended.pid} on {platform.node()}")
+    with RunDirectory.open(tmp_path, RUN):
+        assert owner.read_text() == f"process {os.getpid()} on {platform.node()}"
+    owner.write_text("process 1 on another-machine")
+    with pytest.raises(RunDirectoryError, match=r"process 1 on another-machine; if that process has ended, delete"):
+        RunDirectory.open(tmp_path, RUN)
+
+
+def test_a_file_system_without_sync_of_folders_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def files_only(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", files_only)
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        directory.append(record(0))
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 1
+
+
+DAMAGED_LINES = ["[" * 100_000, "{}", "[]", "5", "null", '{"schema": 1}', '{"schema": 1, "nope": 2}']
+WHOLE = '{"schema": 1, "index": 0, "step": "", "strategy": "", "status": "complete"'
+
+
+@pytest.mark.parametrize("line", [*DAMAGED_LINES, WHOLE + ', "ledger": 5}', WHOLE + ', "scores": 5}', "\xff"])
+def test_a_damaged_record_is_an_error_that_names_file_and_line(tmp_path: Path, line: str) -> None:
+    RunDirectory.open(tmp_path, RUN).close()
+    (tmp_path / "records.jsonl").write_text(WHOLE + "}\n" + line + "\n", encoding="latin-1")
+    with pytest.raises(RunDirectoryError, match=r"records\.jsonl, line 2 is damaged"):
+        RunDirectory.open(tmp_path, RUN)
+
+
+def test_records_that_are_a_folder_are_an_error_that_names_it(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path, RUN).close()
+    (tmp_path / "records.jsonl").mkdir()
+    with pytest.raises(RunDirectoryError, match=r"records\.jsonl can't be read"):
+        RunDirectory.open(tmp_path, RUN)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "5", "null", '{"schema": 1, "run": {}}'])
+def test_a_run_json_of_any_damage_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunDirectoryError, match=r"run\.json is damaged"):
+        RunDirectory.open(tmp_path, RUN)
+
+
+def test_a_run_json_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(RunDirectoryError, match=r"run\.json is damaged"):
+        RunDirectory.open(tmp_path, RUN)
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "a\0b", 5, b"run", "", "~nobody-of-this-name/run"])
+def test_what_names_no_folder_is_an_error(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(RunDirectoryError):
+        RunDirectory.open(tmp_path / name if name == "n" * 256 else name, RUN)
+
+
+def test_numbers_that_json_lacks_are_written_as_null(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        directory.append(record(0, score=math.nan, details={"loss": [math.inf, 1.0], "gain": -math.inf}))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    (line,) = (tmp_path / "records.jsonl").read_text().splitlines()
+    loaded = json.loads(line, parse_constant=refuse)
+    assert (loaded["score"], loaded["details"]) == (None, {"loss": [None, 1.0], "gain": None})

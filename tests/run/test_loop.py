@@ -1,0 +1,438 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from dspy.teleprompt.teleprompt import Teleprompter
+from fakes import learner, models, number_of, numbers, parity_engine, parity_match, parity_program
+
+from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
+from bettertogether.callbacks import Callback
+from bettertogether.errors import BudgetExceeded, ConfigError, RunDirectoryError, TooManyErrors
+from bettertogether.records import StepRecord
+from bettertogether.report import CompileReport
+from bettertogether.report.intervals import CELLS
+from bettertogether.testing import FakeEngine, FakeRequest
+
+TRAIN, VAL = numbers(40, start=40), numbers(20)
+
+
+class Step(Teleprompter):
+    """Sets the instructions, or raises what is in `raises` as long as something is in it."""
+
+    raises: list[BaseException]
+    calls: int
+
+    def __init__(self, instructions: str = "", raises: list[BaseException] | None = None) -> None:
+        self.instructions = instructions
+        self._raises = raises if raises is not None else []
+
+    def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+        if self._raises:
+            raise self._raises.pop(0)
+        if self.instructions:
+            student.signature = student.signature.with_instructions(self.instructions)
+        return student
+
+
+def steps(**more: Teleprompter) -> dict[str, Teleprompter]:
+    p = BootstrapFewShotRS(parity_match, num_candidates=2, num_samples=0, rescue=False)
+    w = LoRAFinetune(parity_match, num_samples=0, rescue=False)
+    return {"p": p, "w": w, **more}
+
+
+def compile_(
+    engine: FakeEngine,
+    strategy: Any = "p -> w -> p",
+    *,
+    optimizers: Any = None,
+    metric: Any = parity_match,
+    **options: Any,
+) -> dspy.Module:
+    arguments = {"trainset": TRAIN, "valset": VAL, "progress": False} | options
+    optimizer = BetterTogether(metric, **(optimizers or steps()))
+    return optimizer.compile(parity_program(engine), strategy=strategy, **arguments)
+
+
+def rounds(compiled: dspy.Module) -> list[tuple[str, str]]:
+    return [(record.strategy, record.status) for record in compiled.report.rounds]
+
+
+def comparable(report: CompileReport, run_dir: Path) -> Any:
+    """A report without what may differ between sittings: the place of the run directory, seconds, and the calls that
+    a second sitting makes again because the runs that steps share were lost with the first."""
+    text = json.dumps(report.to_dict()).replace(str(run_dir), "RUN")
+    data = json.loads(text)
+    for record in data["rounds"]:
+        record["ledger"] = {name: record["ledger"][name] for name in ("metric_calls", "trained_tokens")}
+    return data
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return parity_engine(learner)
+
+
+def test_every_prefix_of_the_strategy_is_a_round_with_a_score_of_each_example(engine: FakeEngine) -> None:
+    compiled = compile_(engine)
+    assert rounds(compiled) == [(name, "complete") for name in ("", "p", "p -> w", "p -> w -> p")]
+    for record in compiled.report.rounds:
+        assert len(record.scores or ()) == 20
+        assert record.score == sum(record.scores or ()) / 20
+
+
+def test_the_ledgers_of_the_rounds_add_up_to_what_the_engine_and_the_metric_saw(engine: FakeEngine) -> None:
+    calls = 0
+
+    def metric(example: dspy.Example, prediction: Any, trace: Any = None) -> bool:
+        nonlocal calls
+        calls += 1
+        return parity_match(example, prediction)
+
+    optimizers = {"p": BootstrapFewShotRS(metric, num_candidates=2), "w": LoRAFinetune(metric, num_samples=1)}
+    report = compile_(engine, metric=metric, optimizers=optimizers, num_threads=1).report
+    assert report.metric_calls == calls
+    assert report.lm_calls == len(engine.requests)
+
+
+def test_the_best_round_on_the_valset_is_returned() -> None:
+    engine = parity_engine(lambda request, number: "good" in request.system or number % 3 == 0)
+    compiled = compile_(engine, "a -> b", optimizers={"a": Step("good"), "b": Step("bad")})
+    assert compiled.report.selected == 1
+    assert compiled.signature.instructions == "good"
+    assert [c["strategy"] for c in compiled.candidate_programs] == ["a", "", "a -> b"]
+
+
+def test_the_result_is_never_worse_than_the_student_on_the_valset() -> None:
+    engine = parity_engine(lambda request, number: "bad" not in request.system)
+    compiled = compile_(engine, "b", optimizers={"b": Step("bad")})
+    assert compiled.report.selected == 0
+    assert compiled.signature.instructions != "bad"
+
+
+def test_without_a_valset_the_latest_round_is_returned(engine: FakeEngine) -> None:
+    compiled = compile_(engine, "a -> b", optimizers={"a": Step("A"), "b": Step("B")}, valset=None, valset_ratio=0)
+    assert compiled.signature.instructions == "B"
+    assert [record.score for record in compiled.report.rounds] == [None] * 3
+    assert engine.requests == []
+
+
+def test_strategies_of_a_list_share_their_beginnings(engine: FakeEngine) -> None:
+    compiled = compile_(engine, ["p -> w", "p", "w -> p", "p -> w -> p"])
+    assert [name for name, _ in rounds(compiled)] == ["", "p", "p -> w", "w", "w -> p", "p -> w -> p"]
+    assert len(engine.trainings) == 2
+
+
+def test_auto_stops_when_a_cycle_brings_no_gain() -> None:
+    engine = parity_engine(lambda *_: False)
+    compiled = compile_(engine, "auto", optimizers={"a": Step("A"), "b": Step("B")}, max_rounds=6)
+    assert [name for name, _ in rounds(compiled)] == ["", "a", "a -> b"]
+
+
+def test_auto_goes_on_while_rounds_gain_up_to_max_rounds() -> None:
+    engine = parity_engine(lambda request, number: number % 10 < 3 * len(request.system.split("!")[1:]))
+
+    class Shouts(Teleprompter):
+        def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+            student.signature = student.signature.with_instructions(student.signature.instructions + " !")
+            return student
+
+    compiled = compile_(engine, "auto", optimizers={"a": Shouts()}, max_rounds=2)
+    assert [name for name, _ in rounds(compiled)] == ["", "a", "a -> a"]
+    compiled = compile_(engine, "auto", optimizers={"a": Shouts()}, max_rounds=9)
+    assert [record.score for record in compiled.report.rounds] == [0.0, 0.3, 0.6, 0.9, 1.0, 1.0]
+
+
+def test_after_a_weight_step_the_2x2_of_weights_and_prompts_is_scored() -> None:
+    def knows(request: FakeRequest, number: int) -> bool:
+        return number % 4 < (1 + (request.demos > 0) + 2 * (request.trained_on > 0))
+
+    report = compile_(parity_engine(knows), "p -> w").report
+    (record,) = (record for record in report.rounds if record.strategy == "p -> w")
+    cells = {cell: sum(scores) / len(scores) for cell, scores in record.details["two_by_two"].items()}
+    assert cells == {"base_old": 0.25, "base_new": 0.5, "tuned_old": 0.75, "tuned_new": 1.0}
+    assert report.attribution is not None
+    assert (report.attribution.weights.gain, report.attribution.prompts.gain) == (0.5, 0.25)
+    assert report.attribution.interaction.gain == 0.0
+
+
+def test_the_2x2_runs_nothing_that_was_run_before(engine: FakeEngine) -> None:
+    compile_(engine, "p -> w")
+    on_valset = [(r.model, str(r.messages)) for r in engine.requests if number_of(r) < 20]
+    assert len(on_valset) == len(set(on_valset))
+
+
+def test_the_2x2_is_left_out_where_prompts_did_not_change_and_where_it_is_turned_off(engine: FakeEngine) -> None:
+    assert all("two_by_two" not in record.details for record in compile_(engine, "w").report.rounds)
+    off = compile_(engine, "p -> w", two_by_two=False).report
+    assert all("two_by_two" not in record.details for record in off.rounds)
+    assert set(CELLS) == set(compile_(engine, "p -> w").report.two_by_two or ())
+
+
+def test_each_step_gets_the_trainset_in_another_order(engine: FakeEngine) -> None:
+    orders: list[list[int]] = []
+
+    class Notes(Teleprompter):
+        def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+            orders.append([example.number for example in trainset])
+            return student
+
+    compile_(engine, "n -> n", optimizers={"n": Notes()})
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40, 80))
+    orders.clear()
+    compile_(engine, "n -> n", optimizers={"n": Notes()}, shuffle_trainset_between_steps=False)
+    assert orders == [list(range(40, 80))] * 2
+
+
+def test_our_prompt_step_keeps_the_valset_for_selection_when_there_is_enough_data(engine: FakeEngine) -> None:
+    report = compile_(engine, "p").report
+    assert report.rounds[1].details["validation_examples"] == 28
+    few = compile_(engine, "p", trainset=numbers(10)).report
+    assert few.rounds[1].details["validation_examples"] == 20
+
+
+def test_the_steps_share_runs_of_the_same_program(engine: FakeEngine) -> None:
+    compile_(engine, "p -> w")
+    seen = [(r.model, str(r.messages), r.temperature, r.seed) for r in engine.requests]
+    assert len(seen) == len(set(seen))
+
+
+def test_a_failing_step_ends_the_run_with_the_best_so_far(engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+    optimizers = steps(x=Step(raises=[OSError("disk gone")]))
+    with caplog.at_level(logging.ERROR, logger="bettertogether"):
+        compiled = compile_(engine, "w -> x -> p", optimizers=optimizers)
+    assert compiled.flag_compilation_error_occurred is True
+    assert rounds(compiled) == [("", "complete"), ("w", "complete"), ("w -> x", "failed")]
+    assert compiled.report.selected == 1
+    assert "Traceback" in str(compiled.report.rounds[-1].error)
+    assert "OSError: disk gone" in str(compiled.report.rounds[-1].error)
+    assert "The run ended at 'w -> x': OSError: disk gone" in compiled.report.warnings[-1]
+    (logged,) = (record for record in caplog.records if record.name == "bettertogether.run.loop")
+    assert logged.exc_info is not None
+
+
+def test_a_failing_step_raises_where_asked_to_and_all_is_kept_for_going_on(engine: FakeEngine, tmp_path: Path) -> None:
+    failing = steps(x=Step(raises=[OSError("disk gone")]))
+    with pytest.raises(OSError, match="disk gone"):
+        compile_(engine, "w -> x", optimizers=failing, on_step_error="raise", run_dir=tmp_path / "run")
+    trained = len(engine.trainings)
+    compiled = compile_(engine, "w -> x", optimizers=steps(x=Step()), run_dir=tmp_path / "run")
+    assert len(engine.trainings) == trained
+    assert rounds(compiled)[-1] == ("w -> x", "complete")
+
+
+def test_ctrl_c_in_a_step_returns_the_best_so_far_without_a_failure(engine: FakeEngine) -> None:
+    compiled = compile_(engine, "w -> x -> p", optimizers=steps(x=Step(raises=[KeyboardInterrupt()])))
+    assert compiled.flag_compilation_error_occurred is False
+    assert rounds(compiled)[-1] == ("w -> x", "skipped")
+    assert compiled.report.selected == 1
+    assert "interrupted" in str(compiled.report.rounds[-1].error)
+
+
+def test_ctrl_c_while_the_student_is_scored_is_raised() -> None:
+    def interrupt(request: FakeRequest, number: int) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_(parity_engine(interrupt), "p")
+
+
+@pytest.mark.parametrize(
+    ("error", "strategy"),
+    [
+        (OSError("disk gone"), "x -> p -> w"),
+        (KeyboardInterrupt(), "p -> x -> w"),
+        (BudgetExceeded("used up"), "p -> w -> x"),
+        (OSError("disk gone"), "w -> p -> x -> p"),
+    ],
+)
+def test_the_same_call_goes_on_and_ends_as_an_uninterrupted_run(
+    tmp_path: Path, error: BaseException, strategy: str
+) -> None:
+    whole_engine, engine = parity_engine(learner), parity_engine(learner)
+    whole = compile_(whole_engine, strategy, optimizers=steps(x=Step()), run_dir=tmp_path / "whole")
+    first = compile_(engine, strategy, optimizers=steps(x=Step(raises=[error])), run_dir=tmp_path / "run")
+    assert len(first.report.rounds) < len(whole.report.rounds) + 1
+    second = compile_(engine, strategy, optimizers=steps(x=Step()), run_dir=tmp_path / "run")
+    assert comparable(second.report, tmp_path / "run") == comparable(whole.report, tmp_path / "whole")
+    assert len(engine.trainings) == len(whole_engine.trainings)
+    assert second.lm.model == whole.lm.model
+    assert [dict(demo) for demo in second.demos] == [dict(demo) for demo in whole.demos]
+
+
+def test_a_finished_run_runs_nothing_again(engine: FakeEngine, tmp_path: Path) -> None:
+    first = compile_(engine, run_dir=tmp_path / "run")
+    made = len(engine.requests)
+    second = compile_(engine, run_dir=tmp_path / "run")
+    assert (len(engine.requests), len(engine.trainings)) == (made, 1)
+    assert comparable(second.report, tmp_path) == comparable(first.report, tmp_path)
+    assert second(number=5).parity == "odd"
+
+
+def test_a_run_goes_on_in_another_engine_that_loads_the_adapters(tmp_path: Path) -> None:
+    first_engine, second_engine = parity_engine(learner), parity_engine(learner)
+    first = compile_(first_engine, "w", run_dir=tmp_path / "run")
+    second = compile_(second_engine, "w", run_dir=tmp_path / "run")
+    assert second_engine.requests == []
+    assert second.lm.model == first.lm.model
+    second(number=5)
+    assert models(second_engine.requests) == {first.lm.model}
+
+
+def test_a_run_directory_that_was_moved_goes_on(tmp_path: Path) -> None:
+    first = compile_(parity_engine(learner), "w", run_dir=tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    engine = parity_engine(learner)
+    second = compile_(engine, "w", run_dir=tmp_path / "moved")
+    assert second.lm.model == first.lm.model
+    assert engine.adapter_folder(second.lm.model) == tmp_path / "moved" / "adapters" / second.lm.model.partition("/")[2]
+
+
+def test_an_adapter_of_a_record_that_was_changed_since_is_not_taken(tmp_path: Path) -> None:
+    compile_(parity_engine(learner), strategy="w", run_dir=tmp_path / "run")
+    (saved,) = (tmp_path / "run" / "adapters").rglob("fake_adapter.json")
+    content = json.loads(saved.read_text())
+    saved.write_text(json.dumps({**content, "memory": {}}))
+    with pytest.raises(RunDirectoryError, match=rf"{saved.parent} does not hold the adapter .*damaged or changed"):
+        compile_(parity_engine(learner), strategy="w", run_dir=tmp_path / "run")
+
+
+def test_a_key_in_the_error_of_a_step_gets_into_no_file(
+    engine: FakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Leaks(Teleprompter):
+        def compile(self, student: dspy.Module, **_: Any) -> dspy.Module:
+            raise ValueError("Incorrect API key provided: sk-abcdefghijklmnop, api_key='hunter2'")
+
+    compiled = compile_(engine, "x", optimizers={"x": Leaks()}, run_dir=tmp_path / "run")
+    assert "Incorrect API key provided: ***, api_key='***'" in compiled.report.rounds[-1].error
+    texts = [path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not any("sk-abcdef" in text or "hunter2" in text for text in texts)
+
+
+def test_the_budget_stops_the_run_with_the_best_so_far(engine: FakeEngine) -> None:
+    compiled = compile_(engine, budget=Budget(metric_calls=60))
+    assert compiled.flag_compilation_error_occurred is False
+    assert rounds(compiled) == [("", "complete"), ("p", "skipped")]
+    assert "The budget is used up: " in str(compiled.report.rounds[-1].error)
+    assert len(engine.requests) <= 60 + 8 + 8
+
+
+def test_a_larger_budget_goes_on(engine: FakeEngine, tmp_path: Path) -> None:
+    compile_(engine, budget=Budget(metric_calls=60), run_dir=tmp_path / "run")
+    compiled = compile_(engine, budget=Budget(metric_calls=100_000), run_dir=tmp_path / "run")
+    assert {status for _, status in rounds(compiled)} == {"complete"}
+
+
+def test_a_budget_of_trained_tokens_stops_between_rounds(engine: FakeEngine) -> None:
+    compiled = compile_(engine, "w -> p", budget=Budget(tokens=20_000))
+    assert rounds(compiled)[-1][1] == "skipped"
+
+
+def test_a_metric_above_one_without_thresholds_ends_the_run_before_any_step(engine: FakeEngine) -> None:
+    with pytest.raises(ConfigError, match=r"the steps \['p', 'w'\] take 1.0 as its full mark.*threshold="):
+        compile_(engine, metric=lambda e, p, trace=None: 100.0 * parity_match(e, p))
+    assert engine.trainings == []
+
+
+def test_a_metric_above_one_with_thresholds_is_scored_in_its_unit(engine: FakeEngine) -> None:
+    percent = lambda e, p, trace=None: 100.0 * parity_match(e, p)  # noqa: E731
+    optimizers = {"p": BootstrapFewShotRS(percent, threshold=100), "w": LoRAFinetune(percent, threshold=100)}
+    report = compile_(engine, metric=percent, optimizers=optimizers).report
+    assert all(0 <= (record.score or 0) <= 100 for record in report.rounds)
+    assert max(record.score or 0 for record in report.rounds) > 1
+
+
+def test_a_student_that_raises_on_too_many_examples_ends_the_run() -> None:
+    def broken(e: Any, p: Any, trace: Any = None) -> float:
+        raise KeyError("gold")
+
+    with pytest.raises(TooManyErrors, match="KeyError: 'gold'"):
+        compile_(parity_engine(learner), metric=broken, max_errors=3)
+
+
+def test_events_come_in_order_with_the_records_already_on_disk(engine: FakeEngine, tmp_path: Path) -> None:
+    class Watch(Callback):
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def on_run_start(self, event: Any) -> None:
+            self.seen.append(("run_start", list(event["rounds"])))
+
+        def on_step_start(self, event: Any) -> None:
+            self.seen.append(("start", event["index"], event["strategy"]))
+
+        def on_step_end(self, event: Any) -> None:
+            lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
+            last = StepRecord.from_dict(json.loads(lines[-1]))
+            assert last.strategy == event["record"].strategy
+            self.seen.append(("end", event["record"].index, event["record"].status))
+
+        def on_run_end(self, event: Any) -> None:
+            self.seen.append(("run_end", event["error"]))
+
+    watch = Watch()
+    compile_(engine, "p -> w", callbacks=[watch], run_dir=tmp_path / "run")
+    assert watch.seen == [
+        ("run_start", ["", "p", "p -> w"]),
+        ("start", 0, ""),
+        ("end", 0, "complete"),
+        ("start", 1, "p"),
+        ("end", 1, "complete"),
+        ("start", 2, "p -> w"),
+        ("end", 2, "complete"),
+        ("run_end", None),
+    ]
+
+
+def test_the_report_does_not_depend_on_the_timing_of_threads(tmp_path: Path) -> None:
+    def report(number: int) -> Any:
+        engine = parity_engine(learner, delay_s=lambda r: number * (hash((r.user, r.seed, number)) % 7) / 4000)
+        run_dir = tmp_path / str(number)
+        return comparable(compile_(engine, num_threads=4 + number, seed=5, run_dir=run_dir).report, run_dir)
+
+    first = report(0)
+    assert report(1) == first
+    assert report(2) == first
+
+
+def test_another_seed_gives_another_run(tmp_path: Path) -> None:
+    reports = [compile_(parity_engine(learner), "p", seed=seed, run_dir=tmp_path / str(seed)).report for seed in (0, 1)]
+    assert reports[0].rounds[1].details != reports[1].rounds[1].details
+
+
+def test_the_run_directory_holds_report_records_adapters_and_html(engine: FakeEngine, tmp_path: Path) -> None:
+    compiled = compile_(engine, "w", run_dir=tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert CompileReport.from_dict(saved).selected == compiled.report.selected
+    assert len((tmp_path / "run" / "records.jsonl").read_text().splitlines()) == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"] is not None
+    assert (tmp_path / "run" / "adapters" / compiled.lm.model.partition("/")[2]).is_dir()
+    assert (tmp_path / "run" / "report.html").stat().st_size > 0
+
+
+def test_a_round_whose_demos_can_not_be_saved_is_scored_told_and_run_again_by_a_later_call(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[int] = []
+
+    class Odd(Teleprompter):
+        def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+            calls.append(1)
+            student.demos = [dspy.Example(number=object(), parity="odd")]
+            return student
+
+    engine = parity_engine(learner)
+    options = {"optimizers": {"o": Odd(), "w": steps()["w"]}, "two_by_two": True}
+    compiled = compile_(engine, "o -> w", run_dir=tmp_path / "run", **options)
+    assert [record.status for record in compiled.report.rounds] == ["complete"] * 3
+    assert compiled.report.rounds[1].program is None
+    assert "Round 'o' can't be restored by a later call, nor its program saved" in caplog.text
+    assert "field 'number' holds a builtins:object" in caplog.text
+    compile_(engine, "o -> w", run_dir=tmp_path / "run", **options)
+    assert len(calls) == 2

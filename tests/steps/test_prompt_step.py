@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import dspy
+import pytest
+from fakes import (
+    learner,
+    models,
+    numbers,
+    parity_engine,
+    parity_match,
+    parity_program,
+    plain_lm,
+    two_step_engine,
+    two_step_program,
+)
+
+from bettertogether.callbacks import Callback, CandidateEvent, listening
+from bettertogether.errors import ConfigError, DataError, ProgramError, TooManyErrors
+from bettertogether.rollouts.rollout import RolloutStore
+from bettertogether.steps.prompt_step import BootstrapFewShotRS
+from bettertogether.steps.rows import render_prompt
+from bettertogether.testing import FakeEngine, FakeRequest
+
+
+def needs_even_demo(request: FakeRequest, number: int) -> bool:
+    """Knows a third of the numbers, and all of them when a demo shows an even number."""
+    return number % 3 == 0 or any("\neven" in m["content"] for m in request.messages if m["role"] == "assistant")
+
+
+def step(**options: Any) -> BootstrapFewShotRS:
+    return BootstrapFewShotRS(parity_match, **{"num_samples": 0, "rescue": False, **options})
+
+
+def names(compiled: dspy.Module) -> list[str]:
+    return [candidate["name"] for candidate in compiled.candidate_programs]
+
+
+def test_the_best_demo_set_is_kept(learning_engine: FakeEngine) -> None:
+    program = parity_program(learning_engine)
+    compiled = step().compile(program, trainset=numbers(60))
+    assert len(compiled.demos) > 0
+    assert program.demos == []
+    best, *others = compiled.candidate_programs
+    assert best["score"] == max(candidate["score"] for candidate in [*others, best]) > 0.6
+
+
+def test_traces_are_bootstrapped_once_and_every_candidate_scored_once() -> None:
+    engine = parity_engine(learner)
+    optimizer = step(train_size=10, val_size=12, race=False, num_candidates=4)
+    optimizer.compile(parity_program(engine), trainset=numbers(60))
+    made = len(optimizer.details["candidates"])
+    assert made == 1 + 1 + 4  # current (which is zero-shot), labels, four demo sets
+    assert len(engine.requests) == 10 + 12 * made
+    assert optimizer.ledger.metric_calls == len(engine.requests)
+    assert Counter(request.demos > 0 for request in engine.requests) == {False: 10 + 12, True: 12 * 5}
+
+
+def test_the_examples_bootstrapped_from_are_not_scored_on() -> None:
+    engine = parity_engine(lambda *_: False)
+    step(train_size=10, val_size=20, max_labeled_demos=0, num_candidates=0).compile(
+        parity_program(engine), trainset=numbers(30)
+    )
+    assert len({request.user for request in engine.requests}) == 30
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "sizes"),
+    [
+        ({}, 40, (12, 28)),
+        ({}, 1000, (100, 250)),
+        ({"train_size": 15, "val_size": 35}, 50, (15, 35)),
+        ({"train_size": 15}, 50, (15, 35)),
+        ({"val_size": 10}, 50, (15, 10)),
+        ({"train_size": 99}, 10, (9, 1)),
+        ({}, 2, (1, 1)),
+    ],
+)
+def test_the_trainset_is_split_without_overlap(options: dict[str, int], count: int, sizes: tuple[int, int]) -> None:
+    train, validation = step(**options)._split(numbers(count), None, seed=0)
+    assert (len(train), len(validation)) == sizes
+    assert not {e.number for e in train} & {e.number for e in validation}
+
+
+def test_the_paper_takes_100_and_250_examples_one_run_each_and_no_race() -> None:
+    optimizer = BootstrapFewShotRS.paper(parity_match)
+    assert (optimizer.train_size, optimizer.val_size, optimizer.race) == (100, 250, False)
+    assert (optimizer.sampling.num_samples, optimizer.sampling.rescue) == (0, False)
+    assert (optimizer.num_candidates, optimizer.max_bootstrapped_demos, optimizer.max_labeled_demos) == (6, 3, 3)
+
+
+def test_paper_options_may_be_overridden() -> None:
+    optimizer = BootstrapFewShotRS.paper(parity_match, train_size=15, val_size=35, num_candidates=2)
+    assert (optimizer.train_size, optimizer.val_size, optimizer.num_candidates) == (15, 35, 2)
+
+
+def test_both_parts_of_the_split_have_the_trainsets_labels() -> None:
+    train, validation = step()._split(sorted(numbers(40), key=lambda e: e.parity), None, seed=0)
+    assert Counter(e.parity for e in train) == {"even": 6, "odd": 6}
+    assert Counter(e.parity for e in validation) == {"even": 14, "odd": 14}
+
+
+def test_with_a_valset_candidates_are_scored_on_it_and_demos_come_from_the_trainset() -> None:
+    engine = parity_engine(learner)
+    optimizer = step()
+    compiled = optimizer.compile(parity_program(engine), trainset=numbers(12), valset=numbers(12, start=100))
+    assert optimizer.details["validation_examples"] == 12
+    assert optimizer.details["traces"]["examples"] == 12
+    assert {demo.number for demo in compiled.demos} <= set(range(12))
+
+
+def test_the_current_prompts_are_a_candidate_and_win_when_they_are_best() -> None:
+    engine = parity_engine(lambda request, number: "SECRET" in request.system or number % 3 == 0)
+    program = parity_program(engine)
+    program.signature = program.signature.with_instructions("SECRET")
+    compiled = step().compile(program, trainset=numbers(40), restart_from=parity_program(engine))
+    assert compiled.candidate_programs[0]["name"] == "current"
+    assert compiled.signature.instructions == "SECRET"
+
+
+def test_a_restart_starts_from_the_original_prompts() -> None:
+    engine = parity_engine(lambda request, number: "WORSE" not in request.system and learner(request, number))
+    program, original = parity_program(engine), parity_program(engine)
+    program.signature = program.signature.with_instructions("WORSE")
+    compiled = step().compile(program, trainset=numbers(40), restart_from=original)
+    assert compiled.signature.instructions == original.signature.instructions
+    assert compiled.demos
+
+
+def test_without_restart_demos_are_added_to_the_current_instructions() -> None:
+    engine = parity_engine(lambda request, number: learner(request, number))
+    program, original = parity_program(engine), parity_program(engine)
+    program.signature = program.signature.with_instructions("MINE")
+    compiled = step(restart=False).compile(program, trainset=numbers(40), restart_from=original)
+    assert compiled.signature.instructions == "MINE"
+    assert compiled.demos
+
+
+def test_a_program_with_demos_has_zero_shot_and_current_as_candidates() -> None:
+    program = parity_program(parity_engine(learner))
+    program.demos = numbers(2, start=80)
+    compiled = step().compile(program, trainset=numbers(40))
+    assert {"current", "zero-shot", "labels"} <= set(names(compiled))
+
+
+def test_a_zero_shot_program_is_one_candidate_not_two() -> None:
+    compiled = step().compile(parity_program(parity_engine(learner)), trainset=numbers(40))
+    assert "zero-shot" not in names(compiled)
+
+
+def test_no_labelled_demos_are_shown_when_none_are_asked_for() -> None:
+    compiled = step(max_labeled_demos=0).compile(parity_program(parity_engine(learner)), trainset=numbers(40))
+    assert "labels" not in names(compiled)
+    for candidate in compiled.candidate_programs:
+        assert all(demo.get("augmented") for demo in candidate["program"].demos)
+
+
+def test_no_bootstrapped_demos_are_shown_when_none_are_asked_for() -> None:
+    compiled = step(max_bootstrapped_demos=0).compile(parity_program(parity_engine(learner)), trainset=numbers(40))
+    for candidate in compiled.candidate_programs:
+        assert not any(demo.get("augmented") for demo in candidate["program"].demos)
+
+
+def test_a_race_saves_calls_and_finds_the_same_winner_on_separable_data() -> None:
+    chosen, calls = [], []
+    for race in (True, False):
+        engine = parity_engine(needs_even_demo)
+        optimizer = step(race=race, train_size=10, num_candidates=8, max_bootstrapped_demos=1, max_labeled_demos=0)
+        compiled = optimizer.compile(parity_program(engine), trainset=numbers(200))
+        chosen.append([demo.number for demo in compiled.demos])
+        calls.append(len(engine.requests))
+        details = optimizer.details["race"]
+        assert details["calls_made"] + 10 == len(engine.requests)
+        assert (details["calls_saved"] > 0) is race
+    assert chosen[0] == chosen[1]
+    assert calls[0] < 0.7 * calls[1]
+
+
+def test_scores_of_the_first_slice_are_not_made_again() -> None:
+    engine = parity_engine(learner)
+    optimizer = step(train_size=10, val_size=50)
+    optimizer.compile(parity_program(engine), trainset=numbers(60))
+    prompts = Counter(str(request.messages) for request in engine.requests)
+    assert max(prompts.values()) == 1
+
+
+def test_demos_of_several_predictors_come_from_the_same_trace() -> None:
+    engine = two_step_engine(learner)
+    compiled = step(max_labeled_demos=0).compile(two_step_program(engine), trainset=numbers(60))
+    assert compiled.remark.demos
+    assert [d.number for d in compiled.remark.demos] == [d.number for d in compiled.decide.demos]
+    assert [d.remark for d in compiled.remark.demos] == [d.remark for d in compiled.decide.demos]
+
+
+def test_demos_that_do_not_fit_the_context_are_dropped_by_token_count() -> None:
+    engine = parity_engine(learner)
+    program = parity_program(engine)
+    engine.max_length = len(engine.prompt_tokens(render_prompt(program, engine, {"number": 0}, numbers(1)))) + 256
+    optimizer = step()
+    compiled = optimizer.compile(program, trainset=numbers(40))
+    assert max(len(candidate["program"].demos) for candidate in compiled.candidate_programs) == 1
+    assert optimizer.details["dropped_demos"]["self"] > 0
+
+
+def test_the_programs_own_lm_answers_whatever_dspy_settings_lm_is() -> None:
+    engine, other = parity_engine(learner), parity_engine(lambda *_: True, base_name="other")
+    program = two_step_program(two := two_step_engine(learner))
+    with dspy.context(lm=plain_lm(other)):
+        step().compile(parity_program(engine), trainset=numbers(40))
+        step().compile(program, trainset=numbers(20))
+    assert other.requests == []
+    assert models(engine.requests) == models(two.requests) == {"local/fake"}
+
+
+def test_a_teacher_makes_the_demos_and_the_student_is_scored() -> None:
+    student, teacher = parity_engine(learner), parity_engine(lambda *_: True, base_name="big")
+    optimizer = step(train_size=10, val_size=12)
+    optimizer.compile(parity_program(student), trainset=numbers(22), teacher=parity_program(teacher))
+    assert len(teacher.requests) == 10
+    assert len(student.requests) == optimizer.details["race"]["calls_made"]
+    assert optimizer.details["traces"]["solved"] == 10
+
+
+def test_an_example_that_failed_is_tried_again_for_a_demo() -> None:
+    engine = parity_engine(lambda request, number: request.temperature > 0)
+    optimizer = BootstrapFewShotRS(parity_match, num_samples=2, rescue=False, train_size=4, val_size=4)
+    optimizer.compile(parity_program(engine), trainset=numbers(8))
+    assert optimizer.details["traces"]["solved"] == 4
+
+
+def test_a_step_that_solves_nothing_returns_the_current_prompts() -> None:
+    compiled = step(max_labeled_demos=0).compile(parity_program(parity_engine(lambda *_: False)), trainset=numbers(20))
+    assert names(compiled) == ["current"]
+    assert compiled.demos == []
+
+
+def test_the_step_gain_is_the_rise_of_the_validation_score() -> None:
+    optimizer = step(train_size=10, val_size=12, race=False)
+    optimizer.compile(parity_program(parity_engine(lambda request, _: request.demos > 0)), trainset=numbers(30))
+    assert optimizer.step_gain == 1.0
+
+
+def test_of_equal_candidates_the_one_with_fewer_demos_wins() -> None:
+    compiled = step().compile(parity_program(parity_engine(lambda *_: True)), trainset=numbers(40))
+    assert compiled.demos == []
+    assert compiled.candidate_programs[0]["name"] == "current"
+
+
+def test_the_same_seed_gives_the_same_program_and_another_seed_another() -> None:
+    def demos(seed: int) -> list[int]:
+        compiled = step().compile(parity_program(parity_engine(learner)), trainset=numbers(30), seed=seed)
+        return [demo.number for demo in compiled.demos]
+
+    assert demos(1) == demos(1) != demos(2)
+
+
+def test_the_result_does_not_depend_on_timing() -> None:
+    def details(factor: float) -> Any:
+        engine = parity_engine(learner, delay_s=lambda r: factor * (hash((r.user, factor)) % 5) / 2000)
+        optimizer = step(val_size=20)
+        optimizer.compile(parity_program(engine), trainset=numbers(40), num_threads=4)
+        return optimizer.details
+
+    assert details(0.0) == details(1.0) == details(2.0)
+
+
+def test_runs_of_the_store_are_used_again() -> None:
+    engine, store = parity_engine(learner), RolloutStore()
+    step().compile(parity_program(engine), trainset=numbers(40), store=store)
+    made = len(engine.requests)
+    step().compile(parity_program(engine), trainset=numbers(40), store=store)
+    assert len(engine.requests) == made
+
+
+def test_a_candidate_event_is_sent_for_every_score() -> None:
+    class Watch(Callback):
+        def __init__(self) -> None:
+            self.events: list[CandidateEvent] = []
+
+        def on_candidate(self, event: CandidateEvent) -> None:
+            self.events.append(event)
+
+    watch = Watch()
+    optimizer = step(race=False)
+    with listening([watch]):
+        optimizer.compile(parity_program(parity_engine(learner)), trainset=numbers(40))
+    assert [event["number"] for event in watch.events] == list(range(1, len(optimizer.details["candidates"]) + 1))
+    assert max(event["score"] for event in watch.events) == watch.events[-1]["best_score"]
+
+
+def test_too_many_errors_in_the_metric_end_the_step() -> None:
+    optimizer = BootstrapFewShotRS(lambda e, p, trace=None: 1 / 0, max_errors=2)
+    with pytest.raises(TooManyErrors, match="ZeroDivisionError"):
+        optimizer.compile(parity_program(parity_engine(learner)), trainset=numbers(20))
+
+
+def test_an_empty_trainset_and_one_example_without_a_valset_are_errors() -> None:
+    program = parity_program(parity_engine(learner))
+    with pytest.raises(DataError, match="trainset cannot be empty"):
+        step().compile(program, trainset=[])
+    with pytest.raises(DataError, match="1 example: give two or more, or a valset"):
+        step().compile(program, trainset=numbers(1))
+
+
+def test_a_program_without_an_lm_is_an_error() -> None:
+    with pytest.raises(ProgramError, match="must have a language model set"):
+        step().compile(dspy.Predict("number -> parity"), trainset=numbers(4))
+
+
+@pytest.mark.parametrize(
+    "option", ["num_candidates", "max_bootstrapped_demos", "max_labeled_demos", "train_size", "val_size"]
+)
+def test_counts_are_checked(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option}=-1 is not allowed"):
+        step(**{option: -1})
+
+
+def test_it_works_as_any_dspy_teleprompter_does() -> None:
+    optimizer = step()
+    assert isinstance(optimizer, dspy.teleprompt.Teleprompter)
+    compiled = optimizer.compile(parity_program(parity_engine(learner)), trainset=numbers(40))
+    assert compiled._compiled is True
+    assert compiled(number=4).parity == "odd" or compiled(number=4).parity == "even"

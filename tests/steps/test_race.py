@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import dspy
+import pytest
+
+from bettertogether.steps.demo_sets import Candidate
+from bettertogether.steps.prompt_step import choose
+from bettertogether.steps.race import ScoreFunction, run_race, slices, upper_bound
+
+Table = dict[str, list[float]]
+
+
+def candidates(table: Table) -> list[Candidate]:
+    return [Candidate(name, dspy.Module()) for name in table]
+
+
+def scorer(table: Table, calls: list[tuple[str, int]] | None = None) -> ScoreFunction:
+    def score(running: Sequence[Candidate], positions: Sequence[int]) -> list[list[float]]:
+        if calls is not None:
+            calls.extend((candidate.name, position) for candidate in running for position in positions)
+        return [[table[candidate.name][position] for position in positions] for candidate in running]
+
+    return score
+
+
+def separable(size: int, best: int, others: int, seed: int = 0) -> Table:
+    """One candidate that is right nine times in ten, others twice in ten."""
+    rng = random.Random(seed)
+    rates = {f"c{i}": 0.9 if i == best else 0.2 for i in range(others)}
+    return {name: [float(rng.random() < rate) for _ in range(size)] for name, rate in rates.items()}
+
+
+@pytest.mark.parametrize(
+    ("size", "ends"),
+    [(250, [32, 64, 96, 128, 160, 192, 224, 250]), (40, [8, 16, 24, 32, 40]), (12, [8, 12]), (5, [5]), (1, [1])],
+)
+def test_a_slice_is_an_eighth_and_at_least_eight(size: int, ends: list[int]) -> None:
+    parts = slices(size, race=True)
+    assert [part.stop for part in parts] == ends
+    assert [position for part in parts for position in part] == list(range(size))
+
+
+def test_without_a_race_there_is_one_slice() -> None:
+    assert slices(250, race=False) == [range(250)]
+
+
+def test_without_a_race_every_candidate_is_scored_on_everything() -> None:
+    table = separable(100, 1, 3)
+    racers = candidates(table)
+    result = run_race(racers, 100, scorer(table), race=False)
+    assert (result.calls_made, result.calls_saved) == (300, 0)
+    assert {racer.name: list(racer.scores.values()) for racer in racers} == table
+
+
+def test_losers_stop_after_the_first_slice_and_the_calls_saved_are_counted() -> None:
+    table = separable(100, 1, 4)
+    racers = candidates(table)
+    result = run_race(racers, 100, scorer(table))
+    assert [racer.stopped for racer in racers] == [True, False, True, True]
+    assert [len(racer.scores) for racer in racers] == [13, 100, 13, 13]
+    assert (result.calls_made, result.calls_saved) == (139, 261)
+    assert result.confidence == 0.95
+
+
+def test_no_position_is_scored_twice() -> None:
+    table, calls = separable(100, 2, 4), []
+    run_race(candidates(table), 100, scorer(table, calls))
+    assert len(calls) == len(set(calls))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_winner_is_that_of_the_full_scoring_on_separable_data(seed: int) -> None:
+    table = separable(60, seed % 5, 5, seed)
+    winners = []
+    for race in (True, False):
+        racers = candidates(table)
+        run_race(racers, 60, scorer(table), race=race)
+        winners.append(choose(racers, 60).name)
+    assert winners[0] == winners[1] == f"c{seed % 5}"
+
+
+def test_little_is_lost_where_all_candidates_are_equally_good() -> None:
+    """The hardest case: only chance makes a best one. Its lead over what is kept instead is small."""
+    losses = []
+    for seed in range(200):
+        rng = random.Random(seed)
+        table = {f"c{i}": [float(rng.random() < 0.5) for _ in range(100)] for i in range(5)}
+        racers = candidates(table)
+        run_race(racers, 100, scorer(table))
+        best = max(sum(scores) for scores in table.values())
+        losses.append((best - sum(table[choose(racers, 100).name])) / 100)
+    assert sum(loss > 0 for loss in losses) <= 0.2 * len(losses)
+    assert sum(losses) / len(losses) <= 0.005
+
+
+def test_equal_candidates_are_never_stopped() -> None:
+    table = {"a": [1.0, 0.0] * 50, "b": [1.0, 0.0] * 50}
+    racers = candidates(table)
+    run_race(racers, 100, scorer(table))
+    assert not any(racer.stopped for racer in racers)
+
+
+def test_the_bound_is_exact_when_all_examples_were_seen() -> None:
+    differences = [-1.0, 0.0, 0.0, 0.0]
+    assert upper_bound(differences, 4, 0.05) == -0.25
+
+
+def test_the_bound_shrinks_with_more_examples() -> None:
+    bounds = [upper_bound([-0.5, 0.5, 0.0] * n, 1000, 0.05) for n in (4, 16, 64)]
+    assert bounds == sorted(bounds, reverse=True)
+
+
+def test_the_bound_scales_with_the_metrics_unit() -> None:
+    differences = [-1.0, -1.0, 0.0, 1.0] * 4
+    percent = [100 * d for d in differences]
+    assert upper_bound(percent, 100, 0.05) == pytest.approx(100 * upper_bound(differences, 100, 0.05))
+
+
+def test_a_few_lost_examples_in_a_row_do_not_stop_a_candidate() -> None:
+    assert upper_bound([-1.0, 0.0, 0.0, 0.0, 0.0, 0.0], 100, 0.05) > 0

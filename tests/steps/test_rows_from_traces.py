@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from fakes import (
+    TwoSteps,
+    api_lm,
+    numbers,
+    parity_engine,
+    parity_match,
+    parity_program,
+    plain_lm,
+    reply,
+    right,
+    two_step_engine,
+    two_step_program,
+)
+
+from bettertogether.errors import ConfigError, NoTrainingDataError
+from bettertogether.steps.rows import read_rows
+from bettertogether.steps.rows_from_traces import RowOptions
+from bettertogether.steps.weight_step import LoRAFinetune
+from bettertogether.testing import FakeEngine, FakeRequest
+
+
+def collector(metric: Any = parity_match, **options: Any) -> LoRAFinetune:
+    """One run an example and everything else off, but for what is given."""
+    off: dict[str, Any] = {"num_samples": 0, "rescue": False, "balance": False}
+    return LoRAFinetune(metric, **(off | options))
+
+
+def even_only(_: FakeRequest, number: int) -> bool:
+    return number % 2 == 0
+
+
+def test_the_calls_of_passing_traces_become_rows_and_nothing_is_trained() -> None:
+    engine = parity_engine(lambda _, number: number < 4)
+    collected = collector().collect(parity_program(engine), trainset=numbers(6))
+    assert [(row.example, row.predictor, row.label, row.source) for row in collected.rows] == [
+        (i, "self", right(i), "student") for i in range(4)
+    ]
+    assert engine.trainings == []
+    assert collected.ledger.metric_calls == len(engine.requests) == 6
+
+
+def test_the_card_counts_what_was_dropped_by_reason() -> None:
+    engine = parity_engine(lambda _, number: number < 4)
+    card = collector().collect(parity_program(engine), trainset=numbers(6)).card
+    assert card.dropped_by_reason == {"score below threshold": 2}
+    assert (card.examples, card.examples_covered) == (6, 4)
+
+
+def test_every_predictor_of_a_passing_trace_gives_a_row() -> None:
+    program = two_step_program(two_step_engine(lambda *_: True))
+    card = collector().collect(program, trainset=numbers(5)).card
+    assert card.kept_by_predictor == {"remark": 5, "decide": 5}
+
+
+def test_equal_calls_of_one_trace_give_one_row() -> None:
+    class Twice(TwoSteps):
+        def forward(self, number: int) -> dspy.Prediction:
+            self.remark(number=number)
+            return super().forward(number)
+
+    program = Twice()
+    program.set_lm(plain_lm(two_step_engine(lambda *_: True)))
+    assert collector().collect(program, trainset=numbers(2)).card.kept_by_predictor == {"remark": 2, "decide": 2}
+
+
+def test_a_call_that_cannot_be_written_is_dropped_by_its_predictor_and_the_others_stay() -> None:
+    def answer(request: FakeRequest) -> str:
+        remark = "`parity`" not in request.system
+        return reply(request, remark="long " * 500) if remark else reply(request, parity=right(0))
+
+    engine = FakeEngine(answer)
+    solved = collector(lambda *_: True)
+    card = solved.collect(two_step_program(engine), trainset=numbers(1)).card
+    assert card.kept_by_predictor == {"remark": 1, "decide": 1}
+    engine.max_length = card.prompt_tokens["min"] + card.completion_tokens["max"]
+    card = solved.collect(two_step_program(engine), trainset=numbers(1)).card
+    assert card.kept_by_predictor == {"remark": 1}
+    assert card.dropped_by_predictor == {"decide": 1}
+    engine.max_length = 400
+    with pytest.raises(NoTrainingDataError, match="longer than the model's context of 400 tokens"):
+        solved.collect(two_step_program(engine), trainset=numbers(1))
+
+
+def test_calls_of_a_frozen_predictor_give_no_rows() -> None:
+    program = two_step_program(two_step_engine(lambda *_: True))
+    card = collector(frozen=["remark"]).collect(program, trainset=numbers(3)).card
+    assert card.kept_by_predictor == {"decide": 3}
+
+
+def test_calls_of_an_api_lm_give_no_rows() -> None:
+    program = two_step_program(two_step_engine(lambda *_: True))
+    program.remark.lm = api_lm(lambda request: reply(request, remark="hm"))
+    card = collector().collect(program, trainset=numbers(3)).card
+    assert card.kept_by_predictor == {"decide": 3}
+
+
+def test_a_teacher_gives_the_answers_and_the_student_the_prompt() -> None:
+    student, teacher = parity_engine(lambda *_: False), parity_engine(lambda *_: True, base_name="big")
+    teaching = parity_program(teacher)
+    teaching.signature = teaching.signature.with_instructions("TEACHER")
+    teaching.demos = numbers(2, start=50)
+    collected = collector().collect(parity_program(student), trainset=numbers(3), teacher=teaching)
+    assert [row.source for row in collected.rows] == ["teacher"] * 3
+    assert all("TEACHER" not in row.messages[0]["content"] and len(row.messages) == 2 for row in collected.rows)
+    assert student.requests == []
+
+
+def test_traces_of_several_teachers_are_capped_by_example() -> None:
+    def teacher(remark: str) -> dspy.Module:
+        def answer(request: FakeRequest) -> str:
+            if "`parity`" not in request.system:
+                return reply(request, remark=remark)
+            return reply(request, parity=right(int(request.user.split("\n")[1])))
+
+        return two_step_program(FakeEngine(answer, base_name=remark))
+
+    student = two_step_program(two_step_engine(lambda *_: False))
+    teachers = [teacher("a"), teacher("b"), teacher("c")]
+    collected = collector(max_traces_per_example=2).collect(student, trainset=numbers(4), teacher=teachers)
+    assert collected.card.kept_by_predictor == {"remark": 8, "decide": 8}
+
+
+def test_sampling_covers_more_examples() -> None:
+    sampled = parity_engine(lambda request, number: number % 2 == 0 or request.temperature > 0)
+    covered = [
+        collector(num_samples=n).collect(parity_program(sampled), trainset=numbers(10)).card.examples_covered
+        for n in (0, 1)
+    ]
+    assert covered == [5, 10]
+
+
+def test_rescue_covers_the_label_that_the_student_never_answers() -> None:
+    engine = parity_engine(lambda request, number: number % 2 == 0 or "is known" in request.system)
+    without = collector().collect(parity_program(engine), trainset=numbers(10)).card
+    rescued = collector(rescue=True).collect(parity_program(engine), trainset=numbers(10)).card
+    assert without.kept_by_label == {"even": 5}
+    assert rescued.kept_by_label == {"even": 5, "odd": 5}
+    assert rescued.kept_by_source == {"student": 5, "rescue": 5}
+
+
+def test_no_row_shows_the_hint_of_a_rescue(adapter: dspy.Adapter) -> None:
+    engine = parity_engine(lambda request, number: "is known" in request.system)
+    options = collector(rescue=True, train_prompt="mixed", max_rescue_share=1.0)
+    collected = options.collect(parity_program(engine), trainset=numbers(4))
+    assert [row.source for row in collected.rows] == ["rescue"] * 4
+    for row in collected.rows:
+        text = "".join(message["content"] for message in row.messages) + row.completion
+        assert "is known" not in text
+        assert "const" not in text
+        # The prompt allows both answers again, as it will at inference.
+        assert "even" in row.messages[0]["content"]
+        assert "odd" in row.messages[0]["content"]
+
+
+def test_a_rescued_answer_that_talks_about_its_hint_is_dropped() -> None:
+    def answer(request: FakeRequest) -> str:
+        hinted = "is known" in request.system
+        reasoning = "As the right final result is known, odd." if hinted else "Hm."
+        return reply(request, reasoning=reasoning, parity="odd" if hinted else "even")
+
+    program = dspy.ChainOfThought("number: int -> parity: str")
+    program.set_lm(plain_lm(FakeEngine(answer)))
+    collected = collector(rescue=True).collect(program, trainset=numbers(2))
+    assert collected.card.dropped_by_reason == {"score below threshold": 1, "answer talks about the hint": 1}
+    assert [row.source for row in collected.rows] == ["student"]
+
+
+def test_rescued_rows_are_at_most_their_share() -> None:
+    engine = parity_engine(lambda request, number: number < 4 or "is known" in request.system)
+    collected = collector(rescue=True, max_rescue_share=0.5).collect(parity_program(engine), trainset=numbers(20))
+    assert collected.card.kept_by_source == {"student": 4, "rescue": 4}
+
+
+def test_rescued_rows_that_are_left_out_are_counted() -> None:
+    engine = parity_engine(lambda request, number: number < 4 or "is known" in request.system)
+    collected = collector(rescue=True, max_rescue_share=0.5).collect(parity_program(engine), trainset=numbers(20))
+    assert collected.card.dropped_by_reason["over max_rescue_share"] == 12
+
+
+def skewed_engine() -> FakeEngine:
+    """Solves all even numbers and every sixth odd one."""
+    return parity_engine(lambda _, number: number % 2 == 0 or number % 12 == 1)
+
+
+def test_rescued_rows_are_left_out_evenly_by_label() -> None:
+    engine = parity_engine(lambda request, number: number < 4 or "is known" in request.system)
+    sorted_by_label = sorted(numbers(40), key=lambda example: example.parity)
+    collected = collector(rescue=True, max_rescue_share=0.8).collect(parity_program(engine), trainset=sorted_by_label)
+    assert Counter(row.label for row in collected.rows if row.source == "rescue") == {"even": 8, "odd": 8}
+
+
+def test_a_student_without_a_passing_run_of_its_own_learns_from_rescued_ones() -> None:
+    engine = parity_engine(lambda request, number: "is known" in request.system)
+    card = collector(rescue=True).collect(parity_program(engine), trainset=numbers(4)).card
+    assert card.kept_by_source == {"rescue": 4}
+    assert card.kept_by_label == {"even": 2, "odd": 2}
+
+
+def test_a_share_of_rescued_rows_below_one_leaves_none_where_there_are_no_others() -> None:
+    engine = parity_engine(lambda request, number: "is known" in request.system)
+    with pytest.raises(NoTrainingDataError, match=r"3 x over max_rescue_share.*max_rescue_share=1\.0"):
+        collector(rescue=True, max_rescue_share=0.8).collect(parity_program(engine), trainset=numbers(3))
+
+
+def test_balance_gives_rows_the_trainsets_shares_of_labels() -> None:
+    program = parity_program(skewed_engine())
+    plain = collector().collect(program, trainset=numbers(48)).card.kept_by_label
+    balanced = collector(balance=True).collect(program, trainset=numbers(48)).card
+    assert plain == {"even": 24, "odd": 4}
+    assert balanced.kept_by_label == {"even": 12, "odd": 12}
+    assert balanced.dropped_by_reason["left out by balance"] == 12
+
+
+def test_balance_keeps_the_skew_of_a_skewed_trainset() -> None:
+    skewed = [example for example in numbers(40) if example.number % 2 == 0 or example.number % 8 == 1]
+    counts = Counter(example.parity for example in skewed)
+    engine = parity_engine(lambda *_: True)
+    card = collector(balance=True).collect(parity_program(engine), trainset=skewed).card
+    assert card.kept_by_label == dict(counts) == {"even": 20, "odd": 5}
+
+
+def test_a_label_without_rows_is_a_warning() -> None:
+    card = collector().collect(parity_program(parity_engine(even_only)), trainset=numbers(8)).card
+    assert any("No row has the label ['odd']" in warning for warning in card.warnings)
+
+
+def test_a_dominant_label_is_a_warning_that_says_what_to_do() -> None:
+    card = collector().collect(parity_program(skewed_engine()), trainset=numbers(48)).card
+    (warning,) = card.warnings
+    assert "24 of 28 rows have the label 'even'" in warning
+    assert "num_samples" in warning
+
+
+def test_a_label_that_dominates_the_trainset_as_well_is_no_warning() -> None:
+    skewed = [example for example in numbers(80) if example.number % 2 == 0 or example.number % 16 == 1]
+    card = collector().collect(parity_program(parity_engine(lambda *_: True)), trainset=skewed).card
+    assert card.warnings == []
+
+
+def test_no_rows_is_an_error_with_the_counts_and_three_things_to_try() -> None:
+    program = parity_program(parity_engine(lambda *_: False))
+    with pytest.raises(NoTrainingDataError) as caught:
+        collector().collect(program, trainset=numbers(3))
+    message = str(caught.value)
+    assert "No training rows: 3 runs on 3 examples, 0 passed. Dropped: 3 x score below threshold." in message
+    assert "'p -> w'" in message
+    assert "num_samples=8, rescue=True" in message
+    assert "teacher" in message
+
+
+def test_passing_runs_that_call_no_trainable_predictor_are_no_rows() -> None:
+    class Constant(TwoSteps):
+        def forward(self, number: int) -> dspy.Prediction:
+            return dspy.Prediction(parity=right(number))
+
+    program = Constant()
+    program.set_lm(plain_lm(two_step_engine(lambda *_: True)))
+    with pytest.raises(NoTrainingDataError, match=r"3 passed\. Dropped: no calls to learn from"):
+        collector().collect(program, trainset=numbers(3))
+
+
+def test_collected_rows_are_written_as_json_lines(tmp_path: Path) -> None:
+    collected = collector().collect(parity_program(parity_engine(even_only)), trainset=numbers(8))
+    assert tuple(read_rows(collected.write(tmp_path / "rows.jsonl"))) == collected.rows
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_prompt": "best"}, "train_prompt='best'"),
+        ({"max_rescue_share": 1.5}, "give a number from 0 to 1"),
+        ({"max_traces_per_example": 0}, "give 1 or more"),
+    ],
+)
+def test_row_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RowOptions(**options)
