@@ -159,8 +159,10 @@ class FileLock:
             self._claim = _claimed(path.with_name(f"{path.name}.owner"))
             logger.warning(
                 "%s is on a file system without locks (%s): only a file says that it is in use. Don't start the same "
-                "run on two machines at once.", path.parent, error.strerror,
-            )  # fmt: skip
+                "run on two machines at once.",
+                path.parent,
+                error.strerror,
+            )
 
     @property
     def held(self) -> bool:

@@ -35,9 +35,13 @@ class WatchedProcess:
             # A session of its own: a signal to this process's group (Ctrl-C, `timeout`) must not take the watcher away
             # from the command.
             self._process = subprocess.Popen(
-                [sys.executable, __file__, *command], stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment,
+                [sys.executable, __file__, *command],
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=file,
+                env=environment,
                 start_new_session=True,
-            )  # fmt: skip
+            )
 
     @property
     def exit_code(self) -> int | None:

@@ -99,8 +99,11 @@ def _unknown_tokens(source: str | Path, tokenizer: Any, vocabulary: int) -> dict
     if unknown:
         logger.warning(
             "The tokenizer of %s has tokens up to %d, the model embeddings for %d: texts with %s can't be answered.",
-            source, max(unknown), vocabulary, ", ".join(repr(unknown[number]) for number in sorted(unknown)[:5]),
-        )  # fmt: skip
+            source,
+            max(unknown),
+            vocabulary,
+            ", ".join(repr(unknown[number]) for number in sorted(unknown)[:5]),
+        )
     return unknown
 
 

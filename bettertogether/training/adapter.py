@@ -60,9 +60,10 @@ class TrainableAdapter:
         """Set the weights. Raises ModelError, naming `source`, when they are another adapter's."""
         own = self.parameters
         wrong = sorted(
-            key for key in own.keys() | state.keys()
+            key
+            for key in own.keys() | state.keys()
             if key not in own or key not in state or own[key].shape != state[key].shape
-        )  # fmt: skip
+        )
         if wrong:
             raise ModelError(
                 f"The adapter in {source} does not fit {self.base.name_or_path or 'the model'}: {len(wrong)} weights "

@@ -191,9 +191,16 @@ class _BlockAttention(torch.autograd.Function):
         def attend(queries: Span, keys: Span, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
             a, b = queries.tokens, keys.tokens
             return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad[:, :, a], q[:, :, a], k_all[:, :, b], v_all[:, :, b], out[:, :, a], log_sum[:, :, a], 0.0, causal,
+                grad[:, :, a],
+                q[:, :, a],
+                k_all[:, :, b],
+                v_all[:, :, b],
+                out[:, :, a],
+                log_sum[:, :, a],
+                0.0,
+                causal,
                 scale=ctx.scale,
-            )  # fmt: skip
+            )
 
         for group in ctx.groups:
             for span in group.causal:

@@ -170,9 +170,14 @@ class _Run:
         self.accelerator.wait_for_everyone()
         state = self.state
         return TrainedAdapter(
-            self.folder, tuple(self.history), state.best_epoch, state.tokens, state.seconds,
-            state.base_validation_loss, state.best_loss,
-        )  # fmt: skip
+            self.folder,
+            tuple(self.history),
+            state.best_epoch,
+            state.tokens,
+            state.seconds,
+            state.base_validation_loss,
+            state.best_loss,
+        )
 
     def _resume(self) -> None:
         state = checkpoint.load_state(self.folder, self.fingerprint)

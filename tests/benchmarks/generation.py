@@ -57,9 +57,13 @@ def chats(requests: int, demos: int) -> list[list[ChatMessage]]:
         for place in range(requests + demos)
     ]
     shots = [
-        {**flower, "reasoning": f"The petals are {flower['petal_length']} cm long and {flower['petal_width']} cm wide, "
-         f"as those of {flower['species']} are."} for flower in flowers[:demos]
-    ]  # fmt: skip
+        {
+            **flower,
+            "reasoning": f"The petals are {flower['petal_length']} cm long and {flower['petal_width']} cm wide, "
+            f"as those of {flower['species']} are.",
+        }
+        for flower in flowers[:demos]
+    ]
     adapter = dspy.JSONAdapter()
     return [adapter.format(Iris, shots, {name: flower[name] for name in names}) for flower in flowers[demos:]]
 
@@ -128,9 +132,14 @@ class Bench:
         ids_B_T = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask_B_T = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         out = self.model.generate(
-            ids_B_T, attention_mask=mask_B_T, do_sample=False, max_new_tokens=self.options.new_tokens,
-            min_new_tokens=self.options.new_tokens, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            ids_B_T,
+            attention_mask=mask_B_T,
+            do_sample=False,
+            max_new_tokens=self.options.new_tokens,
+            min_new_tokens=self.options.new_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         return out[:, longest:].tolist()
 
 

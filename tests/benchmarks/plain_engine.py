@@ -48,10 +48,12 @@ class PlainEngine:
             self.seconds["generate"] += time.perf_counter() - started
         text = self.tokenizer.decode(answer, skip_special_tokens=True)
         return Response(
-            id=None, model=request.model, message=Message.assistant(text),
+            id=None,
+            model=request.model,
+            message=Message.assistant(text),
             finish_reason="stop" if answer and answer[-1] == self.renderer.end_id else "length",
             usage=Usage(input_tokens=len(prompt), output_tokens=len(answer)),
-        )  # fmt: skip
+        )
 
     def _generate(self, name: str, prompt: list[int], max_tokens: int, temperature: float) -> list[int]:
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -60,9 +62,13 @@ class PlainEngine:
         ids = torch.tensor([prompt])
         with torch.no_grad():
             out = self.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens,
-                eos_token_id=self.renderer.end_id, pad_token_id=self.renderer.end_id, **sampling,
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_tokens,
+                eos_token_id=self.renderer.end_id,
+                pad_token_id=self.renderer.end_id,
+                **sampling,
+            )
         return out[0, len(prompt) :].tolist()
 
     def _switch(self, name: str) -> None:
@@ -91,11 +97,21 @@ class PlainEngine:
         with self._lock, tempfile.TemporaryDirectory() as folder:
             model = get_peft_model(self.model, config, adapter_name=adapter)
             settings = SFTConfig(
-                output_dir=folder, num_train_epochs=options["epochs"], learning_rate=options["learning_rate"],
-                per_device_train_batch_size=options["batch_size"], lr_scheduler_type="cosine", warmup_steps=0,
-                max_length=None, completion_only_loss=True, gradient_checkpointing=False, bf16=True, use_cpu=True,
-                save_strategy="no", report_to="none", disable_tqdm=True,
-            )  # fmt: skip
+                output_dir=folder,
+                num_train_epochs=options["epochs"],
+                learning_rate=options["learning_rate"],
+                per_device_train_batch_size=options["batch_size"],
+                lr_scheduler_type="cosine",
+                warmup_steps=0,
+                max_length=None,
+                completion_only_loss=True,
+                gradient_checkpointing=False,
+                bf16=True,
+                use_cpu=True,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            )
             SFTTrainer(
                 model, args=settings, train_dataset=Dataset.from_dict(rows), processing_class=self.tokenizer
             ).train()

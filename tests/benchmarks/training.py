@@ -125,16 +125,32 @@ def train_trl(
         columns["completion_mask"].append([0] * len(row.prompt_ids) + [1] * len(row.completion_ids))
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
-            output_dir=folder, num_train_epochs=1, per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=BATCH // micro_batch, learning_rate=RATE,
-            lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, max_length=None,
-            completion_only_loss=True, gradient_checkpointing=False, bf16=dtype == "bfloat16", use_cpu=True,
-            logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, dataloader_drop_last=False,
-        )  # fmt: skip
+            output_dir=folder,
+            num_train_epochs=1,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=BATCH // micro_batch,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            max_length=None,
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+            bf16=dtype == "bfloat16",
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_drop_last=False,
+        )
         trainer = OrderedTrainer(
-            model, args=config, train_dataset=Dataset.from_dict(columns),
+            model,
+            args=config,
+            train_dataset=Dataset.from_dict(columns),
             processing_class=AutoTokenizer.from_pretrained(model_folder),
-        )  # fmt: skip
+        )
         started = time.perf_counter()
         trainer.train()
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -203,9 +219,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument(
-        "--their-batch", type=int, default=BATCH, choices=[1, 2, 4, 8],
+        "--their-batch",
+        type=int,
+        default=BATCH,
+        choices=[1, 2, 4, 8],
         help="rows in a forward pass of trl's, which accumulates gradients over them up to 8 (memory)",
-    )  # fmt: skip
+    )
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)

@@ -63,9 +63,12 @@ def compile_theirs(student: dspy.Module, lm: dspy.LM, data: tuple[list, list], s
     dspy.configure(lm=lm)
     # One of theirs is the first traces in order, without a draw: `DEMO_SETS` in all.
     p = dspy.BootstrapFewShotWithRandomSearch(
-        sentiment_match, max_bootstrapped_demos=3, max_labeled_demos=3, num_candidate_programs=DEMO_SETS - 1,
+        sentiment_match,
+        max_bootstrapped_demos=3,
+        max_labeled_demos=3,
+        num_candidate_programs=DEMO_SETS - 1,
         num_threads=1,
-    )  # fmt: skip
+    )
     w = TolerantFinetune(sentiment_match, exclude_demos=True, train_kwargs=TRAINING, num_threads=1)
     compiled = dspy.BetterTogether(sentiment_match, p=p, w=w).compile(
         student, trainset=train, valset=val, seed=seed, num_threads=1

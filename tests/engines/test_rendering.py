@@ -155,8 +155,9 @@ def test_a_template_without_a_system_turn_gets_it_in_the_first_user_turn(templat
 
 
 def test_a_template_that_loses_an_assistants_text_is_refused() -> None:
-    template = CHATML.replace("{{ message['content'] }}", "{% if message['role'] != 'assistant' %}"
-                              "{{ message['content'] }}{% endif %}")  # fmt: skip
+    template = CHATML.replace(
+        "{{ message['content'] }}", "{% if message['role'] != 'assistant' %}{{ message['content'] }}{% endif %}"
+    )
     with pytest.raises(ModelError, match="loses text"):
         renderer(template)
 

@@ -26,9 +26,13 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
         model, ROWS, validation_rows=HELD_OUT, training=TrainingConfig(**options), folder=tmp_path / "one"
     )
     two = launch(
-        tmp_path / "model", ROWS, validation_rows=HELD_OUT, training=TrainingConfig(num_processes=2, **options),
-        folder=tmp_path / "two", on_progress=lines.append,
-    )  # fmt: skip
+        tmp_path / "model",
+        ROWS,
+        validation_rows=HELD_OUT,
+        training=TrainingConfig(num_processes=2, **options),
+        folder=tmp_path / "two",
+        on_progress=lines.append,
+    )
     assert tuple(lines) == two.history
     losses = [[line.loss for line in result.history if line.loss is not None] for result in (one, two)]
     assert len(losses[0]) == 4

@@ -141,9 +141,12 @@ class PackedDecoder:
             for start in range(common, tokens.size, self._tokens_per_pass):
                 piece = tokens[start : start + self._tokens_per_pass]
                 self._forward(
-                    PrefixPass(data, start), piece.tolist(), list(range(start, start + piece.size)),
-                    [AdaptedSpan(adapter, 0, None)], [piece.size - 1],
-                )  # fmt: skip
+                    PrefixPass(data, start),
+                    piece.tolist(),
+                    list(range(start, start + piece.size)),
+                    [AdaptedSpan(adapter, 0, None)],
+                    [piece.size - 1],
+                )
             data.source = None
             self._prefixes.add(_ComputedPrefix(adapter, tokens, size_bytes, data))
         finally:

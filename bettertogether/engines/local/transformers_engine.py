@@ -178,9 +178,13 @@ class TransformersEngine(BaseEngine):
         if not self._renderer.thinks:
             return answer
         return ThinkingConstraint(
-            answer, most=room // 2, encode=self._renderer.after_prompt, decode=self._card.tokenizer.decode,
-            eos_ids=self._eos_ids, spend=(lambda tokens: None) if answer is None else answer.spend,
-        )  # fmt: skip
+            answer,
+            most=room // 2,
+            encode=self._renderer.after_prompt,
+            decode=self._card.tokenizer.decode,
+            eos_ids=self._eos_ids,
+            spend=(lambda tokens: None) if answer is None else answer.spend,
+        )
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""

@@ -94,11 +94,17 @@ class VLLMEngine(BaseEngine):
         cache_folder: Path | None = None,
     ) -> None:
         check_options(
-            url=url, api_key=api_key, command=command, server_options=server_options, concurrency=concurrency,
-            stop_while_training=stop_while_training, mixed_batches=mixed_batches,
-            request_timeout_s=request_timeout_s, startup_timeout_s=startup_timeout_s,
+            url=url,
+            api_key=api_key,
+            command=command,
+            server_options=server_options,
+            concurrency=concurrency,
+            stop_while_training=stop_while_training,
+            mixed_batches=mixed_batches,
+            request_timeout_s=request_timeout_s,
+            startup_timeout_s=startup_timeout_s,
             chat_template_kwargs=chat_template_kwargs,
-        )  # fmt: skip
+        )
         options = {
             "url": url, "command": command, "server_options": server_options or {}, "concurrency": concurrency,
             "stop_while_training": stop_while_training, "mixed_batches": mixed_batches,
@@ -109,10 +115,14 @@ class VLLMEngine(BaseEngine):
         self.concurrency = concurrency
         self._base_model = MODEL_PREFIX + self.base_name
         self._server = VLLMServer(
-            self._card.source, self._base_model, url=url, api_key=api_key,
+            self._card.source,
+            self._base_model,
+            url=url,
+            api_key=api_key,
             options=server_options_for(self._card, url, server_options),
-            command=[command] if isinstance(command, str) else command, startup_timeout_s=startup_timeout_s,
-        )  # fmt: skip
+            command=[command] if isinstance(command, str) else command,
+            startup_timeout_s=startup_timeout_s,
+        )
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
         timeout = httpx.Timeout(request_timeout_s, connect=10.0)
         # A proxy of the environment's is not for a server on this machine.
@@ -175,8 +185,10 @@ class VLLMEngine(BaseEngine):
             logger.warning(
                 "The server at %s takes texts of %d tokens, for which vLLM changes this model's rotary factors in "
                 "texts of any length; training keeps to those of short ones. Start it with --max-model-len %d.",
-                address, served_length, self.max_length,
-            )  # fmt: skip
+                address,
+                served_length,
+                self.max_length,
+            )
         self.max_length = min(self.max_length, served_length)
 
     def complete(self, request: Request) -> Response:

@@ -192,9 +192,12 @@ def test_closing_an_engine_ends_its_training_at_the_next_step(engine: Transforme
     def work() -> bool:
         with pytest.raises(EngineClosedError, match="closed"):
             engine.finetune(
-                ROWS, folder=tmp_path, on_progress=lambda line: engine.close(), lora=LoRAConfig(rank=2),
+                ROWS,
+                folder=tmp_path,
+                on_progress=lambda line: engine.close(),
+                lora=LoRAConfig(rank=2),
                 training=TrainingConfig(epochs=3, dtype="float32"),
-            )  # fmt: skip
+            )
         return True
 
     assert in_time(work)
@@ -228,8 +231,11 @@ BODIES = {
 def run_script(folder: Path, body: str, tmp_path: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT.format(folder=str(folder), body=body)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
 
 
 @pytest.mark.parametrize("name", BODIES)
