@@ -1,3 +1,5 @@
+"""Arguments of the public names are checked before any call."""
+
 from __future__ import annotations
 
 from pathlib import Path

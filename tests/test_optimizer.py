@@ -1,3 +1,5 @@
+"""`BetterTogether.compile`: arguments, run directories, budgets, and what goes on or starts anew."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""What counts as a secret, in options and in texts."""
+
 from __future__ import annotations
 
 from typing import Any

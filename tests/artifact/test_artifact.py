@@ -1,3 +1,5 @@
+"""A saved program comes back with its prompts, demos, adapters, LM options and report, and its folder holds no more."""
+
 from __future__ import annotations
 
 import shutil

@@ -1,3 +1,5 @@
+"""What an artifact can't hold, or doesn't find when loaded, is an error or a warning that says what to do."""
+
 from __future__ import annotations
 
 import os

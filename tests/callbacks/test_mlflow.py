@@ -1,3 +1,5 @@
+"""Events reach the callbacks of their own run, from any thread, and MLflow's run holds what they say."""
+
 from __future__ import annotations
 
 import io

@@ -1,3 +1,5 @@
+"""An adapter that is served answers as PEFT does, beside the base model and others, and is named by its content."""
+
 from __future__ import annotations
 
 import json

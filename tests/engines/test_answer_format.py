@@ -1,3 +1,5 @@
+"""The schema that an answer is held to is that of the signature's output fields, whatever program asks."""
+
 from __future__ import annotations
 
 import asyncio

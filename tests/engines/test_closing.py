@@ -1,3 +1,5 @@
+"""An answer under a schema is brought to its end before max_tokens, in few tokens, and parses."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""`engine.finetune` writes a plain PEFT adapter named by its content, and leaves the model as it was."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""A base model's name holds its content: whatever changes answers changes the name, and nothing else does."""
+
 from __future__ import annotations
 
 import hashlib

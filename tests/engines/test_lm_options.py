@@ -1,3 +1,5 @@
+"""What `local_lm` takes is checked when it is called."""
+
 from __future__ import annotations
 
 import shutil

@@ -1,3 +1,5 @@
+"""A merged folder is a plain model that computes what base and adapter compute."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""A request becomes the tokens of the model's chat template, and the answer's tokens are those that follow them."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,3 +1,5 @@
+"""The grammar of a schema lets through the layout of `json.dumps` and nothing else, and forces what has no choice."""
+
 from __future__ import annotations
 
 import json

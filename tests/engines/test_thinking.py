@@ -1,3 +1,5 @@
+"""Reasoning models think first, within a bound, and answer under the schema after that."""
+
 from __future__ import annotations
 
 import datetime

@@ -1,3 +1,5 @@
+"""Copies of a program own their modules, demos and containers, and share everything else."""
+
 from __future__ import annotations
 
 import copy

@@ -1,3 +1,5 @@
+"""Demos come back from JSON with their types, so that a restored prompt is the one that was scored."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,3 +1,5 @@
+"""A program's predictors, copies, prompts and keys."""
+
 from __future__ import annotations
 
 import json

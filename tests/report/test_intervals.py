@@ -1,3 +1,5 @@
+"""Bootstrap intervals hold the truth as often as they say, and paired ones are narrower."""
+
 from __future__ import annotations
 
 import math

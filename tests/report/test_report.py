@@ -1,3 +1,5 @@
+"""The report as text, HTML and JSON: each round with score, gain, cost and status."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""`evaluate` scores every example once and in order, and `compare` pairs two programs."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""Which output field is a label, and splits that keep the labels' shares."""
+
 from __future__ import annotations
 
 from collections import Counter

@@ -1,3 +1,5 @@
+"""What a metric may return, and which score passes."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""Items are worked on by threads that share nothing but DSPy's settings, and results keep their order."""
+
 from __future__ import annotations
 
 import _thread

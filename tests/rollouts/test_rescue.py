@@ -1,3 +1,5 @@
+"""A run that failed is tried again with its label as a hint, and becomes a row that knows nothing of the hint."""
+
 from __future__ import annotations
 
 import enum

@@ -1,3 +1,5 @@
+"""One program on one example: every call is attributed to its predictor, and every token is counted."""
+
 from __future__ import annotations
 
 import copy

@@ -1,3 +1,5 @@
+"""A pass over examples gives a judged trace of each, and what raised is dropped with its reason."""
+
 from __future__ import annotations
 
 import _thread

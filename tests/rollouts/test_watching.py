@@ -1,3 +1,5 @@
+"""Calls in a program's own threads, loops and copies are seen, counted and become rows."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,3 +1,5 @@
+"""Each of DSPy's optimizers is a step, runs on the tuned LM and leaves no mark on the program."""
+
 from __future__ import annotations
 
 import copy

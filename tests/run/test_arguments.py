@@ -1,3 +1,5 @@
+"""A wrong option or argument is an error at once that says what is allowed."""
+
 from __future__ import annotations
 
 from typing import Any

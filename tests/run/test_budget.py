@@ -1,3 +1,5 @@
+"""Limits on metric calls, tokens and minutes, over all ledgers of a run."""
+
 from __future__ import annotations
 
 import threading

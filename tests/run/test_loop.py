@@ -1,3 +1,5 @@
+"""Rounds are the prefixes of the strategy, each scored, recorded and charged, and the best is returned."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Which round is returned: the best score, then evidence, then the simplest."""
+
 from __future__ import annotations
 
 from collections import Counter

@@ -1,3 +1,5 @@
+"""A strategy's text: keys between arrows, and the prefixes that are its rounds."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Demos that can't be sent, saved or fitted cost themselves alone."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,3 +1,5 @@
+"""Candidates of the prompt step: which demos they show, and that they differ."""
+
 from __future__ import annotations
 
 from collections import Counter

@@ -1,3 +1,5 @@
+"""The prompt step keeps the demo set that scores best on examples it was not bootstrapped from."""
+
 from __future__ import annotations
 
 from collections import Counter

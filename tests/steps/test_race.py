@@ -1,3 +1,5 @@
+"""A race scores candidates slice by slice and stops those that can't win."""
+
 from __future__ import annotations
 
 import random

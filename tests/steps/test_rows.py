@@ -1,3 +1,5 @@
+"""A training row is the prompt that was sent, byte for byte, and an answer that reads back the same."""
+
 from __future__ import annotations
 
 import enum

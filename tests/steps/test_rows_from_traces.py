@@ -1,3 +1,5 @@
+"""Which calls of which traces become rows, and why the others do not."""
+
 from __future__ import annotations
 
 from collections import Counter

@@ -1,3 +1,5 @@
+"""The weight step trains adapters on the passing runs of a program, and the program answers with them."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""The engine contract over the fake and a tiny real engine, and what the fake can be taught."""
+
 from __future__ import annotations
 
 import threading

@@ -1,3 +1,5 @@
+"""A LoRA adapter is put on and taken off a model that is as before, and loads with PEFT."""
+
 from __future__ import annotations
 
 import json

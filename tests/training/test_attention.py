@@ -1,3 +1,5 @@
+"""Attention over packed rows equals that of the padded batch, in values and gradients."""
+
 from __future__ import annotations
 
 import pytest

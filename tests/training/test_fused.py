@@ -1,3 +1,5 @@
+"""The fused LoRA layer gives PEFT's loss and gradients."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Which models train on packed rows, which on padded ones, with the same loss."""
+
 from __future__ import annotations
 
 import logging

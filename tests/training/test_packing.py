@@ -1,3 +1,5 @@
+"""Rows become batches and groups with a common beginning, within a limit of tokens."""
+
 from __future__ import annotations
 
 from bettertogether.training.packing import (

@@ -1,3 +1,5 @@
+"""Precision, checkpointing and the size of a pass follow from the device and what was asked for."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace

@@ -1,3 +1,5 @@
+"""Which layers are trained: those that text reaches, that the model really uses, and that can be served."""
+
 from __future__ import annotations
 
 import pytest

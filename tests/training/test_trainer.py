@@ -1,3 +1,5 @@
+"""Training equals a plain loop over padded batches, whatever its batches, and goes on after a kill."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Training in two processes gives the result of one, and its errors are ours."""
+
 from __future__ import annotations
 
 from pathlib import Path

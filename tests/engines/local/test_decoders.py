@@ -1,3 +1,5 @@
+"""Both decoders, packed and plain, answer as `generate` does on tiny models of each family."""
+
 from __future__ import annotations
 
 from typing import Any

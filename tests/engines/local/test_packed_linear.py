@@ -1,3 +1,5 @@
+"""Linear layers with packed weights give the results of the layers that they stand for."""
+
 from __future__ import annotations
 
 import copy

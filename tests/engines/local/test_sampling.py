@@ -1,3 +1,5 @@
+"""Which token is taken from a row of logits: greedy, drawn, allowed by a grammar, seeded."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""The scheduler joins requests to batches, ends answers and outlives a full memory, over a decoder without a model."""
+
 from __future__ import annotations
 
 import multiprocessing

@@ -1,3 +1,5 @@
+"""Prompts that begin alike are put together, so that what they share is computed once."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Text that comes token by token is given in whole characters and ends before a stop text."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,3 +1,5 @@
+"""The engine over a real tiny model: answers, seeds, threads, labels in one pass, streams, and its end."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,3 +1,5 @@
+"""The gate of the server: those of one key are inside together, and whoever needs to be alone has a turn."""
+
 from __future__ import annotations
 
 import threading
