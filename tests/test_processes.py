@@ -1,3 +1,5 @@
+"""Processes that we start end with ours, however that ends."""
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+"""Values, functions and programs are told apart by their content, the same in every process."""
+
 from __future__ import annotations
 
 import collections

@@ -1,3 +1,5 @@
+"""A run directory holds whole records or none, one run at a time, and says what is damaged."""
+
 from __future__ import annotations
 
 import errno
