@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +11,12 @@ import dspy
 import pytest
 import torch
 from peft import PeftModel
+from small_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bettertogether
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, local_lm
 from bettertogether.steps.rows import render_prompt
-
-sys.path.insert(0, str(Path(__file__).parent / "engines"))
-from small_models import save_model
 
 
 class Colour(dspy.Signature):

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from small_models import SIZES, decode, generated, prompts, tiny_model
+from small_models import SIZES, decode, generated, prompts, save_adapter, tiny_model
 from transformers import LlamaConfig
 
 from bettertogether.engines.adapters import (
@@ -25,19 +25,6 @@ from bettertogether.engines.local.decoder import Row
 from bettertogether.engines.local.packed_decoder import PackedDecoder
 from bettertogether.engines.local.plain_decoder import PlainDecoder
 from bettertogether.errors import ModelError, UnknownAdapterError
-
-
-def save_adapter(folder: Path, seed: int, **options: Any) -> Path:
-    """A PEFT folder with a random LoRA that changes the answers."""
-    torch.manual_seed(seed)
-    config = LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", **options}, task_type="CAUSAL_LM")
-    model = get_peft_model(tiny_model(), config)
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 from dspy.lm15 import Config, Message, Request
 from huggingface_hub.errors import LocalEntryNotFoundError
-from small_models import byte_tokenizer, save_model, tiny_model
+from small_models import byte_tokenizer, save_adapter, save_model, tiny_model
 
 from bettertogether import local_lm
 from bettertogether.engines import TransformersEngine, VLLMEngine, fingerprint
@@ -152,8 +152,6 @@ def test_dspys_cache_does_not_answer_for_another_model_of_the_same_name(tmp_path
 
 
 def test_an_adapters_name_holds_the_name_of_its_base(tmp_path: Path) -> None:
-    from test_adapters import save_adapter
-
     engine = TransformersEngine(save_model(tmp_path / "tiny"))
     name = engine.add_adapter(save_adapter(tmp_path / "adapter", 1))
     assert name.startswith(f"local/{engine.base_name}@r1-")
@@ -161,8 +159,6 @@ def test_an_adapters_name_holds_the_name_of_its_base(tmp_path: Path) -> None:
 
 
 def test_names_of_older_versions_stand_for_the_same_base_and_adapters(tmp_path: Path) -> None:
-    from test_adapters import save_adapter
-
     engine = TransformersEngine.shared(save_model(tmp_path / "tiny"))
     name = engine.add_adapter(save_adapter(tmp_path / "adapter", 1))
     old = "local/tiny@" + name.partition("@")[2]

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import byte_tokenizer, save_model
-from test_adapters import save_adapter
+from small_models import byte_tokenizer, save_adapter, save_model
 from transformers import BertConfig, BertForMaskedLM
 
 from bettertogether import local_lm, vllm_lm

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import tiny_model
-from torch import nn
+from tiny import fingerprint, tiny_model
 
 from bettertogether.errors import ConfigError, ModelError, NotTrainableError
 from bettertogether.training.adapter import read_adapter, save_adapter, training_adapter
 from bettertogether.training.config import LoRAConfig
-
-
-def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Everything that a training might leave behind."""
-    return [
-        (name, id(module), module.training, sorted(module.__dict__), sorted(module._modules))
-        for name, module in model.named_modules()
-    ] + [(name, id(p), p.requires_grad, p.dtype, p.detach().clone().tolist()) for name, p in model.named_parameters()]
 
 
 def peft_model(adapters: tuple[str, ...] = ("first", "second")) -> PeftModel:

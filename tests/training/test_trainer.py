@@ -13,8 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import padded_loss_sum, relative_error
 from safetensors.torch import load_file
-from test_adapter import fingerprint
-from tiny import GEMMA2, random_rows, tiny_model
+from tiny import GEMMA2, fingerprint, random_rows, tiny_model
 
 from bettertogether.engines.protocol import TrainingProgress
 from bettertogether.errors import ConfigError, DataError, NoTrainingDataError, TrainingError

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import random
+from typing import Any
 
-import torch
+from small_models import random_model
+from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -53,13 +53,22 @@ GEMMA2 = Gemma2Config(**SIZES, sliding_window=512, attn_logit_softcapping=5.0)
 
 
 def tiny_model(config: PretrainedConfig | None = None, seed: int = 0, std: float = 0.2) -> PreTrainedModel:
-    """A random model. Weights are large enough that every token matters to the loss."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config or FAMILIES["llama"]), dtype=torch.float32)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=std)
-    return model.eval()
+    """A random model, as a training is given it."""
+    return random_model(config or FAMILIES["llama"], seed, std)
+
+
+def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Everything that a training might leave behind in a model."""
+    return [
+        (
+            name,
+            id(module),
+            module.training,
+            sorted(module.__dict__),
+            sorted(name for name, _ in module.named_children()),
+        )
+        for name, module in model.named_modules()
+    ] + [(name, id(p), p.requires_grad, p.dtype, p.detach().clone().tolist()) for name, p in model.named_parameters()]
 
 
 def random_rows(number: int, shared: int, own: int = 9, answer: int = 6, seed: int = 0) -> list[TokenizedRow]:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from dspy.lm15 import Config, Message, Request
-from test_adapters import save_adapter
+from small_models import save_adapter
 
 import bettertogether.engines.local.packed_decoder as packed_decoder
 from bettertogether import LoRAConfig, TrainingConfig, local_lm

@@ -19,8 +19,7 @@ import torch
 from dspy._vendor.lm15.result import StreamAccumulator
 from dspy.clients.engines.stream_guard import checked_stream
 from dspy.lm15 import Config, ContextLengthError, Message, Request, UnsupportedFeatureError
-from small_models import PACKED, SIZES, byte_tokenizer, generated, save_model, tiny_model
-from test_adapters import save_adapter
+from small_models import PACKED, SIZES, byte_tokenizer, generated, save_adapter, save_model, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
 
 from bettertogether.engines import LocalEngine, TransformersEngine

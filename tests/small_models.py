@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -65,14 +67,19 @@ CHATML = (
 )
 
 
-def tiny_model(config: PretrainedConfig | None = None, seed: int = 0) -> Any:
-    """A random model whose weights are large enough that every token matters."""
+def random_model(config: PretrainedConfig, seed: int = 0, std: float = 0.2) -> Any:
+    """A model whose weights are large enough that every token matters."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config or PACKED["llama"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval().requires_grad_(False)
+            torch.nn.init.normal_(parameter, std=std)
+    return model.eval()
+
+
+def tiny_model(config: PretrainedConfig | None = None, seed: int = 0) -> Any:
+    """A random model, as an engine holds it."""
+    return random_model(config or PACKED["llama"], seed).requires_grad_(False)
 
 
 def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
@@ -96,6 +103,19 @@ def save_model(folder: Path, config: PretrainedConfig | None = None, template: s
     """A tiny model with its tokenizer, as `save_pretrained` writes it."""
     tiny_model(config).save_pretrained(folder)
     byte_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder: Path, seed: int, **options: Any) -> Path:
+    """A PEFT folder with a random LoRA that changes the answers."""
+    torch.manual_seed(seed)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", **options}, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(), config)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 
