@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from .artifact.artifact import load, merge, save
     from .callbacks.display import ProgressDisplay
     from .callbacks.events import Callback
-    from .downloads import default_model
+    from .downloads import default_model, fetch_wheel_file
     from .lm import local_lm, vllm_lm
     from .optimizer import BetterTogether
     from .report.report import CompileReport
+    from .rollouts.evaluation import compare, evaluate
+    from .rollouts.labels import stratified_split
     from .run.budget import Budget
     from .steps.prompt_step import BootstrapFewShotRS
     from .steps.weight_step import LoRAFinetune
@@ -31,11 +33,15 @@ _PUBLIC = {
     "LoRAFinetune": ".steps.weight_step",
     "ProgressDisplay": ".callbacks",
     "TrainingConfig": ".training.config",
+    "compare": ".rollouts.evaluation",
     "default_model": ".downloads",
+    "evaluate": ".rollouts.evaluation",
+    "fetch_wheel_file": ".downloads",
     "load": ".artifact",
     "local_lm": ".lm",
     "merge": ".artifact",
     "save": ".artifact",
+    "stratified_split": ".rollouts.labels",
     "vllm_lm": ".lm",
 }
 
@@ -49,11 +55,15 @@ __all__ = [
     "LoRAFinetune",
     "ProgressDisplay",
     "TrainingConfig",
+    "compare",
     "default_model",
+    "evaluate",
+    "fetch_wheel_file",
     "load",
     "local_lm",
     "merge",
     "save",
+    "stratified_split",
     "vllm_lm",
 ]
 

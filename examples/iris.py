@@ -12,8 +12,16 @@ import argparse
 import dspy
 from tasks import Iris, iris_data, iris_match
 
-from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, default_model, local_lm
-from bettertogether.rollouts.evaluation import compare, evaluate
+from bettertogether import (
+    BetterTogether,
+    BootstrapFewShotRS,
+    LoRAFinetune,
+    TrainingConfig,
+    compare,
+    default_model,
+    evaluate,
+    local_lm,
+)
 
 
 def main() -> None:

@@ -15,8 +15,7 @@ import time
 import dspy
 from tasks import Sentiment, sentiment_data, sentiment_match
 
-from bettertogether import BetterTogether, default_model, local_lm, save, vllm_lm
-from bettertogether.rollouts.evaluation import compare, evaluate
+from bettertogether import BetterTogether, compare, default_model, evaluate, local_lm, save, vllm_lm
 
 
 def main() -> None:

