@@ -217,14 +217,7 @@ class BetterTogether(Teleprompter):
         return final_program(best, candidates, failed, report)
 
     def _report(self, loop: Loop, plan: Plan, strategy: str) -> CompileReport:
-        data_warnings = [
-            f"{record.strategy}: {warning}"
-            for record in loop.records
-            for warning in (
-                *record.details.get("warnings", ()),
-                *record.details.get("data_card", {}).get("warnings", ()),
-            )
-        ]
+        data_warnings = [f"{record.strategy}: {warning}" for record in loop.records for warning in record.warnings]
         return CompileReport(
             rounds=tuple(loop.records),
             selected=select(loop.records),

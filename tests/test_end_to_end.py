@@ -73,11 +73,11 @@ def test_every_answer_parses_and_every_round_is_complete_and_scored(compiled: di
     rounds = compiled["program"].report.rounds
     assert [(r.strategy, r.status) for r in rounds] == [("", "complete"), ("w", "complete"), ("w -> p", "complete")]
     assert all(len(r.scores or ()) == 10 for r in rounds)
-    assert "parse failure" not in json.dumps([dict(r.details) for r in rounds])
+    assert "parse failure" not in json.dumps([r.to_dict()["details"] for r in rounds])
 
 
 def test_training_lowers_the_loss_and_the_tuned_model_has_a_name_of_its_own(compiled: dict[str, Any]) -> None:
-    losses = [h["loss"] for h in compiled["program"].report.rounds[1].details["history"] if h["loss"] is not None]
+    losses = [h.loss for h in compiled["program"].report.rounds[1].details.history if h.loss is not None]
     assert losses[-1] < 0.5 * losses[0]
     base = compiled["student"].lm.model
     assert base == f"local/{compiled['student'].lm.engine.base_name}"
@@ -108,7 +108,7 @@ def test_the_adapter_is_plain_peft_and_gives_the_engine_s_next_token(compiled: d
 def test_a_row_s_prompt_has_the_token_ids_that_the_tuned_program_sends(compiled: dict[str, Any]) -> None:
     program = tuned_round(compiled)
     engine = program.lm.engine
-    sample = compiled["program"].report.rounds[1].details["data_card"]["samples"][0]
+    sample = compiled["program"].report.rounds[1].details.data_card.samples[0]
     sent = [engine.prompt_tokens(render_prompt(program, engine, t.inputs(), program.demos)) for t in things(20)]
     assert program.demos == []
     assert sent.count(engine.prompt_tokens(sample["prompt"])) == 1

@@ -7,9 +7,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..records import Ledger, StepRecord
+from ..records import (
+    DataCard,
+    Details,
+    Ledger,
+    LossLine,
+    PromptDetails,
+    SampleRow,
+    StepRecord,
+    WeightDetails,
+)
 from ..rollouts.failures import STUDENT, failure_text
-from .charts import Curve, ForestRow, bars, escaped, forest_plot, line_chart, ticks
+from .charts import Curve, ForestRow, Point, bars, escaped, forest_plot, line_chart, ticks
 from .report import CompileReport
 from .style import STYLE
 from .text import effect_text, seconds_text
@@ -189,77 +198,65 @@ def _two_by_two(report: CompileReport) -> str:
 
 
 def _step(record: StepRecord) -> str:
-    details = record.details
     return _section(
         f"Step {record.index}: {_name(record)}",
         f'<pre class="error">{_text(record.error)}</pre>' if record.error else "",
-        _candidates(details),
-        _losses(details.get("history") or ()),
-        _data_card(details.get("data_card") or {}),
+        *_did(record.details),
     )
 
 
-def _candidates(details: Mapping[str, Any]) -> str:
-    candidates = details.get("candidates") or ()
+def _did(details: Details | None) -> tuple[str, ...]:
+    match details:
+        case PromptDetails():
+            return (_candidates(details),)
+        case WeightDetails():
+            return _losses(details.history), _data_card(details.data_card)
+        case _:
+            return ()
+
+
+def _candidates(details: PromptDetails) -> str:
     rows = []
-    for candidate in candidates:
-        values = dict(candidate)
-        name, score = values.pop("name", ""), values.pop("score", None)
-        mark = ' <span class="mark">chosen</span>' if name and name == details.get("chosen") else ""
-        rest = [_short(values.get(key)) for key in ("scored_on", "demos")]
-        note = "stopped early" if values.get("stopped") else ""
-        rows.append([_Html(_text(name) + mark), "-" if score is None else f"{score:.3f}", *rest, note])
+    for candidate in details.candidates:
+        mark = ' <span class="mark">chosen</span>' if candidate.name == details.chosen else ""
+        score = "-" if candidate.score is None else f"{candidate.score:.3f}"
+        counts = (f"{candidate.scored_on:,}", f"{candidate.demos:,}")
+        rows.append([_Html(_text(candidate.name) + mark), score, *counts, "stopped early" if candidate.stopped else ""])
     if not rows:
         return ""
     table = _table(("candidate", "score", "examples", "demos", ""), rows)
     return _fold(f"Prompt candidates ({len(rows)})", table, is_open=len(rows) <= 12)
 
 
-def _short(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else json.dumps(value, ensure_ascii=False, default=str)[:200]
-
-
-def _losses(history: Sequence[Mapping[str, Any]]) -> str:
-    adapters = list(dict.fromkeys(str(line.get("adapter", "")) for line in history))
+def _losses(history: Sequence[LossLine]) -> str:
     charts = []
-    for adapter in adapters:
-        lines = [line for line in history if str(line.get("adapter", "")) == adapter]
-        training, held_out = _points(lines, "loss"), _points(lines, "validation_loss")
+    for adapter in dict.fromkeys(line.adapter for line in history):
+        lines = [line for line in history if line.adapter == adapter]
+        training = _points((line.step, line.loss) for line in lines)
+        held_out = _points((line.step, line.validation_loss) for line in lines)
         curves = [Curve("training", training, "#94a3b8", width=1.5)] if training else []
         curves += [Curve("held out", held_out, _COLORS[0], dots=True)] if held_out else []
-        title = f"Loss per token{f', {adapter}' if adapter else ''}"
-        charts.append(line_chart(curves, "optimizer steps", title))
+        charts.append(line_chart(curves, "optimizer steps", f"Loss per token, {adapter}"))
     return "".join(charts)
 
 
-def _points(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[tuple[float, float], ...]:
-    pairs = [(line.get("step"), line.get(key)) for line in lines]
-    return tuple((float(x), float(y)) for x, y in pairs if x is not None and y is not None and math.isfinite(y))
+def _points(pairs: Iterable[tuple[int, float | None]]) -> tuple[Point, ...]:
+    return tuple((float(x), float(y)) for x, y in pairs if y is not None and math.isfinite(y))
 
 
-def _data_card(card: Mapping[str, Any]) -> str:
-    if not card:
-        return ""
-    groups = "".join(
-        f"<div><h4>{_text(title)}</h4>{bars(card[key])}</div>"
-        for key, title in _CARD_COUNTS.items()
-        if isinstance(card.get(key), Mapping) and card[key]
-    )
-    facts = []
-    if "examples_covered" in card:
-        facts.append(f"{card['examples_covered']} of {card.get('examples', '?')} examples gave rows")
-    for key in ("prompt_tokens", "completion_tokens"):
-        spread = card.get(key)
-        if isinstance(spread, Mapping) and spread:
-            facts.append(f"{key.replace('_', ' ')}: " + ", ".join(f"{k} {v}" for k, v in spread.items()))
-    samples = "".join(_sample(number, row) for number, row in enumerate(card.get("samples") or (), 1))
-    text = f'<p class="note">{_text("; ".join(facts))}</p>' if facts else ""
+def _data_card(card: DataCard) -> str:
+    counts = {title: getattr(card, name) for name, title in _CARD_COUNTS.items()}
+    groups = "".join(f"<div><h4>{_text(title)}</h4>{bars(each)}</div>" for title, each in counts.items() if each)
+    facts = [f"{card.examples_covered} of {card.examples} examples gave rows"]
+    for name, spread in (("prompt tokens", card.prompt_tokens), ("completion tokens", card.completion_tokens)):
+        if spread:
+            facts.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in spread.items()))
+    samples = "".join(_sample(number, row) for number, row in enumerate(card.samples, 1))
+    text = f'<p class="note">{_text("; ".join(facts))}</p>'
     return f'<h3>Training rows</h3>{text}<div class="groups">{groups}</div>{samples}'
 
 
-def _sample(number: int, row: Mapping[str, Any]) -> str:
+def _sample(number: int, row: SampleRow) -> str:
     turns = [*_turns(row.get("prompt")), *(("answer to learn", text) for _, text in _turns(row.get("completion")))]
     body = "".join(f'<div class="turn"><b>{_text(role)}</b><pre>{_text(text)}</pre></div>' for role, text in turns)
     known = [str(row[key]) for key in ("predictor", "label", "source") if row.get(key) not in (None, "")]
@@ -303,8 +300,6 @@ def _demo(demo: Mapping[str, Any]) -> str:
 
 def _costs(report: CompileReport) -> str:
     work = [(_name(record), record.ledger) for record in report.rounds]
-    if report.extra != Ledger():
-        work.append(("other work", report.extra))
     rows = [_cost_cells(name, ledger) for name, ledger in [*work, ("total", report.ledger)]]
     return _section("Cost", _table(("round", *_LEDGER_COLUMNS.values(), "seconds"), rows, last_is_total=True))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import is_number, require_whole
 from ..errors import ConfigError, DataError
+from ..records import CELLS as CELLS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,8 +23,6 @@ Interval = tuple[float, float]
 """Lower and upper end, in the metric's own unit."""
 
 UNKNOWN: Interval = (math.nan, math.nan)
-CELLS = ("base_old", "base_new", "tuned_old", "tuned_new")
-"""The 2x2 of weights (base, tuned) and prompts (old: the student's, new: the selected program's)."""
 
 _CHUNK = 4_000_000
 

@@ -6,35 +6,32 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from ..errors import ConfigError, DataError
 from ..files import atomic_write
-from ..records import Ledger, StepRecord
-from ..saved_report import SCHEMA, checked_report
-from .intervals import CELLS, UNKNOWN, Attribution, Effect, Interval, attribution, mean_interval, paired_interval
+from ..records import CELLS, SCHEMA, SHOWN, Ledger, Saved, SavedRecord, StepRecord, Whole, read, report_of_schema_1
+from .intervals import UNKNOWN, Attribution, Effect, Interval, attribution, mean_interval, paired_interval
 
 
 @dataclass(frozen=True)
-class CompileReport:
+class CompileReport(Saved):
     """The result of a compile run. `print(report)` and a notebook show a table; `to_html` writes a page."""
 
-    rounds: tuple[StepRecord, ...]
+    rounds: tuple[SavedRecord, ...]
     """Every round in order; the first is the untouched student."""
-    selected: int
+    selected: Whole
     """Position in `rounds` of the program that compile returned."""
-    valset_size: int
+    valset_size: Annotated[int, SHOWN]
     """Examples that each round was scored on; 0 without a valset."""
     strategy: str
     """What was asked for, such as "p -> w -> p"."""
-    seed: int = 0
-    versions: Mapping[str, str] = field(default_factory=dict)
+    seed: Annotated[int, SHOWN] = 0
+    versions: Mapping[str, Annotated[str, SHOWN]] = field(default_factory=dict)
     """Package name to version."""
-    machine: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, Annotated[str, SHOWN]] = field(default_factory=dict)
     """What it ran on: processor, accelerator, threads, ..."""
     warnings: tuple[str, ...] = ()
-    extra: Ledger = field(default_factory=Ledger)
-    """Work outside the rounds, such as the evaluation of the 2x2."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.selected, int) or not 0 <= self.selected < len(self.rounds):
@@ -53,7 +50,7 @@ class CompileReport:
     @property
     def ledger(self) -> Ledger:
         """The cost of the whole run, earlier sittings of a resumed run included."""
-        return sum((record.ledger for record in self.rounds), self.extra)
+        return sum((record.ledger for record in self.rounds), Ledger())
 
     @property
     def metric_calls(self) -> int:
@@ -87,11 +84,11 @@ class CompileReport:
 
     @property
     def two_by_two(self) -> Mapping[str, Sequence[float]] | None:
-        """Per-example scores of the 2x2 of weights and prompts (keys: `statistics.CELLS`), where it was measured."""
+        """Per-example scores of the 2x2 of weights and prompts (keys: `records.CELLS`), where it was measured."""
         for record in (self.selected_round, *reversed(self.rounds)):
-            cells = record.details.get("two_by_two")
+            cells = record.two_by_two
             if cells and all(cells.get(cell) for cell in CELLS):
-                return {cell: tuple(cells[cell]) for cell in CELLS}
+                return {cell: cells[cell] for cell in CELLS}
         return None
 
     @property
@@ -107,11 +104,7 @@ class CompileReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`. Raises DataError for another schema, and for a missing, unknown or wrong field."""
-        values = checked_report(data)
-        values["rounds"] = tuple(StepRecord.from_dict(record) for record in values["rounds"])
-        values["warnings"] = tuple(values.get("warnings", ()))
-        values["extra"] = Ledger(**values.get("extra", {}))
-        return cls(**values)
+        return read(cls, "report", data, report_of_schema_1)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one HTML file that needs nothing else. Raises ConfigError, RunDirectoryError."""

@@ -70,8 +70,6 @@ def _title(report: CompileReport) -> str:
 
 def _rounds(report: CompileReport) -> list[str]:
     rows = [_row(report, position) for position in range(len(report.rounds))]
-    if report.extra != Ledger():
-        rows.append(["", "other work", "", "", "", *_cost(report.extra), ""])
     rows.append(["", "total", "", "", "", *_cost(report.ledger), ""])
     widths = [max(len(row[column]) for row in (_HEADER, *rows)) for column in range(len(_HEADER))]
     widths[1] -= max(0, sum(widths) + 2 * (len(widths) - 1) - WIDTH)

@@ -18,7 +18,7 @@ from ..errors import ProgramError
 from ..lm import local_engine
 from ..programs.copies import drop_results
 from ..programs.program import as_programs, copy_for_step, modules_of, predictors_of
-from ..records import Ledger
+from ..records import Details, Ledger, OtherDetails
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,10 @@ class StepResult:
 
     program: dspy.Module
     ledger: Ledger
-    details: Mapping[str, Any]
+    details: Details | None
     step_gain: float | None
+    warnings: tuple[str, ...] = ()
+    """What it has to say against its own result."""
 
 
 class _CallCounter(BaseCallback):
@@ -42,7 +44,8 @@ class _CallCounter(BaseCallback):
 
 
 def is_ours(optimizer: Teleprompter) -> bool:
-    """Whether an optimizer takes a store of runs and says afterwards what it did (`ledger`, `details`, `step_gain`)."""
+    """Whether an optimizer takes a store of runs and says afterwards what it did (`ledger`, `details`, `step_gain`,
+    `warnings`)."""
     return hasattr(optimizer, "step_gain")
 
 
@@ -112,7 +115,7 @@ def run_step(
         if predictor.lm is None:
             predictor.lm = lms.get(name)
     if ours:
-        return StepResult(result, optimizer.ledger, optimizer.details, optimizer.step_gain)
+        return StepResult(result, optimizer.ledger, optimizer.details, optimizer.step_gain, tuple(optimizer.warnings))
     after = _engine_counters(lms.values())
     ledger = Ledger(
         lm_calls=counter.calls,
@@ -120,7 +123,7 @@ def run_step(
         prompt_tokens=after["prompt_tokens"] - before["prompt_tokens"],
         generated_tokens=after["generated_tokens"] - before["generated_tokens"],
     )
-    return StepResult(result, ledger, {"optimizer": type(optimizer).__name__}, None)
+    return StepResult(result, ledger, OtherDetails(type(optimizer).__name__), None)
 
 
 def _engine_counters(lms: Any) -> dict[str, int]:

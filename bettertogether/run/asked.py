@@ -38,7 +38,7 @@ FORM = 2
 _SHORT = 100
 """Characters of a value that is shown as it is."""
 
-_PACE = frozenset({"num_threads", "folder", "log_dir", "verbose", "details", "ledger", "step_gain"})
+_PACE = frozenset({"num_threads", "folder", "log_dir", "verbose", "details", "ledger", "step_gain", "warnings"})
 """Attributes of optimizers that are no setting which decides a result, or results that ours keep."""
 
 Noted = dict[str, Any]

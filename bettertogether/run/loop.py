@@ -27,9 +27,8 @@ from ..programs.program import (
     same_prompts,
     with_prompts,
 )
-from ..records import Ledger, StepRecord
+from ..records import CELLS, Ledger, StepRecord
 from ..redaction import masked
-from ..report.intervals import CELLS
 from ..rollouts.evaluation import Evaluation, evaluate_many
 from ..rollouts.failures import count_failures, failure_warning, no_difference, round_warnings, scored_example
 from ..rollouts.metrics import FULL_MARK, Metric
@@ -135,19 +134,19 @@ class Loop:
             self._restore(earlier)
             self._check_scale()
             return True
-        result = StepResult(self.plan.student, Ledger(), {}, None)
+        result = StepResult(self.plan.student, Ledger(), None, None)
         try:
             with events.listening([_BudgetWatch(self.meter)]):
                 scored = self._evaluate(self.plan.student, "untouched student")
         except BudgetExceeded as error:
             self.error = error
             # Not on disk, so that a larger budget scores the student.
-            self.records.append(self._record(0, (), result, None, started))
+            self.records.append(self._record(0, (), result, None, started, {}))
             text = f"The run ended while the untouched student was scored: {error}"
             self.warnings.append(f"{text} {self._how_to_go_on()}")
             events.emit("step_end", {"record": self.records[0]})
             return False
-        self._keep(self._record(0, (), result, scored, started))
+        self._keep(self._record(0, (), result, scored, started, {}))
         self._check_scale()
         return True
 
@@ -191,13 +190,10 @@ class Loop:
         parent = self.programs[strategy.join(steps[:-1])]
         result = self._step(index, steps, parent)
         scored = self._evaluate(result.program, strategy.join(steps))
-        if self.plan.two_by_two and model_names(parent) != model_names(result.program) and scored is not None:
-            cells, cost = self._two_by_two(parent, result.program)
-            warnings = [*result.details.get("warnings", ()), *cells.pop("warnings", ())]
-            details = {**result.details, **cells, "warnings": warnings}
-            result = replace(result, details=details, ledger=result.ledger + cost)
+        tuned = self.plan.two_by_two and model_names(parent) != model_names(result.program)
+        cells = self._two_by_two(parent, result.program) if tuned and scored is not None else {}
         self.programs[strategy.join(steps)] = result.program
-        self._keep(self._record(index, steps, result, scored, started))
+        self._keep(self._record(index, steps, result, scored, started, cells))
 
     def _step(self, index: int, steps: Steps, parent: dspy.Module) -> StepResult:
         plan, key = self.plan, steps[-1]
@@ -238,28 +234,32 @@ class Loop:
             phase=phase,
         )
 
-    def _two_by_two(self, parent: dspy.Module, tuned: dspy.Module) -> tuple[dict[str, Any], Ledger]:
-        """Scores of {base, tuned weights} x {the student's prompts, the prompts before this step}, where those
+    def _two_by_two(self, parent: dspy.Module, tuned: dspy.Module) -> dict[str, Evaluation]:
+        """Evaluations of {base, tuned weights} x {the student's prompts, the prompts before this step}, where those
         differ."""
         student = self.plan.student
         if same_prompts(parent, student):
-            return {}, Ledger()
+            return {}
         programs = {
             "base_old": student,
             "base_new": with_prompts(student, parent),
             "tuned_old": with_prompts(tuned, student),
             "tuned_new": with_prompts(tuned, parent),
         }
-        scored = dict(zip(CELLS, self._evaluate_many([programs[cell] for cell in CELLS], "score the 2x2"), strict=True))
-        cost = sum((evaluation.ledger for evaluation in scored.values()), Ledger())
-        cells = {cell: list(evaluation.scores) for cell, evaluation in scored.items()}
-        return {"two_by_two": cells, "warnings": _cell_warnings(scored)}, cost
+        scored = self._evaluate_many([programs[cell] for cell in CELLS], "score the 2x2")
+        return dict(zip(CELLS, scored, strict=True))
 
     def _record(
-        self, index: int, steps: Steps, result: StepResult, scored: Evaluation | None, started: float
+        self,
+        index: int,
+        steps: Steps,
+        result: StepResult,
+        scored: Evaluation | None,
+        started: float,
+        cells: Mapping[str, Evaluation],
     ) -> StepRecord:
-        ledger = result.ledger + (scored.ledger if scored else Ledger())
-        adapters = _adapter_folders(result.program)
+        evaluations = [*([scored] if scored else []), *cells.values()]
+        ledger = sum((evaluation.ledger for evaluation in evaluations), result.ledger)
         return StepRecord(
             index=index,
             step=steps[-1] if steps else "",
@@ -271,7 +271,10 @@ class Loop:
             scored_example=scored_example(scored.traces) if scored and len(set(scored.scores)) == 1 else None,
             step_gain=result.step_gain,
             ledger=ledger.with_seconds(time.monotonic() - started),
-            details={**result.details, "adapter_folders": adapters},
+            details=result.details,
+            warnings=(*result.warnings, *_cell_warnings(cells)),
+            two_by_two={cell: evaluation.scores for cell, evaluation in cells.items()} or None,
+            adapter_folders=_adapter_folders(result.program),
             program=self._saved_prompts(steps, result.program),
             models=model_names(result.program),
         )
@@ -370,7 +373,7 @@ def _restorable(program: dspy.Module, student: dspy.Module) -> bool:
 def restore_program(student: dspy.Module, record: StepRecord, adapters: Path) -> dspy.Module:
     """The program of a record: the student's structure, the recorded prompts, its LMs under the recorded names."""
     program = load_prompts(student, record.program or {})
-    folders: Mapping[str, str] = record.details.get("adapter_folders", {})
+    folders = record.adapter_folders
     lms: dict[tuple[int, str], Any] = {}
     for name, predictor in predictors_of(program).items():
         model = record.models[name]

@@ -19,7 +19,7 @@ from ..checks import require_metric, require_pass_options, require_switch, requi
 from ..errors import DataError
 from ..printable import get_logger
 from ..programs.program import as_programs, copy_for_step, require_program, with_prompts
-from ..records import Ledger
+from ..records import CandidateScore, Ledger, PromptDetails, RaceResult, TraceCounts
 from ..rollouts.evaluation import evaluate_many
 from ..rollouts.failures import count_failures, failure_warning
 from ..rollouts.labels import stratified_split
@@ -28,7 +28,7 @@ from ..rollouts.rollout import RolloutStore, stable_seed
 from ..rollouts.traces import ExamplePass, Sampling, Trace, TraceSet, collect_traces, select_traces
 from ..run.selection import check_examples
 from .demo_sets import Candidate, DemoSets, demo_states
-from .race import RaceResult, ScoreFunction, run_race
+from .race import ScoreFunction, run_race
 
 logger = get_logger(__name__)
 
@@ -103,13 +103,14 @@ class BootstrapFewShotRS(Teleprompter):
         self.num_threads = num_threads
         self.max_errors = max_errors
         self.seed = seed
-        self.details: dict[str, Any] = {}
-        """What the last `compile` did, as JSON: candidates with their scores, the race, the traces."""
+        self.details: PromptDetails | None = None
+        """What the last `compile` did: candidates with their scores, the race, the traces."""
         self.ledger = Ledger()
         """What the last `compile` cost."""
         self.step_gain: float | None = None
         """Validation score of the chosen prompts minus that of the prompts given, on the same examples."""
-        self._warnings: list[str] = []
+        self.warnings: list[str] = []
+        """What the last `compile` has to say against its own result."""
 
     @classmethod
     def paper(cls, metric: Metric, **options: Any) -> Self:
@@ -158,7 +159,7 @@ class BootstrapFewShotRS(Teleprompter):
         train, validation = self._split(trainset, valset, seed)
         start = self._start(student, restart_from)
         traces = collect_traces(start, train, options, sampling=self.sampling, teachers=teachers)
-        self._warnings = list(traces.warnings)
+        self.warnings = list(traces.warnings)
         self._check_passing(traces)
         sets = DemoSets(start, select_traces(traces.traces), train)
         candidates = self._candidates(student, start, sets, seed)
@@ -218,7 +219,7 @@ class BootstrapFewShotRS(Teleprompter):
         return None
 
     def _warn(self, text: str) -> None:
-        self._warnings.append(text)
+        self.warnings.append(text)
         events.warn(text)
 
     def _check_passing(self, traces: TraceSet) -> None:
@@ -246,7 +247,7 @@ class BootstrapFewShotRS(Teleprompter):
             )
 
     def _said_of_candidates(self) -> bool:
-        return any(warning.startswith(CANDIDATES) for warning in self._warnings)
+        return any(warning.startswith(CANDIDATES) for warning in self.warnings)
 
     def _scorer(
         self, validation: Sequence[dspy.Example], options: ExamplePass, candidates: Sequence[Candidate]
@@ -289,29 +290,28 @@ class BootstrapFewShotRS(Teleprompter):
         both = current.scores.keys() & best.scores.keys()
         self.step_gain = sum(best.scores[i] - current.scores[i] for i in both) / len(both) if both else None
         self.ledger = self.ledger.with_seconds(seconds)
-        self.details = {
-            "candidates": [
-                {
-                    "name": candidate.name,
-                    "score": candidate.mean,
-                    "scored_on": len(candidate.scores),
-                    "stopped": candidate.stopped,
-                    "demos": candidate.demos,
-                }
+        self.details = PromptDetails(
+            candidates=tuple(
+                CandidateScore(
+                    name=candidate.name,
+                    score=candidate.mean,
+                    scored_on=len(candidate.scores),
+                    stopped=candidate.stopped,
+                    demos=candidate.demos,
+                )
                 for candidate in candidates
-            ],
-            "chosen": best.name,
-            "validation_examples": validation_size,
-            "race": {"calls_made": race.calls_made, "calls_saved": race.calls_saved, "confidence": race.confidence},
-            "traces": {
-                "examples": traces.examples,
-                "solved": len({trace.index for trace in traces.passing}),
-                "failed": traces.reasons(),
-            },
-            "dropped_demos": dict(sets.dropped),
-            "left_out": sets.problems(),
-            "warnings": list(self._warnings),
-        }
+            ),
+            chosen=best.name,
+            validation_examples=validation_size,
+            race=race,
+            traces=TraceCounts(
+                examples=traces.examples,
+                solved=len({trace.index for trace in traces.passing}),
+                failed=traces.reasons(),
+            ),
+            dropped_demos=dict(sets.dropped),
+            left_out=sets.problems(),
+        )
 
 
 def choose(candidates: Sequence[Candidate], size: int) -> Candidate:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
 
+from ..records import RaceResult
 from .demo_sets import Candidate
 
 CONFIDENCE = 0.95
@@ -22,17 +22,6 @@ SLICES = 8
 """Looks at the candidates, at most."""
 SMALLEST_SLICE = 8
 """Validation examples of a slice, at least."""
-
-
-@dataclass(frozen=True)
-class RaceResult:
-    """What a race cost and spared."""
-
-    calls_made: int
-    calls_saved: int
-    """Program calls that scoring every candidate fully would have taken on top."""
-    confidence: float
-    """Of each stop: that the candidate would not have ended above the leader."""
 
 
 ScoreFunction = Callable[[Sequence[Candidate], Sequence[int]], Sequence[Sequence[float]]]

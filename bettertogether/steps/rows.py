@@ -10,7 +10,7 @@ import copy
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from dspy.lm15 import Request
 from ..engines.protocol import ChatMessage, LocalEngine, TrainingRow
 from ..errors import DataError
 from ..files import atomic_write
+from ..records import DataCard, SampleRow
 from ..rollouts.rollout import Call
 
 TrainPrompt = Literal["vanilla", "optimized", "mixed"]
@@ -47,7 +48,7 @@ class Row:
         """What the engine trains on."""
         return TrainingRow(self.messages, self.completion)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> SampleRow:
         """Prompt-completion form that `datasets.load_dataset("json")` and trl read."""
         return {
             "prompt": list(self.messages),
@@ -232,31 +233,6 @@ def rows_of_call(
     return rows
 
 
-@dataclass(frozen=True)
-class DataCard:
-    """What the rows are made of; goes into the report."""
-
-    kept_by_predictor: dict[str, int]
-    kept_by_label: dict[str, int]
-    kept_by_source: dict[str, int]
-    dropped_by_reason: dict[str, int]
-    dropped_by_predictor: dict[str, int]
-    examples: int
-    """Examples that were run."""
-    examples_covered: int
-    """Examples that gave at least one row."""
-    prompt_tokens: dict[str, int]
-    """min, median and max over the rows."""
-    completion_tokens: dict[str, int]
-    samples: list[dict[str, Any]]
-    """Up to five rows, as JSON."""
-    warnings: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
-
-
 def make_data_card(
     rows: Sequence[Row],
     engines: Mapping[str, LocalEngine],
@@ -287,8 +263,8 @@ def make_data_card(
         examples_covered=len({row.example for row in rows}),
         prompt_tokens=_spread(lengths["prompt"]),
         completion_tokens=_spread(lengths["completion"]),
-        samples=[row.to_json() for row in rows[::step][:5]],
-        warnings=list(warnings),
+        samples=tuple(row.to_json() for row in rows[::step][:5]),
+        warnings=tuple(warnings),
     )
 
 

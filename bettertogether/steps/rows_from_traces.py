@@ -14,10 +14,10 @@ from ..checks import is_number, require_switch, require_whole
 from ..engines.protocol import LocalEngine
 from ..errors import ConfigError, DataError, NoTrainingDataError
 from ..programs.program import predictors_of
-from ..records import Ledger
+from ..records import DataCard, Ledger
 from ..rollouts.labels import label_fields, labels_of, output_names
 from ..rollouts.traces import NO_CALLS, Trace, TraceSet, hint_leaks, select_traces
-from .rows import DataCard, Row, TrainPrompt, balance_labels, make_data_card, rows_of_call, write_rows
+from .rows import Row, TrainPrompt, balance_labels, make_data_card, rows_of_call, write_rows
 
 DOMINANT_SHARE = 0.8
 """A label with more than this share of the rows gets a warning, unless the trainset is as skewed."""

@@ -23,7 +23,7 @@ from ..errors import ConfigError, DataError, NoTrainingDataError, NotTrainableEr
 from ..lm import local_engine, require_engine
 from ..printable import get_logger
 from ..programs.program import as_programs, copy_for_step, predictors_of, require_program, require_reachable
-from ..records import Ledger
+from ..records import DataCard, HeldOutLoss, Ledger, LossLine, TrainedAdapter, WeightDetails
 from ..rollouts.labels import stratified_order
 from ..rollouts.metrics import Metric
 from ..rollouts.rollout import RolloutStore
@@ -125,8 +125,10 @@ class LoRAFinetune(Teleprompter):
         self.max_errors = max_errors
         self.seed = seed
         self.folder = Path(folder).expanduser() if folder is not None else None
-        self.details: dict[str, Any] = {}
-        """What the last `compile` did, as JSON: data card, loss history, adapters."""
+        self.details: WeightDetails | None = None
+        """What the last `compile` did: data card, loss history, adapters."""
+        self.warnings: tuple[str, ...] = ()
+        """What the last `compile` has to say against its own result."""
         self.ledger = Ledger()
         """What the last `compile` cost."""
         self.step_gain: float | None = None
@@ -182,14 +184,14 @@ class LoRAFinetune(Teleprompter):
             )
         else:
             collected = self._given(rows, trainable)
-        card = collected.card.to_dict()
-        self.details = {"data_card": card, "adapters": {}, "history": [], "warnings": list(collected.warnings)}
+        self.details = None
+        self.warnings = (*collected.warnings, *collected.card.warnings)
         self.ledger = collected.ledger
         for warning in collected.card.warnings:
             events.warn(warning)
         target = Path(folder).expanduser() if folder is not None else self.folder
         results = self._train(collected.rows, trainable, seed, target)
-        self._account(results, time.monotonic() - started)
+        self._account(collected.card, results, time.monotonic() - started)
         return self._tuned(student, trainable, results)
 
     def trainable(self, student: dspy.Module) -> Trainable:
@@ -300,22 +302,23 @@ class LoRAFinetune(Teleprompter):
         unique = {(row.example, row.predictor, row.completion): row for row in rows if row.example in held_out}
         return [row for row in rows if row.example not in held_out], list(unique.values())
 
-    def _account(self, results: Mapping[AdapterKey, FinetuneResult], seconds: float) -> None:
-        falls = []
+    def _account(self, card: DataCard, results: Mapping[AdapterKey, FinetuneResult], seconds: float) -> None:
+        falls, adapters = [], {}
+        history: list[LossLine] = []
         for (_, model, predictor), result in results.items():
             name = f"{model} {predictor}".strip()
-            losses = {"before": result.base_validation_loss, "after": result.validation_loss}
-            self.details["adapters"][result.model] = {
-                "trained_from": name,
-                "folder": str(result.folder),
-                "rows": str(_rows_file(result)),
-                "best_epoch": result.best_epoch,
-                "held_out_loss": losses,
-                "skipped_rows": list(result.skipped_rows),
-            }
-            self.details["history"] += [{"adapter": result.model, **asdict(line)} for line in result.history]
+            adapters[result.model] = TrainedAdapter(
+                trained_from=name,
+                folder=str(result.folder),
+                rows=str(_rows_file(result)),
+                best_epoch=result.best_epoch,
+                held_out_loss=HeldOutLoss(result.base_validation_loss, result.validation_loss),
+                skipped_rows=result.skipped_rows,
+            )
+            history += [LossLine(result.model, **asdict(line)) for line in result.history]
             if result.base_validation_loss is not None and result.validation_loss is not None:
                 falls.append(result.base_validation_loss - result.validation_loss)
+        self.details = WeightDetails(card, adapters, tuple(history))
         self.step_gain = sum(falls) / len(falls) if falls else None
         trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
         self.ledger = (self.ledger + trained).with_seconds(seconds)

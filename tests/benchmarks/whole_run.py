@@ -29,6 +29,7 @@ from sides import Figures, measure, median, ratios, report
 from tasks import Sentiment, sentiment_data, sentiment_match
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, default_model, local_lm
+from bettertogether.records import WeightDetails
 from bettertogether.rollouts.evaluation import evaluate
 
 DEMO_SETS = 6
@@ -45,8 +46,9 @@ def compile_ours(student: dspy.Module, lm: dspy.LM, data: tuple[list, list], see
     w = LoRAFinetune(sentiment_match, training=TrainingConfig(keep_best=False, **TRAINING), balance=False, **own_data)
     compiled = BetterTogether(sentiment_match, p=p, w=w).compile(student, trainset=train, valset=val, seed=seed)
     print(compiled.report, file=sys.stderr)
-    cards = [record.details["data_card"] for record in compiled.report.rounds if "data_card" in record.details]
-    return compiled, sum(sum(card["kept_by_source"].values()) for card in cards)
+    details = [record.details for record in compiled.report.rounds]
+    cards = [each.data_card for each in details if isinstance(each, WeightDetails)]
+    return compiled, sum(sum(card.kept_by_source.values()) for card in cards)
 
 
 class TolerantFinetune(dspy.BootstrapFinetune):

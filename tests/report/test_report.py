@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 
 from bettertogether.errors import DataError
-from bettertogether.records import Ledger, StepRecord
+from bettertogether.records import (
+    CandidateScore,
+    DataCard,
+    HeldOutLoss,
+    Ledger,
+    LossLine,
+    PromptDetails,
+    RaceResult,
+    StepRecord,
+    TraceCounts,
+    TrainedAdapter,
+    WeightDetails,
+)
 from bettertogether.report import CompileReport
 from bettertogether.report.charts import bars, ticks
 from bettertogether.report.html import render
@@ -73,12 +85,9 @@ def test_without_a_valset_the_table_shows_no_scores() -> None:
     assert lines[4].split()[:5] == ["*", "p", "-", "-", "-"]
 
 
-def test_the_total_is_the_work_of_all_rounds_and_of_what_was_done_beside_them() -> None:
-    extra = Ledger(metric_calls=3, lm_calls=5, seconds=1.0)
-    result = report(extra=extra)
-    assert result.metric_calls == 8 + 8 + 8 + 3
-    assert result.lm_calls == 16 * 3 + 5
-    assert "other work" in str(result)
+def test_the_total_is_the_work_of_all_rounds() -> None:
+    assert report().metric_calls == 8 + 8 + 8
+    assert report().lm_calls == 16 * 3
 
 
 def test_a_gain_is_paired_with_the_student_and_unknown_without_scores() -> None:
@@ -99,7 +108,7 @@ def test_one_validation_example_gives_a_gain_without_an_interval() -> None:
 
 def test_the_2x2_is_shown_with_what_weights_and_prompts_gave() -> None:
     cells = {"base_old": [0, 0], "base_new": [0, 1], "tuned_old": [1, 0], "tuned_new": [1, 1]}
-    rounds = (record(0, "", (0.0, 0.0)), record(1, "w", (1.0, 1.0), details={"two_by_two": cells}))
+    rounds = (record(0, "", (0.0, 0.0)), record(1, "w", (1.0, 1.0), two_by_two=cells))
     lines = str(report(rounds=rounds, selected=1)).splitlines()
     assert "base weights            0.000        0.500" in lines
     assert "tuned weights           0.500        1.000" in lines
@@ -108,12 +117,12 @@ def test_the_2x2_is_shown_with_what_weights_and_prompts_gave() -> None:
 
 
 def test_a_2x2_that_was_not_measured_is_not_shown() -> None:
-    rounds = (record(0, "", (0.0, 0.0)), record(1, "w", (1.0, 1.0), details={"two_by_two": {}}))
+    rounds = (record(0, "", (0.0, 0.0)), record(1, "w", (1.0, 1.0), two_by_two={}))
     assert report(rounds=rounds, selected=1).attribution is None
 
 
 def test_a_report_comes_back_from_json_as_it_was() -> None:
-    result = report(warnings=("few examples",), versions={"dspy": "3.4.1"}, machine={"cpus": "2"}, extra=COST)
+    result = report(warnings=("few examples",), versions={"dspy": "3.4.1"}, machine={"cpus": "2"})
     assert CompileReport.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 
@@ -190,26 +199,31 @@ class Page(HTMLParser):
         self.text += data
 
 
+def loss_line(adapter: str, step: int, loss: float | None, validation_loss: float | None = None) -> LossLine:
+    return LossLine(adapter, step, 4, step / 4, loss, validation_loss, 10 * step, 1e-4)
+
+
 def full_report(text: str) -> CompileReport:
     """A report with everything in it, and `text` wherever text can be."""
     state = {"demos": [{"question": text, "n": [1]}], "signature": {"instructions": text, "fields": []}}
     row = {"prompt": [{"role": text, "content": text}], "completion": text, "predictor": text, "label": text}
-    counts = {"kept_by_predictor": {text: 3}, "dropped_by_reason": {text: 1}, "kept_by_label": {}}
-    card = {**counts, "examples": 4, "examples_covered": 3, "prompt_tokens": {text: 7}, "samples": [row]}
-    history = [
-        {"adapter": text, "step": step, "loss": 1 / (step + 1), "validation_loss": 0.5 if step % 2 else None}
-        for step in range(4)
-    ]
-    cells = {"base_old": [0, 0], "base_new": [0, 1], "tuned_old": [1, 0], "tuned_new": [1, 1]}
-    candidates = [{"name": text, "score": 0.5, "scored_on": 4, "stopped": True, "demos": 2}]
+    counts = {text: 3}
+    card = DataCard(counts, {}, counts, counts, counts, 4, 3, {text: 7}, {text: 7}, samples=(row,), warnings=(text,))
+    history = tuple(loss_line(text, step, 1 / (step + 1), 0.5 if step % 2 else None) for step in range(4))
+    adapter = TrainedAdapter(text, text, text, 1, HeldOutLoss(2.0, None), ((0, text),))
+    candidates = (CandidateScore(text, 0.5, scored_on=4, stopped=True, demos=2),)
+    traces = TraceCounts(4, 3, {text: 1})
+    prompts = PromptDetails(candidates, text, 4, RaceResult(4, 0, 0.95), traces, {text: 1}, {text: {text: 1}})
+    weights = WeightDetails(card, {text: adapter}, history)
+    cells = {"base_old": (0.0, 0.0), "base_new": (0.0, 1.0), "tuned_old": (1.0, 0.0), "tuned_new": (1.0, 1.0)}
     rounds = (
         record(0, "", (0.0, 0.0), program={text: {**state, "demos": []}}),
-        record(1, text, (0.0, 1.0), program={text: state}, details={"candidates": candidates, "chosen": text}),
-        record(2, f"{text} -> w", (1.0, 1.0), details={"history": history, "data_card": card, "two_by_two": cells}),
+        record(1, text, (0.0, 1.0), program={text: state}, details=prompts, warnings=(text,)),
+        record(2, f"{text} -> w", (1.0, 1.0), details=weights, two_by_two=cells, adapter_folders={text: text}),
         record(3, f"{text} -> w -> w", None, status="failed", error=text),
     )
     pairs = {text: text}
-    return CompileReport(rounds, 1, 2, text, warnings=(text,), versions=pairs, machine=pairs, extra=COST)
+    return CompileReport(rounds, 1, 2, text, warnings=(text,), versions=pairs, machine=pairs)
 
 
 def test_the_page_is_well_formed_and_escapes_everything() -> None:
@@ -241,7 +255,6 @@ def test_the_page_has_a_section_for_each_thing_there_is() -> None:
         "Prompts of the selected program",
         "demo 1",
         "Cost",
-        "other work",
     ):
         assert title in text
 
@@ -256,8 +269,9 @@ def test_the_page_of_a_run_without_scores_or_details_has_rounds_and_cost_only() 
 
 
 def test_a_loss_that_is_not_finite_leaves_a_gap_and_a_page(tmp_path: Path) -> None:
-    history = [{"adapter": "a", "step": step, "loss": loss} for step, loss in enumerate([1.0, math.nan, 0.5])]
-    rounds = (record(0, "", (0.0, 1.0)), record(1, "w", (1.0, 1.0), details={"history": history}))
+    history = tuple(loss_line("a", step, loss) for step, loss in enumerate([1.0, math.nan, 0.5]))
+    details = WeightDetails(DataCard({}, {}, {}, {}, {}, 0, 0, {}, {}, ()), {}, history)
+    rounds = (record(0, "", (0.0, 1.0)), record(1, "w", (1.0, 1.0), details=details))
     report(rounds=rounds, selected=1).to_html(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert '<polyline points="0.00,0.00 100.00,83.33"' in page

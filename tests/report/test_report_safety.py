@@ -12,7 +12,7 @@ import pytest
 from test_report import EVIL, Page, full_report, report
 
 from bettertogether.errors import BetterTogetherError, ConfigError, DataError
-from bettertogether.records import Failure, StepRecord
+from bettertogether.records import Failure, OtherDetails, StepRecord
 from bettertogether.report import CompileReport
 from bettertogether.report.html import render
 
@@ -111,9 +111,9 @@ def test_a_report_made_with_html_in_it_is_escaped_too() -> None:
         (("rounds",), {}, "The report is damaged at rounds: "),
         (("rounds", 1, "score"), EVIL, "The report is damaged at rounds.1.score: Input should be a valid number, got"),
         (("rounds", 0, "ledger", "lm_calls"), "9", "The report is damaged at rounds.0.ledger.lm_calls: "),
-        (("rounds", 0, "new"), 1, "The report is damaged at rounds.0.new: Extra inputs are not permitted, got 1."),
-        (("rounds", 2, "details", "history", 0, "loss"), "low", "The report is damaged at rounds.2.details.history.0"),
-        (("schema",), 2, "report with schema 2; this version reads schema 1"),
+        (("rounds", 0, "new"), 1, "The report is damaged at rounds.0.new: Unexpected keyword argument, got 1."),
+        (("rounds", 2, "details", "history", 0, "loss"), "low", "The report is damaged at rounds.2.details.weight.h"),
+        (("schema",), 3, "report with schema 3; this version reads schemas 1 and 2"),
     ],
 )
 def test_the_error_names_the_place_and_what_came(path: tuple[Any, ...], value: Any, message: str) -> None:
@@ -162,7 +162,7 @@ def test_a_prompt_shows_the_table_not_the_records() -> None:
 
 
 def test_a_record_is_shown_without_its_scores_prompts_and_details() -> None:
-    text = repr(StepRecord(0, "", "", "complete", 0.5, (0.0, 1.0), details={"a": 1}, program={"self": {}}))
+    text = repr(StepRecord(0, "", "", "complete", 0.5, (0.0, 1.0), details=OtherDetails("a"), program={"self": {}}))
     assert text == (
         "StepRecord(index=0, step='', strategy='', status='complete', score=0.5, failures=(), scored_example=None, "
         "step_gain=None, ledger=Ledger(program_calls=0, metric_calls=0, lm_calls=0, cache_hits=0, prompt_tokens=0, "

@@ -25,6 +25,7 @@ from fakes import (
 
 from bettertogether.errors import ProgramError
 from bettertogether.programs.program import prompts_state
+from bettertogether.records import OtherDetails, PromptDetails
 from bettertogether.run.any_optimizer import accepted_arguments, keep_lms, lent, run_step
 from bettertogether.steps.prompt_step import BootstrapFewShotRS
 from bettertogether.steps.weight_step import LoRAFinetune
@@ -119,7 +120,7 @@ def test_each_of_dspys_prompt_optimizers_runs_without_a_global_lm(name: str) -> 
     assert result.program.lm.model == program.lm.model
     # COPRO asks for two completions in one call.
     assert result.ledger.lm_calls == len(engine.requests) - (name == "COPRO")
-    assert result.details == {"optimizer": name}
+    assert result.details == OtherDetails(name)
 
 
 @pytest.mark.parametrize("name", PROMPT_OPTIMIZERS)
@@ -212,7 +213,8 @@ def test_our_own_steps_report_their_ledger_details_and_gain() -> None:
         BootstrapFewShotRS(parity_match), parity_program(engine), settings(), {"trainset": numbers(40)}, {}
     )
     assert result.ledger.metric_calls > 0
-    assert result.details["candidates"]
+    assert isinstance(result.details, PromptDetails)
+    assert result.details.candidates
     assert result.step_gain is not None
 
 

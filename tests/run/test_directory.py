@@ -18,7 +18,7 @@ import pytest
 
 from bettertogether import files
 from bettertogether.errors import RunDirectoryError
-from bettertogether.records import Ledger, StepRecord
+from bettertogether.records import Ledger, OtherDetails, StepRecord
 from bettertogether.run.directory import RunDirectory, atomic_write, default_run_directory
 
 RUN = {"strategy": "p -> w", "seed": 0, "options": {"p": {"candidates": 6}}, "versions": {"dspy": "3.4.1"}}
@@ -31,7 +31,7 @@ with RunDirectory.open(sys.argv[1], {}) as directory:
     print("ready", flush=True)
     while True:
         index = len(directory.records())
-        directory.append(StepRecord(index, "p", "p", "complete", details={"text": "x" * 5000}))
+        directory.append(StepRecord(index, "p", "p", "complete", error="x" * 5000))
 """
 
 FULL_DISK = """
@@ -41,10 +41,10 @@ from bettertogether.records import StepRecord
 from bettertogether.run.directory import RunDirectory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with RunDirectory.open(sys.argv[1], {}) as directory:
-    directory.append(StepRecord(0, "", "", "complete", details={"text": "x" * 1000}))
+    directory.append(StepRecord(0, "", "", "complete", error="x" * 1000))
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
     try:
-        directory.append(StepRecord(1, "p", "p", "complete", details={"text": "x" * 9000}))
+        directory.append(StepRecord(1, "p", "p", "complete", error="x" * 9000))
     except RunDirectoryError as error:
         print(len(directory.records()), error)
 """
@@ -60,7 +60,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_records_come_back_as_they_were_appended(tmp_path: Path) -> None:
-    written = [record(0), record(1, details={"loss": [1.0, 0.5], "text": "é\n"}, error="x"), record(2, scores=None)]
+    written = [record(0), record(1, details=OtherDetails("é\n"), error="x"), record(2, scores=None)]
     with RunDirectory.open(tmp_path / "run", RUN) as directory:
         for each in written:
             directory.append(each)
@@ -87,7 +87,7 @@ def test_finish_is_remembered(tmp_path: Path) -> None:
 def test_a_last_line_torn_at_any_byte_is_dropped_and_the_file_repaired(tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path, RUN) as directory:
         directory.append(record(0))
-        directory.append(record(1, details={"text": "é" * 20}))
+        directory.append(record(1, details=OtherDetails("é" * 20)))
     path = tmp_path / "records.jsonl"
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
@@ -188,7 +188,7 @@ def test_what_was_asked_must_be_json(tmp_path: Path) -> None:
 def test_a_record_that_is_not_json_is_an_error_that_names_the_step(tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path, RUN) as directory:
         with pytest.raises(RunDirectoryError, match=r"step 4 \(p\) is not JSON"):
-            directory.append(record(4, details={"folder": Path("x")}))
+            directory.append(record(4, details=OtherDetails(Path("x"))))
         assert directory.records() == ()
 
 
@@ -400,11 +400,11 @@ def test_what_names_no_folder_is_an_error(tmp_path: Path, name: Any) -> None:
 
 def test_numbers_that_json_lacks_are_written_as_null(tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path, RUN) as directory:
-        directory.append(record(0, score=math.nan, details={"loss": [math.inf, 1.0], "gain": -math.inf}))
+        directory.append(record(0, score=math.nan, step_gain=-math.inf, scores=(math.inf, 1.0)))
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
     (line,) = (tmp_path / "records.jsonl").read_text().splitlines()
     loaded = json.loads(line, parse_constant=refuse)
-    assert (loaded["score"], loaded["details"]) == (None, {"loss": [None, 1.0], "gain": None})
+    assert (loaded["score"], loaded["step_gain"], loaded["scores"]) == (None, None, [None, 1.0])

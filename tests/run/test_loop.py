@@ -15,9 +15,8 @@ from fakes import learner, models, number_of, numbers, parity_engine, parity_mat
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
 from bettertogether.callbacks import Callback
 from bettertogether.errors import BudgetExceeded, ConfigError, RunDirectoryError, TooManyErrors
-from bettertogether.records import StepRecord
+from bettertogether.records import CELLS, StepRecord
 from bettertogether.report import CompileReport
-from bettertogether.report.intervals import CELLS
 from bettertogether.testing import FakeEngine, FakeRequest
 
 TRAIN, VAL = numbers(40, start=40), numbers(20)
@@ -155,7 +154,7 @@ def test_after_a_weight_step_the_2x2_of_weights_and_prompts_is_scored() -> None:
 
     report = compile_(parity_engine(knows), "p -> w").report
     (record,) = (record for record in report.rounds if record.strategy == "p -> w")
-    cells = {cell: sum(scores) / len(scores) for cell, scores in record.details["two_by_two"].items()}
+    cells = {cell: sum(scores) / len(scores) for cell, scores in record.two_by_two.items()}
     assert cells == {"base_old": 0.25, "base_new": 0.5, "tuned_old": 0.75, "tuned_new": 1.0}
     assert report.attribution is not None
     assert (report.attribution.weights.gain, report.attribution.prompts.gain) == (0.5, 0.25)
@@ -169,9 +168,9 @@ def test_the_2x2_runs_nothing_that_was_run_before(engine: FakeEngine) -> None:
 
 
 def test_the_2x2_is_left_out_where_prompts_did_not_change_and_where_it_is_turned_off(engine: FakeEngine) -> None:
-    assert all("two_by_two" not in record.details for record in compile_(engine, "w").report.rounds)
+    assert all(record.two_by_two is None for record in compile_(engine, "w").report.rounds)
     off = compile_(engine, "p -> w", two_by_two=False).report
-    assert all("two_by_two" not in record.details for record in off.rounds)
+    assert all(record.two_by_two is None for record in off.rounds)
     assert set(CELLS) == set(compile_(engine, "p -> w").report.two_by_two or ())
 
 
@@ -193,9 +192,9 @@ def test_each_step_gets_the_trainset_in_another_order(engine: FakeEngine) -> Non
 
 def test_our_prompt_step_keeps_the_valset_for_selection_when_there_is_enough_data(engine: FakeEngine) -> None:
     report = compile_(engine, "p").report
-    assert report.rounds[1].details["validation_examples"] == 28
+    assert report.rounds[1].details.validation_examples == 28
     few = compile_(engine, "p", trainset=numbers(10)).report
-    assert few.rounds[1].details["validation_examples"] == 20
+    assert few.rounds[1].details.validation_examples == 20
 
 
 def test_the_steps_share_runs_of_the_same_program(engine: FakeEngine) -> None:

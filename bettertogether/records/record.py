@@ -1,32 +1,40 @@
-"""What a compile run records: one frozen `StepRecord` per finished step, JSON in and out."""
+"""One frozen `StepRecord` per finished step, JSON in and out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from .saved_report import SCHEMA, checked_round
+import pydantic
+from typing_extensions import TypedDict
+
+from .details import Details
+from .saved import SCHEMA, SHOWN, Count, Finite, Number, Plain, Saved, Whole, current_fields, read
+from .schema_1 import record_of_schema_1
 
 StepStatus = Literal["complete", "failed", "skipped"]
 
+CELLS = ("base_old", "base_new", "tuned_old", "tuned_new")
+"""The 2x2 of weights (base, tuned) and prompts (old: the student's, new: the selected program's)."""
+
 
 @dataclass(frozen=True)
-class Ledger:
+class Ledger(Saved):
     """What some piece of work cost. Ledgers add up with `+`."""
 
-    program_calls: int = 0
+    program_calls: Count = 0
     """Runs of the whole program on one example."""
-    metric_calls: int = 0
-    lm_calls: int = 0
+    metric_calls: Count = 0
+    lm_calls: Count = 0
     """Calls of predictors to their LMs, cache hits included."""
-    cache_hits: int = 0
-    prompt_tokens: int = 0
+    cache_hits: Count = 0
+    prompt_tokens: Count = 0
     """Prompt tokens of the calls that reached a model."""
-    generated_tokens: int = 0
-    trained_tokens: int = 0
+    generated_tokens: Count = 0
+    trained_tokens: Count = 0
     """Tokens that went forward and backward in training."""
-    seconds: float = 0.0
+    seconds: Annotated[Finite, pydantic.Field(ge=0)] = 0.0
 
     def __add__(self, other: Ledger) -> Ledger:
         return Ledger(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
@@ -42,43 +50,64 @@ class Ledger:
 
 
 @dataclass(frozen=True)
-class Failure:
+class Failure(Saved):
     """The examples of a pass that failed in one way."""
 
     kind: str
     """"metric error", "program error", "parse failure", "prompt too long", "timeout", "metric returned NaN"."""
-    count: int
+    count: Count
     reason: str
     """The commonest reason among them, in one line."""
     example: str
     """One of them in short: its position and inputs."""
 
 
+class SignatureState(TypedDict, total=False):
+    """What DSPy saves of a signature, as far as it is shown."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+    instructions: Plain
+
+
+class PromptState(TypedDict, total=False):
+    """What DSPy saves of a predictor, as far as it is shown."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+    signature: SignatureState | None
+    demos: Sequence[Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
-class StepRecord:
+class StepRecord(Saved):
     """One step of a strategy, finished. The untouched student is the record with index 0 and strategy ""."""
 
-    index: int
+    index: Whole
     step: str
     """Key of the optimizer that ran; "" for the untouched student."""
     strategy: str
     """The prefix of the strategy that ends with this step, such as "p -> w"."""
-    status: StepStatus
-    score: float | None = None
+    status: Annotated[StepStatus, SHOWN]
+    score: Number | None = None
     """Mean of `scores`; None when there is no valset or the step failed. In the metric's own unit."""
-    scores: tuple[float, ...] | None = field(default=None, repr=False)
+    scores: tuple[Finite, ...] | None = field(default=None, repr=False)
     """The metric on each valset example, in the order of the valset."""
     failures: tuple[Failure, ...] = ()
     """The valset examples that failed and so scored 0, by kind, the commonest first."""
     scored_example: str | None = None
     """A valset example with the program's answer, in short, where all scores are equal."""
-    step_gain: float | None = None
+    step_gain: Number | None = None
     """The step's own evidence of a gain, on data other than the valset (p: validation score over the prompts it was
     given; w: fall of the held-out loss). Breaks ties of `score`."""
     ledger: Ledger = field(default_factory=Ledger)
-    details: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """What the step reported, as JSON: candidates and their scores, the data card, the loss history, the 2x2, ..."""
-    program: Mapping[str, Any] | None = field(default=None, repr=False)
+    details: Details | None = field(default=None, repr=False)
+    """What the step did, where a step ran to its end."""
+    warnings: tuple[str, ...] = field(default=(), repr=False)
+    """What the step has to say against its own result."""
+    two_by_two: Mapping[str, tuple[Finite, ...]] | None = field(default=None, repr=False)
+    """Scores by example of each of `CELLS`, where they were measured."""
+    adapter_folders: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Model name to folder of the adapters that the program uses; a resumed run takes them from there."""
+    program: Mapping[str, PromptState] | None = field(default=None, repr=False)
     """The program's state after the step (`dspy.Module.dump_state()` without its LMs)."""
     models: Mapping[str, str] = field(default_factory=dict)
     """Predictor name to the model name of its LM after the step."""
@@ -97,9 +126,10 @@ class StepRecord:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`. Raises DataError for another schema, and for a missing, unknown or wrong field."""
-        values = checked_round(data)
-        scores = values.get("scores")
-        values["scores"] = None if scores is None else tuple(scores)
-        values["failures"] = tuple(Failure(**failure) for failure in values.get("failures", ()))
-        values["ledger"] = Ledger(**values.get("ledger", {}))
-        return cls(**values)
+        return read(cls, "record", data, record_of_schema_1)
+
+
+SavedRecord = Annotated[
+    StepRecord, pydantic.BeforeValidator(lambda data: current_fields("record", data, record_of_schema_1))
+]
+"""A record inside another saved value."""

@@ -1,0 +1,47 @@
+"""What a compile run records, as types that are written as JSON and read back."""
+
+from .details import (
+    CandidateScore,
+    DataCard,
+    Details,
+    HeldOutLoss,
+    LossLine,
+    OtherDetails,
+    PromptDetails,
+    RaceResult,
+    SampleRow,
+    TraceCounts,
+    TrainedAdapter,
+    WeightDetails,
+)
+from .record import CELLS, Failure, Ledger, PromptState, SavedRecord, StepRecord, StepStatus
+from .saved import SCHEMA, SHOWN, Saved, Whole, read
+from .schema_1 import report_of_schema_1
+
+__all__ = [
+    "CELLS",
+    "SCHEMA",
+    "SHOWN",
+    "CandidateScore",
+    "DataCard",
+    "Details",
+    "Failure",
+    "HeldOutLoss",
+    "Ledger",
+    "LossLine",
+    "OtherDetails",
+    "PromptDetails",
+    "PromptState",
+    "RaceResult",
+    "SampleRow",
+    "Saved",
+    "SavedRecord",
+    "StepRecord",
+    "StepStatus",
+    "TraceCounts",
+    "TrainedAdapter",
+    "WeightDetails",
+    "Whole",
+    "read",
+    "report_of_schema_1",
+]

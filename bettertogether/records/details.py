@@ -1,0 +1,166 @@
+"""What a step did, by kind of step. A new kind is added to `Details`, so that records and reports read it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import pydantic
+from typing_extensions import TypedDict
+
+from .saved import Count, Finite, Number, Plain, Saved, Switch, Whole
+
+
+@dataclass(frozen=True)
+class CandidateScore(Saved):
+    """One set of prompts that the prompt step tried."""
+
+    name: str
+    score: Number | None
+    """Mean over the validation examples that it was scored on."""
+    scored_on: Count
+    """How many those were."""
+    stopped: Switch
+    """It left the race before the end."""
+    demos: Count
+
+
+@dataclass(frozen=True)
+class RaceResult(Saved):
+    """What a race cost and spared."""
+
+    calls_made: Whole
+    calls_saved: Whole
+    """Program calls that scoring every candidate fully would have taken on top."""
+    confidence: Number
+    """Of each stop: that the candidate would not have ended above the leader."""
+
+
+@dataclass(frozen=True)
+class TraceCounts(Saved):
+    """The runs that demos were taken from."""
+
+    examples: Count
+    """Examples that were run."""
+    solved: Count
+    """Examples with a run that the metric accepted."""
+    failed: Mapping[str, Count]
+    """Runs that were not accepted, by reason."""
+
+
+@dataclass(frozen=True)
+class PromptDetails(Saved):
+    """What a prompt step did."""
+
+    candidates: tuple[CandidateScore, ...]
+    chosen: str
+    """Name of the candidate that was taken."""
+    validation_examples: Count
+    race: RaceResult
+    traces: TraceCounts
+    dropped_demos: Mapping[str, Count] = field(default_factory=dict)
+    """Predictor to the demos that its model's context had no room for."""
+    left_out: Mapping[str, Mapping[str, Count]] = field(default_factory=dict)
+    """Predictor to reason to how many examples can't be its demos."""
+    kind: Literal["prompt"] = field(default="prompt", repr=False)
+
+
+class SampleRow(TypedDict, total=False):
+    """A row in its JSON form."""
+
+    prompt: str | Sequence[Mapping[str, Any]] | None
+    completion: str | Sequence[Mapping[str, Any]] | None
+    predictor: Plain
+    example: Plain
+    label: Plain
+    source: Plain
+
+
+@dataclass(frozen=True)
+class DataCard(Saved):
+    """What training rows are made of."""
+
+    kept_by_predictor: Mapping[str, Count]
+    kept_by_label: Mapping[str, Count]
+    kept_by_source: Mapping[str, Count]
+    dropped_by_reason: Mapping[str, Count]
+    dropped_by_predictor: Mapping[str, Count]
+    examples: Count
+    """Examples that were run."""
+    examples_covered: Count
+    """Examples that gave at least one row."""
+    prompt_tokens: Mapping[str, Count]
+    """min, median and max over the rows."""
+    completion_tokens: Mapping[str, Count]
+    samples: tuple[SampleRow, ...]
+    """Up to five rows."""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LossLine(Saved):
+    """One line of a training's history."""
+
+    adapter: str
+    """Model name of the adapter that was trained."""
+    step: Count
+    """Optimizer steps done."""
+    total_steps: Count
+    epoch: Finite
+    """Passes over the rows done."""
+    loss: Number | None
+    """Mean loss per completion token of this step's rows; None on a line that only gives `validation_loss`."""
+    validation_loss: Number | None
+    """Mean loss per completion token of the rows held out, where it was measured."""
+    tokens: Count
+    """Tokens trained on so far."""
+    learning_rate: Finite
+
+
+@dataclass(frozen=True)
+class HeldOutLoss(Saved):
+    """Loss per completion token of the rows held out; None where none were."""
+
+    before: Number | None
+    after: Number | None
+
+
+@dataclass(frozen=True)
+class TrainedAdapter(Saved):
+    """An adapter that a weight step trained."""
+
+    trained_from: str
+    """Model name, and the predictor where each has its own adapter."""
+    folder: str
+    rows: str
+    """File of the rows that it was trained on."""
+    best_epoch: Count
+    """The epoch whose weights were kept, from 1."""
+    held_out_loss: HeldOutLoss
+    skipped_rows: tuple[tuple[Whole, str], ...]
+    """Rows left out, as (index, reason)."""
+
+
+@dataclass(frozen=True)
+class WeightDetails(Saved):
+    """What a weight step did."""
+
+    data_card: DataCard
+    adapters: Mapping[str, TrainedAdapter]
+    """By model name."""
+    history: tuple[LossLine, ...]
+    kind: Literal["weight"] = field(default="weight", repr=False)
+
+
+@dataclass(frozen=True)
+class OtherDetails(Saved):
+    """What is known of a step by any other Teleprompter."""
+
+    optimizer: str
+    """Name of its class."""
+    kind: Literal["other"] = field(default="other", repr=False)
+
+
+Details = Annotated[PromptDetails | WeightDetails | OtherDetails, pydantic.Field(discriminator="kind")]
+"""Told apart by `kind`."""
