@@ -12,8 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from ..errors import ConfigError
 from ..printable import get_logger, one_line
-from ..records import StepRecord
-from ..rollouts.failures import STUDENT
+from ..records import STUDENT, StepRecord
 from .events import (
     Callback,
     CandidateEvent,
@@ -137,7 +136,7 @@ class ProgressDisplay(Callback):
         if report is not None:
             best = report.selected_round
             score = "" if best.score is None else f", score {best.score:.3f}"
-            self._line(f"done: {best.strategy or STUDENT}{score}", always=True)
+            self._line(f"done: {best.name}{score}", always=True)
         if event.get("error"):
             self._line(f"stopped: {event.get('error')}", always=True)
 
@@ -323,7 +322,7 @@ class _State:
         if not scored:
             return []
         best = max(scored, key=lambda record: record.score or 0.0)
-        return [f"best so far {best.score:.3f} ({best.strategy or STUDENT})"]
+        return [f"best so far {best.score:.3f} ({best.name})"]
 
     def view(self) -> RenderableType:
         """The live view: rounds so far, then what is going on."""
@@ -338,7 +337,7 @@ class _State:
             for record in self._finished[-_SHOWN_ROUNDS:]:
                 score = "-" if record.score is None else f"{record.score:.3f}"
                 style = "" if record.status == "complete" else "red"
-                name = Text(f"  {one_line(record.strategy or STUDENT)}", style=style)
+                name = Text(f"  {one_line(record.name)}", style=style)
                 rounds.add_row(name, score, _time(record.ledger.seconds), record.status)
             if self._finished:
                 lines.append(rounds)

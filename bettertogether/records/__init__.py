@@ -14,7 +14,7 @@ from .details import (
     TrainedAdapter,
     WeightDetails,
 )
-from .record import CELLS, Failure, Ledger, PromptState, SavedRecord, StepRecord, StepStatus
+from .record import CELLS, STUDENT, Failure, Ledger, PromptState, SavedRecord, StepRecord, StepStatus, failure_text
 from .saved import SCHEMA, SHOWN, Saved, Whole, read
 from .schema_1 import report_of_schema_1
 
@@ -22,6 +22,7 @@ __all__ = [
     "CELLS",
     "SCHEMA",
     "SHOWN",
+    "STUDENT",
     "CandidateScore",
     "DataCard",
     "Details",
@@ -42,6 +43,7 @@ __all__ = [
     "TrainedAdapter",
     "WeightDetails",
     "Whole",
+    "failure_text",
     "read",
     "report_of_schema_1",
 ]

@@ -15,6 +15,9 @@ from .schema_1 import record_of_schema_1
 
 StepStatus = Literal["complete", "failed", "skipped"]
 
+STUDENT = "student"
+"""How the untouched student, whose strategy is "", is called."""
+
 CELLS = ("base_old", "base_new", "tuned_old", "tuned_new")
 """The 2x2 of weights (base, tuned) and prompts (old: the student's, new: the selected program's)."""
 
@@ -77,6 +80,11 @@ class PromptState(TypedDict, total=False):
     demos: Sequence[Mapping[str, Any]]
 
 
+def failure_text(failures: Sequence[Failure]) -> str:
+    """Counts by kind: "5 x parse failure, 2 x timeout"."""
+    return ", ".join(f"{failure.count} x {failure.kind}" for failure in failures)
+
+
 @dataclass(frozen=True)
 class StepRecord(Saved):
     """One step of a strategy, finished. The untouched student is the record with index 0 and strategy ""."""
@@ -113,6 +121,11 @@ class StepRecord(Saved):
     """Predictor name to the model name of its LM after the step."""
     error: str | None = None
     """Traceback of a failed step; the reason of a skipped one."""
+
+    @property
+    def name(self) -> str:
+        """How the round is called: its strategy, or "student"."""
+        return self.strategy or STUDENT
 
     @property
     def failed(self) -> int:

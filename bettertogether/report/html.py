@@ -17,11 +17,10 @@ from ..records import (
     StepRecord,
     WeightDetails,
 )
-from ..rollouts.failures import STUDENT, failure_text
 from .charts import Curve, ForestRow, Point, bars, escaped, forest_plot, line_chart, ticks
-from .report import CompileReport
+from .data import ReportData
 from .style import STYLE
-from .text import effect_text, seconds_text
+from .view import ReportView, RoundView
 
 _COLORS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
 _LEDGER_COLUMNS = {
@@ -42,19 +41,19 @@ _CARD_COUNTS = {
 }
 
 
-def render(report: CompileReport) -> str:
+def render(view: ReportView) -> str:
     """The page."""
     sections = [
-        _summary(report),
-        _warnings(report),
-        _rounds(report),
-        _two_by_two(report),
-        *(_step(record) for record in report.rounds[1:]),
-        _prompts(report),
-        _costs(report),
-        _circumstances(report),
+        _summary(view),
+        _warnings(view),
+        _rounds(view),
+        _two_by_two(view),
+        *(_step(each.record) for each in view.rounds[1:]),
+        _prompts(view.report),
+        _costs(view),
+        _circumstances(view.report),
     ]
-    title = f"BetterTogether: {report.strategy}"
+    title = f"BetterTogether: {view.report.strategy}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -64,9 +63,9 @@ def render(report: CompileReport) -> str:
     )
 
 
-def render_in_notebook(report: CompileReport) -> str:
+def render_in_notebook(view: ReportView) -> str:
     """What a notebook shows: the head, the table of rounds and the warnings, without the page's style."""
-    return f"<div>{_summary(report)}{_round_table(report)}{_warnings(report)}</div>"
+    return f"<div>{_summary(view)}{_round_table(view)}{_warnings(view)}</div>"
 
 
 class _Html(str):
@@ -95,28 +94,21 @@ def _fold(title: str, body: str, *, is_open: bool = False) -> str:
     return f"<details{' open' if is_open else ''}><summary>{_text(title)}</summary>{body}</details>"
 
 
-def _name(record: StepRecord) -> str:
-    return record.strategy or STUDENT
-
-
-def _summary(report: CompileReport) -> str:
-    best, student = report.selected_round, report.student_round
-    examples = f"{report.valset_size} validation examples" if report.valset_size else "no validation examples"
-    gain = report.gain(report.selected)
+def _summary(view: ReportView) -> str:
+    report, best = view.report, view.selected
     facts = {"wall time": _clock(report.ledger.seconds)}
-    if gain is not None:
-        interval = effect_text(gain, report).partition(" ")[2]
+    if best.gain is not None:
         facts = {
-            "score of the selected program": report.number(best.score),
-            "score of the untouched student": report.number(student.score),
-            f"gain, 95% interval {interval}": report.number(gain.gain, sign=True),
+            "score of the selected program": best.score,
+            "score of the untouched student": view.rounds[0].score,
+            f"gain, 95% interval {best.gain.interval}": best.gain.number,
             **facts,
         }
     cards = "".join(f"<div><b>{_text(value)}</b><span>{_text(name)}</span></div>" for name, value in facts.items())
-    chosen = "the untouched student" if report.selected == 0 else f"<code>{_text(_name(best))}</code>"
+    chosen = "the untouched student" if report.selected == 0 else f"<code>{_text(best.name)}</code>"
     return (
         f"<header><h1>{_text(report.strategy)}</h1><p>Selected: {chosen}. Seed {_text(report.seed)}, "
-        f"{_text(examples)}.</p>"
+        f"{_text(view.examples)}.</p>"
         f'<div class="facts">{cards}</div></header>'
     )
 
@@ -127,54 +119,46 @@ def _clock(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
 
 
-def _warnings(report: CompileReport) -> str:
-    notes = "".join(f"<li>{_text(warning)}</li>" for warning in report.warnings)
+def _warnings(view: ReportView) -> str:
+    notes = "".join(f"<li>{_text(warning)}</li>" for warning in view.report.warnings)
     return f'<aside><ul class="warnings">{notes}</ul></aside>' if notes else ""
 
 
-def _rounds(report: CompileReport) -> str:
-    rows = []
-    for position, record in enumerate(report.rounds):
-        low, high = report.score_interval(position)
-        text = report.number(record.score)
-        if position and report.gain(position) is not None:
-            text += f"  ({report.number(_gain(report, position), sign=True)})"
-        if record.status != "complete":
-            text = str(record.status)
-        rows.append(ForestRow(_name(record), record.score, low, high, text, position == report.selected))
+def _rounds(view: ReportView) -> str:
+    student = view.report.student_round.score
+    rows = [_forest_row(each) for each in view.rounds]
     values = [value for row in rows for value in (row.value, row.low, row.high) if value is not None]
     plot = ""
-    if report.student_round.score is not None:
-        marks = {tick: report.number(tick) for tick in ticks(values)}
-        plot = forest_plot(rows, report.student_round.score, marks)
+    if student is not None:
+        marks = {tick: view.report.number(tick) for tick in ticks(values)}
+        plot = forest_plot(rows, student, marks)
         plot += '<p class="note">Dots are mean scores, bars their 95% intervals; the dashed line is the student.</p>'
-    return _section("Score of each round", plot, _round_table(report))
+    return _section("Score of each round", plot, _round_table(view))
 
 
-def _round_table(report: CompileReport) -> str:
+def _forest_row(each: RoundView) -> ForestRow:
+    text = f"{each.score}  ({each.gain.number})" if each.gain_text and each.gain is not None else each.score
+    if each.record.status != "complete":
+        text = str(each.record.status)
+    return ForestRow(each.name, each.record.score, *each.interval, text, each.selected)
+
+
+def _round_table(view: ReportView) -> str:
     header = ("round", "score", "gain over the student [95% interval]", "examples", "failed", "status")
-    return _table(header, [_round_cells(report, position) for position in range(len(report.rounds))])
+    return _table(header, map(_round_cells, view.rounds))
 
 
-def _gain(report: CompileReport, position: int) -> float:
-    effect = report.gain(position)
-    return math.nan if effect is None else effect.gain
+def _round_cells(each: RoundView) -> list[str]:
+    mark = ' <span class="mark">selected</span>' if each.selected else ""
+    name = _Html(f"<code>{_text(each.name)}</code>{mark}")
+    return [name, each.score, each.gain_text, each.examples, each.failures, each.record.status]
 
 
-def _round_cells(report: CompileReport, position: int) -> list[str]:
-    record = report.rounds[position]
-    mark = ' <span class="mark">selected</span>' if position == report.selected else ""
-    gain = "" if position == 0 else effect_text(report.gain(position), report)
-    examples = "-" if record.scores is None else str(len(record.scores))
-    name = _Html(f"<code>{_text(_name(record))}</code>{mark}")
-    return [name, report.number(record.score), gain, examples, failure_text(record.failures), record.status]
-
-
-def _two_by_two(report: CompileReport) -> str:
-    cells, split = report.two_by_two, report.attribution
-    if cells is None or split is None:
+def _two_by_two(view: ReportView) -> str:
+    cells = view.two_by_two
+    if cells is None:
         return ""
-    means = {cell: report.number(sum(scores) / len(scores)) for cell, scores in cells.items()}
+    means = cells.means
     table = _table(
         ("", "old prompts", "new prompts"),
         [
@@ -182,24 +166,25 @@ def _two_by_two(report: CompileReport) -> str:
             ["tuned weights", means["tuned_old"], means["tuned_new"]],
         ],
     )
-    effects = {
-        "weights alone": split.weights,
-        "prompts alone": split.prompts,
-        "both together, beyond the sum": split.interaction,
-        "total": split.total,
+    gains = {
+        "weights alone": cells.weights,
+        "prompts alone": cells.prompts,
+        "both together, beyond the sum": cells.both,
+        "total": cells.total,
     }
-    values = [value for effect in effects.values() for value in (effect.gain, effect.low, effect.high, 0.0)]
-    marks = {tick: report.number(tick, sign=True) for tick in ticks(values)}
+    effects = [gain.effect for gain in gains.values()]
+    values = [value for effect in effects for value in (effect.gain, effect.low, effect.high, 0.0)]
+    marks = {tick: view.report.number(tick, sign=True) for tick in ticks(values)}
     rows = [
-        ForestRow(name, effect.gain, effect.low, effect.high, effect_text(effect, report), name == "total")
-        for name, effect in effects.items()
+        ForestRow(name, gain.effect.gain, gain.effect.low, gain.effect.high, gain.text, name == "total")
+        for name, gain in gains.items()
     ]
     return _section("Weights or prompts?", table, forest_plot(rows, 0.0, marks))
 
 
 def _step(record: StepRecord) -> str:
     return _section(
-        f"Step {record.index}: {_name(record)}",
+        f"Step {record.index}: {record.name}",
         f'<pre class="error">{_text(record.error)}</pre>' if record.error else "",
         *_did(record.details),
     )
@@ -270,7 +255,7 @@ def _turns(value: Any) -> list[tuple[str, str]]:
     return [(str(turn.get("role", "")), str(turn.get("content", ""))) for turn in value or ()]
 
 
-def _prompts(report: CompileReport) -> str:
+def _prompts(report: ReportData) -> str:
     before, after = report.student_round.program or {}, report.selected_round.program or {}
     parts = []
     for name, state in after.items():
@@ -298,18 +283,18 @@ def _demo(demo: Mapping[str, Any]) -> str:
     return f"<dl>{lines}</dl>"
 
 
-def _costs(report: CompileReport) -> str:
-    work = [(_name(record), record.ledger) for record in report.rounds]
-    rows = [_cost_cells(name, ledger) for name, ledger in [*work, ("total", report.ledger)]]
+def _costs(view: ReportView) -> str:
+    rows = [_cost_cells(each.name, each.record.ledger, each.seconds) for each in view.rounds]
+    rows.append(_cost_cells("total", view.report.ledger, view.seconds))
     return _section("Cost", _table(("round", *_LEDGER_COLUMNS.values(), "seconds"), rows, last_is_total=True))
 
 
-def _cost_cells(name: str, ledger: Ledger) -> list[str]:
+def _cost_cells(name: str, ledger: Ledger, seconds: str) -> list[str]:
     counts = [f"{getattr(ledger, column):,}" for column in _LEDGER_COLUMNS]
-    return [_Html(f"<code>{_text(name)}</code>"), *counts, seconds_text(ledger.seconds)]
+    return [_Html(f"<code>{_text(name)}</code>"), *counts, seconds]
 
 
-def _circumstances(report: CompileReport) -> str:
+def _circumstances(report: ReportData) -> str:
     pairs = [*report.machine.items(), *report.versions.items()]
     text = ", ".join(f"{_text(key)} {_text(value)}" for key, value in pairs)
     return f"<footer>{text}</footer>" if text else ""

@@ -1,135 +1,37 @@
-"""What a compile run found: rounds with scores and intervals, the selected one, the cost, the warnings."""
+"""What compile returns as `program.report`: the numbers of a run, as a table and as a page."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Self
+from dataclasses import dataclass
+from functools import cached_property
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..files import atomic_write
-from ..records import CELLS, SCHEMA, SHOWN, Ledger, Saved, SavedRecord, StepRecord, Whole, read, report_of_schema_1
-from .intervals import UNKNOWN, Attribution, Effect, Interval, attribution, mean_interval, paired_interval
+from . import html, text
+from .data import ReportData
+from .view import ReportView, view_of
 
 
-@dataclass(frozen=True)
-class CompileReport(Saved):
+@dataclass(frozen=True, repr=False)
+class CompileReport(ReportData):
     """The result of a compile run. `print(report)` and a notebook show a table; `to_html` writes a page."""
 
-    rounds: tuple[SavedRecord, ...]
-    """Every round in order; the first is the untouched student."""
-    selected: Whole
-    """Position in `rounds` of the program that compile returned."""
-    valset_size: Annotated[int, SHOWN]
-    """Examples that each round was scored on; 0 without a valset."""
-    strategy: str
-    """What was asked for, such as "p -> w -> p"."""
-    seed: Annotated[int, SHOWN] = 0
-    versions: Mapping[str, Annotated[str, SHOWN]] = field(default_factory=dict)
-    """Package name to version."""
-    machine: Mapping[str, Annotated[str, SHOWN]] = field(default_factory=dict)
-    """What it ran on: processor, accelerator, threads, ..."""
-    warnings: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.selected, int) or not 0 <= self.selected < len(self.rounds):
-            raise DataError(f"selected={self.selected} is not allowed: there are {len(self.rounds)} rounds, from 0.")
-
-    @property
-    def student_round(self) -> StepRecord:
-        """The untouched student."""
-        return self.rounds[0]
-
-    @property
-    def selected_round(self) -> StepRecord:
-        """The round whose program compile returned."""
-        return self.rounds[self.selected]
-
-    @property
-    def ledger(self) -> Ledger:
-        """The cost of the whole run, earlier sittings of a resumed run included."""
-        return sum((record.ledger for record in self.rounds), Ledger())
-
-    @property
-    def metric_calls(self) -> int:
-        """Calls of the metric in the whole run."""
-        return self.ledger.metric_calls
-
-    @property
-    def lm_calls(self) -> int:
-        """Calls of predictors to their LMs in the whole run, cache hits included."""
-        return self.ledger.lm_calls
-
-    def gain(self, position: int) -> Effect | None:
-        """Gain of a round over the student on the same examples, with its 95% interval; None when either has no
-        scores. Raises DataError for a position that is none."""
-        record, student = self._round(position), self.student_round
-        if not record.scores or not student.scores or len(record.scores) != len(student.scores):
-            return None
-        gain = sum(record.scores) / len(record.scores) - sum(student.scores) / len(student.scores)
-        return Effect(gain, *paired_interval(record.scores, student.scores))
-
-    def score_interval(self, position: int) -> Interval:
-        """95% interval of a round's score; (nan, nan) when not known. Raises DataError for a position that is none."""
-        scores = self._round(position).scores
-        return mean_interval(scores) if scores else UNKNOWN
-
-    def _round(self, position: int) -> StepRecord:
-        count = len(self.rounds)
-        if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < count:
-            raise DataError(f"position={position!r} is not allowed: there are {count} rounds, from 0.")
-        return self.rounds[position]
-
-    @property
-    def two_by_two(self) -> Mapping[str, Sequence[float]] | None:
-        """Per-example scores of the 2x2 of weights and prompts (keys: `records.CELLS`), where it was measured."""
-        for record in (self.selected_round, *reversed(self.rounds)):
-            cells = record.two_by_two
-            if cells and all(cells.get(cell) for cell in CELLS):
-                return {cell: cells[cell] for cell in CELLS}
-        return None
-
-    @property
-    def attribution(self) -> Attribution | None:
-        """What the weights and the prompts each gave, where the 2x2 was measured."""
-        cells = self.two_by_two
-        return attribution(cells) if cells else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {"schema": SCHEMA, **asdict(self), "rounds": [record.to_dict() for record in self.rounds]}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`. Raises DataError for another schema, and for a missing, unknown or wrong field."""
-        return read(cls, "report", data, report_of_schema_1)
+    @cached_property
+    def _view(self) -> ReportView:
+        return view_of(self)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one HTML file that needs nothing else. Raises ConfigError, RunDirectoryError."""
-        from .html import render
-
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             raise ConfigError(f"path={path!r} is not allowed: give the file to write, such as 'report.html'.")
-        atomic_write(os.path.expanduser(path), render(self))
+        atomic_write(os.path.expanduser(path), html.render(self._view))
 
     def __str__(self) -> str:
-        from .text import render
-
-        return render(self)
+        return text.render(self._view)
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        from .html import render_in_notebook
-
-        return render_in_notebook(self)
-
-    def number(self, value: float | None, *, sign: bool = False) -> str:
-        """A score or a gain as text, with decimals that fit the metric's unit; "-" for None and NaN."""
-        if value is None or not math.isfinite(value):
-            return "-"
-        largest = max((abs(record.score) for record in self.rounds if record.score is not None), default=1.0)
-        return format(value, f"{'+' if sign else ''}.{3 if largest < 10 else 1}f")
+        return html.render_in_notebook(self._view)

@@ -1,19 +1,12 @@
-"""A `CompileReport` as a text table of at most 100 columns, and numbers as short text."""
+"""A `CompileReport` as a text table of at most 100 columns."""
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..printable import one_line, printable
-from ..records import Ledger
-from ..rollouts.failures import STUDENT, failure_text
-from .report import CompileReport
-
-if TYPE_CHECKING:
-    from .intervals import Effect
+from .view import ReportView, RoundView, TwoByTwoView
 
 WIDTH = 100
 """Columns of the table at most."""
@@ -22,21 +15,22 @@ _HEADER = ("", "strategy", "score", "gain [95% interval]", "n", "LM calls", "tok
 _RIGHT = frozenset({"score", "n", "LM calls", "tokens", "seconds"})
 
 
-def render(report: CompileReport) -> str:
+def render(view: ReportView) -> str:
     """The table of rounds ("*" marks the selected one), the examples that failed, the 2x2 where it was measured, the
     warnings."""
-    lines = [_title(report), "", *_rounds(report)]
-    lines += _two_by_two(report)
-    for text in (*_failed(report), *(f"Warning: {warning}" for warning in report.warnings)):
+    lines = [_title(view), "", *_rounds(view)]
+    if view.two_by_two is not None:
+        lines += _two_by_two(view.two_by_two)
+    for text in (*_failed(view), *(f"Warning: {warning}" for warning in view.report.warnings)):
         lines += textwrap.wrap(printable(text), WIDTH, subsequent_indent="  ")
     return "\n".join(lines)
 
 
-def _failed(report: CompileReport) -> list[str]:
+def _failed(view: ReportView) -> list[str]:
     return [
-        f"{record.strategy or STUDENT}: {record.failed} examples failed and scored 0: {failure_text(record.failures)}"
-        for record in report.rounds
-        if record.failures
+        f"{each.name}: {each.record.failed} examples failed and scored 0: {each.failures}"
+        for each in view.rounds
+        if each.failures
     ]
 
 
@@ -48,50 +42,32 @@ def compact(count: float) -> str:
     return f"{scaled:.1f}{unit}" if scaled < 99.95 else f"{scaled:.0f}{unit}"
 
 
-def seconds_text(seconds: float) -> str:
-    """Seconds, with a decimal below 100."""
-    return f"{seconds:.1f}" if seconds < 99.95 else f"{seconds:,.0f}"
+def _title(view: ReportView) -> str:
+    return one_line(f"{shorten(view.report.strategy, 60)}, seed {view.report.seed}, {view.examples}")
 
 
-def effect_text(effect: Effect | None, report: CompileReport) -> str:
-    """A gain with its interval: "+0.080 [+0.020, +0.140]"; "-" when not known."""
-    if effect is None:
-        return "-"
-    gain = report.number(effect.gain, sign=True)
-    if not math.isfinite(effect.low):
-        return gain
-    return f"{gain} [{report.number(effect.low, sign=True)}, {report.number(effect.high, sign=True)}]"
-
-
-def _title(report: CompileReport) -> str:
-    examples = f"{report.valset_size} validation examples" if report.valset_size else "no validation examples"
-    return one_line(f"{shorten(report.strategy, 60)}, seed {report.seed}, {examples}")
-
-
-def _rounds(report: CompileReport) -> list[str]:
-    rows = [_row(report, position) for position in range(len(report.rounds))]
-    rows.append(["", "total", "", "", "", *_cost(report.ledger), ""])
+def _rounds(view: ReportView) -> list[str]:
+    ledger = view.report.ledger
+    total = ["", "total", "", "", "", compact(ledger.lm_calls), compact(ledger.tokens), view.seconds, ""]
+    rows = [*map(_row, view.rounds), total]
     widths = [max(len(row[column]) for row in (_HEADER, *rows)) for column in range(len(_HEADER))]
     widths[1] -= max(0, sum(widths) + 2 * (len(widths) - 1) - WIDTH)
     lines = [_line(row, widths) for row in (_HEADER, *rows)]
     return [lines[0], *lines[1:-1], "-" * len(max(lines, key=len)), lines[-1]]
 
 
-def _row(report: CompileReport, position: int) -> list[str]:
-    record = report.rounds[position]
+def _row(each: RoundView) -> list[str]:
     return [
-        "*" if position == report.selected else "",
-        one_line(record.strategy or STUDENT),
-        report.number(record.score),
-        "" if position == 0 else effect_text(report.gain(position), report),
-        str(len(record.scores)) if record.scores is not None else "-",
-        *_cost(record.ledger),
-        one_line(record.status),
+        "*" if each.selected else "",
+        one_line(each.name),
+        each.score,
+        each.gain_text,
+        each.examples,
+        compact(each.record.ledger.lm_calls),
+        compact(each.record.ledger.tokens),
+        each.seconds,
+        one_line(each.record.status),
     ]
-
-
-def _cost(ledger: Ledger) -> list[str]:
-    return [compact(ledger.lm_calls), compact(ledger.tokens), seconds_text(ledger.seconds)]
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -107,21 +83,15 @@ def shorten(text: str, width: int) -> str:
     return text if len(text) <= width else "..." + text[len(text) - max(0, width - 3) :]
 
 
-def _two_by_two(report: CompileReport) -> list[str]:
-    cells, split = report.two_by_two, report.attribution
-    if cells is None or split is None:
-        return []
-
-    def mean(cell: str) -> str:
-        return report.number(sum(cells[cell]) / len(cells[cell]))
-
+def _two_by_two(cells: TwoByTwoView) -> list[str]:
+    means = cells.means
     return [
         "",
         f"{'':17}{'old prompts':>12}{'new prompts':>13}",
-        f"{'base weights':17}{mean('base_old'):>12}{mean('base_new'):>13}",
-        f"{'tuned weights':17}{mean('tuned_old'):>12}{mean('tuned_new'):>13}",
-        f"{'gain from weights':20}{effect_text(split.weights, report)}",
-        f"{'gain from prompts':20}{effect_text(split.prompts, report)}",
-        f"{'from both together':20}{effect_text(split.interaction, report)}",
+        f"{'base weights':17}{means['base_old']:>12}{means['base_new']:>13}",
+        f"{'tuned weights':17}{means['tuned_old']:>12}{means['tuned_new']:>13}",
+        f"{'gain from weights':20}{cells.weights.text}",
+        f"{'gain from prompts':20}{cells.prompts.text}",
+        f"{'from both together':20}{cells.both.text}",
         "",
     ]

@@ -11,10 +11,10 @@ import dspy
 from ..callbacks import events
 from ..errors import ConfigError, ProgramError
 from ..printable import printable
-from ..records import Failure, Ledger
+from ..records import Failure, Ledger, failure_text
 from ..report.intervals import mean_interval, paired_interval
 from ..run.selection import check_examples
-from .failures import count_failures, failure_text, failure_warning
+from .failures import count_failures, failure_warning
 from .metrics import Metric, check_metric
 from .rollout import Attempt, RolloutStore
 from .traces import ExamplePass, Trace

@@ -22,15 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from dspy.utils.exceptions import AdapterParseError
 
-from ..records import Failure, StepRecord
+from ..records import Failure, StepRecord, failure_text
 from ..redaction import masked
 from .metrics import BELOW_THRESHOLD
 
 if TYPE_CHECKING:
     from .traces import Trace
-
-STUDENT = "student"
-"""How the untouched student, whose strategy is "", is called."""
 
 _LONGEST = 200
 _NOT_RAISED = frozenset({"parse failure", "prompt too long"})
@@ -96,11 +93,6 @@ def scored_example(traces: Sequence[Trace]) -> str | None:
     return None
 
 
-def failure_text(failures: Sequence[Failure]) -> str:
-    """Counts by kind: "5 x parse failure, 2 x timeout"."""
-    return ", ".join(f"{failure.count} x {failure.kind}" for failure in failures)
-
-
 def failure_warning(failures: Sequence[Failure], total: int, what: str, unit: str = "examples") -> str | None:
     """What to say of a pass over `total` examples (or runs) of which more than half failed; None of any other."""
     failed = sum(failure.count for failure in failures)
@@ -135,7 +127,7 @@ def round_warnings(records: Sequence[StepRecord], full_mark: float) -> list[str]
     said: set[float] = set()
     warnings = []
     for record in records:
-        scores, name = record.scores or (), record.strategy or STUDENT
+        scores, name = record.scores or (), record.name
         if warning := failure_warning(record.failures, len(scores), name):
             broke = record.strategy and _program_broken(record) and not all_failed(records[0])
             warnings.append(f"{warning}{_NOT_CALLABLE}" if broke else warning)

@@ -28,6 +28,7 @@ from bettertogether.report import CompileReport
 from bettertogether.report.charts import bars, ticks
 from bettertogether.report.html import render
 from bettertogether.report.text import compact
+from bettertogether.report.view import view_of
 
 EVIL = "<script>alert('x')</script>&\"<img src=http://example.com/x.png>"
 COST = Ledger(8, 8, 16, 2, 1000, 200, 0, 12.5)
@@ -49,6 +50,10 @@ def report(**options: Any) -> CompileReport:
         record(3, "p -> w -> p", None, status="failed", ledger=Ledger(), error="Traceback: boom"),
     )
     return CompileReport(**{"rounds": rounds, "selected": 2, "valset_size": 4, "strategy": "p -> w -> p", **options})
+
+
+def page_of(result: CompileReport) -> str:
+    return render(view_of(result))
 
 
 def test_the_table_has_every_round_with_score_gain_cost_and_status() -> None:
@@ -227,7 +232,7 @@ def full_report(text: str) -> CompileReport:
 
 
 def test_the_page_is_well_formed_and_escapes_everything() -> None:
-    html = render(full_report(EVIL))
+    html = page_of(full_report(EVIL))
     page = Page(html)
     assert page.open == []
     assert page.tags.isdisjoint({"script", "img", "link", "iframe", "object"})
@@ -237,14 +242,14 @@ def test_the_page_is_well_formed_and_escapes_everything() -> None:
 
 
 def test_the_page_needs_no_network() -> None:
-    page = render(full_report("plain"))
+    page = page_of(full_report("plain"))
     assert "http" not in page
     assert "@import" not in page
     assert "url(" not in page
 
 
 def test_the_page_has_a_section_for_each_thing_there_is() -> None:
-    text = Page(render(full_report("T"))).text
+    text = Page(page_of(full_report("T"))).text
     for title in (
         "Score of each round",
         "Weights or prompts?",
@@ -261,7 +266,7 @@ def test_the_page_has_a_section_for_each_thing_there_is() -> None:
 
 def test_the_page_of_a_run_without_scores_or_details_has_rounds_and_cost_only() -> None:
     rounds = (record(0, "", None), record(1, "p", None))
-    page = Page(render(report(rounds=rounds, selected=1, valset_size=0)))
+    page = Page(page_of(report(rounds=rounds, selected=1, valset_size=0)))
     assert page.open == []
     assert "Score of each round" in page.text
     assert "Weights or prompts?" not in page.text

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import EVIL, Page, full_report, report
+from test_report import EVIL, Page, full_report, page_of, report
 
 from bettertogether.errors import BetterTogetherError, ConfigError, DataError
 from bettertogether.records import Failure, OtherDetails, StepRecord
 from bettertogether.report import CompileReport
-from bettertogether.report.html import render
 
 STEERING = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\r"
 
@@ -49,7 +48,7 @@ FULL["rounds"][1]["failures"] = [{"kind": "timeout", "count": 1, "reason": "slow
 def test_html_in_any_place_of_a_report_is_refused_or_escaped(value: Any) -> None:
     for path in places(FULL):
         try:
-            page = render(CompileReport.from_dict(changed(FULL, path, value)))
+            page = page_of(CompileReport.from_dict(changed(FULL, path, value)))
         except DataError:
             continue
         assert "<script" not in page, path
@@ -62,7 +61,7 @@ def test_a_wrong_value_in_any_place_of_a_report_is_our_error_or_shown(value: Any
     for path in places(FULL):
         try:
             result = CompileReport.from_dict(changed(FULL, path, value))
-            assert render(result), path
+            assert page_of(result), path
             assert str(result), path
         except BetterTogetherError:
             continue
@@ -77,7 +76,7 @@ def test_a_missing_field_in_any_place_of_a_report_is_our_error_or_shown() -> Non
         del holder[path[-1]]
         try:
             result = CompileReport.from_dict(data)
-            assert render(result), path
+            assert page_of(result), path
             assert str(result), path
         except BetterTogetherError:
             continue
@@ -85,13 +84,13 @@ def test_a_missing_field_in_any_place_of_a_report_is_our_error_or_shown() -> Non
 
 @pytest.mark.parametrize("field", ["seed", "valset_size", "strategy"])
 def test_what_is_only_shown_is_escaped(field: str) -> None:
-    page = render(CompileReport.from_dict(as_json(report()) | {field: EVIL}))
+    page = page_of(CompileReport.from_dict(as_json(report()) | {field: EVIL}))
     assert "<script" not in page
     assert "&lt;script&gt;" in page
 
 
 def test_the_status_of_a_round_is_escaped() -> None:
-    page = render(CompileReport.from_dict(changed(as_json(report()), ("rounds", 1, "status"), EVIL)))
+    page = page_of(CompileReport.from_dict(changed(as_json(report()), ("rounds", 1, "status"), EVIL)))
     assert "<script" not in page
     assert "&lt;script&gt;" in page
 
@@ -99,7 +98,7 @@ def test_the_status_of_a_round_is_escaped() -> None:
 def test_a_report_made_with_html_in_it_is_escaped_too() -> None:
     failures = (Failure(EVIL, 1, EVIL, EVIL),)
     rounds = (StepRecord(0, EVIL, EVIL, EVIL, 0.5, (0.0, 1.0), failures),)  # type: ignore[arg-type]
-    page = render(CompileReport(rounds, 0, EVIL, EVIL, seed=EVIL))  # type: ignore[arg-type]
+    page = page_of(CompileReport(rounds, 0, EVIL, EVIL, seed=EVIL))  # type: ignore[arg-type]
     assert "<script" not in page
     assert page.count("&lt;script&gt;") > 5
 
@@ -140,7 +139,7 @@ def test_a_report_written_before_failures_were_counted_is_read() -> None:
 def test_the_table_can_not_steer_a_terminal() -> None:
     rounds = (StepRecord(0, "", STEERING, STEERING, 0.5, (0.0, 1.0), (Failure(STEERING, 1, "", ""),)),)  # type: ignore[arg-type]
     result = CompileReport(rounds, 0, 2, STEERING, warnings=(STEERING,))
-    for text in (str(result), repr(result), render(result), result._repr_html_()):
+    for text in (str(result), repr(result), page_of(result), result._repr_html_()):
         assert not {"\x1b", "\x07", "\r"} & set(text)
         assert r"\x1b]52;c;ZXZpbA==\x07\x1b[2J\r" in text
 
@@ -186,7 +185,7 @@ def test_a_path_that_is_none_is_refused(path: Any) -> None:
 def test_a_page_is_written_under_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     report().to_html("~/report.html")
-    assert (tmp_path / "report.html").read_text() == render(report())
+    assert (tmp_path / "report.html").read_text() == page_of(report())
 
 
 def test_a_folder_that_is_not_there_is_our_error(tmp_path: Path) -> None:

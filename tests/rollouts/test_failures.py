@@ -19,6 +19,7 @@ from bettertogether.errors import TooManyErrors
 from bettertogether.records import Failure, StepRecord
 from bettertogether.report import CompileReport
 from bettertogether.report.html import render
+from bettertogether.report.view import view_of
 from bettertogether.rollouts.evaluation import compare, evaluate
 from bettertogether.rollouts.failures import all_failed, all_raised, failure_warning, no_difference, round_warnings
 from bettertogether.run.selection import select
@@ -167,7 +168,7 @@ def test_half_of_the_examples_failing_is_counted_and_no_warning() -> None:
         Failure("parse failure", 5, "parity not found in the answer 'no'", "example 0: number=0"),
     )
     assert "student: 5 examples failed and scored 0: 5 x parse failure" in str(compiled.report).splitlines()
-    assert "<td>5 x parse failure</td>" in render(compiled.report)
+    assert "<td>5 x parse failure</td>" in render(view_of(compiled.report))
 
 
 def test_more_than_half_of_the_examples_failing_is_a_warning() -> None:

@@ -1,0 +1,137 @@
+"""What the table and the page show of a report, computed once; they only lay it out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..records import StepRecord, failure_text
+from .data import ReportData
+from .intervals import Effect, Interval
+
+
+@dataclass(frozen=True)
+class GainView:
+    """A gain as a number and as text."""
+
+    effect: Effect
+    number: str
+    """Such as "+0.080"."""
+    interval: str
+    """Such as "[+0.020, +0.140]"; "" when not known."""
+
+    @property
+    def text(self) -> str:
+        """Both: "+0.080 [+0.020, +0.140]"."""
+        return f"{self.number} {self.interval}".rstrip()
+
+
+@dataclass(frozen=True)
+class RoundView:
+    """One round."""
+
+    record: StepRecord
+    selected: bool
+    score: str
+    interval: Interval
+    """Of the score."""
+    gain: GainView | None
+    """Over the student; None when not known."""
+    gain_text: str
+    """"" for the student itself, "-" when not known."""
+    examples: str
+    """How many it was scored on."""
+    failures: str
+    """Examples that failed, counted by kind."""
+    seconds: str
+
+    @property
+    def name(self) -> str:
+        """The strategy so far."""
+        return self.record.name
+
+
+@dataclass(frozen=True)
+class TwoByTwoView:
+    """The 2x2 of weights and prompts, and what each of them gave."""
+
+    means: Mapping[str, str]
+    """Mean score of each of `CELLS`."""
+    weights: GainView
+    prompts: GainView
+    both: GainView
+    """What they gave together beyond the sum of each alone."""
+    total: GainView
+
+
+@dataclass(frozen=True)
+class ReportView:
+    """A report with everything that is computed for showing it."""
+
+    report: ReportData
+    rounds: tuple[RoundView, ...]
+    examples: str
+    """How many validation examples there were, in words."""
+    two_by_two: TwoByTwoView | None
+    """Where it was measured."""
+    seconds: str
+    """Of the whole run."""
+
+    @property
+    def selected(self) -> RoundView:
+        """The round whose program compile returned."""
+        return self.rounds[self.report.selected]
+
+
+def view_of(report: ReportData) -> ReportView:
+    """The view of a report."""
+    size = report.valset_size
+    return ReportView(
+        report=report,
+        rounds=tuple(_round(report, position) for position in range(len(report.rounds))),
+        examples=f"{size} validation examples" if size else "no validation examples",
+        two_by_two=_two_by_two(report),
+        seconds=seconds_text(report.ledger.seconds),
+    )
+
+
+def _round(report: ReportData, position: int) -> RoundView:
+    record, effect = report.rounds[position], report.gain(position)
+    gain = None if effect is None else _gain(report, effect)
+    known = "-" if gain is None else gain.text
+    return RoundView(
+        record=record,
+        selected=position == report.selected,
+        score=report.number(record.score),
+        interval=report.score_interval(position),
+        gain=gain,
+        gain_text="" if position == 0 else known,
+        examples="-" if record.scores is None else str(len(record.scores)),
+        failures=failure_text(record.failures),
+        seconds=seconds_text(record.ledger.seconds),
+    )
+
+
+def _gain(report: ReportData, effect: Effect) -> GainView:
+    ends = ", ".join(report.number(end, sign=True) for end in (effect.low, effect.high))
+    interval = f"[{ends}]" if math.isfinite(effect.low) else ""
+    return GainView(effect, report.number(effect.gain, sign=True), interval)
+
+
+def _two_by_two(report: ReportData) -> TwoByTwoView | None:
+    cells, split = report.two_by_two, report.attribution
+    if cells is None or split is None:
+        return None
+    return TwoByTwoView(
+        means={cell: report.number(sum(scores) / len(scores)) for cell, scores in cells.items()},
+        weights=_gain(report, split.weights),
+        prompts=_gain(report, split.prompts),
+        both=_gain(report, split.interaction),
+        total=_gain(report, split.total),
+    )
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds, with a decimal below 100."""
+    return f"{seconds:.1f}" if seconds < 99.95 else f"{seconds:,.0f}"
