@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +33,9 @@ SCHEMA = 1
 
 INFORMATIVE = ("versions", "machine")
 """Keys of `run` that may differ when a run goes on: noted in the log, no error."""
+
+PER_STEP = frozenset({"optimizers", "compile_args"})
+"""Keys of `run` that hold an entry for each step."""
 
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError)
 """What reading a damaged file raises."""
@@ -76,8 +79,9 @@ class RunDirectory:
         """Start a run in a new or empty directory, or go on with the same run in its own.
 
         `run` says what was asked (strategy, seeds, student, datasets, options, versions, ...), as JSON. A run is the
-        same when all of it is equal but the keys of `INFORMATIVE`. Raises RunDirectoryError when the directory
-        belongs to another run, to something else, to another process, to a newer version, or is damaged.
+        same when all of it is equal but the keys of `INFORMATIVE`, and `PER_STEP` of the steps that never finished:
+        those have decided nothing yet, and are noted anew. Raises RunDirectoryError when the directory belongs to
+        another run, to something else, to another process, to a newer version, or is damaged.
         """
         folder = checked_folder(path)
         asked = _as_json(run)
@@ -94,10 +98,12 @@ class RunDirectory:
             if header is None:
                 header = {"schema": SCHEMA, "created": now(), "finished": None, "run": asked}
                 atomic_write(folder / "run.json", _pretty(header))
-            else:
-                _require_same(folder, header["run"], asked)
-            _remove_temporary(folder)
             records = _read_records(folder / "records.jsonl")
+            noted = _going_on(folder, header["run"], asked, records)
+            if noted != header["run"]:
+                header = {**header, "run": noted}
+                atomic_write(folder / "run.json", _pretty(header))
+            _remove_temporary(folder)
             with disk_errors(folder):
                 for name in ("adapters", "programs"):
                     (folder / name).mkdir(exist_ok=True)
@@ -234,13 +240,17 @@ def _read_header(folder: Path) -> dict[str, Any] | None:
     return {**header, "run": run}
 
 
-def _require_same(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def _going_on(
+    folder: Path, stored: dict[str, Any], asked: Mapping[str, Any], records: Sequence[StepRecord]
+) -> dict[str, Any]:
+    """What the directory notes when it goes on with this call. Raises RunDirectoryError for another run."""
     if stored.get("form") != asked.get("form"):
         raise RunDirectoryError(
             f"{folder} was made by another version of bettertogether, which noted other things about what was asked: "
             "whether this is the same call can't be told. Give another run_dir, or go on with that version."
         )
-    differences = list(_differences(stored, asked))
+    noted = _noted(stored, asked, records)
+    differences = list(_differences(noted, asked))
     for key, line in differences:
         if key.split(".")[0] in INFORMATIVE:
             logger.warning("%s goes on under other circumstances: %s", folder, line)
@@ -252,6 +262,18 @@ def _require_same(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, A
             f"{folder} holds another run; what differs:\n  " + "\n  ".join(blocking) + "\n"
             "Make the call as it was to go on with that run, or give another run_dir (or delete this one) to start."
         )
+    return noted
+
+
+def _noted(stored: dict[str, Any], asked: Mapping[str, Any], records: Sequence[StepRecord]) -> dict[str, Any]:
+    """What the directory has noted, but what this call has for the steps that never finished."""
+    finished = {record.step for record in records if record.status == "complete"}
+    steps = (stored.get("optimizers", {}).keys() & asked.get("optimizers", {}).keys()) - finished
+    noted = dict(stored)
+    for key in PER_STEP & stored.keys():
+        kept = {step: entry for step, entry in stored[key].items() if step not in steps}
+        noted[key] = kept | {step: entry for step, entry in asked.get(key, {}).items() if step in steps}
+    return noted
 
 
 def _differences(stored: Any, asked: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -139,6 +139,57 @@ def test_another_call_is_refused_with_what_differs(
     call(tmp_path / "run", **first)
 
 
+class Stops(Same):
+    """Fails while the switch of its class is on."""
+
+    on = True
+
+    def compile(self, student: dspy.Module, *, trainset: Any, extra: Any = None) -> dspy.Module:
+        if Stops.on:
+            raise OSError("no space left")
+        return super().compile(student, trainset=trainset, extra=extra)
+
+
+def mended(run_dir: Path, **changes: Any) -> dspy.Module:
+    """Two steps, of which the second one may fail."""
+    options = {"strategy": "s -> x", "optimizers": lambda: {"s": Same(), "x": Stops()}}
+    return call(run_dir, **(options | changes))
+
+
+def test_a_step_mended_after_it_failed_goes_on_and_is_noted_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    assert [r.status for r in mended(run).report.rounds] == ["complete", "complete", "failed"]
+    monkeypatch.setattr(Stops, "on", False)
+    steps = {"s": Same(), "x": Stops(option=7)}
+    report = mended(run, optimizers=lambda: steps, optimizer_compile_args={"x": {"extra": 3}}).report
+    assert [(r.strategy, r.status) for r in report.rounds] == [(name, "complete") for name in ("", "s", "s -> x")]
+    assert (steps["s"].times, steps["x"].times) == (0, 1)
+    noted = json.loads((run / "run.json").read_text())["run"]
+    assert (noted["optimizers"]["x"]["option"], noted["compile_args"]["x"]) == ("7", {"extra": "3"})
+    with pytest.raises(RunDirectoryError, match=r"compile_args\.x\.extra(.|\n)*optimizers\.x\.option"):
+        mended(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"optimizers": lambda: {"s": Same(2), "x": Stops()}}, r"optimizers\.s\.option"),
+        ({"optimizer_compile_args": {"s": {"extra": 2}}}, r"compile_args\.s\.extra"),
+        ({"strategy": "s -> y", "optimizers": lambda: {"s": Same(), "y": Same()}}, r"optimizers\.x\.option"),
+        ({"seed": 3}, "seed"),
+    ],
+    ids=["settings of a finished step", "arguments of a finished step", "another step", "seed"],
+)
+def test_after_a_failed_step_what_decided_something_still_counts(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    mended(tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match=rf"holds another run; what differs:(.|\n)*{named}"):
+        mended(tmp_path / "run", **changes)
+
+
 SAME: list[dict[str, Any]] = [
     {},
     {"strategy": " s"},
