@@ -22,7 +22,7 @@ LIGHT = [
     module
     for module in MODULES
     if not module.startswith(("bettertogether.engines.", "bettertogether.training."))
-    or module in ("bettertogether.engines.protocol", "bettertogether.training.config")
+    or module.removeprefix("bettertogether.") in ("engines.protocol", "training.config", "training.progress")
 ]
 
 

@@ -164,7 +164,7 @@ def require_content(adapter: Path, model: str) -> None:
     """Raise ArtifactError unless an adapter folder holds what the model's name, which ends in a hash, stands for."""
     if not (adapter / "adapter_config.json").exists():
         return
-    from ..engines.adapters import content_hash
+    from ..training.adapter_folder import content_hash
 
     try:
         found = content_hash(adapter)

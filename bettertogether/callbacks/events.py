@@ -24,8 +24,8 @@ from ..printable import get_logger
 from ..records import StepRecord
 
 if TYPE_CHECKING:
-    from ..engines.protocol import TrainingProgress
     from ..report.report import CompileReport
+    from ..training.progress import TrainingProgress
 
 logger = get_logger(__name__)
 

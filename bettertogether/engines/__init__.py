@@ -5,12 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..training.progress import ProgressFunction, TrainingProgress
 from .protocol import (
     MODEL_PREFIX,
     ChatMessage,
     FinetuneResult,
     LocalEngine,
-    TrainingProgress,
     TrainingRow,
     adapter_model_name,
     adapter_round,
@@ -27,6 +27,7 @@ __all__ = [
     "ChatMessage",
     "FinetuneResult",
     "LocalEngine",
+    "ProgressFunction",
     "TrainingProgress",
     "TrainingRow",
     "TransformersEngine",

@@ -15,13 +15,14 @@ from dspy.lm15 import ContextLengthError, Request, Response
 from ..errors import ConfigError, ModelError
 from ..files import cache_folder
 from ..training.config import LoRAConfig, TrainingConfig
+from ..training.progress import ProgressFunction
+from .answers import SamplingOptions
 from .finetuning import TrainingJob, prepare
 from .fingerprint import model_hash, short_hash
 from .loading import read_card
-from .local.decoder import SamplingOptions
-from .local.training_turn import TrainingTurn
-from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, ProgressFunction, TrainingRow
+from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, TrainingRow
 from .rendering import DEFAULT_TEMPLATE_KWARGS, PromptRenderer, messages_of
+from .training_turn import TrainingTurn
 
 DEFAULT_MAX_TOKENS = 1024
 PARAMS = frozenset({"temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "logprobs"})

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 from ..errors import ModelError, NoTrainingDataError, RunDirectoryError
 from ..files import FileLock
 from ..printable import get_logger
+from ..training.adapter_folder import content_hash, write_round
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.packing import TokenizedRow
-from .adapters import content_hash, write_round
-from .protocol import ChatMessage, FinetuneResult, ProgressFunction, TrainingRow, adapter_model_name, adapter_round
+from ..training.progress import ProgressFunction
+from .protocol import ChatMessage, FinetuneResult, TrainingRow, adapter_model_name, adapter_round
 
 logger = get_logger(__name__)
 

@@ -20,12 +20,7 @@ from transformers import (
 
 from ..errors import ConfigError, ModelError
 from ..printable import get_logger
-from .adapters import AdapterBank
-from .local.decoder import Decoder
-from .local.packed_attention import more_than_attention
-from .local.packed_decoder import PackedDecoder
-from .local.packed_linear import pack_linear_layers
-from .local.plain_decoder import PlainDecoder
+from ..training.adapter_folder import CONFIG_FILE
 
 logger = get_logger(__name__)
 
@@ -125,7 +120,7 @@ def _check_folder(folder: Path) -> None:
     has_weights = any(name.endswith(WEIGHTS) for name in names)
     missing = ["config.json"] * ("config.json" not in names) + ["model.safetensors"] * (not has_weights)
     if missing:
-        hint = " It holds an adapter: load the base model, then add_adapter(folder)." * ("adapter_config.json" in names)
+        hint = " It holds an adapter: load the base model, then add_adapter(folder)." * (CONFIG_FILE in names)
         raise ModelError(
             f"{folder} is not the folder of a transformers model: {' and '.join(missing)} missing.{hint} Give the "
             "folder that save_pretrained wrote, or a hub id."
@@ -182,58 +177,13 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype, *, pack: bool = True) -> Any:
-    """The model with its weights, frozen and in eval mode. Raises ModelError.
-
-    `pack` holds the weights of linear layers a second time where that makes answers faster; training has no use for
-    it.
-    """
+def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with its weights, frozen and in eval mode. Raises ModelError."""
     try:
         model = AutoModelForCausalLM.from_pretrained(card.source, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ModelError(f"The weights of {card.source!r} can't be loaded: {error}") from error
-    model = model.to(device).eval().requires_grad_(False)
-    if pack:
-        pack_linear_layers(model)
-    return model
-
-
-def make_decoder(model: Any, adapters: AdapterBank, cache_bytes: int) -> Decoder:
-    """The packed decoder, or the plain one where packing does not give this model's own logits (said in the log)."""
-    reason = why_not_packed(model, adapters)
-    if reason is None:
-        return PackedDecoder(model, adapters, cache_bytes=cache_bytes)
-    logger.warning("%s answers in padded batches, without shared prefixes: %s.", type(model).__name__, reason)
-    return PlainDecoder(model, adapters, pads=_pads_exactly(model, adapters))
-
-
-def _pads_exactly(model: Any, adapters: AdapterBank) -> bool:
-    """Whether a prompt gets its own logits when it is padded to the length of another one."""
-    vocabulary = model.config.get_text_config().vocab_size
-    prompts = [[(7919 * place + 11) % vocabulary for place in range(length)] for length in (12, 19)]
-    decoder = PlainDecoder(model, adapters)
-    alone_V, padded_V = decoder.probe(prompts[:1])[0].float(), decoder.probe(prompts)[0].float()
-    return bool((padded_V - alone_V).norm() <= (1e-3 if model.dtype == torch.float32 else 2e-2) * alone_V.norm())
-
-
-def why_not_packed(model: Any, adapters: AdapterBank) -> str | None:
-    """Why packed attention can't serve a model; None where a short text gets the same logits with it."""
-    return more_than_attention(model) or _differs(model, adapters)
-
-
-@torch.inference_mode()
-def _differs(model: Any, adapters: AdapterBank) -> str | None:
-    tokens = [(7919 * place + 11) % model.config.get_text_config().vocab_size for place in range(14)]
-    expected_V = model(torch.tensor([tokens], device=model.device)).logits[0, -1].float()
-    try:
-        found_V = PackedDecoder(model, adapters, cache_bytes=1 << 30).probe(tokens, prefix_length=8).float()
-    except Exception as error:  # whatever a model's code does with an attention function that it does not know
-        return f"{type(error).__name__}: {error}"
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.06
-    difference = float((expected_V - found_V).abs().max())
-    if difference <= tolerance * float(expected_V.max() - expected_V.min()):
-        return None
-    return f"its logits differ by {difference:.2g} under packed attention"
+    return model.to(device).eval().requires_grad_(False)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ModelError
-from .adapters import linear_shapes, read_adapter_config, read_weights
+from ..training.adapter_folder import read_adapter_config
+from .adapters import linear_shapes, read_weights
 from .fingerprint import model_hash
 
 

@@ -7,7 +7,7 @@ package talks to models through it, so a test can put `bettertogether.testing.Fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, runtime_checkable
@@ -16,6 +16,7 @@ from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response
 
 from ..training.config import LoRAConfig, TrainingConfig
+from ..training.progress import ProgressFunction, TrainingProgress
 
 
 class ChatMessage(TypedDict):
@@ -37,24 +38,6 @@ class TrainingRow:
 
 
 @dataclass(frozen=True)
-class TrainingProgress:
-    """One line of a training run, sent to the `on_progress` callback and kept in `FinetuneResult.history`."""
-
-    step: int
-    """Optimizer steps done."""
-    total_steps: int
-    epoch: float
-    """Passes over the rows done; 0.5 is half of the first."""
-    loss: float | None
-    """Mean loss per completion token of this step's rows; None on a line that only reports `validation_loss`."""
-    validation_loss: float | None
-    """Mean loss per completion token on the validation rows: at step 0 and at the end of each epoch, else None."""
-    tokens: int
-    """Tokens trained on so far (forward tokens, as packed)."""
-    learning_rate: float
-
-
-@dataclass(frozen=True)
 class FinetuneResult:
     """A trained adapter, already served by the engine that trained it."""
 
@@ -73,9 +56,6 @@ class FinetuneResult:
     """Held-out loss of the weights kept."""
     skipped_rows: tuple[tuple[int, str], ...] = field(default=())
     """Rows left out, as (index, reason)."""
-
-
-ProgressFunction = Callable[[TrainingProgress], None]
 
 
 @runtime_checkable

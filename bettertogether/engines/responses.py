@@ -19,8 +19,7 @@ from dspy.lm15 import (
     Usage,
 )
 
-from .local.decoder import TokenScore
-from .local.scheduler import Answer
+from .answers import Answer, TokenScore
 from .thinking import ThoughtSplitter, split_thoughts
 
 

@@ -26,10 +26,11 @@ from typing import Any
 
 from dspy.lm15 import Config, Message, Request, StreamDeltaEvent, TextDelta
 
-from ..engines.protocol import MODEL_PREFIX, FinetuneResult, LocalEngine, TrainingProgress, TrainingRow, adapter_round
+from ..engines.protocol import MODEL_PREFIX, FinetuneResult, LocalEngine, TrainingRow, adapter_round
 from ..errors import NoTrainingDataError, UnknownAdapterError
 from ..lm import engine_lm
 from ..training.config import LoRAConfig, TrainingConfig
+from ..training.progress import TrainingProgress
 
 
 class EngineContract:

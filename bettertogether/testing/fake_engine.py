@@ -35,14 +35,13 @@ from ..engines.protocol import (
     MODEL_PREFIX,
     ChatMessage,
     FinetuneResult,
-    ProgressFunction,
-    TrainingProgress,
     TrainingRow,
     adapter_model_name,
     adapter_round,
 )
 from ..errors import NoTrainingDataError, UnknownAdapterError
 from ..training.config import LoRAConfig, TrainingConfig
+from ..training.progress import ProgressFunction, TrainingProgress
 from .engine_contract import EngineContract
 
 __all__ = ["Answer", "EngineContract", "FakeEngine", "FakeRequest"]

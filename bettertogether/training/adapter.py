@@ -19,16 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..engines.adapters import read_adapter_config, read_tensors
 from ..errors import ConfigError, ModelError, NotTrainableError
 from ..files import atomic_write
+from .adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_tensors
 from .config import LoRAConfig
 from .targets import chosen_layers
 
 ADAPTER_NAME = "bettertogether_training"
 KEY_PREFIX = "base_model.model."
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)

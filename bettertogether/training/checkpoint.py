@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..engines.protocol import TrainingProgress
 from ..errors import TrainingError
 from ..files import atomic_write
 from .packing import TokenizedRow
+from .progress import TrainingProgress
 
 SCHEMA = 1
 FOLDER = "checkpoint"

@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoRALinear
 from torch import Tensor, nn
 
-from ..engines.local.packed_linear import PackedLinear
+from .layers import LinearUnderAutograd
 
 CHUNK_ELEMENTS = 1 << 20
 """Logits handled at once in the loss: 4 MiB in float32."""
@@ -73,7 +73,7 @@ def _can_fuse(module: LoRALinear, adapter: str) -> bool:
     base = module.get_base_layer()
     return (
         type(module) is LoRALinear
-        and type(base) in (nn.Linear, PackedLinear)
+        and (type(base) is nn.Linear or isinstance(base, LinearUnderAutograd))
         and adapter in module.lora_A
         and isinstance(module.lora_dropout[adapter], nn.Identity)
         and adapter not in module.lora_variant

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..engines.local.packed_attention import more_than_attention
 from ..printable import get_logger
 from .attention import ATTENTION_NAME, PackedLayout, attention_implementation
 from .fused import completion_loss_sum
+from .layers import more_than_attention
 from .packing import MicroBatch, PrefixGroup, TokenizedRow, micro_batches, pack
 
 LOGIT_ELEMENTS = 1 << 27

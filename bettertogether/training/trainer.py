@@ -16,7 +16,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..engines.protocol import ProgressFunction, TrainingProgress
 from ..errors import DataError, NoTrainingDataError, TrainingError
 from ..printable import get_logger
 from . import checkpoint
@@ -27,6 +26,7 @@ from .fused import fused_lora
 from .loss import RowLoss, row_loss
 from .packing import TokenizedRow, epoch_batches
 from .precision import checkpoint_gradients, compute_dtype, four_bit_copy, tokens_in_memory
+from .progress import ProgressFunction, TrainingProgress
 
 EVALUATION_ROWS = 256
 """Validation rows whose prefixes are sought together; the search is quadratic in them."""

@@ -21,12 +21,12 @@ from typing import IO, Any
 import torch
 
 from .. import errors
-from ..engines.protocol import ProgressFunction, TrainingProgress
 from ..errors import BetterTogetherError, ConfigError, TrainingError
 from ..files import atomic_write
 from ..processes import WatchedProcess, last_lines
 from .config import LoRAConfig, TrainingConfig
 from .packing import TokenizedRow
+from .progress import ProgressFunction, TrainingProgress
 from .trainer import TrainedAdapter, train_adapter
 
 POLL_S = 0.1

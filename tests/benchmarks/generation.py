@@ -24,8 +24,10 @@ from sklearn.datasets import load_iris
 from transformers import GenerationConfig
 
 from bettertogether.engines.adapters import AdapterBank, linear_shapes
-from bettertogether.engines.loading import load_model, make_decoder, pick_dtype, read_card
+from bettertogether.engines.loading import load_model, pick_dtype, read_card
+from bettertogether.engines.local.choice import make_decoder
 from bettertogether.engines.local.decoder import Row
+from bettertogether.engines.local.packed_linear import pack_linear_layers
 from bettertogether.engines.local.scheduler import Job, Scheduler
 from bettertogether.engines.local.text_stream import TextStream
 from bettertogether.engines.protocol import ChatMessage
@@ -76,6 +78,7 @@ class Bench:
         self.card = read_card(options.model)
         device = torch.device("cpu")
         self.model = load_model(self.card, device, pick_dtype(options.dtype, device))
+        pack_linear_layers(self.model)
         self.renderer = PromptRenderer(self.card.tokenizer, self.card.eos_ids, None)
         adapters = AdapterBank("model", lambda: linear_shapes(self.model))
         adapters.attach(self.model)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bettertogether.engines.loading import load_model, read_card
-from bettertogether.engines.local.packed_linear import PackedLinear
+from bettertogether.engines.local.packed_linear import PackedLinear, pack_linear_layers
 
 ROWS = (1, 8, 16, 32, 64, 256, 2048)
 
@@ -49,6 +49,7 @@ def main() -> None:
     card = read_card(options.model)
     for dtype in options.dtypes:
         model = load_model(card, torch.device("cpu"), getattr(torch, dtype))
+        pack_linear_layers(model)
         head = model.get_output_embeddings()
         body = [layer for layer in model.modules() if isinstance(layer, PackedLinear) and layer is not head]
         if not body:

@@ -13,11 +13,11 @@ import dspy
 import pytest
 
 from bettertogether.callbacks import Callback, MLflowCallback, ProgressDisplay, ProgressEvent, emit, listening
-from bettertogether.engines.protocol import TrainingProgress
 from bettertogether.errors import ConfigError, MissingExtraError
 from bettertogether.records import Ledger, StepRecord
 from bettertogether.report import CompileReport
 from bettertogether.rollouts.parallel import parallel_map
+from bettertogether.training.progress import TrainingProgress
 
 
 class Recorder(Callback):

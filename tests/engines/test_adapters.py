@@ -13,18 +13,12 @@ from safetensors.torch import load_file, save_file
 from small_models import SIZES, decode, generated, prompts, save_adapter, tiny_model
 from transformers import LlamaConfig
 
-from bettertogether.engines.adapters import (
-    AdaptedSpan,
-    AdapterBank,
-    content_hash,
-    linear_shapes,
-    meta_linear_shapes,
-    write_round,
-)
+from bettertogether.engines.adapters import AdaptedSpan, AdapterBank, linear_shapes, meta_linear_shapes
 from bettertogether.engines.local.decoder import Row
 from bettertogether.engines.local.packed_decoder import PackedDecoder
 from bettertogether.engines.local.plain_decoder import PlainDecoder
 from bettertogether.errors import ModelError, UnknownAdapterError
+from bettertogether.training.adapter_folder import content_hash, write_round
 
 
 @pytest.fixture(scope="module")

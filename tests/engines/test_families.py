@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from bettertogether.engines.adapters import AdapterBank, linear_shapes
-from bettertogether.engines.loading import make_decoder, read_card
+from bettertogether.engines.loading import read_card
+from bettertogether.engines.local.choice import make_decoder
 from bettertogether.engines.local.decoder import Row
 from bettertogether.engines.local.packed_decoder import PackedDecoder
 from bettertogether.errors import ModelError

@@ -16,10 +16,10 @@ from small_models import generated
 from transformers import AutoModelForCausalLM
 
 from bettertogether.engines import FinetuneResult, TrainingProgress, TrainingRow, TransformersEngine
-from bettertogether.engines.adapters import content_hash
 from bettertogether.engines.finetuning import prepare, train
 from bettertogether.errors import NoTrainingDataError, UnknownAdapterError
 from bettertogether.training import fused
+from bettertogether.training.adapter_folder import content_hash
 from bettertogether.training.config import LoRAConfig, TrainingConfig
 
 TRAINING = TrainingConfig(epochs=12, batch_size=4, learning_rate=2e-2, dtype="float32")

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bettertogether.engines.adapter_settings import is_bounded
-from bettertogether.engines.adapters import read_adapter_config
 from bettertogether.engines.merging import merge_adapter
 from bettertogether.errors import ModelError
 from bettertogether.training.adapter import read_adapter
+from bettertogether.training.adapter_folder import read_adapter_config
+from bettertogether.training.adapter_settings import is_bounded
 
 IDS_B_T = torch.tensor([[1, 2, 3, 4, 5]])
 

@@ -15,9 +15,10 @@ from dspy.lm15 import Config, Message, Request
 from small_models import CHATML, VOCABULARY, byte_tokenizer, save_model
 
 from bettertogether.engines import TransformersEngine
+from bettertogether.engines.local.thinking import ThinkingConstraint
 from bettertogether.engines.rendering import PromptRenderer
 from bettertogether.engines.structured import GrammarCompiler, after_thoughts, answer_grammar
-from bettertogether.engines.thinking import ThinkingConstraint, ThoughtSplitter, split_thoughts
+from bettertogether.engines.thinking import ThoughtSplitter, split_thoughts
 from bettertogether.errors import ModelError
 from bettertogether.lm import engine_lm
 

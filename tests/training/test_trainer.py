@@ -15,11 +15,11 @@ from reference import padded_loss_sum, relative_error
 from safetensors.torch import load_file
 from tiny import GEMMA2, fingerprint, random_rows, tiny_model
 
-from bettertogether.engines.protocol import TrainingProgress
 from bettertogether.errors import ConfigError, DataError, NoTrainingDataError, TrainingError
 from bettertogether.training import LoRAConfig, TrainingConfig
 from bettertogether.training.adapter import training_adapter
 from bettertogether.training.packing import TokenizedRow, epoch_batches
+from bettertogether.training.progress import TrainingProgress
 from bettertogether.training.trainer import TrainedAdapter, learning_rate, train_adapter
 
 ROWS = random_rows(20, shared=20)

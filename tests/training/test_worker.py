@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file
 from tiny import random_rows, tiny_model
 
-from bettertogether.engines.protocol import TrainingProgress
 from bettertogether.errors import ConfigError, TrainingError
 from bettertogether.training import TrainingConfig
+from bettertogether.training.progress import TrainingProgress
 from bettertogether.training.trainer import train_adapter
 from bettertogether.training.worker import _result, launch
 

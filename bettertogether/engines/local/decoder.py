@@ -7,61 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from dspy.lm15 import Config, UnsupportedFeatureError
-
-UNSUPPORTED = ("frequency_penalty", "presence_penalty", "reasoning", "tool_choice", "probabilities", "extensions")
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How the next token is picked from the model's distribution."""
-
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens whose probabilities add up to this, 0 to 1."""
-    top_k: int | None = None
-    """Keep this many of the likeliest tokens."""
-    seed: int | None = None
-    """Same seed and prompt, same text; None draws fresh entropy."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are not part of it."""
-    logprobs: int | None = None
-    """Report log probabilities: of the chosen tokens, and of so many of the likeliest; None: none."""
-
-    @classmethod
-    def from_config(cls, config: Config) -> SamplingOptions:
-        """The options of a request. Raises UnsupportedFeatureError for those that this engine has not."""
-        for name in UNSUPPORTED:
-            if getattr(config, name):
-                raise UnsupportedFeatureError(
-                    f"{name}={getattr(config, name)!r} is not supported by the local engine. Allowed: temperature, "
-                    "max_tokens, top_p, top_k, stop, seed, logprobs and response_format. Leave it out.",
-                    feature=f"config.{name}",
-                )
-        return cls(
-            temperature=config.temperature or 0.0,
-            top_p=1.0 if config.top_p is None else config.top_p,
-            top_k=config.top_k,
-            seed=config.seed,
-            stop=config.stop,
-            logprobs=config.logprobs,
-        )
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken each time."""
-        return self.temperature == 0.0 or self.top_p == 0.0 or self.top_k == 1
-
-
-@dataclass(frozen=True)
-class TokenScore:
-    """Log probability of a chosen token, in the model's unmodified distribution."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens and their log probabilities, likeliest first."""
+from ..answers import SamplingOptions, TokenScore
 
 
 class TokenConstraint(Protocol):
@@ -97,7 +43,7 @@ class Row:
     max_new_tokens: int
     adapter: str = ""
     """Model name of the adapter; "" is the base."""
-    sampling: SamplingOptions = SamplingOptions()
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     constraint: TokenConstraint | None = None
     output_ids: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)

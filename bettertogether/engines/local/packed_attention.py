@@ -18,19 +18,6 @@ from transformers.modeling_utils import AttentionInterface
 ATTENTION_NAME = "bettertogether_packed"
 
 
-ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
-"""Layer types of transformers' configs whose tokens see one another by plain attention alone."""
-
-
-def more_than_attention(model: Any) -> str | None:
-    """What a model has besides attention that carries something from token to token, by its config; None: nothing."""
-    types = getattr(model.config.get_text_config(), "layer_types", None)
-    if types is None:
-        return "its layers keep a state" if getattr(model, "_is_stateful", False) else None
-    others = sorted(set(types) - ATTENTION_LAYERS)
-    return f"its layers are of type {', '.join(others)}" if others else None
-
-
 @dataclass(frozen=True)
 class AttentionKind:
     """What a layer asks of its attention."""

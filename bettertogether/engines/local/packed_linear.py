@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...printable import get_logger
+from ...training.layers import LinearUnderAutograd
 
 logger = get_logger(__name__)
 
@@ -25,7 +26,7 @@ ROWS_HINT = 64
 """Rows that the layout is chosen for; others differ little."""
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(LinearUnderAutograd):
     """A linear layer that uses the packed copy of its weights in inference mode, and is a plain one otherwise.
 
     The weights must not change afterwards.

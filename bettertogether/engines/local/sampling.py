@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...errors import NumericsError
-from .decoder import Decision, Row, TokenScore
+from ..answers import TokenScore
+from .decoder import Decision, Row
 
 NUCLEUS = 1024
 """Tokens looked at first for top_p; sorting the whole vocabulary is the slow exception."""

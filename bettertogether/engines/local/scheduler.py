@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ...errors import EngineClosedError
 from ...printable import get_logger
-from .decoder import Decision, Decoder, Row, TokenScore
+from ..answers import Answer, FinishReason, TokenScore
+from .decoder import Decision, Decoder, Row
 from .text_stream import TextStream
 
 logger = get_logger(__name__)
@@ -29,23 +30,6 @@ GATHER_ROUNDS = 5
 EXIT_WAIT_S = 30.0
 """How long the end of the program may wait for a training on a daemon thread."""
 COUNTERS = ("requests", "prompt_tokens", "generated_tokens", "forced_tokens", "batches")
-
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished row."""
-
-    text: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    reused_tokens: int
-    generated_tokens: int
-    scores: tuple[TokenScore, ...]
-    cut: bool
-    """Whether a stop text cut the text short of its tokens."""
 
 
 TokenSink = Callable[[str, Sequence[TokenScore]], Any]

@@ -15,18 +15,22 @@ from dspy.lm15 import Request, Response
 
 from ...errors import ConfigError
 from ...training.lending import ModelState, lent_out
+from ...training.progress import ProgressFunction, TrainingProgress
 from ..adapters import AdapterBank, linear_shapes, meta_linear_shapes
+from ..answers import Answer, TokenScore
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
-from ..closing import ClosingConstraint
 from ..finetuning import TrainingJob, train
-from ..loading import is_out_of_memory, load_model, make_decoder, pick_device, pick_dtype
-from ..protocol import FinetuneResult, ProgressFunction, TrainingProgress, TrainingRow
+from ..loading import is_out_of_memory, load_model, pick_device, pick_dtype
+from ..protocol import FinetuneResult, TrainingRow
 from ..responses import ResponseWriter
 from ..structured import GrammarCompiler, structured_output_available
-from ..thinking import ThinkingConstraint
-from .decoder import Decoder, Row, TokenConstraint, TokenScore
-from .scheduler import Answer, Job, Scheduler
+from .choice import make_decoder
+from .closing import ClosingConstraint
+from .decoder import Decoder, Row, TokenConstraint
+from .packed_linear import pack_linear_layers
+from .scheduler import Job, Scheduler
 from .text_stream import TextStream
+from .thinking import ThinkingConstraint
 
 WAIT_S = 0.2
 """A waiting thread wakes so often, so that Ctrl-C reaches it."""
@@ -250,6 +254,7 @@ class TransformersEngine(BaseEngine):
             if self._model is None:
                 self._check_unchanged()
                 model = load_model(self._card, self._device, self._dtype)
+                pack_linear_layers(model)
                 # Now, since a training wraps layers for its time.
                 self._shapes = linear_shapes(model)
                 self._adapters.attach(model)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from dspy.lm15 import InvalidRequestError, ServerError
 
-from ..local.decoder import SamplingOptions, TokenScore
+from ..answers import SamplingOptions, TokenScore
 
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
 """A server fills fields that are not sent from the model's generation_config.json."""

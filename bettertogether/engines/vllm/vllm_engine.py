@@ -21,12 +21,14 @@ from dspy.lm15 import Request, Response, ServerError, TransportError
 
 from ...errors import ConfigError, EngineBusyError, EngineClosedError, ModelError
 from ...printable import get_logger
-from ..adapters import adapter_name, read_adapter_config, unknown_adapter
+from ...training.adapter_folder import read_adapter_config
+from ...training.progress import ProgressFunction
+from ..adapters import adapter_name, unknown_adapter
+from ..answers import Answer
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
 from ..finetuning import TrainingJob, train
 from ..loading import load_model, pick_device, pick_dtype
-from ..local.scheduler import Answer
-from ..protocol import MODEL_PREFIX, FinetuneResult, ProgressFunction
+from ..protocol import MODEL_PREFIX, FinetuneResult
 from ..responses import ResponseWriter
 from ..structured import after_thoughts, answer_grammar
 from .api import check, chunks_of, sampling_fields, scores_of
@@ -407,7 +409,7 @@ class VLLMEngine(BaseEngine):
     def _train_here(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
         """Train in this process, on a model of its own that is freed afterwards."""
         device = pick_device("auto")
-        model = load_model(self._card, device, pick_dtype("auto", device), pack=False)
+        model = load_model(self._card, device, pick_dtype("auto", device))
         try:
             return train(self, job, model, self._card.source, on_progress)
         finally:

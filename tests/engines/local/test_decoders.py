@@ -9,8 +9,9 @@ import torch
 from small_models import PACKED, bank, decode, generated, prompts, tiny_model
 from transformers import GptOssConfig, LlamaConfig
 
-from bettertogether.engines.loading import make_decoder, why_not_packed
-from bettertogether.engines.local.decoder import Decision, Row, SamplingOptions
+from bettertogether.engines.answers import SamplingOptions
+from bettertogether.engines.local.choice import make_decoder, why_not_packed
+from bettertogether.engines.local.decoder import Decision, Row
 from bettertogether.engines.local.packed_decoder import LONG_ROW, PackedDecoder
 from bettertogether.engines.local.plain_decoder import PlainDecoder
 

@@ -23,7 +23,8 @@ from small_models import save_adapter
 import bettertogether.engines.local.packed_decoder as packed_decoder
 from bettertogether import LoRAConfig, TrainingConfig, local_lm
 from bettertogether.engines import TrainingProgress, TrainingRow, TransformersEngine
-from bettertogether.engines.local.decoder import Row, SamplingOptions
+from bettertogether.engines.answers import SamplingOptions
+from bettertogether.engines.local.decoder import Row
 from bettertogether.engines.local.sampling import decide
 from bettertogether.errors import EngineBusyError, EngineClosedError, NumericsError
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from dspy.lm15 import Config, UnsupportedFeatureError
 
-from bettertogether.engines.local.decoder import Row, SamplingOptions
+from bettertogether.engines.answers import SamplingOptions
+from bettertogether.engines.local.decoder import Row
 from bettertogether.engines.local.sampling import choose, decide
 
 LOGITS_1_V = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from bettertogether.engines.local.decoder import Decision, Row, SamplingOptions, TokenScore
-from bettertogether.engines.local.scheduler import Answer, Job, Scheduler
+from bettertogether.engines.answers import Answer, SamplingOptions, TokenScore
+from bettertogether.engines.local.decoder import Decision, Row
+from bettertogether.engines.local.scheduler import Job, Scheduler
 from bettertogether.engines.local.text_stream import TextStream
 from bettertogether.errors import EngineClosedError
 

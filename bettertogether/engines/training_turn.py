@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from ...errors import EngineBusyError
-from ...printable import get_logger
-from ..protocol import ProgressFunction, TrainingProgress
+from ..errors import EngineBusyError
+from ..printable import get_logger
+from ..training.progress import ProgressFunction, TrainingProgress
 
 logger = get_logger(__name__)
 

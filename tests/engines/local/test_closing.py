@@ -11,7 +11,7 @@ from dspy.lm15 import Config, Message, Request
 from small_models import VOCABULARY, byte_tokenizer
 
 from bettertogether.engines import TransformersEngine
-from bettertogether.engines.closing import ClosingConstraint
+from bettertogether.engines.local.closing import ClosingConstraint
 from bettertogether.engines.structured import GrammarCompiler
 
 TOKENIZER = byte_tokenizer()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Protocol
 
-from .local.decoder import TokenConstraint
+from .decoder import TokenConstraint
 
 LOOKAHEAD = 64
 """Tokens before the last one at which an answer's end comes into view."""

@@ -1,0 +1,54 @@
+"""Which decoder serves a model: the packed one where it gives the model's own logits, else the plain one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...printable import get_logger
+from ...training.layers import more_than_attention
+from ..adapters import AdapterBank
+from .decoder import Decoder
+from .packed_decoder import PackedDecoder
+from .plain_decoder import PlainDecoder
+
+logger = get_logger(__name__)
+
+
+def make_decoder(model: Any, adapters: AdapterBank, cache_bytes: int) -> Decoder:
+    """The packed decoder, or the plain one where packing does not give this model's own logits (said in the log)."""
+    reason = why_not_packed(model, adapters)
+    if reason is None:
+        return PackedDecoder(model, adapters, cache_bytes=cache_bytes)
+    logger.warning("%s answers in padded batches, without shared prefixes: %s.", type(model).__name__, reason)
+    return PlainDecoder(model, adapters, pads=_pads_exactly(model, adapters))
+
+
+def _pads_exactly(model: Any, adapters: AdapterBank) -> bool:
+    """Whether a prompt gets its own logits when it is padded to the length of another one."""
+    vocabulary = model.config.get_text_config().vocab_size
+    prompts = [[(7919 * place + 11) % vocabulary for place in range(length)] for length in (12, 19)]
+    decoder = PlainDecoder(model, adapters)
+    alone_V, padded_V = decoder.probe(prompts[:1])[0].float(), decoder.probe(prompts)[0].float()
+    return bool((padded_V - alone_V).norm() <= (1e-3 if model.dtype == torch.float32 else 2e-2) * alone_V.norm())
+
+
+def why_not_packed(model: Any, adapters: AdapterBank) -> str | None:
+    """Why packed attention can't serve a model; None where a short text gets the same logits with it."""
+    return more_than_attention(model) or _differs(model, adapters)
+
+
+@torch.inference_mode()
+def _differs(model: Any, adapters: AdapterBank) -> str | None:
+    tokens = [(7919 * place + 11) % model.config.get_text_config().vocab_size for place in range(14)]
+    expected_V = model(torch.tensor([tokens], device=model.device)).logits[0, -1].float()
+    try:
+        found_V = PackedDecoder(model, adapters, cache_bytes=1 << 30).probe(tokens, prefix_length=8).float()
+    except Exception as error:  # whatever a model's code does with an attention function that it does not know
+        return f"{type(error).__name__}: {error}"
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.06
+    difference = float((expected_V - found_V).abs().max())
+    if difference <= tolerance * float(expected_V.max() - expected_V.min()):
+        return None
+    return f"its logits differ by {difference:.2g} under packed attention"

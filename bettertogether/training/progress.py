@@ -1,0 +1,27 @@
+"""What a training tells while it runs. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """One line of a training run, sent to the `on_progress` callback and kept in `FinetuneResult.history`."""
+
+    step: int
+    """Optimizer steps done."""
+    total_steps: int
+    epoch: float
+    """Passes over the rows done; 0.5 is half of the first."""
+    loss: float | None
+    """Mean loss per completion token of this step's rows; None on a line that only reports `validation_loss`."""
+    validation_loss: float | None
+    """Mean loss per completion token on the validation rows: at step 0 and at the end of each epoch, else None."""
+    tokens: int
+    """Tokens trained on so far (forward tokens, as packed)."""
+    learning_rate: float
+
+
+ProgressFunction = Callable[[TrainingProgress], None]
