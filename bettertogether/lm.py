@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +147,7 @@ def local_lm(
         max_tokens: Tokens of an answer at most; None: 1024, or what the context has left.
         cache: Use DSPy's cache of answers. It can't be stale: other weights, precision or template options get another
             model name.
-        engine_options: Options of `TransformersEngine`: dtype, device, max_batch_size, cache_bytes,
+        engine_options: Fields of `TransformersOptions`: dtype, device, max_batch_size, cache_bytes,
             chat_template_kwargs.
         lm_options: Anything else `dspy.LM` takes: top_p, top_k, seed, stop, callbacks, num_retries, ...
 
@@ -184,7 +183,7 @@ def vllm_lm(
         max_tokens: Tokens of an answer at most; None: 1024, or what the context has left.
         cache: Use DSPy's cache of answers. It can't be stale: other weights, precision or template options get another
             model name.
-        engine_options: Options of `VLLMEngine`: server_options, command, concurrency, stop_while_training, ...
+        engine_options: Fields of `VLLMOptions`: server_options, command, concurrency, stop_while_training, ...
         lm_options: Anything else `dspy.LM` takes.
 
     Raises ConfigError for a value that an option can't have, and ModelError for a folder or id that holds no model and
@@ -208,10 +207,8 @@ def _shared_lm(
     if engine_options is not None and not isinstance(engine_options, Mapping):
         raise ConfigError(f"engine_options={engine_options!r} is not allowed: give a mapping of names to values.")
     options = {**(engine_options or {}), **place}
-    known = inspect.signature(engine_class).parameters.keys() - {"model"}
-    if unknown := sorted(str(name) for name in options.keys() - known):
-        raise ConfigError(f"engine_options {unknown} are not known. Allowed: {sorted(known)}.")
-    check_lm_options(lm_options, known - {"adapters"})
+    engine_class.options_class.check_names(options, also=frozenset({"adapters"}))
+    check_lm_options(lm_options, engine_class.options_class.names())
     if not isinstance(model, str | Path) or not str(model):
         raise ConfigError(f"model={model!r} is not allowed: give the folder of a model, or a hub id.")
     if not isinstance(adapter, str | Path | None):

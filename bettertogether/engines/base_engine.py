@@ -20,44 +20,41 @@ from .answers import SamplingOptions
 from .finetuning import TrainingJob, prepare
 from .fingerprint import model_hash, short_hash
 from .loading import read_card
+from .options import EngineOptions, plain
 from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, TrainingRow
-from .rendering import DEFAULT_TEMPLATE_KWARGS, PromptRenderer, messages_of
+from .rendering import PromptRenderer, messages_of
 from .training_turn import TrainingTurn
 
 DEFAULT_MAX_TOKENS = 1024
 PARAMS = frozenset({"temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "logprobs"})
-SAME_ANSWERS = frozenset(
-    {
-        "device", "max_batch_size", "cache_bytes", "cache_folder", "url", "command", "concurrency",
-        "stop_while_training", "mixed_batches", "request_timeout_s", "startup_timeout_s", "api_key",
-    }
-)  # fmt: skip
-"""Options that decide where and how fast a model answers, not what; all others are part of its name."""
 
 
 class BaseEngine:
     """Base of an engine: `copy`, `deepcopy` and `pickle` of it give the same engine.
 
-    A subclass's arguments are the model, `adapters` (PEFT folders to serve from the start) and options, which it
-    hands on to this class: "chat_template_kwargs", "cache_folder" and its own.
+    A subclass's arguments are the model, `adapters` (PEFT folders to serve from the start) and the fields of its
+    `options_class`.
     """
 
     kind = "local"
     """What runs the model; the same weights in another kind of engine are another model."""
+    options_class: type[EngineOptions] = EngineOptions
+    supports_function_calling = False
+    supports_reasoning = False
 
-    def __init__(self, model: str | Path, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: str | Path, options: EngineOptions) -> None:
         model = expanded(model)
         self._card = read_card(model)
-        self._place = self.place(options)
-        self._options = {name: _plain(value) for name, value in options.items() if name not in self._place}
+        self.options = options.resolved()
         self.short_name = _short_name(model)
         """The base's name without its fingerprint: the folder's, or the last part of the hub id."""
         self.base_hash = self._model_hash()
         """SHA-256 of the base's weights, config, tokenizer and chat template: the same wherever they are."""
-        self.base_name = f"{self.short_name}-{short_hash(self.base_hash, self._traits(options))}"
+        traits = {"kind": self.kind, **self.options.traits()}
+        self.base_name = f"{self.short_name}-{short_hash(self.base_hash, traits)}"
         self.max_length = self._card.max_length
         self._turn = TrainingTurn()
-        template_kwargs = self._options["chat_template_kwargs"]
+        template_kwargs = self.options.chat_template_kwargs
         self._renderer = PromptRenderer(self._card.tokenizer, self._card.eos_ids, template_kwargs)
         self._eos_ids = frozenset({*self._card.eos_ids, self._renderer.end_id})
         if self._card.unknown_tokens:
@@ -67,14 +64,6 @@ class BaseEngine:
 
     def _model_hash(self) -> str:
         return model_hash(self._card.source, getattr(self._card.config, "_commit_hash", None))
-
-    def _traits(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Whatever decides the answers besides the model's files."""
-        values = {**options, **self._place}
-        if values["chat_template_kwargs"] is None:
-            values["chat_template_kwargs"] = DEFAULT_TEMPLATE_KWARGS
-        decisive = {name: value for name, value in values.items() if name not in SAME_ANSWERS and value is not None}
-        return {"kind": self.kind, **_plain(decisive)}
 
     def _check_unchanged(self) -> None:
         """Raises ModelError where the model's files are not those that this engine is named after."""
@@ -88,12 +77,6 @@ class BaseEngine:
         """The full name for a model name in which the base's fingerprint is missing, as older versions wrote it."""
         base, at, adapter = model.partition("@")
         return f"{MODEL_PREFIX}{self.base_name}{at}{adapter}" if base == MODEL_PREFIX + self.short_name else model
-
-    @classmethod
-    def place(cls, options: Mapping[str, Any]) -> dict[str, str | None]:
-        """The options of which each value has an engine of its own, as they come out here: where and in what
-        precision the model runs. Raises ConfigError."""
-        return {}
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
@@ -114,23 +97,24 @@ class BaseEngine:
         A folder whose files have changed is another model. Raises ConfigError when the engine was made with other
         options than those given now.
         """
-        key = (cls, *_identity(expanded(model)), *cls.place(options).values())
+        asked = cls.options_class.of(options).resolved()
+        key = (cls, *_identity(expanded(model)), *asked.place().values())
         with _SHARED_LOCK:
             engine = _SHARED.get(key)
             if engine is None:
                 engine = _SHARED[key] = cls(model, **options)
         assert isinstance(engine, cls)
-        engine._check_options(options)
+        engine._check_options({name: getattr(asked, name) for name in options})
         for folder in adapters:
             engine.add_adapter(Path(folder))
         return engine
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        for name, value in options.items():
-            if name not in self._place and self._options.get(name, _MISSING) != _plain(value):
+    def _check_options(self, asked: Mapping[str, Any]) -> None:
+        for name, held in self.options.saved().items():
+            if name in asked and plain(asked[name]) != held:
                 raise ConfigError(
-                    f"{name}={_plain(value)!r} was asked for, but {self.short_name!r} is loaded in this process with "
-                    f"{name}={self._options.get(name)!r}. Use the same options, or close() the engine first."
+                    f"{name}={plain(asked[name])!r} was asked for, but {self.short_name!r} is loaded in this process "
+                    f"with {name}={held!r}. Use the same options, or close() the engine first."
                 )
 
     def messages(self, request: Request) -> tuple[ChatMessage, ...]:
@@ -194,14 +178,13 @@ class BaseEngine:
 
     def _adapters_folder(self) -> Path:
         """Where trained adapters go by default."""
-        if self._options["cache_folder"] is not None:
-            return Path(self._options["cache_folder"]).expanduser()
-        return cache_folder() / "adapters"
+        chosen = self.options.cache_folder
+        return cache_folder() / "adapters" if chosen is None else Path(chosen).expanduser()
 
     def dump_state(self) -> dict[str, Any]:
-        """Model, place, options and the folders of the adapters, as JSON."""
+        """Model, options and the folders of the adapters, as JSON."""
         adapters = [str(folder) for folder in self.adapter_folders()]
-        return {"model": self._card.source, "adapters": adapters, **self._place, **self._options}
+        return {"model": self._card.source, "adapters": adapters, **self.options.saved()}
 
     @classmethod
     def load_state(cls, state: dict[str, Any]) -> Self:
@@ -273,7 +256,6 @@ class AsyncSide:
 
 _SHARED: dict[tuple[Any, ...], BaseEngine] = {}
 _SHARED_LOCK = threading.Lock()
-_MISSING = object()
 
 
 def _forget_shared() -> None:
@@ -285,15 +267,6 @@ def _forget_shared() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_shared)
-
-
-def _plain(value: Any) -> Any:
-    """An option's value as JSON."""
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def expanded(path: str | Path) -> str | Path:

@@ -151,7 +151,7 @@ def _max_length(config: Any) -> int:
     return length
 
 
-def pick_device(device: str) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
     """ "auto" is CUDA where there is one, else the CPU. Raises ConfigError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,20 +13,20 @@ from typing import Any
 from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response
 
-from ...errors import ConfigError
 from ...training.lending import ModelState, lent_out
 from ...training.progress import ProgressFunction, TrainingProgress
 from ..adapters import AdapterBank, linear_shapes, meta_linear_shapes
 from ..answers import Answer, TokenScore
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
 from ..finetuning import TrainingJob, train
-from ..loading import is_out_of_memory, load_model, pick_device, pick_dtype
+from ..loading import is_out_of_memory, load_model
 from ..protocol import FinetuneResult, TrainingRow
 from ..responses import ResponseWriter
 from ..structured import GrammarCompiler, structured_output_available
 from .choice import make_decoder
 from .closing import ClosingConstraint
 from .decoder import Decoder, Row, TokenConstraint
+from .options import TransformersOptions
 from .packed_linear import pack_linear_layers
 from .scheduler import Job, Scheduler
 from .text_stream import TextStream
@@ -46,39 +46,17 @@ class TransformersEngine(BaseEngine):
     Args:
         model: Folder of a transformers model, or a hub id.
         adapters: PEFT folders to serve from the start.
-        dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 elsewhere.
-        device: "cpu", "cuda", "cuda:1", ... or "auto": CUDA where there is one.
-        max_batch_size: Requests decoded at once.
-        cache_bytes: Bound on the memory for shared prefixes.
-        chat_template_kwargs: Variables for the chat template; {"enable_thinking": False} when None.
-        cache_folder: Where trained adapters go by default; ~/.cache/bettertogether/adapters when None.
+        options: The fields of `TransformersOptions`.
 
     Raises ModelError for a folder or id that holds no causal language model, and ConfigError.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        adapters: Sequence[Path] = (),
-        dtype: str = "auto",
-        device: str = "auto",
-        max_batch_size: int = 64,
-        cache_bytes: int = 2 << 30,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        cache_folder: Path | None = None,
-    ) -> None:
-        for name, value in (("max_batch_size", max_batch_size), ("cache_bytes", cache_bytes)):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r} is not allowed: give a whole number above 0.")
-        options = {
-            "dtype": dtype, "device": device, "max_batch_size": max_batch_size, "cache_bytes": cache_bytes,
-            "chat_template_kwargs": chat_template_kwargs, "cache_folder": cache_folder,
-        }  # fmt: skip
-        super().__init__(model, options)
-        self._device = pick_device(device)
-        self._dtype = pick_dtype(dtype, self._device)
-        self.concurrency = max_batch_size
+    options_class = TransformersOptions
+    options: TransformersOptions
+
+    def __init__(self, model: str | Path, *, adapters: Sequence[str | Path] = (), **options: Any) -> None:
+        super().__init__(model, TransformersOptions.of(options))
+        self.concurrency = self.options.max_batch_size
         self.supports_response_schema = structured_output_available()
         self.supported_params = PARAMS | ({"response_format"} if self.supports_response_schema else frozenset())
         self._grammars = GrammarCompiler(self._card.tokenizer, self._card.vocabulary, sorted(self._eos_ids))
@@ -88,17 +66,13 @@ class TransformersEngine(BaseEngine):
         self._load_lock = threading.Lock()
         self._adapters = AdapterBank(self.base_name, self._layer_shapes)
         self._scheduler = Scheduler(
-            self._make_decoder, eos_ids=self._eos_ids, max_batch_size=max_batch_size, out_of_memory=is_out_of_memory
+            self._make_decoder,
+            eos_ids=self._eos_ids,
+            max_batch_size=self.options.max_batch_size,
+            out_of_memory=is_out_of_memory,
         )
         for folder in adapters:
-            self.add_adapter(folder)
-
-    @classmethod
-    def place(cls, options: Mapping[str, Any]) -> dict[str, str | None]:
-        """Device and precision."""
-        device = pick_device(options.get("device", "auto"))
-        dtype = pick_dtype(options.get("dtype", "auto"), device)
-        return {"dtype": str(dtype).removeprefix("torch."), "device": str(device)}
+            self.add_adapter(Path(folder))
 
     def complete(self, request: Request) -> Response:
         """Answer one request; `request.model` names the base or an adapter.
@@ -253,7 +227,7 @@ class TransformersEngine(BaseEngine):
         with self._load_lock:
             if self._model is None:
                 self._check_unchanged()
-                model = load_model(self._card, self._device, self._dtype)
+                model = load_model(self._card, self.options.torch_device, self.options.torch_dtype)
                 pack_linear_layers(model)
                 # Now, since a training wraps layers for its time.
                 self._shapes = linear_shapes(model)
@@ -262,7 +236,7 @@ class TransformersEngine(BaseEngine):
             return self._model
 
     def _make_decoder(self) -> Decoder:
-        return make_decoder(self._loaded_model(), self._adapters, self._options["cache_bytes"])
+        return make_decoder(self._loaded_model(), self._adapters, self.options.cache_bytes)
 
 
 class AsyncTransformersEngine(AsyncSide):

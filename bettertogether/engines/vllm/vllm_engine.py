@@ -33,7 +33,7 @@ from ..responses import ResponseWriter
 from ..structured import after_thoughts, answer_grammar
 from .api import check, chunks_of, sampling_fields, scores_of
 from .gate import Gate
-from .options import SERVER_RESOURCES, check_options, is_cut, server_options_for
+from .options import VLLMOptions, is_cut, server_options_for
 from .server import VLLMServer
 from .stream import Put, StreamReader
 
@@ -53,22 +53,7 @@ class VLLMEngine(BaseEngine):
     Args:
         model: Folder of a transformers model, or a hub id.
         adapters: PEFT folders to serve from the start.
-        api_key: Key of a server that runs already; the environment's VLLM_API_KEY when None. It is not saved. A server
-            of ours gets a random one.
-        url: Server that runs already, "http://host:8000"; None starts one on this machine. It must have been started
-            with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora, and must see the adapters' folders under
-            the same paths.
-        command: Program to start: "vllm", or its path in another environment.
-        server_options: Options of `vllm serve`: {"gpu_memory_utilization": 0.8, "tensor_parallel_size": 2}.
-        concurrency: Requests worth having in flight at once.
-        stop_while_training: Stop a server of ours while an adapter is trained.
-        mixed_batches: Whether the server may answer for the base and for adapters in one batch. vLLM's CPU build gets
-            that wrong (vllm-project/vllm#48421: base answers come out as an adapter's), so None is False for a server
-            of ours on a machine without CUDA, and True otherwise.
-        request_timeout_s: Longest time between two pieces of an answer from the server.
-        startup_timeout_s: How long a server may take until it answers.
-        chat_template_kwargs: Variables for the chat template; {"enable_thinking": False} when None.
-        cache_folder: Where trained adapters go by default; ~/.cache/bettertogether/adapters when None.
+        options: The fields of `VLLMOptions`.
 
     Raises ModelError for a folder or id that holds no causal language model or a `url` where no vLLM answers, and
     ConfigError.
@@ -77,63 +62,32 @@ class VLLMEngine(BaseEngine):
     kind = "vllm"
     supported_params = PARAMS | {"response_format"}
     supports_response_schema = True
+    options_class = VLLMOptions
+    options: VLLMOptions
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        adapters: Sequence[Path] = (),
-        url: str | None = None,
-        api_key: str | None = None,
-        command: str | Sequence[str] = "vllm",
-        server_options: Mapping[str, Any] | None = None,
-        concurrency: int = 64,
-        stop_while_training: bool = True,
-        mixed_batches: bool | None = None,
-        request_timeout_s: float = 600.0,
-        startup_timeout_s: float = 600.0,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        cache_folder: Path | None = None,
-    ) -> None:
-        check_options(
-            url=url,
-            api_key=api_key,
-            command=command,
-            server_options=server_options,
-            concurrency=concurrency,
-            stop_while_training=stop_while_training,
-            mixed_batches=mixed_batches,
-            request_timeout_s=request_timeout_s,
-            startup_timeout_s=startup_timeout_s,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        options = {
-            "url": url, "command": command, "server_options": server_options or {}, "concurrency": concurrency,
-            "stop_while_training": stop_while_training, "mixed_batches": mixed_batches,
-            "request_timeout_s": request_timeout_s, "startup_timeout_s": startup_timeout_s,
-            "chat_template_kwargs": chat_template_kwargs, "cache_folder": cache_folder,
-        }  # fmt: skip
-        super().__init__(model, options)
-        self.concurrency = concurrency
+    def __init__(self, model: str | Path, *, adapters: Sequence[str | Path] = (), **options: Any) -> None:
+        given = VLLMOptions.of(options)
+        super().__init__(model, given)
+        self.concurrency = given.concurrency
         self._base_model = MODEL_PREFIX + self.base_name
         self._server = VLLMServer(
             self._card.source,
             self._base_model,
-            url=url,
-            api_key=api_key,
-            options=server_options_for(self._card, url, server_options),
-            command=[command] if isinstance(command, str) else command,
-            startup_timeout_s=startup_timeout_s,
+            url=given.url,
+            api_key=given.api_key,
+            options=server_options_for(self._card, given),
+            command=given.words,
+            startup_timeout_s=given.startup_timeout_s,
         )
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
-        timeout = httpx.Timeout(request_timeout_s, connect=10.0)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=given.concurrency)
+        timeout = httpx.Timeout(given.request_timeout_s, connect=10.0)
         # A proxy of the environment's is not for a server on this machine.
         self._client = httpx.Client(timeout=timeout, limits=limits, trust_env=not self._server.ours)
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="bettertogether-vllm")
+        self._pool = ThreadPoolExecutor(given.concurrency, thread_name_prefix="bettertogether-vllm")
         self._writer = ResponseWriter(self._card.tokenizer, thinks=self._renderer.thinks)
         self._gate = Gate()
-        self._mixed_batches = mixed_batches
-        if mixed_batches is None:
+        self._mixed_batches = given.mixed_batches
+        if given.mixed_batches is None:
             self._mixed_batches = not self._server.ours or torch.cuda.is_available()
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
@@ -142,31 +96,21 @@ class VLLMEngine(BaseEngine):
         """Adapters that the server holds, each with the number of the server."""
         self._closed = False
         self._served_base = self._base_model
-        if url is None:
+        if given.url is None:
             self.max_length = min(self.max_length, int(self._server.options.get("max_model_len") or self.max_length))
         else:
             self._meet_server()
         for folder in adapters:
-            self.add_adapter(folder)
+            self.add_adapter(Path(folder))
 
-    def _traits(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Without the server's options that decide only where and how fast it runs."""
-        server = {name: value for name, value in options["server_options"].items() if name not in SERVER_RESOURCES}
-        return super()._traits({**options, "server_options": server})
-
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        key = options.get("api_key")
+    def _check_options(self, asked: Mapping[str, Any]) -> None:
+        key = asked.get("api_key")
         if key is not None and key != self._server.api_key:
             raise ConfigError(
                 f"Another api_key was given than the one with which {self.short_name!r} is served in this process. Use "
                 "the same one, or close() the engine first."
             )
-        super()._check_options({name: value for name, value in options.items() if name != "api_key"})
-
-    @classmethod
-    def place(cls, options: Mapping[str, Any]) -> dict[str, str | None]:
-        """The server."""
-        return {"url": options.get("url")}
+        super()._check_options(asked)
 
     def _meet_server(self) -> None:
         """Learn the base model's name and context length from a server that is not ours."""
@@ -387,7 +331,7 @@ class VLLMEngine(BaseEngine):
 
     @property
     def _stops_for_training(self) -> bool:
-        return bool(self._server.ours and self._options["stop_while_training"])
+        return self._server.ours and self.options.stop_while_training
 
     @contextmanager
     def _paused(self) -> Iterator[None]:

@@ -62,7 +62,7 @@ class TestRealVLLM(EngineContract):
             colour: Literal["red", "blue"] = dspy.OutputField()
 
         predict = dspy.Predict(Colour)
-        predict.set_lm(vllm_lm(str(MODEL), cache=False, engine_options=dict(engine._options)))
+        predict.set_lm(vllm_lm(str(MODEL), cache=False, engine_options=engine.options.saved()))
         with dspy.context(adapter=dspy.JSONAdapter()):
             prediction = predict(thing="a ripe strawberry")
         assert prediction.colour in ("red", "blue")

@@ -1,0 +1,46 @@
+"""The options of `TransformersEngine`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+
+from ..loading import DTYPES, pick_device, pick_dtype
+from ..options import WHOLE, EngineOptions, Rule, option
+
+DEVICE = Rule(lambda value: isinstance(value, str | torch.device), '"auto", "cpu", "cuda" or "cuda:0"')
+DTYPE = Rule(lambda value: isinstance(value, str) and value in ("auto", *DTYPES), f'"auto" or one of {sorted(DTYPES)}')
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersOptions(EngineOptions):
+    """How a model of transformers runs in this process. Raises ConfigError, also for a device that is not there."""
+
+    dtype: str = field(default="auto", metadata=option(DTYPE, changes_answers=True, own_engine=True))
+    """ "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 elsewhere."""
+    device: str | torch.device = field(default="auto", metadata=option(DEVICE, own_engine=True))
+    """ "cpu", "cuda", "cuda:1", ... or "auto": CUDA where there is one."""
+    max_batch_size: int = field(default=64, metadata=option(WHOLE))
+    """Requests decoded at once."""
+    cache_bytes: int = field(default=2 << 30, metadata=option(WHOLE))
+    """Bound on the memory for shared prefixes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pick_device(self.device)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device."""
+        return pick_device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The precision."""
+        return pick_dtype(self.dtype, self.torch_device)
+
+    def resolved(self) -> Self:
+        """The same options, with the device and the precision by name."""
+        return replace(self, device=str(self.torch_device), dtype=str(self.torch_dtype).removeprefix("torch."))
