@@ -86,8 +86,8 @@ class LocalLM(dspy.LM):
     """
 
     def __init__(self, model: str, *args: Any, engine: Any = "auto", **options: Any) -> None:
-        canonical = getattr(engine, "canonical", None)
-        super().__init__(canonical(model) if canonical else model, *args, engine=engine, **options)
+        name = engine.canonical(model) if isinstance(engine, LocalEngine) else model
+        super().__init__(name, *args, engine=engine, **options)
 
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Answer, as any `dspy.LM`."""
@@ -123,7 +123,7 @@ def engine_lm(engine: LocalEngine, model: str | None = None, **lm_options: Any) 
     return LocalLM(
         model or MODEL_PREFIX + engine.base_name,
         engine=engine,
-        async_engine=getattr(engine, "asynchronous", None),
+        async_engine=engine.asynchronous,
         **lm_options,
     )
 

@@ -49,7 +49,7 @@ def dump_lm(lm: Any) -> SavedLM:
     record = {
         "kind": "local",
         "base_name": engine.base_name,
-        "base_hash": getattr(engine, "base_hash", None),
+        "base_hash": engine.base_hash,
         "base": state.get("model", engine.base_name),
         "model": lm.model,
         "options": {key: value for key, value in _without_secrets(lm).items() if key not in _NOT_OPTIONS},
@@ -156,8 +156,8 @@ def compare_base(record: Mapping[str, Any], found: Any, *, chosen: bool) -> None
 def _same_base(engine: Any, record: Mapping[str, Any]) -> bool:
     """Whether an engine holds the base that a record names; records of older versions know only its folder's name."""
     if record.get("base_hash") is not None:
-        return bool(getattr(engine, "base_hash", None) == record["base_hash"])
-    return record["base_name"] in (engine.base_name, getattr(engine, "short_name", None))
+        return bool(engine.base_hash == record["base_hash"])
+    return record["base_name"] in (engine.base_name, engine.short_name)
 
 
 def require_content(adapter: Path, model: str) -> None:

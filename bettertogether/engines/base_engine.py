@@ -18,7 +18,7 @@ from ..training.config import LoRAConfig, TrainingConfig
 from ..training.progress import ProgressFunction
 from .answers import SamplingOptions
 from .finetuning import TrainingJob, prepare
-from .fingerprint import model_hash, short_hash
+from .fingerprint import model_hash, short_hash, short_name
 from .loading import read_card
 from .options import EngineOptions, plain
 from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, TrainingRow
@@ -46,7 +46,7 @@ class BaseEngine:
         model = expanded(model)
         self._card = read_card(model)
         self.options = options.resolved()
-        self.short_name = _short_name(model)
+        self.short_name = short_name(model)
         """The base's name without its fingerprint: the folder's, or the last part of the hub id."""
         self.base_hash = self._model_hash()
         """SHA-256 of the base's weights, config, tokenizer and chat template: the same wherever they are."""
@@ -274,12 +274,6 @@ def expanded(path: str | Path) -> str | Path:
     if not str(path).startswith("~"):
         return path
     return type(path)(Path(path).expanduser())
-
-
-def _short_name(model: str | Path) -> str:
-    name = Path(str(model).rstrip("/")).resolve().name if Path(model).is_dir() else Path(model).name
-    # In a model name, "@" begins the adapter.
-    return name.replace("@", "_")
 
 
 def _identity(model: str | Path) -> tuple[str, ...]:

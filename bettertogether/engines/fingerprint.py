@@ -65,6 +65,13 @@ def short_hash(content: str, traits: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([content, traits], sort_keys=True).encode()).hexdigest()[:8]
 
 
+def short_name(model: str | Path) -> str:
+    """What a model is called: its folder's name, or the last part of its hub id."""
+    name = Path(str(model).rstrip("/")).resolve().name if Path(model).is_dir() else Path(model).name
+    # In a model name, "@" begins the adapter.
+    return name.replace("@", "_")
+
+
 def _folder_parts(folder: Path) -> dict[str, str]:
     """File name to hash, for the files that transformers reads of a folder."""
     small = _first_or_rest(TOKENIZER_FILES, lambda name: (folder / name).is_file())

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ..errors import ModelError
 from ..training.adapter_folder import read_adapter_config
 from .adapters import linear_shapes, read_weights
-from .fingerprint import model_hash
+from .fingerprint import model_hash, short_name
 
 
 def merge_adapter(base: str | Path, adapter: Path, out: Path) -> None:
@@ -59,6 +59,11 @@ class Base:
         except Exception as error:
             raise _not_loaded(name, error) from error
         return cls(name, model_hash(name, getattr(config, "_commit_hash", None)))
+
+    @property
+    def short_name(self) -> str:
+        """As an engine calls it."""
+        return short_name(self.base_name)
 
 
 def _not_loaded(base: str, error: Exception) -> ModelError:

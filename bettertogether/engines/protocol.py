@@ -62,19 +62,30 @@ class FinetuneResult:
 class LocalEngine(Protocol):
     """What `LoRAFinetune`, `local_lm` and the rest of the package ask of an engine.
 
-    `supported_params`, `supports_response_schema` and `complete` are DSPy's; the rest is ours. All methods may be
+    `supported_params`, `supports_...`, `complete` and `stream` are DSPy's; the rest is ours. All methods may be
     called from many threads. `copy.copy`, `copy.deepcopy` and `pickle` of an engine give the same engine back.
     """
 
     base_name: str
     """The base model's name, such as "SmolLM2-135M-Instruct-5d2c90aa", which ends in a hash of whatever decides its
     answers: weights, config, tokenizer, precision, template options. Its model name is "local/" + base_name."""
+    short_name: str
+    """The base's name without that hash."""
+    base_hash: str | None
+    """SHA-256 (hex) of the base model's files; None where there are none."""
     supported_params: frozenset[str]
     supports_response_schema: bool
+    supports_function_calling: bool
+    supports_reasoning: bool
     max_length: int
     """Context length in tokens: prompt and answer together."""
     concurrency: int
     """Requests worth having in flight at once."""
+
+    @property
+    def asynchronous(self) -> Any:
+        """The same engine for `dspy.LM(async_engine=...)`, or None where it has no such side."""
+        ...
 
     def complete(self, request: Request) -> Response:
         """Answer one request; `request.model` picks the adapter."""
@@ -110,6 +121,10 @@ class LocalEngine(Protocol):
         """Train an adapter and serve it under a new name. `start_from` is the model name of an adapter to continue
         from; None starts at the base weights. The adapter's folder is `folder`/<adapter name> (a cache folder when
         None)."""
+        ...
+
+    def canonical(self, model: str) -> str:
+        """The full name for a model name in which the base's hash is missing, as older versions wrote it."""
         ...
 
     def add_adapter(self, folder: Path) -> str:

@@ -95,8 +95,8 @@ class _RequestTaker:
     def __init__(self, engine: LocalEngine) -> None:
         self.supported_params = engine.supported_params
         self.supports_response_schema = engine.supports_response_schema
-        self.supports_function_calling = getattr(engine, "supports_function_calling", False)
-        self.supports_reasoning = getattr(engine, "supports_reasoning", False)
+        self.supports_function_calling = engine.supports_function_calling
+        self.supports_reasoning = engine.supports_reasoning
 
     def complete(self, request: Request) -> Any:
         raise RequestTaken(request)

@@ -91,6 +91,9 @@ class FakeEngine:
 
     supported_params = frozenset({"temperature", "max_tokens", "seed", "stop", "response_format"})
     supports_response_schema = True
+    supports_function_calling = False
+    supports_reasoning = False
+    base_hash: str | None = None
 
     def __init__(
         self,
@@ -102,7 +105,7 @@ class FakeEngine:
         delay_s: Callable[[FakeRequest], float] | None = None,
     ) -> None:
         self.answer = answer
-        self.base_name = base_name
+        self.base_name = self.short_name = base_name
         self.max_length = max_length
         self.concurrency = concurrency
         self.delay_s = delay_s
@@ -129,6 +132,10 @@ class FakeEngine:
     def asynchronous(self) -> _Asynchronous:
         """The same engine for `dspy.LM(async_engine=...)`."""
         return _Asynchronous(self)
+
+    def canonical(self, model: str) -> str:
+        """The name itself: no name of this engine has a hash."""
+        return model
 
     def complete(self, request: Request) -> Response:
         """Answer with what the function says; mappings become JSON."""
