@@ -29,8 +29,9 @@ from .run.arguments import check_compile_args, check_options
 from .run.asked import as_before, asked_of, machine, strategy_text, versions
 from .run.budget import Budget
 from .run.directory import RunDirectory, checked_folder, default_run_directory
+from .run.held_out import split_valset
 from .run.loop import Loop, Plan, final_program
-from .run.selection import rank, select, split_valset
+from .run.selection import rank, select
 from .steps.prompt_step import BootstrapFewShotRS
 from .steps.weight_step import LoRAFinetune
 

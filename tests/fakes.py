@@ -185,3 +185,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def predictor_over(engine: FakeEngine, signature: Any, demos: list[Any] | None = None) -> dspy.Predict:
+    predictor = dspy.Predict(signature)
+    predictor.set_lm(plain_lm(engine))
+    predictor.demos = demos or []
+    return predictor

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bettertogether
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, local_lm
-from bettertogether.steps.rows import render_prompt
+from bettertogether.steps.prompt_capture import render_prompt
 
 
 class Colour(dspy.Signature):

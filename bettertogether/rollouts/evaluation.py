@@ -13,7 +13,7 @@ from ..errors import ConfigError, ProgramError
 from ..printable import printable
 from ..records import Failure, Ledger, failure_text
 from ..report.intervals import mean_interval, paired_interval
-from ..run.selection import check_examples
+from .examples import check_examples
 from .failures import count_failures, failure_warning
 from .metrics import Metric, check_metric
 from .rollout import Attempt, RolloutStore
@@ -94,7 +94,9 @@ def evaluate_many(
             raise ProgramError(f"program={program!r:.100} is not allowed: give a dspy.Module.")
     check_metric(metric)
     if not isinstance(store, RolloutStore | None):
-        raise ConfigError(f"store={store!r} is not allowed: give a bettertogether.rollouts.rollout.RunStore, or None.")
+        raise ConfigError(
+            f"store={store!r} is not allowed: give a bettertogether.rollouts.rollout.RolloutStore, or None."
+        )
     examples = check_examples(examples, "examples")
     options = ExamplePass(
         metric,

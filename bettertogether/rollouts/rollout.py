@@ -89,11 +89,6 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
-def example_key(example: dspy.Example) -> str:
-    """A hash of an example's fields and of which of them are inputs."""
-    return example_content(example)[0]
-
-
 class RolloutStore:
     """Runs that were done before, by program, example and attempt, so that steps share them.
 
@@ -134,7 +129,7 @@ class Runner:
         """Copies that no thread is using; one for each run would cost more than the run of a small program."""
 
     def run(self, example: dspy.Example, attempt: Attempt = Attempt()) -> Rollout:
-        """Run the program on one example. Never raises for what the program does; see `Run.failure`."""
+        """Run the program on one example. Never raises for what the program does; see `Rollout.failure`."""
         content, all_seen = example_content(example)
         store = self._store if all_seen else None
         key = (self._key or "", content, f"{self._seed if self._is_changed(attempt) else ''}|{attempt.key}")

@@ -13,7 +13,7 @@ import dspy
 from ..errors import ArtifactError
 from ..lm import local_engine
 from ..programs.demo_values import encode_demo
-from .rows import render_prompt
+from .prompt_capture import render_prompt
 
 ANSWER_ROOM_TOKENS = 256
 """Tokens that demos must leave free in the context for an answer, at least."""

@@ -11,8 +11,9 @@ from typing import Any
 import dspy
 
 from ..programs.program import copy_for_step, predictors_of
+from ..rollouts.examples import example_key
 from ..rollouts.labels import labels_of, output_names, stratified_order
-from ..rollouts.rollout import example_key, stable_seed
+from ..rollouts.rollout import stable_seed
 from ..rollouts.traces import Trace
 from .demo_fit import DemoFit
 

@@ -21,14 +21,15 @@ from ..printable import get_logger
 from ..programs.program import as_programs, copy_for_step, require_program, with_prompts
 from ..records import CandidateScore, Ledger, PromptDetails, RaceResult, TraceCounts
 from ..rollouts.evaluation import evaluate_many
+from ..rollouts.examples import check_examples
 from ..rollouts.failures import count_failures, failure_warning
 from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import FULL_MARK, Metric
 from ..rollouts.rollout import RolloutStore, stable_seed
-from ..rollouts.traces import ExamplePass, Sampling, Trace, TraceSet, collect_traces, select_traces
-from ..run.selection import check_examples
+from ..rollouts.traces import ExamplePass, Sampling, Trace, TraceSet, collect_traces
 from .demo_sets import Candidate, DemoSets, demo_states
 from .race import ScoreFunction, run_race
+from .rows_from_traces import select_traces
 
 logger = get_logger(__name__)
 

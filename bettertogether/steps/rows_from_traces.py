@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import dspy
+from dspy.adapters.utils import serialize_for_json
 
 from ..checks import is_number, require_switch, require_whole
 from ..engines.protocol import LocalEngine
 from ..errors import ConfigError, DataError, NoTrainingDataError
 from ..programs.program import predictors_of
 from ..records import DataCard, Ledger
-from ..rollouts.labels import label_fields, labels_of, output_names
-from ..rollouts.traces import NO_CALLS, Trace, TraceSet, hint_leaks, select_traces
-from .rows import Row, TrainPrompt, balance_labels, make_data_card, rows_of_call, write_rows
+from ..rollouts.labels import label_fields, labels_of, output_names, stratified_order
+from ..rollouts.rollout import Call
+from ..rollouts.traces import Trace, TraceSet
+from .data_card import make_data_card
+from .prompt_capture import render_completion, render_prompt
+from .rows import Row, balance_labels, write_rows
 
 DOMINANT_SHARE = 0.8
 """A label with more than this share of the rows gets a warning, unless the trainset is as skewed."""
 
 STRANGER = "call of a predictor that is none of the program's"
+
+NO_CALLS = "no calls to learn from"
+"""Why a passing trace is left out: the program answered by itself, or its calls were not seen."""
+
+TrainPrompt = Literal["vanilla", "optimized", "mixed"]
 
 Trainable = Mapping[str, tuple[LocalEngine, Any]]
 """Predictor name to the engine that trains it and its LM."""
@@ -102,6 +112,56 @@ def rows_from_traces(
     return Collected(tuple(rows), card, traces.ledger, traces.warnings)
 
 
+def select_traces(
+    traces: Iterable[Trace],
+    *,
+    max_per_example: int = 2,
+    max_rescue_share: float = 1.0,
+    dropped: Counter[str] | None = None,
+) -> list[Trace]:
+    """The passing traces to learn from: one of each kind of content, at most `max_per_example` of an example (its own
+    first, rescued last), rescued ones at most this share of all. `dropped` counts the passing ones left out."""
+    counts = Counter() if dropped is None else dropped
+    kept: list[Trace] = []
+    seen: dict[int, set[str]] = {}
+    for trace in traces:
+        if not trace.passed:
+            continue
+        if not trace.calls:
+            counts[NO_CALLS] += 1
+            continue
+        content = repr([(call.predictor, sorted(call.outputs.items())) for call in trace.calls])
+        known = seen.setdefault(trace.index, set())
+        if content in known:
+            counts["same as another of its example"] += 1
+        elif len(known) >= max_per_example:
+            counts["over max_traces_per_example"] += 1
+        else:
+            known.add(content)
+            kept.append(trace)
+    return _limit_rescued(kept, max_rescue_share, counts)
+
+
+def _limit_rescued(traces: list[Trace], max_share: float, dropped: Counter[str]) -> list[Trace]:
+    own = [trace for trace in traces if trace.source != "rescue"]
+    rescued = [trace for trace in traces if trace.source == "rescue"]
+    room = len(rescued) if max_share >= 1 else int(len(own) * max_share / (1 - max_share))
+    if len(rescued) <= room:
+        return traces
+    dropped["over max_rescue_share"] += len(rescued) - room
+    # Spread over the labels, which the head of a sorted trainset would not be.
+    chosen = stratified_order(rescued, [trace.label for trace in rescued], seed=0)[:room]
+    return sorted([*own, *chosen], key=lambda trace: (trace.index, trace.attempt))
+
+
+def hint_leaks(trace: Trace) -> bool:
+    """Whether a rescued answer talks about its hint, so that it makes no sense without it."""
+    if trace.source != "rescue":
+        return False
+    text = " ".join(str(value).lower() for call in trace.calls for value in call.outputs.values())
+    return any(word in text for word in ("right final result is known", "the hint", "given hint"))
+
+
 def _rows_of(
     student: dspy.Module,
     trace: Trace,
@@ -121,6 +181,50 @@ def _rows_of(
         except DataError as error:
             dropped[call.predictor, str(error)] += 1
     return list({(row.predictor, repr(row.messages), row.completion): row for row in rows}.values())
+
+
+def without_example(demos: Sequence[Any], inputs: Mapping[str, Any]) -> list[Any]:
+    """The demos that don't show these very inputs, so that a row's prompt does not hold its own answer."""
+    # As JSON or text, which is how they are shown: arrays and tables can't be compared.
+    asked = {name: serialize_for_json(value) for name, value in inputs.items()}
+    return [demo for demo in demos if any(serialize_for_json(demo.get(n)) != shown for n, shown in asked.items())]
+
+
+def prompt_variants(predictor: dspy.Predict, call: Call, train_prompt: TrainPrompt) -> list[list[Any]]:
+    """The demos of each prompt that a call gives a row for. Raises DataError for a call with demos of its own that
+    show its very inputs."""
+    if call.demos is not None:
+        if len(without_example(call.demos, call.inputs)) < len(call.demos):
+            raise DataError("the demos that the call was given show its own inputs")
+        return [list(call.demos)]
+    if train_prompt == "vanilla":
+        return [[]]
+    optimized = without_example(predictor.demos, call.inputs)
+    return [optimized] if train_prompt == "optimized" or not optimized else [[], optimized]
+
+
+def rows_of_call(
+    predictor: dspy.Predict,
+    engine: LocalEngine,
+    call: Call,
+    train_prompt: TrainPrompt,
+    **origin: Any,
+) -> list[Row]:
+    """The rows of one call; `origin` gives example, label and source. Raises DataError with the reason to drop it."""
+    if call.cut or call.unfit:
+        raise DataError("cut at max_tokens" if call.cut else call.unfit)
+    if call.signature is not None:
+        predictor = copy.copy(predictor)
+        predictor.signature = call.signature
+    completion = render_completion(predictor, call.inputs, call.outputs, adapter=call.adapter, text=call.text)
+    rows = []
+    for demos in prompt_variants(predictor, call, train_prompt):
+        messages = render_prompt(predictor, engine, call.inputs, demos, config=call.config, adapter=call.adapter)
+        length = len(engine.prompt_tokens(messages)) + len(engine.completion_tokens(completion))
+        if length > engine.max_length:
+            raise DataError(f"longer than the model's context of {engine.max_length} tokens")
+        rows.append(Row(messages, completion, call.predictor, **origin))
+    return rows
 
 
 def _label_warnings(rows: Sequence[Row], wanted: Sequence[str | None]) -> list[str]:

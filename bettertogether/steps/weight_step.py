@@ -24,14 +24,15 @@ from ..lm import local_engine, require_engine
 from ..printable import get_logger
 from ..programs.program import as_programs, copy_for_step, predictors_of, require_program, require_reachable
 from ..records import DataCard, HeldOutLoss, Ledger, LossLine, TrainedAdapter, WeightDetails
+from ..rollouts.examples import check_examples
 from ..rollouts.labels import stratified_order
 from ..rollouts.metrics import Metric
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.traces import ExamplePass, Sampling, collect_traces
-from ..run.selection import check_examples
 from ..training.config import LoRAConfig, TrainingConfig
-from .rows import Row, TrainPrompt, make_data_card, read_rows, write_rows
-from .rows_from_traces import Collected, RowOptions, Trainable, rows_from_traces
+from .data_card import make_data_card
+from .rows import Row, read_rows, write_rows
+from .rows_from_traces import Collected, RowOptions, Trainable, TrainPrompt, rows_from_traces
 
 logger = get_logger(__name__)
 

@@ -24,7 +24,7 @@ from bettertogether.programs.program import (
     require_program,
     with_prompts,
 )
-from bettertogether.steps.rows import render_prompt
+from bettertogether.steps.prompt_capture import render_prompt
 from bettertogether.testing import FakeEngine
 
 

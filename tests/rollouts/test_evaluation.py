@@ -135,7 +135,7 @@ def test_no_examples_are_no_scores() -> None:
         (
             {"store": {}},
             ConfigError,
-            "store={} is not allowed: give a bettertogether.rollouts.rollout.RunStore, or None",
+            "store={} is not allowed: give a bettertogether.rollouts.rollout.RolloutStore, or None",
         ),
     ],
 )

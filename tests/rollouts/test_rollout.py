@@ -23,7 +23,8 @@ from fakes import (
 
 from bettertogether.errors import PromptTooLongError
 from bettertogether.records import Ledger
-from bettertogether.rollouts.rollout import Attempt, Call, RolloutStore, Runner, example_key, run_program, stable_seed
+from bettertogether.rollouts.examples import example_key
+from bettertogether.rollouts.rollout import Attempt, Call, RolloutStore, Runner, run_program, stable_seed
 from bettertogether.testing import FakeEngine, FakeRequest
 
 ONE = numbers(1, start=1)[0]

@@ -33,8 +33,8 @@ from bettertogether.rollouts.rollout import Attempt, Call, Rollout, Runner, run_
 from bettertogether.rollouts.traces import ExamplePass, Sampling, Trace, collect_traces
 from bettertogether.rollouts.watching import is_cut
 from bettertogether.steps.demo_sets import demos_of
-from bettertogether.steps.rows import Row, rows_of_call
-from bettertogether.steps.rows_from_traces import rows_from_traces
+from bettertogether.steps.rows import Row
+from bettertogether.steps.rows_from_traces import rows_from_traces, rows_of_call
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeEngine, FakeRequest
 

@@ -11,7 +11,7 @@ from fakes import api_lm, numbers, parity_engine, parity_match, plain_lm, right
 from bettertogether import BootstrapFewShotRS
 from bettertogether.steps.demo_fit import DemoFit
 from bettertogether.steps.demo_sets import DemoSets
-from bettertogether.steps.rows import render_prompt
+from bettertogether.steps.prompt_capture import render_prompt
 
 SIGNATURE = "number: int, text -> parity"
 

@@ -13,7 +13,7 @@ from bettertogether.rollouts.metrics import Verdict
 from bettertogether.rollouts.rollout import Call
 from bettertogether.rollouts.traces import ExamplePass, Sampling, Trace, collect_traces
 from bettertogether.steps.demo_sets import Candidate, DemoSets, demo_states, demos_of, labelled_demo
-from bettertogether.steps.rows import render_prompt
+from bettertogether.steps.prompt_capture import render_prompt
 
 
 def traces_of(program: dspy.Module, count: int, start: int = 0) -> list[Trace]:

@@ -22,8 +22,8 @@ from fakes import (
 from bettertogether.callbacks import Callback, CandidateEvent, listening
 from bettertogether.errors import ConfigError, DataError, ProgramError, TooManyErrors
 from bettertogether.rollouts.rollout import RolloutStore
+from bettertogether.steps.prompt_capture import render_prompt
 from bettertogether.steps.prompt_step import BootstrapFewShotRS
-from bettertogether.steps.rows import render_prompt
 from bettertogether.testing import FakeEngine, FakeRequest
 
 

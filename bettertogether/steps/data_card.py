@@ -1,0 +1,50 @@
+"""The data card: what the rows are made of, counted."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from ..engines.protocol import LocalEngine
+from ..records import DataCard
+from .rows import Row
+
+
+def make_data_card(
+    rows: Sequence[Row],
+    engines: Mapping[str, LocalEngine],
+    *,
+    dropped: Mapping[tuple[str, str], int],
+    examples: int,
+    warnings: Iterable[str] = (),
+) -> DataCard:
+    """Count the rows; `engines` maps predictor names to engines, `dropped` (predictor, reason) to counts."""
+    lengths: dict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        engine = engines.get(row.predictor) or next(iter(engines.values()))
+        lengths["prompt"].append(len(engine.prompt_tokens(row.messages)))
+        lengths["completion"].append(len(engine.completion_tokens(row.completion)))
+    by_reason: Counter[str] = Counter()
+    by_predictor: Counter[str] = Counter()
+    for (predictor, reason), count in dropped.items():
+        by_reason[reason] += count
+        by_predictor[predictor] += count
+    step = max(1, len(rows) // 5)
+    return DataCard(
+        kept_by_predictor=dict(Counter(row.predictor for row in rows)),
+        kept_by_label=dict(Counter(row.label for row in rows if row.label is not None)),
+        kept_by_source=dict(Counter(row.source for row in rows)),
+        dropped_by_reason=dict(by_reason.most_common()),
+        dropped_by_predictor=dict(by_predictor),
+        examples=examples,
+        examples_covered=len({row.example for row in rows}),
+        prompt_tokens=_spread(lengths["prompt"]),
+        completion_tokens=_spread(lengths["completion"]),
+        samples=tuple(row.to_json() for row in rows[::step][:5]),
+        warnings=tuple(warnings),
+    )
+
+
+def _spread(lengths: list[int]) -> dict[str, int]:
+    ordered = sorted(lengths)
+    return {"min": ordered[0], "median": ordered[len(ordered) // 2], "max": ordered[-1]} if ordered else {}

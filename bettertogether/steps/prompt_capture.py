@@ -1,0 +1,128 @@
+"""A predictor's prompt and answer as text, made by the very code that makes them at inference.
+
+A prompt is obtained by making the predictor's call with the engine swapped for one that takes down the request:
+whatever adapter, field types, tools or history are in play, it is what the engine will receive.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dspy
+from dspy.adapters.chat_adapter import ChatAdapter
+from dspy.adapters.decision import resolve_adapter
+from dspy.adapters.utils import annotation_allows_none
+from dspy.lm15 import Request
+
+from ..engines.protocol import ChatMessage, LocalEngine
+from ..errors import DataError
+
+
+class RequestTaken(BaseException):
+    """Carries a request out of DSPy instead of an answer; not an Exception, so that nothing handles it as a failure."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__()
+        self.request = request
+
+
+class _RequestTaker:
+    """Declares what the real engine declares, and raises each request instead of answering."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self.supported_params = engine.supported_params
+        self.supports_response_schema = engine.supports_response_schema
+        self.supports_function_calling = engine.supports_function_calling
+        self.supports_reasoning = engine.supports_reasoning
+
+    def complete(self, request: Request) -> Any:
+        raise RequestTaken(request)
+
+
+def take_request(
+    predictor: dspy.Predict,
+    inputs: Mapping[str, Any],
+    demos: Sequence[Any],
+    *,
+    config: Mapping[str, Any] | None = None,
+    adapter: Any = None,
+) -> Request:
+    """The request that the predictor's LM would be sent for these inputs and demos; `adapter` None takes the one in
+    use."""
+    taker = copy.copy(predictor)
+    taker.lm = predictor.lm.copy(engine=_RequestTaker(predictor.lm.engine), cache=False, callbacks=[])
+    taker.demos = list(demos)
+    taker.callbacks = []
+    # Of a predictor that is a program by itself, an optimizer may have replaced it.
+    taker.__dict__.pop("forward", None)
+    used = {"adapter": adapter or dspy.settings.adapter}
+    try:
+        with dspy.context(callbacks=[], trace=[], disable_history=True, send_stream=None, **used):
+            taker(**inputs, **({"config": dict(config)} if config else {}))
+    except RequestTaken as taken:
+        return taken.request
+    raise DataError(f"a {type(predictor).__name__} answers without calling its LM, so it has no prompt")
+
+
+def render_prompt(
+    predictor: dspy.Predict,
+    engine: LocalEngine,
+    inputs: Mapping[str, Any],
+    demos: Sequence[Any],
+    *,
+    config: Mapping[str, Any] | None = None,
+    adapter: Any = None,
+) -> tuple[ChatMessage, ...]:
+    """The chat messages that `engine` receives when the predictor is called."""
+    return engine.messages(take_request(predictor, inputs, demos, config=config, adapter=adapter))
+
+
+def render_completion(
+    predictor: dspy.Predict,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+    *,
+    adapter: Any = None,
+    text: str | None = None,
+) -> str:
+    """The answer as the adapter in use writes it; where that is not read back as the same outputs, or the adapter
+    can't write one, `text`, which is how the LM wrote it. Raises DataError when neither is read back."""
+    signature = predictor.signature
+    lm = predictor.lm
+    adapter = adapter or dspy.settings.adapter or ChatAdapter()
+    adapter = resolve_adapter(lm, adapter, signature, predictor.fields, signature)
+    processed = adapter._call_preprocess(lm, {}, signature, dict(inputs))
+    missing = [
+        name
+        for name, info in processed.output_fields.items()
+        if outputs.get(name) is None and not annotation_allows_none(info.annotation)
+    ]
+    if missing:
+        raise DataError(f"output fields missing: {missing}")
+    try:
+        return _checked(adapter, processed, outputs, _written(adapter, processed, outputs))
+    except DataError:
+        if text is None:
+            raise
+        return _checked(adapter, processed, outputs, text)
+
+
+def _written(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str, Any]) -> str:
+    try:
+        return str(adapter.format_assistant_message_content(signature, dict(outputs)))
+    except NotImplementedError as error:
+        raise DataError(
+            f"{type(adapter).__name__} can't write an answer: define its format_assistant_message_content"
+        ) from error
+
+
+def _checked(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str, Any], completion: str) -> str:
+    try:
+        parsed = adapter.parse(signature, completion)
+    except Exception as error:
+        raise DataError(f"{type(adapter).__name__} can't read back the answer it wrote") from error
+    if any(str(parsed[name]).strip() != str(outputs[name]).strip() for name in signature.output_fields):
+        raise DataError(f"{type(adapter).__name__} reads the answer back as something else")
+    return completion

@@ -1,0 +1,58 @@
+"""Which passing traces are learned from."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from fakes import (
+    numbers,
+)
+
+from bettertogether.rollouts.metrics import Verdict
+from bettertogether.rollouts.rollout import Call
+from bettertogether.rollouts.traces import (
+    Trace,
+)
+from bettertogether.steps.rows_from_traces import hint_leaks, select_traces
+
+
+def trace(index: int, answer: str = "x", *, source: str = "student", attempt: int = 0, passed: bool = True) -> Trace:
+    call = Call("self", {"number": index}, {"parity": answer})
+    example = numbers(1, start=index)[0]
+    return Trace(index, example, None, (call,), Verdict(float(passed), passed), source, attempt)
+
+
+def test_selection_drops_failed_and_empty_traces() -> None:
+    empty = Trace(2, numbers(1)[0], None, (), Verdict(1.0, True), "student")
+    assert select_traces([trace(0), trace(1, passed=False), empty]) == [trace(0)]
+
+
+def test_selection_keeps_one_trace_of_equal_content_of_an_example() -> None:
+    traces = [trace(0), trace(0, source="sample", attempt=1), trace(1)]
+    assert select_traces(traces, max_per_example=5) == [traces[0], traces[2]]
+
+
+def test_selection_caps_the_traces_of_an_example() -> None:
+    traces = [trace(0, str(i), source="sample", attempt=i) for i in range(5)]
+    assert select_traces(traces, max_per_example=2) == traces[:2]
+
+
+def test_rescued_traces_are_at_most_their_share() -> None:
+    own = [trace(i) for i in range(4)]
+    rescued = [trace(10 + i, source="rescue", attempt=1) for i in range(8)]
+    kept = select_traces([*own, *rescued], max_rescue_share=0.5)
+    assert Counter(t.source for t in kept) == {"student": 4, "rescue": 4}
+
+
+def test_a_rescue_share_of_zero_keeps_none_and_of_one_all() -> None:
+    traces = [trace(0), trace(1, source="rescue")]
+    assert select_traces(traces, max_rescue_share=0.0) == traces[:1]
+    assert select_traces(traces, max_rescue_share=1.0) == traces
+
+
+@pytest.mark.parametrize("answer", ["As the right final result is known", "Given the hint, it is"])
+def test_a_rescued_answer_that_talks_about_its_hint_leaks(answer: str) -> None:
+    assert hint_leaks(trace(0, answer, source="rescue"))
+    assert not hint_leaks(trace(0, answer))
+    assert not hint_leaks(trace(0, "odd", source="rescue"))
