@@ -37,10 +37,6 @@ class Attribution:
         for mark, predictor in _by_mark(copied).items():
             predictor.stage = mark
 
-    def is_marked(self, predictor: Any) -> bool:
-        """Whether this is a predictor of a marked copy, or a deep copy of one."""
-        return getattr(predictor, "stage", None) in self._originals
-
     def predictor(self, name: str) -> dspy.Predict:
         """The program's own predictor of this name."""
         return self._originals[_MARK + name]

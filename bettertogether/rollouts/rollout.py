@@ -178,10 +178,12 @@ class _Copy:
         for module, original in pairs:
             # A deep copy is made without them.
             module.callbacks = list(original.callbacks)
-        self._watch = Watch(attribution)
+        self._watch = Watch()
         self._watch.attach(self._program)
         self._by_name = predictors_of(self._program)
         self._basis: dict[str, _Basis] = {}
+        self._lms: dict[int, tuple[Any, Any]] = {}
+        """LMs of the program and their watched copies, by id."""
         self._predictors = [pair for pair in pairs if isinstance(pair[0], dspy.Predict)]
 
     def run(self, example: dspy.Example, attempt: Attempt, seed: int | None) -> Rollout:
@@ -190,7 +192,7 @@ class _Copy:
         prediction, failure, error = None, None, None
         with self._watch.recording() as record:
             try:
-                prediction = _call(self._program, dict(example.inputs()))
+                prediction = _call(self._program, dict(example.inputs()), record)
             except Exception as caught:
                 failure, error = _kind(caught), caught
         _hand_on_usage(record.tracker, prediction)
@@ -219,11 +221,19 @@ class _Copy:
             lm = original.lm or (dspy.settings.lm if sampled else None)
             key = id(lm), sampled
             if lm is not None and key not in lms:
-                lms[key] = watched_lm(_sampling_lm(lm, attempt, seed) if sampled else lm)
+                lms[key] = watched_lm(_sampling_lm(lm, attempt, seed)) if sampled else self._watched(lm)
             predictor.lm = lms.get(key)
         if attempt.narrow:
             narrow_signatures(self._program, attempt.narrow)
         self._basis = {n: _Basis(p.signature, tuple(p.demos), p.lm) for n, p in self._by_name.items()}
+
+    def _watched(self, lm: Any) -> Any:
+        """The watched copy of an LM, from a run before unless that one changed it."""
+        own, kept = self._lms.get(id(lm), (None, None))
+        if own is not lm or kept.kwargs != lm.kwargs or kept.model != lm.model:
+            kept = watched_lm(lm)
+            self._lms[id(lm)] = lm, kept
+        return kept
 
     def _call_of(self, entry: Any, name: str, record: Record, attempt: Attempt) -> Call:
         predictor, inputs, prediction = entry
@@ -319,13 +329,18 @@ def _hand_on_usage(tracker: UsageTracker, prediction: Any) -> None:
                 outer.add_usage(model, entry)
 
 
-def _call(program: dspy.Module, inputs: dict[str, Any]) -> Any:
+def _call(program: dspy.Module, inputs: dict[str, Any], record: Record) -> Any:
+    async def called() -> Any:
+        record.started()
+        return await program.acall(**inputs)
+
     forward = program.__dict__.get("forward")
     synced = getattr(forward, "__module__", None) == dspy.syncify.__module__
     if not synced and (hasattr(type(program), "forward") or forward is not None):
+        record.started()
         return program(**inputs)
     if hasattr(type(program), "aforward"):
-        return run_on_loop(program.acall(**inputs))
+        return run_on_loop(called())
     raise TypeError(f"{type(program).__name__} has neither forward nor aforward: define one of them.")
 
 

@@ -8,22 +8,23 @@ afterwards; and it misses what a program's own threads call, which do not have D
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
+import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
 from dspy.signatures.signature import ensure_signature
-from dspy.utils.callback import BaseCallback
 from dspy.utils.usage_tracker import UsageTracker
 from pydantic import BaseModel
 
 from ..programs.program import modules_of
-from .attribution import Attribution
 
 
 @dataclass
@@ -69,22 +70,21 @@ class Record:
         """DSPy's trace: (predictor, inputs, prediction) triples."""
         self.tracker = SharedTracker()
         self.adapter = dspy.settings.adapter
-        self.open: dict[str, tuple[ExitStack, Seen | None]] = {}
-        """Calls in progress, by DSPy's id."""
         self._seen: dict[int, Seen] = {}
         self._home: tuple[int, int] | None = None
 
     def started(self) -> None:
-        """Note where the program itself runs, which is where its first module is called."""
-        self._home = self._home or _place()
+        """Note that the program itself runs here."""
+        self._home = _place()
 
-    def finished(self, seen: Seen, prediction: Any) -> None:
+    def finished(self, seen: Seen, prediction: Any) -> Any:
         """Keep a call by its prediction, which a trace holds too."""
         seen.prediction = prediction
         if isinstance(prediction, dspy.Prediction):
             fields = seen.signature.output_fields
             seen.outputs = {name: snapshot(value) for name, value in prediction.items() if name in fields}
             self._seen[id(prediction)] = seen
+        return prediction
 
     def seen(self, prediction: Any) -> Seen | None:
         """The call that gave a prediction."""
@@ -108,92 +108,139 @@ _RECORD: ContextVar[Record | None] = ContextVar("bettertogether_record", default
 _CALL: ContextVar[Seen | None] = ContextVar("bettertogether_call", default=None)
 
 
-class Watch(BaseCallback):
-    """A callback on every module of a copy of a program, which serves one run at a time.
+class Watch:
+    """Sees what the modules of a copy of a program do, one run at a time.
 
-    A module that is called without DSPy's context, as in a thread of the program's own, gets the run's trace for that
-    call.
+    The modules become objects of a class of their own, derived from theirs, so that their copies of any kind are
+    watched too. One that is called without DSPy's context, as in a thread of the program's own, gets the run's trace
+    for that call; in a deep copy (`dspy.BestOfN` makes one for each attempt) the trace that the copy was called with.
     """
 
-    def __init__(self, attribution: Attribution) -> None:
-        self._attribution = attribution
+    def __init__(self, first: Watch | None = None) -> None:
+        self._first = first or self
+        """The watch that this is a copy of."""
         self._record: Record | None = None
         self._trace: list[Any] | None = None
 
     def __deepcopy__(self, memo: Any) -> Watch:
-        return self
+        return Watch(self._first)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled for another process, where nothing can be seen.
+        return Watch, ()
 
     def attach(self, program: dspy.Module) -> None:
-        """Be called by every module of a program."""
+        """See every module of a program."""
         for _, module in modules_of(program):
-            module.callbacks = [*module.callbacks, self]
+            module.__dict__[_WATCH] = self
+            module.__class__ = _watched_class(type(module))  # type: ignore[arg-type]
 
     @contextmanager
     def recording(self) -> Iterator[Record]:
         """Take down what the modules do within the block, and in threads that they start."""
-        self._record = Record()
+        self._record = record = Record()
         try:
-            with self._context(self._record, self._record.trace):
-                yield self._record
+            with _context(record, record.trace):
+                yield record
         finally:
             self._record = None
 
     @contextmanager
-    def _context(self, record: Record, trace: list[Any]) -> Iterator[None]:
-        token = _RECORD.set(record)
-        lm = dspy.settings.lm
-        try:
-            with dspy.context(
-                trace=trace,
-                usage_tracker=record.tracker,
-                callbacks=[*dspy.settings.callbacks, self],
-                lm=watched_lm(lm) if lm is not None else None,
-                # Histories keep every prompt of a pass in memory. They are on only for `note_response`.
-                disable_history=False,
-                max_history_size=0,
-            ):
-                yield
-        finally:
-            _RECORD.reset(token)
-
-    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        """Begin a call of any module."""
-        stack = ExitStack()
+    def within(self) -> Iterator[Record | None]:
+        """The run's record, and its context where there is none; None when no run goes on."""
         record = _RECORD.get()
-        if record is None and self._record is not None:
-            record = self._record
-            stack.enter_context(self._context(record, record.trace if self._trace is None else self._trace))
-        # DSPy calls a callback of both the settings and the module twice.
-        if record is None or call_id in record.open:
-            return
-        record.started()
-        self._follow(instance, record)
-        seen = None
-        if isinstance(instance, dspy.Predict):
-            seen = _begun(instance, inputs.get("kwargs", {}))
+        if record is not None:
+            if self._first is not self:
+                self._trace = dspy.settings.trace
+            yield record
+        elif (record := self._first._record) is not None:
+            with _context(record, record.trace if self._trace is None else self._trace):
+                yield record
+        else:
+            yield None
+
+    @contextmanager
+    def call(self, predictor: dspy.Predict, arguments: Mapping[str, Any]) -> Iterator[Callable[[Any], Any]]:
+        """One call of a predictor; give its prediction to the function."""
+        with self.within() as record:
+            if record is None:
+                yield lambda prediction: prediction
+                return
+            seen = _begun(predictor, arguments)
             _draw_anew(seen.lm)
             token = _CALL.set(seen)
-            stack.callback(_CALL.reset, token)
-        record.open[call_id] = stack, seen
+            try:
+                yield lambda prediction: record.finished(seen, prediction)
+            finally:
+                _CALL.reset(token)
 
-    def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        """End a call of any module."""
-        record = _RECORD.get()
-        if record is None or call_id not in record.open:
-            return
-        stack, seen = record.open.pop(call_id)
-        if seen is not None:
-            record.finished(seen, outputs)
-        stack.close()
 
-    def _follow(self, instance: dspy.Module, record: Record) -> None:
-        """Watch a deep copy that a program made of a part of itself: copies are made without their callbacks."""
-        if any(isinstance(callback, Watch) for callback in instance.callbacks):
-            return
-        if any(self._attribution.is_marked(module) for _, module in modules_of(instance)):
-            watch = Watch(self._attribution)
-            watch._record, watch._trace = record, dspy.settings.trace
-            watch.attach(instance)
+@contextmanager
+def _context(record: Record, trace: list[Any]) -> Iterator[None]:
+    token = _RECORD.set(record)
+    lm = dspy.settings.lm
+    try:
+        with dspy.context(
+            trace=trace,
+            usage_tracker=record.tracker,
+            lm=watched_lm(lm) if lm is not None else None,
+            # Histories keep every prompt of a pass in memory. They are on only for `note_response`.
+            disable_history=False,
+            max_history_size=0,
+        ):
+            yield
+    finally:
+        _RECORD.reset(token)
+
+
+_WATCH = "_bettertogether_watch"
+
+
+class _Watched:
+    """A module that is watched, in any copy of it."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As an object of the program's own class, which another process knows; a copy made here is watched again."""
+        made: Any = super().__reduce_ex__(protocol)
+        if not isinstance(made, tuple) or made[1][:1] != (type(self),):
+            return made
+        return _remade, (os.getpid(), type(self).__bases__[1], made[0], *made[1][1:]), *made[2:]
+
+
+def _remade(process: int, kind: type, make: Callable[..., Any], *arguments: Any) -> Any:
+    return make(_watched_class(kind) if process == os.getpid() else kind, *arguments)
+
+
+class _WatchedModule(_Watched):
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with vars(self)[_WATCH].within():
+            return super().__call__(*arguments, **options)  # type: ignore[misc]
+
+    async def acall(self, *arguments: Any, **options: Any) -> Any:
+        with vars(self)[_WATCH].within():
+            return await super().acall(*arguments, **options)  # type: ignore[misc]
+
+
+class _WatchedPredictor(_Watched):
+    # Not `__call__`: a program may call `forward` itself.
+    def forward(self, **arguments: Any) -> Any:
+        with vars(self)[_WATCH].call(self, arguments) as finished:
+            return finished(super().forward(**arguments))  # type: ignore[misc]
+
+    async def aforward(self, **arguments: Any) -> Any:
+        with vars(self)[_WATCH].call(self, arguments) as finished:
+            return finished(await super().aforward(**arguments))  # type: ignore[misc]
+
+
+@functools.lru_cache(maxsize=1000)
+def _watched_class(kind: type) -> type:
+    if issubclass(kind, _Watched):
+        return kind
+    base = _WatchedPredictor if issubclass(kind, dspy.Predict) else _WatchedModule
+    # Known by the name and the source of the class that it stands for, as `dspy.Refine` shows it to an LM.
+    named = ("__module__", "__qualname__", "__doc__", "__firstlineno__")
+    body = {name: vars(kind)[name] for name in named if name in vars(kind)}
+    return types.new_class(kind.__name__, (base, kind), exec_body=lambda space: space.update(body))
 
 
 def _begun(predictor: dspy.Predict, arguments: Mapping[str, Any]) -> Seen:
