@@ -244,7 +244,7 @@ def test_a_dominant_label_is_a_warning_that_says_what_to_do() -> None:
 def test_a_label_that_dominates_the_trainset_as_well_is_no_warning() -> None:
     skewed = [example for example in numbers(80) if example.number % 2 == 0 or example.number % 16 == 1]
     card = collector().collect(parity_program(parity_engine(lambda *_: True)), trainset=skewed).card
-    assert card.warnings == []
+    assert card.warnings == ()
 
 
 def test_no_rows_is_an_error_with_the_counts_and_three_things_to_try() -> None:
