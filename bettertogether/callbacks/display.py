@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from ..errors import ConfigError
 from ..printable import get_logger, one_line
-from ..records import STUDENT, StepRecord
 from .events import (
     Callback,
     CandidateEvent,
@@ -24,16 +22,13 @@ from .events import (
     TrainingEvent,
     WarningEvent,
 )
+from .progress import ProgressState, time_text
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
     from rich.live import Live
 
 logger = get_logger(__name__)
-
-_SHOWN_ROUNDS = 8
-_SHOWN_WARNINGS = 3
-_BAR = 28
 
 
 class ProgressDisplay(Callback):
@@ -71,7 +66,7 @@ class ProgressDisplay(Callback):
         self._interval_s = interval_s
         self._file = file
         self._output: _Output | None = None
-        self._state = _State(clock)
+        self._state = ProgressState(clock)
         self._console: Console | None = None
         self._live: Live | None = None
         self._last_line_s = clock()
@@ -120,7 +115,7 @@ class ProgressDisplay(Callback):
         record = event["record"]
         score = "no score" if record.score is None else f"score {record.score:.3f}"
         failed = f", {record.failed} examples failed" if record.failed else ""
-        self._line(f"{self._state.step_text()} {record.status}, {score}{failed}, {_time(record.ledger.seconds)}")
+        self._line(f"{self._state.step_text()} {record.status}, {score}{failed}, {time_text(record.ledger.seconds)}")
 
     def on_warning(self, event: WarningEvent) -> None:
         """Something that makes a score or a step meaningless."""
@@ -157,7 +152,7 @@ class ProgressDisplay(Callback):
         if self._console is None or (self._live is not None and not always):
             return
         self._last_line_s = self._clock()
-        line = f"[bettertogether {_time(self._state.elapsed_s)}] {one_line(text)}"
+        line = f"[bettertogether {time_text(self._state.elapsed_s)}] {one_line(text)}"
         self._console.print(line, markup=False, soft_wrap=True)
 
 
@@ -193,172 +188,3 @@ class _Output:
                     type(error).__name__,
                     error,
                 )
-
-
-class _State:
-    """What is going on, from the events. The view is drawn in a thread of its own, hence the lock."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._lock = threading.RLock()
-        self._started_s = self._event_s = clock()
-        self._strategy = ""
-        self._rounds: list[str] = []
-        self._finished: list[StepRecord] = []
-        self._current: StepStartEvent | None = None
-        self._warnings: list[str] = []
-        self._clear_step()
-
-    def _clear_step(self) -> None:
-        self._step_started_s = self._event_s
-        self._candidate: CandidateEvent | None = None
-        self._training: TrainingEvent | None = None
-        self._clear_phase("", self._event_s)
-
-    def _clear_phase(self, phase: str, started_s: float) -> None:
-        self._phase, self._phase_started_s = phase, started_s
-        self._done = self._total = self._tokens = 0
-
-    @property
-    def elapsed_s(self) -> float:
-        return self._clock() - self._started_s
-
-    def run_start(self, event: RunStartEvent) -> None:
-        with self._lock:
-            self._started_s = self._event_s = self._clock()
-            self._strategy, self._rounds = event["strategy"], list(event["rounds"])
-
-    def step_start(self, event: StepStartEvent) -> None:
-        with self._lock:
-            self._event_s = self._clock()
-            self._current = event
-            self._clear_step()
-
-    def candidate(self, event: CandidateEvent) -> None:
-        with self._lock:
-            self._candidate = event
-
-    def progress(self, event: ProgressEvent) -> None:
-        with self._lock:
-            self._advance(event["phase"], event["done"], event["total"])
-            self._tokens += event.get("tokens", 0)
-
-    def training(self, event: TrainingEvent) -> None:
-        with self._lock:
-            line = event["progress"]
-            self._training = event
-            self._advance(f"training {event.get('adapter', '')}".strip(), line.step, line.total_steps)
-            self._tokens = line.tokens
-
-    def _advance(self, phase: str, done: int, total: int) -> None:
-        if phase != self._phase or done < self._done:
-            # A phase began when the event before its first one came: what is reported is work that is done.
-            self._clear_phase(phase, self._event_s)
-        self._event_s = self._clock()
-        self._done, self._total = done, total
-
-    def step_end(self, event: StepEndEvent) -> None:
-        with self._lock:
-            self._event_s = self._clock()
-            self._finished.append(event["record"])
-            self._clear_phase("", self._event_s)
-
-    def warning(self, event: WarningEvent) -> None:
-        with self._lock:
-            self._warnings.append(event["text"])
-
-    def step_text(self) -> str:
-        """ "step 2 of 4 (p -> w)"."""
-        with self._lock:
-            if self._current is None:
-                return "run"
-            number, total = self._current["index"] + 1, max(len(self._rounds), self._current["index"] + 1)
-            return f"step {number} of {total} ({self._current['strategy'] or STUDENT})"
-
-    def phase_text(self) -> str:
-        """What is done now, how far it is, how fast, and what is left."""
-        with self._lock:
-            parts = [f"{self._phase or 'working'} {self._done}/{self._total}", *self._rate_texts()]
-            return ", ".join([*parts, *self._detail_texts(), *self._best_texts()])
-
-    def _rate_texts(self) -> list[str]:
-        spent_s = self._event_s - self._phase_started_s
-        texts = []
-        if self._tokens and spent_s > 0:
-            texts.append(f"{self._tokens / spent_s:,.0f} tokens/s")
-        if 0 < self._done < self._total:
-            texts.append(f"about {_time(spent_s / self._done * (self._total - self._done))} left in this phase")
-        return texts + self._run_left_texts()
-
-    def _run_left_texts(self) -> list[str]:
-        """Time left in the run, once a step of every kind that is still to come has been timed."""
-        if self._current is None:
-            return []
-        timed: dict[str, list[float]] = {}
-        for record in self._finished:
-            timed.setdefault(record.step, []).append(record.ledger.seconds)
-        current = self._current["step"]
-        later = [name.split(" -> ")[-1] for name in self._rounds[self._current["index"] + 1 :]]
-        if not all(step in timed for step in (current, *later)):
-            return []
-        means = {step: sum(seconds) / len(seconds) for step, seconds in timed.items()}
-        left_s = max(0.0, means[current] - (self._clock() - self._step_started_s)) + sum(means[s] for s in later)
-        return [f"about {_time(left_s)} left in all"]
-
-    def _detail_texts(self) -> list[str]:
-        texts = []
-        if self._candidate is not None:
-            total = "" if self._candidate["total"] is None else f" of {self._candidate['total']}"
-            score, best = self._candidate["score"], self._candidate["best_score"]
-            texts.append(f"candidate {self._candidate['number']}{total} scored {score:.3f}, best candidate {best:.3f}")
-        if self._training is not None:
-            line = self._training["progress"]
-            texts += [f"loss {line.loss:.3f}"] if line.loss is not None else []
-            texts += [f"held-out loss {line.validation_loss:.3f}"] if line.validation_loss is not None else []
-        return texts
-
-    def _best_texts(self) -> list[str]:
-        scored = [record for record in self._finished if record.score is not None]
-        if not scored:
-            return []
-        best = max(scored, key=lambda record: record.score or 0.0)
-        return [f"best so far {best.score:.3f} ({best.name})"]
-
-    def view(self) -> RenderableType:
-        """The live view: rounds so far, then what is going on."""
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        with self._lock:
-            lines: list[RenderableType] = [Text(f"{one_line(self._strategy)}   {_time(self.elapsed_s)}", style="bold")]
-            rounds = Table.grid(padding=(0, 2))
-            for record in self._finished[-_SHOWN_ROUNDS:]:
-                score = "-" if record.score is None else f"{record.score:.3f}"
-                style = "" if record.status == "complete" else "red"
-                name = Text(f"  {one_line(record.name)}", style=style)
-                rounds.add_row(name, score, _time(record.ledger.seconds), record.status)
-            if self._finished:
-                lines.append(rounds)
-            if self._current is not None and len(self._finished) <= self._current["index"]:
-                lines.append(Text(f"> {one_line(self.step_text())}", style="bold cyan"))
-                bar = Table.grid(padding=(0, 1))
-                counts = f"{self._done}/{self._total}" if self._total else ""
-                bar.add_row(
-                    Text(f"  {one_line(self._phase or 'starting')}"),
-                    ProgressBar(total=self._total or 1, completed=self._done, width=_BAR),
-                    Text(counts),
-                )
-                lines.append(bar)
-                below = [*self._rate_texts(), *self._detail_texts(), *self._best_texts()]
-                lines.append(Text("  " + one_line(", ".join(below)), style="dim"))
-            lines += [Text(f"! {one_line(text)}", style="yellow") for text in self._warnings[-_SHOWN_WARNINGS:]]
-            return Group(*lines)
-
-
-def _time(seconds: float) -> str:
-    """ "0:07", "12:40", "1:02:03"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -7,17 +7,21 @@ import re
 from typing import Any
 
 from ..errors import ConfigError, MissingExtraError
-from .events import Callback, RunEndEvent, RunStartEvent, StepEndEvent, StepStartEvent, TrainingEvent
+from .events import Callback, RunEndEvent, RunStartEvent, StepEndEvent, StepStartEvent, TrainingEvent, WarningEvent
 
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
 _LONGEST_PARAM = 500
 """Characters of a parameter's value that MLflow stores on every backend."""
+_LONGEST_TAG = 5000
+"""The same of a tag's value."""
 
 
 class MLflowCallback(Callback):
-    """Logs a compile run to MLflow: what was asked as params, scores and costs per step, losses per training step.
+    """Logs a compile run to MLflow: what was asked as params, scores and costs per step, losses per training step,
+    warnings as tags.
 
-    Joins the MLflow run that is active, else starts one of its own and ends it: FINISHED, FAILED, or KILLED by Ctrl-C.
+    Joins the MLflow run that is active, else starts one of its own and ends it: FINISHED when the run is complete,
+    KILLED by Ctrl-C, FAILED when anything else stopped it (an error, the budget).
     Raises ConfigError for a run_name that is no text, MissingExtraError when mlflow is not installed.
     """
 
@@ -33,6 +37,7 @@ class MLflowCallback(Callback):
         self._run_name = run_name
         self._started = False
         self._step = 0
+        self._warnings = 0
 
     def on_run_start(self, event: RunStartEvent) -> None:
         """Start the MLflow run and log what was asked."""
@@ -55,6 +60,11 @@ class MLflowCallback(Callback):
         known = {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
         self._mlflow.log_metrics(known, step=line.step)
 
+    def on_warning(self, event: WarningEvent) -> None:
+        """Tag the run with what makes a score or a step meaningless."""
+        self._warnings += 1
+        self._mlflow.set_tag(f"warning_{self._warnings}", event["text"][:_LONGEST_TAG])
+
     def on_step_end(self, event: StepEndEvent) -> None:
         """Log the step's score and cost."""
         record = event["record"]
@@ -62,7 +72,7 @@ class MLflowCallback(Callback):
         values = {"score": record.score, "step_gain": record.step_gain, "seconds": ledger.seconds}
         values |= {"lm_calls": ledger.lm_calls, "metric_calls": ledger.metric_calls, "tokens": ledger.tokens}
         self._mlflow.log_metrics({k: float(v) for k, v in values.items() if v is not None}, step=record.index)
-        self._mlflow.set_tag(f"step_{record.index}", f"{record.strategy or 'student'}: {record.status}")
+        self._mlflow.set_tag(f"step_{record.index}", f"{record.name}: {record.status}")
 
     def on_run_end(self, event: RunEndEvent) -> None:
         """Log which round was selected."""

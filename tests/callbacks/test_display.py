@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -15,7 +16,8 @@ from fakes import learner, numbers, parity_engine, parity_match, parity_program
 from bettertogether import BetterTogether, BootstrapFewShotRS
 from bettertogether.callbacks import Callback, ProgressDisplay, emit, listening, warn
 from bettertogether.errors import ConfigError
-from bettertogether.records import StepRecord
+from bettertogether.records import Ledger, StepRecord
+from bettertogether.report import CompileReport
 
 EVIL = "p\x1b]52;c;ZXZpbA==\x07\x1b[2J\r\nq"
 
@@ -186,3 +188,97 @@ def test_what_is_no_list_of_callbacks_is_refused(callbacks: Any, message: str) -
     with pytest.raises(ConfigError) as caught, listening(callbacks):
         pass
     assert message in str(caught.value)
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def shown_run(file: io.StringIO, **options: Any) -> str:
+    """Two steps with one pass of ten examples each, one example a second, then a report."""
+    clock = Clock()
+    scores = {"": (0.0, 1.0), "w": (1.0, 1.0)}
+    records = []
+    with listening([ProgressDisplay(file=file, interval_s=4, clock=clock, **options)]):
+        emit("run_start", {"strategy": "w", "rounds": ["", "w"]})
+        for index, step in enumerate(scores):
+            emit("step_start", {"index": index, "step": step, "strategy": step})
+            for done in range(1, 11):
+                clock.now_s += 1
+                emit("progress", {"phase": "score", "done": done, "total": 10, "tokens": 120})
+            mean = sum(scores[step]) / 2
+            record = StepRecord(index, step, step, "complete", mean, scores[step], ledger=Ledger(seconds=10))
+            records.append(record)
+            emit("step_end", {"record": record})
+        emit("run_end", {"report": CompileReport(tuple(records), 1, 2, "w")})
+    return file.getvalue()
+
+
+def test_without_a_terminal_plain_lines_come_at_intervals_and_at_each_step() -> None:
+    assert shown_run(io.StringIO()).splitlines() == [
+        "[bettertogether 0:00] start w",
+        "[bettertogether 0:00] step 1 of 2 (student) starts",
+        "[bettertogether 0:04] step 1 of 2 (student): score 4/10, 120 tokens/s, about 0:06 left in this phase",
+        "[bettertogether 0:08] step 1 of 2 (student): score 8/10, 120 tokens/s, about 0:02 left in this phase",
+        "[bettertogether 0:10] step 1 of 2 (student) complete, score 0.500, 0:10",
+        "[bettertogether 0:10] step 2 of 2 (w) starts",
+        "[bettertogether 0:14] step 2 of 2 (w): score 4/10, 120 tokens/s, about 0:06 left in this phase, "
+        "best so far 0.500 (student)",
+        "[bettertogether 0:18] step 2 of 2 (w): score 8/10, 120 tokens/s, about 0:02 left in this phase, "
+        "best so far 0.500 (student)",
+        "[bettertogether 0:20] step 2 of 2 (w) complete, score 1.000, 0:10",
+        "[bettertogether 0:20] done: w, score 1.000",
+    ]
+
+
+def test_quiet_shows_nothing() -> None:
+    assert shown_run(io.StringIO(), quiet=True) == ""
+
+
+def test_the_display_writes_to_stderr_not_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    with listening([ProgressDisplay()]):
+        emit("run_start", {"strategy": "p -> w", "rounds": ["", "p", "p -> w"]})
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "start p -> w" in captured.err
+
+
+def test_the_time_left_of_the_run_is_told_once_every_kind_of_step_was_timed() -> None:
+    clock, file = Clock(), io.StringIO()
+    with listening([ProgressDisplay(file=file, interval_s=1, clock=clock)]):
+        emit("run_start", {"strategy": "p -> p", "rounds": ["", "p", "p -> p"]})
+        for index, seconds in enumerate([10, 60]):
+            emit("step_start", {"index": index, "step": "p" if index else "", "strategy": "p" if index else ""})
+            record = StepRecord(index, "p" if index else "", "p", "complete", ledger=Ledger(seconds=seconds))
+            emit("step_end", {"record": record})
+        assert "left in all" not in file.getvalue()
+        emit("step_start", {"index": 2, "step": "p", "strategy": "p -> p"})
+        clock.now_s += 15
+        emit("progress", {"phase": "score", "done": 1, "total": 9})
+    assert "about 0:45 left in all" in file.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_in_a_terminal_the_view_is_live_and_the_cursor_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    text = shown_run(Terminal())
+    assert "\x1b[?25l" in text
+    assert text.rstrip().endswith("done: w, score 1.000")
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_in_a_terminal_the_cursor_comes_back_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    file = Terminal()
+    with contextlib.suppress(KeyboardInterrupt), listening([ProgressDisplay(file=file)]):
+        emit("run_start", {"strategy": "w", "rounds": ["", "w"]})
+        raise KeyboardInterrupt
+    assert file.getvalue().rstrip().endswith("\x1b[?25h")

@@ -1,0 +1,81 @@
+"""The view holds what table and page show of a report, computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import COST, record, report
+
+from bettertogether.records import Failure
+from bettertogether.report import data
+from bettertogether.report.view import view_of
+
+
+def test_a_round_has_its_numbers_as_text() -> None:
+    rounds = view_of(report()).rounds
+    assert [each.name for each in rounds] == ["student", "p", "p -> w", "p -> w -> p"]
+    assert [each.score for each in rounds] == ["0.250", "0.500", "0.750", "-"]
+    assert [each.gain_text for each in rounds] == ["", "+0.250 [+0.000, +1.000]", "+0.500 [+0.000, +1.000]", "-"]
+    assert [each.examples for each in rounds] == ["4", "4", "4", "-"]
+    assert [each.seconds for each in rounds] == ["12.5", "12.5", "100", "0.0"]
+    assert [each.selected for each in rounds] == [False, False, True, False]
+
+
+def test_the_selected_round_and_the_totals_are_those_of_the_report() -> None:
+    view = view_of(report())
+    assert view.selected.name == "p -> w"
+    assert (view.examples, view.seconds, view.two_by_two) == ("4 validation examples", "125", None)
+    assert view_of(report(valset_size=0)).examples == "no validation examples"
+
+
+def test_a_gain_is_there_as_number_and_as_text() -> None:
+    gain = view_of(report()).selected.gain
+    assert gain is not None
+    assert (gain.effect.gain, gain.number, gain.interval) == (0.5, "+0.500", "[+0.000, +1.000]")
+
+
+def test_a_gain_without_an_interval_is_a_number_alone() -> None:
+    rounds = (record(0, "", (0.0,)), record(1, "p", (1.0,)))
+    assert view_of(report(rounds=rounds, selected=1)).selected.gain_text == "+1.000"
+
+
+def test_failed_examples_are_counted_by_kind() -> None:
+    failures = (Failure("timeout", 2, "slow", "example 0"), Failure("metric error", 1, "KeyError", "example 2"))
+    rounds = (record(0, "", (0.0, 0.0, 0.0, 1.0), failures=failures),)
+    assert view_of(report(rounds=rounds, selected=0)).rounds[0].failures == "2 x timeout, 1 x metric error"
+
+
+def test_the_2x2_has_means_and_gains() -> None:
+    cells = {"base_old": (0.0, 0.0), "base_new": (0.0, 1.0), "tuned_old": (1.0, 0.0), "tuned_new": (1.0, 1.0)}
+    rounds = (record(0, "", (0.0, 0.0)), record(1, "w", (1.0, 1.0), two_by_two=cells))
+    view = view_of(report(rounds=rounds, selected=1)).two_by_two
+    assert view is not None
+    assert view.means == {"base_old": "0.000", "base_new": "0.500", "tuned_old": "0.500", "tuned_new": "1.000"}
+    assert [gain.number for gain in (view.weights, view.prompts, view.both, view.total)] == [
+        "+0.500",
+        "+0.500",
+        "+0.000",
+        "+1.000",
+    ]
+
+
+def test_the_gain_of_a_round_is_computed_once_for_table_page_and_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    interval = data.paired_interval
+
+    def counted(*scores: Any) -> Any:
+        calls.append(scores)
+        return interval(*scores)
+
+    monkeypatch.setattr(data, "paired_interval", counted)
+    rounds = tuple(record(index, "p" * index, (0.0, 1.0), ledger=COST) for index in range(3))
+    result = report(rounds=rounds, selected=1)
+    assert str(result)
+    assert repr(result)
+    assert result._repr_html_()
+    result.to_html(tmp_path / "report.html")
+    assert len(calls) == 3
