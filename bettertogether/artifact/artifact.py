@@ -12,8 +12,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,7 +20,7 @@ import dspy
 
 from ..engines.protocol import LocalEngine
 from ..errors import ArtifactError, ModelError, RunDirectoryError
-from ..files import atomic_write, now
+from ..files import atomic_folder, atomic_write, now
 from ..printable import get_logger
 from ..report.report import CompileReport
 from .folder import (
@@ -55,18 +53,12 @@ def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
     """
     target = folder_argument(folder, "folder")
     _require_program(program, "program")
-    work = None
     try:
         refuse_foreign(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        _write(program, work)
-        put_in_place(work, target)
+        with atomic_folder(target, put_in_place) as work:
+            _write(program, work)
     except (OSError, RunDirectoryError) as error:
         raise ArtifactError(f"{target} can't be written: {error}. What was there before is unchanged.") from error
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
     return target
 
 

@@ -130,7 +130,6 @@ def put_in_place(work: Path, target: Path) -> None:
     Where the system can exchange two folders (Linux, macOS) there is no moment without one under the name. Elsewhere
     there is one between two renames: after a kill just then, `recover` brings the earlier folder back.
     """
-    work.chmod(0o755)
     if not target.exists():
         os.rename(work, target)
         return

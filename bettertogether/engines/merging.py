@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ModelError
+from ..files import atomic_folder
 from ..training.adapter_folder import read_adapter_config
 from .adapters import linear_shapes, read_weights
 from .fingerprint import model_hash, short_name
@@ -28,19 +27,12 @@ def merge_adapter(base: str | Path, adapter: Path, out: Path) -> None:
     config = read_adapter_config(adapter)
     model, tokenizer = _load(os.path.expanduser(base))
     _merge(model, read_weights(adapter, config, linear_shapes(model)), adapter)
-    work = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        work.chmod(0o755)
-        os.replace(work, out)
+        with atomic_folder(out) as work:
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{out} can't be written: {error}") from error
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
 
 
 @dataclass(frozen=True)

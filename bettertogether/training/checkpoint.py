@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..errors import TrainingError
-from ..files import atomic_write
+from ..files import atomic_folder, atomic_write
 from .packing import TokenizedRow
 from .progress import TrainingProgress
 
@@ -66,22 +65,21 @@ def fingerprint(
 def save_state(folder: Path, state: TrainingState, run: str) -> None:
     """Write the state of run `run` (a fingerprint) under `folder`/checkpoint; earlier ones go once it is complete."""
     parent = folder / FOLDER
-    parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".", dir=parent))
-    try:
+    target = parent / f"epoch-{state.epoch}"
+    with atomic_folder(target, _put_anew) as work:
         tensors = {f"{name}/{key}": tensor for name in _TENSORS for key, tensor in getattr(state, name).items()}
         atomic_write(work / "tensors.safetensors", save(tensors))
         values = asdict(replace(state, weights={}, best_weights={}, first_moments={}, second_moments={}))
         values = {key: value for key, value in values.items() if key not in _TENSORS}
         atomic_write(work / "state.json", json.dumps({"schema": SCHEMA, "run": run, **values}))
-        target = parent / f"epoch-{state.epoch}"
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     for other in parent.iterdir():
         if other != target:
             shutil.rmtree(other, ignore_errors=True)
+
+
+def _put_anew(work: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(work, target)
 
 
 def load_state(folder: Path, run: str) -> TrainingState | None:

@@ -1,0 +1,41 @@
+"""A folder is written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bettertogether.files import atomic_folder
+
+
+def test_a_folder_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder"
+    with atomic_folder(target) as work:
+        (work / "file").write_text("text")
+        assert not target.exists()
+        assert work.parent == target.parent
+    assert (target / "file").read_text() == "text"
+    assert list(target.parent.iterdir()) == [target]
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+def test_of_a_folder_that_is_broken_off_nothing_is_left(tmp_path: Path) -> None:
+    def break_off() -> None:
+        with atomic_folder(tmp_path / "folder") as work:
+            (work / "file").write_text("text")
+            raise ValueError("broken off")
+
+    with pytest.raises(ValueError, match="broken off"):
+        break_off()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_is_left_as_it_is(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "file").write_text("theirs")
+    with pytest.raises(OSError, match="not empty"), atomic_folder(target) as work:
+        (work / "file").write_text("ours")
+    assert (target / "file").read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [target]
