@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import learner, numbers, parity_engine, parity_match, parity_program
 
+from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
 from bettertogether.errors import DataError
 from bettertogether.records import (
     CandidateScore,
@@ -17,6 +20,7 @@ from bettertogether.records import (
     OtherDetails,
     PromptDetails,
     RaceResult,
+    SampleRow,
     StepRecord,
     TraceCounts,
     TrainedAdapter,
@@ -24,7 +28,7 @@ from bettertogether.records import (
 )
 from bettertogether.report import CompileReport
 
-ROW = {
+ROW: SampleRow = {
     "prompt": [{"role": "user", "content": "number: 3"}],
     "completion": [{"role": "assistant", "content": "odd"}],
     "predictor": "self",
@@ -42,7 +46,7 @@ CARD = DataCard(
     examples_covered=3,
     prompt_tokens={"min": 7, "median": 8, "max": 9},
     completion_tokens={"min": 1, "median": 1, "max": 2},
-    samples=(ROW,),  # type: ignore[arg-type]
+    samples=(ROW,),
     warnings=("few rows",),
 )
 PROMPTS = PromptDetails(
@@ -162,3 +166,30 @@ def test_a_record_of_another_schema_is_refused_inside_a_report_too(schema: Any) 
 def test_text_with_half_a_character_comes_back() -> None:
     given = record(program={"self": {"demos": [{"text": "half \ud83d"}]}}, error="\ud83d")
     assert StepRecord.from_dict(as_json(given)) == given
+
+
+def test_a_run_directory_of_schema_1_goes_on_after_its_last_round(tmp_path: Path) -> None:
+    def compile_() -> tuple[CompileReport, int]:
+        engine = parity_engine(learner)
+        p = BootstrapFewShotRS(parity_match, num_candidates=2, num_samples=0, rescue=False)
+        w = LoRAFinetune(parity_match, num_samples=0, rescue=False)
+        compiled = BetterTogether(parity_match, p=p, w=w).compile(
+            parity_program(engine),
+            trainset=numbers(40, start=40),
+            valset=numbers(20),
+            strategy="w -> p",
+            run_dir=tmp_path,
+            progress=False,
+        )
+        return compiled.report, len(engine.requests)
+
+    report, requests = compile_()
+    path = tmp_path / "records.jsonl"
+    lines = [json.dumps(in_schema_1(json.loads(line))) for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{line}\n" for line in lines[:2]))
+    resumed, requests_of_the_rest = compile_()
+    assert resumed.rounds[:2] == report.rounds[:2]
+    assert [(each.name, each.status, each.score) for each in resumed.rounds] == [
+        (each.name, each.status, each.score) for each in report.rounds
+    ]
+    assert 0 < requests_of_the_rest < requests

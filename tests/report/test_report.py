@@ -19,6 +19,7 @@ from bettertogether.records import (
     LossLine,
     PromptDetails,
     RaceResult,
+    SampleRow,
     StepRecord,
     TraceCounts,
     TrainedAdapter,
@@ -211,7 +212,7 @@ def loss_line(adapter: str, step: int, loss: float | None, validation_loss: floa
 def full_report(text: str) -> CompileReport:
     """A report with everything in it, and `text` wherever text can be."""
     state = {"demos": [{"question": text, "n": [1]}], "signature": {"instructions": text, "fields": []}}
-    row = {"prompt": [{"role": text, "content": text}], "completion": text, "predictor": text, "label": text}
+    row: SampleRow = {"prompt": [{"role": text, "content": text}], "completion": text, "predictor": text, "label": text}
     counts = {text: 3}
     card = DataCard(counts, {}, counts, counts, counts, 4, 3, {text: 7}, {text: 7}, samples=(row,), warnings=(text,))
     history = tuple(loss_line(text, step, 1 / (step + 1), 0.5 if step % 2 else None) for step in range(4))

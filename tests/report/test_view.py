@@ -9,7 +9,7 @@ import pytest
 from test_report import COST, record, report
 
 from bettertogether.records import Failure
-from bettertogether.report import data
+from bettertogether.report.intervals import paired_interval
 from bettertogether.report.view import view_of
 
 
@@ -65,13 +65,12 @@ def test_the_gain_of_a_round_is_computed_once_for_table_page_and_notebook(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    interval = data.paired_interval
 
     def counted(*scores: Any) -> Any:
         calls.append(scores)
-        return interval(*scores)
+        return paired_interval(*scores)
 
-    monkeypatch.setattr(data, "paired_interval", counted)
+    monkeypatch.setattr("bettertogether.report.data.paired_interval", counted)
     rounds = tuple(record(index, "p" * index, (0.0, 1.0), ledger=COST) for index in range(3))
     result = report(rounds=rounds, selected=1)
     assert str(result)
