@@ -8,10 +8,14 @@ wakes up.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+
+import dspy
+from dspy.utils.syncify import run_async
 
 Result = TypeVar("Result")
 
@@ -21,7 +25,26 @@ _loops: list[asyncio.AbstractEventLoop] = []
 
 def run_on_loop(coroutine: Coroutine[Any, Any, Result]) -> Result:
     """The result of a coroutine that runs on the shared loop, with the context variables of this thread."""
-    return asyncio.run_coroutine_threadsafe(coroutine, _shared_loop()).result()
+    loop = _shared_loop()
+    if asyncio._get_running_loop() is loop:
+        # A syncified part of an async program: to wait for the loop would stop it. DSPy lets it go on within.
+        result: Result = run_async(coroutine)
+        return result
+    return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+
+
+def use_shared_loop(module: dspy.Module, run: Callable[[Coroutine[Any, Any, Any]], Any] = run_on_loop) -> None:
+    """Let what `dspy.syncify` made of an async module, in place or around it, run on the shared loop."""
+    if getattr(module.__dict__.get("forward"), "__module__", None) == dspy.syncify.__module__:
+        module.forward = functools.partial(_forward, run, module)
+    elif type(module).__module__ == dspy.syncify.__module__:
+        module.forward = functools.partial(_forward, run, module.program)
+
+
+def _forward(
+    run: Callable[[Coroutine[Any, Any, Any]], Any], module: dspy.Module, *arguments: Any, **options: Any
+) -> Any:
+    return run(module.aforward(*arguments, **options))
 
 
 def _shared_loop() -> asyncio.AbstractEventLoop:

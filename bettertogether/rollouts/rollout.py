@@ -19,9 +19,8 @@ from ..programs.copies import copy_program
 from ..programs.program import modules_of, predictors_of
 from ..records import Ledger
 from .attribution import Attribution
-from .event_loop import run_on_loop
 from .rescue import HINT, as_field, narrow_signatures
-from .watching import Record, Seen, Watch, snapshot, watched_lm
+from .watching import Record, Seen, Watch, run_async_part, snapshot, watched_lm
 
 FailureKind = Literal["parse failure", "prompt too long", "timeout", "program error"]
 
@@ -191,8 +190,9 @@ class _Copy:
         self._prepare(attempt, seed)
         prediction, failure, error = None, None, None
         with self._watch.recording() as record:
+            record.runs_here()
             try:
-                prediction = _call(self._program, dict(example.inputs()), record)
+                prediction = _call(self._program, dict(example.inputs()))
             except Exception as caught:
                 failure, error = _kind(caught), caught
         _hand_on_usage(record.tracker, prediction)
@@ -329,18 +329,11 @@ def _hand_on_usage(tracker: UsageTracker, prediction: Any) -> None:
                 outer.add_usage(model, entry)
 
 
-def _call(program: dspy.Module, inputs: dict[str, Any], record: Record) -> Any:
-    async def called() -> Any:
-        record.started()
-        return await program.acall(**inputs)
-
-    forward = program.__dict__.get("forward")
-    synced = getattr(forward, "__module__", None) == dspy.syncify.__module__
-    if not synced and (hasattr(type(program), "forward") or forward is not None):
-        record.started()
+def _call(program: dspy.Module, inputs: dict[str, Any]) -> Any:
+    if hasattr(type(program), "forward") or "forward" in vars(program):
         return program(**inputs)
     if hasattr(type(program), "aforward"):
-        return run_on_loop(called())
+        return run_async_part(program.acall(**inputs))
     raise TypeError(f"{type(program).__name__} has neither forward nor aforward: define one of them.")
 
 

@@ -13,7 +13,7 @@ import itertools
 import os
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from dspy.utils.usage_tracker import UsageTracker
 from pydantic import BaseModel
 
 from ..programs.program import modules_of
+from .event_loop import run_on_loop, use_shared_loop
 
 
 @dataclass
@@ -71,11 +72,15 @@ class Record:
         self.tracker = SharedTracker()
         self.adapter = dspy.settings.adapter
         self._seen: dict[int, Seen] = {}
-        self._home: tuple[int, int] | None = None
+        self._homes: set[tuple[int, int]] = set()
 
-    def started(self) -> None:
-        """Note that the program itself runs here."""
-        self._home = _place()
+    def runs_here(self) -> None:
+        """Note that the program itself runs at this place."""
+        self._homes.add(_place())
+
+    def is_here(self) -> bool:
+        """Whether the program itself runs at this place, which is none of its own threads and tasks."""
+        return _place() in self._homes
 
     def finished(self, seen: Seen, prediction: Any) -> Any:
         """Keep a call by its prediction, which a trace holds too."""
@@ -101,7 +106,7 @@ class Record:
 
     def _is_foreign(self, entry: Any) -> bool:
         seen = self.seen(entry[2])
-        return seen is not None and seen.place != self._home
+        return seen is not None and seen.place not in self._homes
 
 
 _RECORD: ContextVar[Record | None] = ContextVar("bettertogether_record", default=None)
@@ -133,6 +138,7 @@ class Watch:
         """See every module of a program."""
         for _, module in modules_of(program):
             module.__dict__[_WATCH] = self
+            use_shared_loop(module, run_async_part)
             module.__class__ = _watched_class(type(module))  # type: ignore[arg-type]
 
     @contextmanager
@@ -160,14 +166,14 @@ class Watch:
             yield None
 
     @contextmanager
-    def call(self, predictor: dspy.Predict, arguments: Mapping[str, Any]) -> Iterator[Callable[[Any], Any]]:
+    def call(self, predictor: dspy.Predict, arguments: dict[str, Any]) -> Iterator[Callable[[Any], Any]]:
         """One call of a predictor; give its prediction to the function."""
         with self.within() as record:
             if record is None:
                 yield lambda prediction: prediction
                 return
             seen = _begun(predictor, arguments)
-            _draw_anew(seen.lm)
+            _draw_anew(seen.lm, arguments)
             token = _CALL.set(seen)
             try:
                 yield lambda prediction: record.finished(seen, prediction)
@@ -191,6 +197,19 @@ def _context(record: Record, trace: list[Any]) -> Iterator[None]:
             yield
     finally:
         _RECORD.reset(token)
+
+
+def run_async_part(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine of the program's that is waited for here; it goes on at a place on the shared loop."""
+    record = _RECORD.get()
+    is_own = record is not None and record.is_here()
+
+    async def moved() -> Any:
+        if record is not None and is_own:
+            record.runs_here()
+        return await coroutine
+
+    return run_on_loop(moved())
 
 
 _WATCH = "_bettertogether_watch"
@@ -293,12 +312,22 @@ def watched_lm(lm: Any) -> Any:
     return copied
 
 
-def _draw_anew(lm: Any) -> None:
-    """Give the copy of an LM that a program made for another rollout (`dspy.BestOfN`) another seed, where the run gave
-    the LM one: with the same seed every rollout would be the same answer."""
+def _draw_anew(lm: Any, arguments: dict[str, Any]) -> None:
+    """Give another rollout that a program asks for another seed, where the run gave the LM one: with the same seed
+    every rollout would be the same answer. It asks by a copy of the LM (`dspy.BestOfN`) or in the call's config."""
     drawn = getattr(lm, "drawn", None)
-    if drawn and lm.kwargs.get("seed") == drawn[0] and lm.kwargs.get("rollout_id") != drawn[1]:
-        lm.kwargs["seed"] = (drawn[0] + (lm.kwargs.get("rollout_id") or 0)) % 2**31
+    if not drawn or lm.kwargs.get("seed") != drawn[0]:
+        return
+    seed, rollout = drawn
+    if lm.kwargs.get("rollout_id") != rollout:
+        lm.kwargs["seed"] = _seed_of(seed, lm.kwargs.get("rollout_id"))
+    config = arguments.get("config") or {}
+    if "rollout_id" in config and "seed" not in config:
+        arguments["config"] = {**config, "seed": _seed_of(lm.kwargs["seed"], config["rollout_id"])}
+
+
+def _seed_of(seed: int, rollout: int | None) -> int:
+    return (seed + (rollout or 0)) % 2**31
 
 
 def note_response(entry: Mapping[str, Any]) -> None:

@@ -1,0 +1,128 @@
+"""Every call of a program's predictors is seen, in whatever copy of them and however it is made."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import dspy
+from fakes import Parity, numbers, parity_engine, plain_lm
+from test_watching import CutEngine
+
+from bettertogether.rollouts.rollout import Attempt, Call, Runner, run_program
+from bettertogether.steps.rows_from_traces import rows_of_call
+from bettertogether.testing import FakeEngine
+
+
+class One(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = dspy.Predict(Parity)
+
+
+def over(program: dspy.Module, engine: FakeEngine | None = None) -> Any:
+    program.set_lm(plain_lm(engine or parity_engine(lambda *_: True)))
+    return program
+
+
+def test_a_predictors_forward_called_directly_is_seen_with_its_demos_and_whether_it_was_cut() -> None:
+    class Direct(One):
+        def forward(self, number: int) -> Any:
+            return self.p.forward(number=number, demos=numbers(1, start=5))
+
+    engine = CutEngine(lambda request: "[[ ## parity ## ]]\neven")
+    (call,) = run_program(over(Direct(), engine), numbers(1)[0]).calls
+    assert (call.demos, call.cut) == (tuple(numbers(1, start=5)), True)
+
+
+def test_a_shallow_copy_that_forward_makes_is_seen_with_what_it_was_given() -> None:
+    class Shallow(One):
+        def forward(self, number: int) -> Any:
+            predictor = copy.copy(self.p)
+            predictor.demos = numbers(1, start=5)
+            return predictor(number=number)
+
+    engine = parity_engine(lambda *_: True)
+    (call,) = run_program(over(Shallow(), engine), numbers(1)[0]).calls
+    assert (call.predictor, call.demos) == ("p", tuple(numbers(1, start=5)))
+    assert engine.requests[0].demos == 1
+
+
+def test_a_part_that_forward_pickles_is_of_its_own_class_elsewhere() -> None:
+    sent = []
+
+    class Sending(One):
+        def forward(self, number: int) -> Any:
+            bare = copy.copy(self.p)
+            bare.lm = None
+            sent.append(pickle.dumps(bare))
+            received = pickle.loads(sent[0])
+            received.lm = self.p.lm
+            return received(number=number)
+
+    run = run_program(over(Sending()), numbers(1)[0])
+    assert run.prediction.parity == "even"
+    assert b"_WatchedPredictor" not in sent[0]
+
+
+def test_a_run_turns_on_no_callback_of_dspy() -> None:
+    seen = []
+
+    class Looking(One):
+        def forward(self, number: int) -> Any:
+            seen.append((dspy.settings.callbacks, self.callbacks, self.p.callbacks))
+            return self.p(number=number)
+
+    run_program(over(Looking()), numbers(1)[0])
+    assert seen == [([], [], [])]
+
+
+def test_rollouts_that_a_sampled_run_asks_for_by_config_have_seeds_of_their_own() -> None:
+    class Several(One):
+        def forward(self, number: int) -> Any:
+            return [self.p(number=number, config={"rollout_id": i}) for i in range(3)][-1]
+
+    seeds = []
+    for _ in range(2):
+        engine = parity_engine(lambda *_: True)
+        Runner(over(Several(), engine)).run(numbers(1)[0], Attempt("sample", 1, 1.0))
+        seeds.append([request.seed for request in engine.requests])
+    assert len(set(seeds[0])) == 3
+    assert seeds[0] == seeds[1]
+
+
+def test_a_seed_that_a_call_gives_itself_is_kept() -> None:
+    class Seeded(One):
+        def forward(self, number: int) -> Any:
+            return self.p(number=number, config={"rollout_id": 1, "seed": 7})
+
+    engine = parity_engine(lambda *_: True)
+    Runner(over(Seeded(), engine)).run(numbers(1)[0], Attempt("sample", 1, 1.0))
+    assert [request.seed for request in engine.requests] == [7]
+
+
+def test_an_lm_that_a_run_changed_is_as_it_was_in_the_next() -> None:
+    class Warming(One):
+        def forward(self, number: int) -> Any:
+            self.p.lm.kwargs["temperature"] = 0.5 + self.p.lm.kwargs["temperature"]
+            return self.p(number=number)
+
+    engine = parity_engine(lambda *_: True)
+    program = over(Warming(), engine)
+    program.p.lm.kwargs["temperature"] = 0.0
+    runner = Runner(program)
+    for example in numbers(2):
+        runner.run(example)
+    assert [request.temperature for request in engine.requests] == [0.5, 0.5]
+
+
+def test_a_row_under_the_two_step_adapter_is_the_prompt_of_its_first_step_and_an_answer_that_it_reads_back() -> None:
+    main = FakeEngine(lambda _: "It is even.")
+    reader = FakeEngine(lambda _: "[[ ## parity ## ]]\neven\n\n[[ ## completed ## ]]")
+    with dspy.context(adapter=dspy.TwoStepAdapter(plain_lm(reader))):
+        program = over(dspy.Predict(Parity), main)
+        (call,) = run_program(program, numbers(1)[0]).calls
+        (row,) = rows_of_call(program, main, call, "vanilla", example=0)
+    assert call == Call("self", {"number": 0}, {"parity": "even"})
+    assert (row.messages, row.completion) == (main.requests[0].messages, "parity: even")
