@@ -21,6 +21,10 @@ _WORDS = (
 )
 _NAME = re.compile(rf"(^|_)({_WORDS}|(api|access|secret|private|auth)_(keys|tokens)|connection_string)\d*($|_)")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_AMBIGUOUS = re.compile(
+    r"(?<!api)(?<!access)(?<!auth)(?<!secret)(?<!private)(?<!client)(?<!session)(^|_)(key|token|headers?)$"
+)
+_OPAQUE = re.compile(r"(?=.*\d)[\w.~+/=:-]{16,}")
 _VALUE = re.compile(
     r"\b(?:(?:sk|pk|rk|ak)-|gh[pousr]_|github_pat_|glpat-|hf_|gsk_|xai-|pplx-|nvapi-|r8_|xox[abeoprs]-|AKIA|ASIA|AIza|"
     r"ya29\.|eyJ)[\w.-]{11,}\w|\bBearer\s+[\w.~+/=-]{12,}|\bBasic\s+[\w+/]{8,}={1,2}"
@@ -33,8 +37,25 @@ _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{0,30}://[^\s\"'<>]+")
 
 def is_secret_name(name: object) -> bool:
     """Whether what goes by this name is taken for a secret: "api_key", "apiKey", "X-Api-Key", "extra_headers", ..."""
-    words = _CAMEL.sub("_", str(name))
-    return _NAME.search(re.sub(r"\W+", "_", words).lower()) is not None
+    return _NAME.search(_words(name)) is not None
+
+
+def is_secret(name: object, value: Any) -> bool:
+    """Whether an entry of an object of the user's is a secret: by its name, unless the value says that it is none: a
+    number, a function, or, under a name such as "sort_key" or "stop_token", a text that looks like no secret."""
+    if not is_secret_name(name) or callable(value) or isinstance(value, bool | int | float | None):
+        return False
+    if isinstance(value, str | list | tuple) and _AMBIGUOUS.search(_words(name)):
+        return any(isinstance(text, str) and _OPAQUE.fullmatch(text) for text in _items(value))
+    return True
+
+
+def _items(value: str | list[Any] | tuple[Any, ...]) -> list[Any]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _words(name: object) -> str:
+    return re.sub(r"\W+", "_", _CAMEL.sub("_", str(name))).lower()
 
 
 def without_secrets(value: Any) -> Any:

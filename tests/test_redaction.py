@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bettertogether.redaction import is_secret_name, masked, split_secrets, without_secrets
+from bettertogether.redaction import is_secret, is_secret_name, masked, split_secrets, without_secrets
 
 KEY = "sk-proj-0123456789abcdef"
 
@@ -30,6 +30,19 @@ def test_a_name_of_a_secret_is_known_in_each_spelling(name: str) -> None:
 )
 def test_a_harmless_name_is_kept(name: str) -> None:
     assert not is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("sort_key", "score", False), ("stop_token", "</s>", False), ("headers", ["name", "price"], False),
+        ("answer_key", str, False), ("password", "score", True), ("api_key", "x", True), ("key", KEY, True),
+        ("hf_token", "hf_abcdefghijklmnop0", True), ("headers", {"X-Id": "1"}, True), ("token", 5, False),
+        ("separator", KEY, False),
+    ],
+)  # fmt: skip
+def test_an_ambiguous_name_is_a_secrets_where_the_value_looks_like_one(name: str, value: Any, secret: bool) -> None:
+    assert is_secret(name, value) is secret
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import dspy
 import pydantic
 from dspy.clients.base_lm import BaseLM
 
-from ..redaction import without_secrets
+from ..redaction import is_secret, without_secrets
 from .content import Walk, by_name, cell_content, combined, name_of
 from .copies import RESULTS
 from .program import modules_of
@@ -87,6 +87,11 @@ class BehaviourWalk(Walk):
         if self._lasting and not _has_content(type(value)):
             return self.nothing_seen(value)
         return combined("object", [self.hashed(type(value)), super().object_hashed(value)])
+
+    def held(self, attributes: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        """What an object holds, but secrets: another key for the same service changes no answer."""
+        kept = {name: value for name, value in attributes.items() if not is_secret(name, value)}
+        return {name: without_secrets(kept[name]) if str(name).endswith("kwargs") else kept[name] for name in kept}
 
     def nothing_seen(self, value: Any) -> bytes:
         """What has no content to see: its type for another process, itself in this one."""

@@ -92,7 +92,7 @@ class Walk:
         kind = type(value)
         if kind is list or kind is tuple:
             return combined(kind.__name__, map(self.hashed, value))
-        if kind is dict:
+        if kind is dict or kind is types.MappingProxyType:
             return combined("dict", (self.hashed(part) for item in value.items() for part in item))
         if kind is set or kind is frozenset:
             return combined(kind.__name__, sorted(map(self.hashed, value)))
@@ -144,9 +144,13 @@ class Walk:
         if isinstance(reduced, str):
             return combined("global", [name_of(type(value)).encode(), reduced.encode()])
         function, arguments, state, items, entries = (*reduced, *[None] * 5)[:5]
-        state = by_name(state) if isinstance(state, dict) else state
+        state = by_name(self.held(state)) if isinstance(state, dict) else state
         parts = [list(arguments), state, list(items or ()), [list(entry) for entry in entries or ()]]
         return combined(name_of(type(value)), [_name_of_function(function).encode(), *map(self.hashed, parts)])
+
+    def held(self, attributes: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        """The attributes of an object that count."""
+        return attributes
 
     def nothing_seen(self, value: Any) -> bytes:
         """What has no content to see counts by its type."""
@@ -171,6 +175,7 @@ _PLAIN: Mapping[type, Callable[[Any], bytes]] = {
     str: lambda value: value.encode("utf-8", "surrogatepass"),
     bytes: lambda value: value,
     bytearray: bytes,
+    memoryview: memoryview.tobytes,
 }
 
 

@@ -26,7 +26,7 @@ from .. import __version__
 from ..programs.behaviour import NOISE, BehaviourWalk, class_parts, is_own, lm_parts, named_values, signature_parts
 from ..programs.content import cell_content, dataset_hash
 from ..programs.program import model_names, modules_of, predictors_of
-from ..redaction import is_secret_name, masked
+from ..redaction import is_secret, is_secret_name, masked
 from .strategy import join
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def asked_of(plan: Plan, strategy: str) -> Noted:
         "valset": note.examples(plan.valset),
         "metric": note.callable(plan.metric),
         "optimizers": {key: note.optimizer(optimizer) for key, optimizer in plan.optimizers.items()},
-        "compile_args": {key: note.entries(arguments) for key, arguments in plan.compile_args.items()},
+        "compile_args": {key: note.arguments(given) for key, given in plan.compile_args.items()},
         "versions": versions(),
         "machine": machine(),
     }
@@ -84,6 +84,9 @@ class _Notes:
         """A value as text: itself where it is short and plain, else its kind and a hash of its content."""
         if _is_plain(value) and len(shown := repr(value)) <= _SHORT:
             return masked(shown)
+        return self._named_by_hash(value)
+
+    def _named_by_hash(self, value: Any) -> str:
         digest = self._walk.of(value)[:16]
         if isinstance(value, types.FunctionType):
             return f"{value.__qualname__} {digest}"
@@ -91,9 +94,12 @@ class _Notes:
         return f"{type(value).__qualname__}{size} {digest}"
 
     def entries(self, values: Mapping[Any, Any]) -> Noted:
-        """Names with texts, in order, without secrets."""
-        named = {str(name): value for name, value in values.items()}
-        return {name: self.text(named[name]) for name in sorted(named) if not is_secret_name(name)}
+        """Names with texts, in order, without secrets; what has the name of one is never shown."""
+        named = {str(name): value for name, value in values.items() if not is_secret(name, value)}
+        return {
+            name: self._named_by_hash(named[name]) if is_secret_name(name) else self.text(named[name])
+            for name in sorted(named)
+        }
 
     def examples(self, examples: Sequence[dspy.Example]) -> str:
         """A data set."""
@@ -147,6 +153,10 @@ class _Notes:
         """An optimizer: its class, its settings. What begins with "_" is its own affair."""
         private = {name for name in vars(optimizer) if name.startswith("_")}
         return self.holder(optimizer, left_out=_PACE | private)
+
+    def arguments(self, given: Mapping[str, Any]) -> Noted:
+        """Arguments of an optimizer's `compile`."""
+        return self.entries({name: value for name, value in given.items() if name not in _PACE})
 
     def callable(self, function: Any) -> Noted:
         """A metric: a function, a partial, a method, or an object that can be called."""

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import threading
+import types
 from typing import Any
 
 import dspy
@@ -150,6 +151,8 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
     "patterns": (lambda: re.compile("a"), lambda: re.compile("a", re.IGNORECASE)),
     "texts of a class": (lambda: Text("a"), lambda: Text("b")),
     "functions": (lambda: lambda: 1, lambda: lambda: 2),
+    "views of dicts": (lambda: types.MappingProxyType({"a": 1}), lambda: types.MappingProxyType({"a": 2})),
+    "views of bytes": (lambda: memoryview(b"a"), lambda: memoryview(b"b")),
     "partials": (lambda: functools.partial(int, base=2), lambda: functools.partial(int, base=3)),
     "types": (lambda: list[int], lambda: list[str]),
     "examples": (lambda: example(question="a"), lambda: example(question="b")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from dspy.teleprompt.teleprompt import Teleprompter
 from fakes import Parity, learner, numbers, parity_engine, parity_match, plain_lm
 
-from bettertogether import BetterTogether
+from bettertogether import BetterTogether, LoRAFinetune
 from bettertogether.errors import RunDirectoryError
 from bettertogether.testing import FakeEngine
 
@@ -97,6 +98,18 @@ def call(run_dir: Path, **changes: Any) -> dspy.Module:
     return optimizer.compile(student, run_dir=run_dir, **options)
 
 
+def keyed(key: str, sort_key: Any = str) -> Any:
+    def metric(example: Any, prediction: Any, trace: Any = None, sort_key: Any = sort_key) -> bool:
+        return sort_key(example[key]) == prediction.parity
+
+    return metric
+
+
+class Client:
+    def __init__(self, key: str) -> None:
+        self.api_key = key
+
+
 def case(first: dict[str, Any], second: dict[str, Any], named: str) -> Any:
     return pytest.param(first, second, named, id=f"{named} {next(iter(second))}")
 
@@ -119,6 +132,8 @@ DIFFERENT = [
         {"metric": lambda: functools.partial(graded, weight=0.5)},
         "metric.keywords.weight",
     ),
+    case({"metric": lambda: keyed("parity")}, {"metric": lambda: keyed("number")}, "metric.closure.key"),
+    case({"metric": lambda: keyed("parity", sort_key=repr)}, {"metric": lambda: keyed("parity")}, "defaults.sort_key"),
     case({}, {"optimizers": lambda: {"s": Same([1])}}, r"optimizers.s.option: .*1.*\[1\]"),
     case({}, {"optimizer_compile_args": {"s": {"extra": 2}}}, "compile_args.s.extra"),
     case({}, {"trainset": numbers(12, 41)}, "trainset: .*12 examples"),
@@ -202,6 +217,8 @@ SAME: list[dict[str, Any]] = [
     {"metric": lambda: functools.partial(graded, weight=0.5)},
     {"optimizers": lambda: {"s": Same(threading.Lock())}},
     {"optimizers": lambda: {"s": dspy.BootstrapFewShot(metric=parity_match)}},
+    {"student": lambda: program(words=Client(f"sk-{uuid.uuid4()}"))},
+    {"student": lambda: program(words=dspy.Embedder("openai/x", api_key=uuid.uuid4().hex))},
 ]
 
 
@@ -260,6 +277,12 @@ def test_no_secret_is_noted(tmp_path: Path) -> None:
     call(tmp_path / "run", optimizers=lambda: {"s": Keyed()})
     assert secret not in (tmp_path / "run" / "run.json").read_text()
     call(tmp_path / "run", optimizers=lambda: {"s": Keyed()})
+
+
+def test_threads_of_a_step_are_no_other_call(tmp_path: Path) -> None:
+    for threads in (1, 2):
+        arguments = {"s": {"num_threads": threads}}
+        call(tmp_path / "run", optimizers=lambda: {"s": LoRAFinetune(parity_match)}, optimizer_compile_args=arguments)
 
 
 def test_a_directory_of_a_version_that_noted_less_is_refused_in_words(tmp_path: Path) -> None:
