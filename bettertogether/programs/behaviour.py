@@ -75,7 +75,9 @@ class BehaviourWalk(Walk):
         if isinstance(value, dspy.Module):
             return combined("module", [self.hashed(type(value)), self.hashed(module_parts(value))])
         if isinstance(value, BaseLM):
-            return combined("lm", [self.hashed(type(value)), self.hashed(by_name(lm_parts(value)))])
+            # Of this process's engines one may be asked where another of its model's name fails.
+            engine = "" if self._lasting else str(id(getattr(value, "engine", None)))
+            return combined("lm", [self.hashed(type(value)), self.hashed(by_name(lm_parts(value))), engine.encode()])
         if hasattr(value, "dump_state") and hasattr(value, "complete"):
             return combined("engine", [self.hashed(type(value)), self.hashed(engine_parts(value))])
         if isinstance(value, functools.partial):

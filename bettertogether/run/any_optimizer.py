@@ -58,16 +58,24 @@ def lent(optimizer: Teleprompter, settings: Mapping[str, Any]) -> Iterator[None]
     take num_threads, max_errors or seed when they are made; take them back afterwards."""
     given = {name: value for name, value in settings.items() if value is not None}
     given = {name: value for name, value in given.items() if getattr(optimizer, name, ...) is None}
-    own = getattr(optimizer, "__dict__", {}).keys() & given.keys()
-    for name, value in given.items():
-        setattr(optimizer, name, value)
+    of_class = {name for name in given if getattr(type(optimizer), name, ...) is None} - vars(optimizer).keys()
+    given = {name: value for name, value in given.items() if _could_set(optimizer, name, value)}
     try:
         yield
     finally:
         for name, value in given.items():
             # Another value is one that the optimizer itself, or its user, has put there meanwhile.
             if getattr(optimizer, name, None) is value:
-                setattr(optimizer, name, None) if name in own else delattr(optimizer, name)
+                delattr(optimizer, name) if name in of_class else setattr(optimizer, name, None)
+
+
+def _could_set(optimizer: Teleprompter, name: str, value: Any) -> bool:
+    """Set an attribute; False for one that is read-only (of a frozen class, a property)."""
+    try:
+        setattr(optimizer, name, value)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def accepted_arguments(optimizer: Teleprompter, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections import Counter
 from typing import Any
@@ -406,3 +407,24 @@ def test_wrappers_of_a_compile_may_use_the_usual_names_for_their_own_arguments(s
     assert not {"original", "wrapped", "instance", "args", "kwargs", "func", "fn"} & set(
         inspect.signature(step.compile).parameters
     )
+
+
+def test_a_setting_that_cannot_be_written_is_left_alone() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Frozen(Teleprompter):
+        seed: int | None = None
+
+    class ReadOnly(Teleprompter):
+        @property
+        def seed(self) -> None:
+            return None
+
+    class Slotted(Teleprompter):
+        __slots__ = ("seed",)
+
+    slotted = Slotted()
+    slotted.seed = None
+    for optimizer, lent_seed in ((Frozen(), None), (ReadOnly(), None), (slotted, 5)):
+        with lent(optimizer, {"seed": 5}):
+            assert optimizer.seed == lent_seed
+        assert optimizer.seed is None

@@ -308,3 +308,14 @@ def test_two_programs_that_hold_other_things_share_no_runs() -> None:
     assert program_key(made(["a"])) == program_key(made(["a"]))
     assert program_key(made(["a"])) != program_key(made(["b"]))
     assert isinstance(engine, FakeEngine)
+
+
+def test_two_engines_of_one_name_share_no_runs() -> None:
+    from bettertogether.programs.behaviour import program_key
+
+    one, other = parity_engine(learner), parity_engine(lambda request, number: True)
+    made = [dspy.Predict(Parity) for _ in range(3)]
+    for each, engine in zip(made, (one, one, other), strict=True):
+        each.lm = plain_lm(engine)
+    keys = list(map(program_key, made))
+    assert keys[0] == keys[1] != keys[2]
