@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from dspy._vendor.lm15.types import StreamEvent
 from dspy.clients.engines.base import validate_request
 from dspy.lm15 import ContextLengthError, Request, Response
 
@@ -16,6 +15,7 @@ from ..errors import ConfigError, ModelError
 from ..files import cache_folder
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.progress import ProgressFunction
+from ._upstream import StreamEvent
 from .answers import SamplingOptions
 from .finetuning import TrainingJob, prepare
 from .fingerprint import model_hash, short_hash, short_name

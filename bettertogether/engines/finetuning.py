@@ -36,7 +36,7 @@ class Tokenizing(Protocol):
     def completion_tokens(self, completion: str) -> list[int]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingJob:
     """Everything that a training needs but the model."""
 
@@ -85,7 +85,16 @@ def prepare(
         )
     validation, _ = tokenized(engine, validation_rows)
     name, folder = start_from if start_from is not None else ("", None)
-    return TrainingJob(kept, validation, lora, training, folder, adapter_round(name) + 1, parent, tuple(skipped))
+    return TrainingJob(
+        rows=kept,
+        validation_rows=validation,
+        lora=lora,
+        training=training,
+        start_from=folder,
+        round_number=adapter_round(name) + 1,
+        parent=parent,
+        skipped_rows=tuple(skipped),
+    )
 
 
 def train(

@@ -118,9 +118,11 @@ def _check_source(source: str | Path) -> None:
 def _check_folder(folder: Path) -> None:
     names = [path.name for path in folder.iterdir()]
     has_weights = any(name.endswith(WEIGHTS) for name in names)
-    missing = ["config.json"] * ("config.json" not in names) + ["model.safetensors"] * (not has_weights)
+    there = {"config.json": "config.json" in names, "model.safetensors": has_weights}
+    missing = [name for name, found in there.items() if not found]
     if missing:
-        hint = " It holds an adapter: load the base model, then add_adapter(folder)." * (CONFIG_FILE in names)
+        holds_adapter = CONFIG_FILE in names
+        hint = " It holds an adapter: load the base model, then add_adapter(folder)." if holds_adapter else ""
         raise ModelError(
             f"{folder} is not the folder of a transformers model: {' and '.join(missing)} missing.{hint} Give the "
             "folder that save_pretrained wrote, or a hub id."
@@ -132,7 +134,9 @@ def _eos_ids(source: str | Path, config: Any) -> tuple[int, ...]:
         eos = GenerationConfig.from_pretrained(source).eos_token_id
     except OSError:
         eos = config.get_text_config().eos_token_id
-    return tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
 
 def _max_length(config: Any) -> int:

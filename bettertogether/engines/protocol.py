@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
-from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response
 
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.progress import ProgressFunction, TrainingProgress
+from ._upstream import StreamEvent
 
 
 class ChatMessage(TypedDict):

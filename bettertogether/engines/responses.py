@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dspy._vendor.lm15.types import StreamEvent, ThinkingDelta, TokenLogprob, TopLogprob
 from dspy.lm15 import (
     Message,
     Request,
@@ -15,10 +14,14 @@ from dspy.lm15 import (
     StreamStartEvent,
     TextDelta,
     TextPart,
+    ThinkingDelta,
     ThinkingPart,
+    TokenLogprob,
+    TopLogprob,
     Usage,
 )
 
+from ._upstream import StreamEvent
 from .answers import Answer, TokenScore
 from .thinking import ThoughtSplitter, split_thoughts
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import (
     Message,
     Request,
@@ -31,6 +30,7 @@ from dspy.lm15 import (
     Usage,
 )
 
+from ..engines._upstream import StreamEvent
 from ..engines.protocol import (
     MODEL_PREFIX,
     ChatMessage,
@@ -207,7 +207,15 @@ class FakeEngine:
         where = _save_adapter(Path(folder or mkdtemp(prefix="fake-adapters-")), self.base_name, round_number, memory)
         tokens = sum(len(self.prompt_tokens(r.messages)) + len(self.completion_tokens(r.completion)) for r in rows)
         before, after = (2.0, 1.0) if validation_rows else (None, None)
-        line = TrainingProgress(1, 1, 1.0, 1.0, after, tokens * training.epochs, training.learning_rate)
+        line = TrainingProgress(
+            step=1,
+            total_steps=1,
+            epoch=1.0,
+            loss=1.0,
+            validation_loss=after,
+            tokens=tokens * training.epochs,
+            learning_rate=training.learning_rate,
+        )
         if on_progress:
             on_progress(line)
         model = self.add_adapter(where)

@@ -24,11 +24,10 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from ._upstream import attention_names, cpu_attention, cpu_attention_backward, restore_attention
 from .packing import PackedRow
 
 ATTENTION_NAME = "bettertogether_training"
-
-_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function. Query [1, H, T, D], key and value [1, K, T, D] with H a multiple of K.
 
-    Raises NotImplementedError for attention that it can't compute exactly; `can_pack` asks before training.
+    Raises NotImplementedError for attention that it can't compute exactly; `loss.why_not_packed` asks before
+    training.
     """
     unknown = [name for name in ("softcap", "s_aux", "position_bias", "cache") if options.get(name) is not None]
     if packed_layout is None or unknown or dropout:
@@ -164,7 +164,7 @@ class _BlockAttention(torch.autograd.Function):
 
         def attend(queries: Span, keys: Span, causal: bool) -> tuple[Tensor, Tensor]:
             q_part, k_part, v_part = q[:, :, queries.tokens], k_all[:, :, keys.tokens], v_all[:, :, keys.tokens]
-            return _aten._scaled_dot_product_flash_attention_for_cpu(q_part, k_part, v_part, 0.0, causal, scale=scale)
+            return cpu_attention(q_part, k_part, v_part, scale=scale, causal=causal)
 
         for group in groups:
             for span in group.causal:
@@ -190,16 +190,15 @@ class _BlockAttention(torch.autograd.Function):
 
         def attend(queries: Span, keys: Span, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
             a, b = queries.tokens, keys.tokens
-            return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            return cpu_attention_backward(
                 grad[:, :, a],
                 q[:, :, a],
                 k_all[:, :, b],
                 v_all[:, :, b],
                 out[:, :, a],
                 log_sum[:, :, a],
-                0.0,
-                causal,
                 scale=ctx.scale,
+                causal=causal,
             )
 
         for group in ctx.groups:
@@ -243,12 +242,9 @@ def _attention_by_row(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Pac
 @contextlib.contextmanager
 def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Run the model with an attention implementation, and with its own again afterwards."""
-    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    configs += [part for config in configs for key in config.sub_configs if (part := getattr(config, key, None))]
-    before = [(config, config._attn_implementation_internal) for config in configs]
+    before = attention_names(model)
     try:
         model.set_attn_implementation(name)
         yield
     finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
+        restore_attention(before)

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ._upstream import is_stateful
+
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 """Layer types of transformers' configs whose tokens see one another by plain attention alone."""
 
@@ -14,7 +16,7 @@ def more_than_attention(model: Any) -> str | None:
     """What a model has besides attention that carries something from token to token, by its config; None: nothing."""
     types = getattr(model.config.get_text_config(), "layer_types", None)
     if types is None:
-        return "its layers keep a state" if getattr(model, "_is_stateful", False) else None
+        return "its layers keep a state" if is_stateful(model) else None
     others = sorted(set(types) - ATTENTION_LAYERS)
     return f"its layers are of type {', '.join(others)}" if others else None
 

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ._upstream import AttentionNames, attention_names, restore_attention
+
 SWITCHES = ("training", "forward", "gradient_checkpointing", "_gradient_checkpointing_func")
 """Attributes of modules that a training changes."""
 
@@ -20,18 +22,16 @@ class ModelState:
 
     children: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
     switches: tuple[tuple[nn.Module, dict[str, Any]], ...]
-    attention: tuple[tuple[Any, Any], ...]
+    attention: AttentionNames
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelState:
         """The state that a model is in."""
         modules = list(model.modules())
-        configs = [module.config for module in modules if isinstance(module, PreTrainedModel)]
-        configs += [part for config in configs for key in config.sub_configs if (part := getattr(config, key, None))]
         return cls(
             tuple((module, dict(module._modules)) for module in modules),
             tuple((module, {n: module.__dict__[n] for n in SWITCHES if n in module.__dict__}) for module in modules),
-            tuple((config, config._attn_implementation_internal) for config in configs),
+            attention_names(model),
         )
 
     def restore(self) -> None:
@@ -43,8 +43,7 @@ class ModelState:
             for name in SWITCHES:
                 module.__dict__.pop(name, None)
             module.__dict__.update(switches)
-        for config, implementation in self.attention:
-            config._attn_implementation_internal = implementation
+        restore_attention(self.attention)
 
 
 @contextlib.contextmanager

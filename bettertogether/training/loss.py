@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..printable import get_logger
+from ._upstream import attention_name, supports_sdpa
 from .attention import ATTENTION_NAME, PackedLayout, attention_implementation
 from .fused import completion_loss_sum
 from .layers import more_than_attention
@@ -123,10 +124,10 @@ def row_loss(model: PreTrainedModel, dtype: torch.dtype, longest: int) -> Iterat
 
 def plain_attention(model: PreTrainedModel) -> str:
     """The model's attention implementation where it is one of transformers' own, else the nearest of these."""
-    name = model.config._attn_implementation
+    name = attention_name(model)
     if name in ("eager", "sdpa") or "flash" in name or "flex" in name:
-        return str(name)
-    return "sdpa" if model._supports_sdpa else "eager"
+        return name
+    return "sdpa" if supports_sdpa(model) else "eager"
 
 
 def why_not_packed(model: PreTrainedModel, longest: int) -> str | None:

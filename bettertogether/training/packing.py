@@ -58,11 +58,6 @@ class MicroBatch:
         """Tokens of the forward pass, as packed."""
         return sum(group.tokens for group in self.groups)
 
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens the loss is taken on."""
-        return sum(len(row.completion_ids) for row in self.rows)
-
 
 @dataclass(frozen=True)
 class PackedRow:
@@ -73,8 +68,6 @@ class PackedRow:
     """Position of each token in its own row; starts again after the prefix for every row."""
     logit_positions: list[int]
     """Packed positions whose next token is trained on, N of them."""
-    labels: list[int]
-    """The N tokens to predict there."""
     groups: tuple[tuple[int, tuple[int, ...]], ...]
     """Per group, in order: prefix length, and the number of own tokens of each row."""
 
@@ -155,7 +148,7 @@ def _shared_length(first: TokenizedRow, second: TokenizedRow) -> int:
 
 def pack(batch: MicroBatch) -> PackedRow:
     """Lay a micro-batch out as one sequence."""
-    packed = PackedRow([], [], [], [], tuple((g.prefix_length, _own_lengths(g)) for g in batch.groups))
+    packed = PackedRow([], [], [], tuple((g.prefix_length, _own_lengths(g)) for g in batch.groups))
     for group in batch.groups:
         prefix = group.prefix_length
         packed.input_ids.extend(group.rows[0].prompt_ids[:prefix])
@@ -166,7 +159,6 @@ def pack(batch: MicroBatch) -> PackedRow:
             packed.position_ids.extend(range(prefix, len(row)))
             first = start + len(row.prompt_ids) - prefix - 1
             packed.logit_positions.extend(range(first, first + len(row.completion_ids)))
-            packed.labels.extend(row.completion_ids)
     return packed
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from functools import partial
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ConfigError, MissingExtraError
+from ._upstream import multiplies_bfloat16_fast, turn_checkpointing_on
 from .config import TrainingConfig
 
 CHECKPOINTED_PARAMETERS = 1_000_000_000
@@ -39,10 +38,7 @@ def compute_dtype(model: PreTrainedModel, training: TrainingConfig) -> torch.dty
 def _fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in checks)
+    return device.type == "cpu" and multiplies_bfloat16_fast()
 
 
 def checkpoint_gradients(model: PreTrainedModel, training: TrainingConfig) -> bool:
@@ -56,10 +52,7 @@ def checkpoint_gradients(model: PreTrainedModel, training: TrainingConfig) -> bo
                 f"gradient_checkpointing=True: {type(model).__name__} doesn't support it. Use False, and a smaller "
                 "max_tokens_per_batch if memory is short."
             )
-        # Not gradient_checkpointing_enable: that also makes the embeddings require gradients, for nothing.
-        model._set_gradient_checkpointing(
-            enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
-        )
+        turn_checkpointing_on(model)
     return bool(wanted)
 
 

@@ -34,7 +34,7 @@ EVALUATION_ROWS = 256
 logger = get_logger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainedAdapter:
     """What a training run gives."""
 
@@ -170,13 +170,13 @@ class _Run:
         self.accelerator.wait_for_everyone()
         state = self.state
         return TrainedAdapter(
-            self.folder,
-            tuple(self.history),
-            state.best_epoch,
-            state.tokens,
-            state.seconds,
-            state.base_validation_loss,
-            state.best_loss,
+            folder=self.folder,
+            history=tuple(self.history),
+            best_epoch=state.best_epoch,
+            tokens=state.tokens,
+            seconds=state.seconds,
+            base_validation_loss=state.base_validation_loss,
+            validation_loss=state.best_loss,
         )
 
     def _resume(self) -> None:
@@ -309,7 +309,15 @@ class _Run:
 
     def _report(self, loss: float | None, validation_loss: float | None, rate: float) -> None:
         epoch, state = self.state.step / self.steps_per_epoch, self.state
-        line = TrainingProgress(state.step, self.total_steps, epoch, loss, validation_loss, state.tokens, rate)
+        line = TrainingProgress(
+            step=state.step,
+            total_steps=self.total_steps,
+            epoch=epoch,
+            loss=loss,
+            validation_loss=validation_loss,
+            tokens=state.tokens,
+            learning_rate=rate,
+        )
         self.history.append(line)
         if self.on_progress is not None and self.accelerator.is_main_process:
             self.on_progress(line)

@@ -61,7 +61,9 @@ def test_an_event_reaches_every_callback_of_the_block_and_none_after_it() -> Non
 
 def test_the_base_callback_takes_every_event_and_does_nothing() -> None:
     record = StepRecord(0, "", "", "complete")
-    line = TrainingProgress(1, 1, 1.0, 0.5, None, 10, 1e-4)
+    line = TrainingProgress(
+        step=1, total_steps=1, epoch=1.0, loss=0.5, validation_loss=None, tokens=10, learning_rate=1e-4
+    )
     with listening([Callback()]):
         emit("run_start", {"strategy": "p", "rounds": ["", "p"]})
         emit("step_start", {"index": 0, "step": "", "strategy": ""})

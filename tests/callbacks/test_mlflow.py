@@ -35,7 +35,10 @@ def test_mlflow_gets_params_scores_losses_and_the_selection(monkeypatch: pytest.
     with listening([MLflowCallback(run_name="try")]):
         emit("run_start", {"strategy": "w", "rounds": ["", "w"], "params": {"seed": 1, "student": {"hops[0]": "QA"}}})
         emit("step_start", {"index": 1, "step": "w", "strategy": "w"})
-        emit("training", {"progress": TrainingProgress(5, 9, 1.0, 0.25, None, 10, 1e-4), "adapter": "a@1"})
+        line = TrainingProgress(
+            step=5, total_steps=9, epoch=1.0, loss=0.25, validation_loss=None, tokens=10, learning_rate=1e-4
+        )
+        emit("training", {"progress": line, "adapter": "a@1"})
         emit("step_end", {"record": record})
         emit("run_end", {"report": CompileReport((record,), 0, 2, "w")})
     calls = [call for call in mlflow.calls if call[0] != "log_text"]

@@ -45,7 +45,7 @@ def test_loss_and_gradients_equal_the_padded_batchs(family: str) -> None:
 
 
 def test_the_mask_lets_a_row_see_its_prefix_and_itself_causally() -> None:
-    packed = PackedRow(list(range(6)), [0, 1, 2, 3, 2, 0], [], [], ((2, (2, 1)), (0, (1,))))
+    packed = PackedRow(list(range(6)), [0, 1, 2, 3, 2, 0], [], ((2, (2, 1)), (0, (1,))))
     assert PackedLayout(packed, torch.device("cpu")).mask(None).int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -57,7 +57,7 @@ def test_the_mask_lets_a_row_see_its_prefix_and_itself_causally() -> None:
 
 
 def test_the_mask_of_a_window_counts_positions_in_the_row() -> None:
-    packed = PackedRow(list(range(5)), [0, 1, 2, 2, 3], [], [], ((2, (1, 2)),))
+    packed = PackedRow(list(range(5)), [0, 1, 2, 2, 3], [], ((2, (1, 2)),))
     assert PackedLayout(packed, torch.device("cpu")).mask(2).int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],

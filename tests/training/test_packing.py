@@ -77,7 +77,7 @@ def test_micro_batches_keep_the_token_limit_and_repeat_the_prefix() -> None:
 def test_micro_batches_keep_the_limit_on_trained_tokens() -> None:
     rows = [TokenizedRow([*PREFIX, i, 7], [2, 2]) for i in range(6)]
     batches = micro_batches(rows, max_tokens=UNLIMITED, max_completion_tokens=8)
-    assert [batch.completion_tokens for batch in batches] == [8, 4]
+    assert [sum(len(row.completion_ids) for row in batch.rows) for batch in batches] == [8, 4]
 
 
 def test_a_row_above_the_limit_goes_through_alone() -> None:
@@ -97,7 +97,8 @@ def test_a_packed_row_has_the_prefix_once_and_positions_that_start_again() -> No
 def test_each_completion_token_is_predicted_at_the_token_before_it() -> None:
     rows = (TokenizedRow([1, 2, 3, 4], [5, 6]), TokenizedRow([1, 2, 7], [8]))
     packed = pack(MicroBatch((PrefixGroup(2, rows),)))
-    assert [(packed.input_ids[p], label) for p, label in zip(packed.logit_positions, packed.labels, strict=True)] == [
+    labels = [token for row in rows for token in row.completion_ids]
+    assert [(packed.input_ids[p], label) for p, label in zip(packed.logit_positions, labels, strict=True)] == [
         (4, 5),
         (5, 6),
         (7, 8),

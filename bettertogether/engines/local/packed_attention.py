@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from ...training._upstream import cpu_attention
+
 ATTENTION_NAME = "bettertogether_packed"
 
 
@@ -70,10 +72,7 @@ def partial_attention(
     """
     if q_B_K_N_D.device.type == "cpu" and kind.softcap is None and k_B_K_S_D.shape == v_B_K_S_D.shape:
         mask = None if mask_B_1_N_S is None else mask_B_1_N_S.to(q_B_K_N_D.dtype)
-        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_B_K_N_D, k_B_K_S_D, v_B_K_S_D, 0.0, False, attn_mask=mask, scale=kind.scale
-        )
-        return out, log_sum
+        return cpu_attention(q_B_K_N_D, k_B_K_S_D, v_B_K_S_D, scale=kind.scale, mask=mask)
     scores_B_K_N_S = torch.matmul(q_B_K_N_D, k_B_K_S_D.transpose(-1, -2)).float().mul_(kind.scale)
     if kind.softcap is not None:
         scores_B_K_N_S.div_(kind.softcap).tanh_().mul_(kind.softcap)

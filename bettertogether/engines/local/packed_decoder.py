@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...training._upstream import attention_name, name_attention
 from ..adapters import AdaptedSpan, AdapterBank
 from .decoder import Decision, Row
 from .packed_attention import ATTENTION_NAME, PackedPass, PrefixPass, PrefixTensors
@@ -273,12 +274,12 @@ class PackedDecoder:
 @contextmanager
 def packed_attention_on(model: Any) -> Iterator[None]:
     """Run the model with packed attention inside the block, and with its own attention after it."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = ATTENTION_NAME
+    before = attention_name(model)
+    name_attention(model, ATTENTION_NAME)
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        name_attention(model, before)
 
 
 def _spans(order: Sequence[Row], counts: dict[Row, int]) -> list[AdaptedSpan]:

@@ -9,7 +9,6 @@ the rows beside it.
 from __future__ import annotations
 
 import platform
-from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ...printable import get_logger
 from ...training.layers import LinearUnderAutograd
+from ._upstream import multiplies, pack_weight, packed_linear
 
 logger = get_logger(__name__)
 
@@ -37,8 +37,7 @@ class PackedLinear(LinearUnderAutograd):
     def forward(self, input: Tensor) -> Tensor:
         """`input` [..., in] to [..., out]."""
         if torch.is_inference_mode_enabled() and input.dtype == self.weight.dtype:
-            output: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
-            return output
+            return packed_linear(input, self.packed, self.bias)
         return super().forward(input)
 
 
@@ -51,7 +50,7 @@ def pack_linear_layers(model: nn.Module) -> int:
         logger.info("The linear layers are not packed: a copy would take %.1f GiB.", size_bytes / 2**30)
         return 0
     for layer in layers:
-        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS_HINT)
+        packed = pack_weight(layer.weight.detach(), ROWS_HINT)
         layer.__class__ = PackedLinear
         layer.packed = packed  # type: ignore[assignment]
     return len(layers)
@@ -62,10 +61,4 @@ def _can_be_packed(weight: Tensor) -> bool:
         return False
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    ops: Any = torch.ops.mkldnn
-    checks = {
-        torch.float32: lambda: True,
-        torch.bfloat16: ops._is_mkldnn_bf16_supported,
-        torch.float16: ops._is_mkldnn_fp16_supported,
-    }
-    return weight.dtype in checks and bool(checks[weight.dtype]())
+    return multiplies(weight.dtype)

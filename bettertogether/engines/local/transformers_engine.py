@@ -10,11 +10,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response
 
 from ...training.lending import ModelState, lent_out
 from ...training.progress import ProgressFunction, TrainingProgress
+from .._upstream import StreamEvent
 from ..adapters import AdapterBank, linear_shapes, meta_linear_shapes
 from ..answers import Answer, TokenScore
 from ..base_engine import PARAMS, AsyncSide, BaseEngine

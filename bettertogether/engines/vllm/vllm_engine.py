@@ -16,13 +16,13 @@ from typing import Any
 
 import httpx
 import torch
-from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response, ServerError, TransportError
 
 from ...errors import ConfigError, EngineBusyError, EngineClosedError, ModelError
 from ...printable import get_logger
 from ...training.adapter_folder import read_adapter_config
 from ...training.progress import ProgressFunction
+from .._upstream import StreamEvent
 from ..adapters import adapter_name, unknown_adapter
 from ..answers import Answer
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
@@ -234,7 +234,9 @@ class VLLMEngine(BaseEngine):
 
     def _kind(self, model: str) -> str:
         """Requests of one kind may run together."""
-        return "any" if self._mixed_batches else "base" if model == self._base_model else "adapters"
+        if self._mixed_batches:
+            return "any"
+        return "base" if model == self._base_model else "adapters"
 
     def _ask(self, model: str, body: Mapping[str, Any], *, stream: bool = False) -> httpx.Response:
         """The server's reply, which is not an error; its body is still to be read where it is a `stream`."""
