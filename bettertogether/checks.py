@@ -1,21 +1,28 @@
-"""Checks of plain arguments: whole numbers, numbers, switches. Each error says what came and what is allowed."""
+"""Checks of plain arguments: whole numbers, numbers, switches, words. Each error says what came and what is allowed."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
 from .errors import ConfigError
 
 
-def require_whole(name: str, value: Any, least: int, *, optional: bool = False, meaning: str = "") -> None:
-    """Check for a whole number that is large enough (or None, where that is allowed). Raises ConfigError."""
+def require_whole(
+    name: str, value: Any, least: int, *, most: int | None = None, optional: bool = False, meaning: str = ""
+) -> None:
+    """Check for a whole number in bounds (or None, where that is allowed). Raises ConfigError."""
     if value is None and optional:
         return
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        allowed = meaning or f"a whole number, {least} or more"
-        raise ConfigError(f"{name}={value!r} is not allowed: give {allowed}{', or None' if optional else ''}.")
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or value < least or (most is not None and value > most):
+        bounds = f"a whole number, {least} or more" if most is None else f"a whole number from {least} to {most}"
+        raise ConfigError(
+            f"{name}={value!r} is not allowed: give {meaning or bounds}{', or None' if optional else ''}."
+        )
 
 
 def is_number(value: Any) -> bool:
@@ -29,10 +36,17 @@ def require_number(name: str, value: Any, allowed: str, *, optional: bool = Fals
         raise ConfigError(f"{name}={value!r} is not allowed: give {allowed}.")
 
 
-def require_switch(name: str, value: Any) -> None:
-    """Check for True or False. Raises ConfigError."""
-    if not isinstance(value, bool):
+def require_switch(name: str, value: Any, *, optional: bool = False) -> None:
+    """Check for True or False (or None, where that is allowed). Raises ConfigError."""
+    if not (isinstance(value, bool) or (value is None and optional)):
         raise ConfigError(f"{name}={value!r} is not allowed: give True or False.")
+
+
+def require_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Check for one of a few texts. Raises ConfigError."""
+    if not isinstance(value, str) or value not in allowed:
+        listed = " or ".join(json.dumps(each) for each in allowed)
+        raise ConfigError(f"{name}={value!r} is not allowed: give {listed}.")
 
 
 def require_pass_options(num_threads: Any, max_errors: Any, seed: Any, threshold: Any = None) -> None:
@@ -41,11 +55,3 @@ def require_pass_options(num_threads: Any, max_errors: Any, seed: Any, threshold
     require_whole("max_errors", max_errors, 0, optional=True)
     require_whole("seed", seed, 0, optional=True)
     require_number("threshold", threshold, "the score from which an example counts as solved, or None", optional=True)
-
-
-def require_metric(metric: Any) -> None:
-    """Check for something that can be called, or None. Raises ConfigError."""
-    if metric is not None and not callable(metric):
-        raise ConfigError(
-            f"metric={metric!r} is not allowed: give a function (example, prediction, trace=None) to a score."
-        )

@@ -23,7 +23,7 @@ from .programs.program import as_programs, predictors_of, require_program
 from .records import Ledger
 from .report.report import CompileReport
 from .rollouts.failures import all_raised
-from .rollouts.metrics import Metric, check_metric
+from .rollouts.metrics import Metric, require_metric
 from .run import strategy as strategies
 from .run.arguments import check_compile_args, check_options
 from .run.asked import as_before, asked_of, machine, strategy_text, versions
@@ -54,7 +54,7 @@ class BetterTogether(Teleprompter):
     """
 
     def __init__(self, metric: Metric, **optimizers: Teleprompter) -> None:
-        check_metric(metric)
+        require_metric(metric)
         for key, optimizer in optimizers.items():
             if not isinstance(optimizer, Teleprompter):
                 raise TypeError(f"Optimizer '{key}' must be a Teleprompter, got {type(optimizer).__name__}")

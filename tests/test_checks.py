@@ -74,10 +74,16 @@ def test_a_metric_that_cannot_be_called_is_an_error_at_once(kind: Any) -> None:
         kind(5)
 
 
+def test_a_prompt_step_needs_a_metric_and_a_weight_step_does_without() -> None:
+    with pytest.raises(ConfigError, match="metric=None is not allowed: give a function"):
+        BootstrapFewShotRS(None)  # type: ignore[arg-type]
+    assert LoRAFinetune(None).metric is None
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"metric": "exact"}, "'exact'"),
+        ({"metric": "exact"}, "metric='exact' is not allowed: give a function"),
         ({"num_threads": "x"}, "num_threads='x'"),
         ({"max_errors": -1}, "max_errors=-1"),
         ({"seed": "x"}, "seed='x'"),

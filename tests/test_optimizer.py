@@ -67,7 +67,7 @@ def engine() -> FakeEngine:
         ({"student": TwoSteps()}, ProgramError, r"these have none: \['remark', 'decide'\]"),
         ({"teacher": TwoSteps()}, ProgramError, "teacher program must have a language model"),
         ({"on_step_error": "ignore"}, ConfigError, 'give "return" or "raise"'),
-        ({"max_rounds": 0}, ConfigError, "give a whole number above 0"),
+        ({"max_rounds": 0}, ConfigError, "give a whole number, 1 or more"),
         ({"optimizer_compile_args": {"s": {"nope": 1}}}, ConfigError, r"Same.compile\(\) accepts"),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_teacher_of_another_structure_is_an_error(engine: FakeEngine) -> None:
 
 
 def test_a_metric_that_is_no_function_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="metric must be a function"):
+    with pytest.raises(ConfigError, match="metric=.* is not allowed: give a function"):
         BetterTogether("accuracy")  # type: ignore[arg-type]
 
 

@@ -15,7 +15,7 @@ from ..records import Failure, Ledger, failure_text
 from ..report.intervals import mean_interval, paired_interval
 from .examples import check_examples
 from .failures import count_failures, failure_warning
-from .metrics import Metric, check_metric
+from .metrics import Metric, require_metric
 from .rollout import Attempt, RolloutStore
 from .traces import ExamplePass, Trace
 
@@ -92,7 +92,7 @@ def evaluate_many(
     for program in programs:
         if not isinstance(program, dspy.Module):
             raise ProgramError(f"program={program!r:.100} is not allowed: give a dspy.Module.")
-    check_metric(metric)
+    require_metric(metric)
     if not isinstance(store, RolloutStore | None):
         raise ConfigError(
             f"store={store!r} is not allowed: give a bettertogether.rollouts.rollout.RolloutStore, or None."

@@ -39,10 +39,15 @@ def call_metric(metric: Metric, example: dspy.Example, prediction: Any, trace: l
     return metric(*(example, prediction, trace, None, None)[: _arity(metric)])
 
 
-def check_metric(metric: Any) -> None:
-    """Check that this can be called as a metric. Raises ConfigError."""
+def require_metric(metric: Any, *, optional: bool = False) -> None:
+    """Check for what can be called as a metric (or None, where that is allowed). Raises ConfigError."""
+    if metric is None and optional:
+        return
     if not callable(metric):
-        raise ConfigError(f"metric must be a function (example, prediction, trace=None), got {metric!r}.")
+        raise ConfigError(
+            f"metric={metric!r} is not allowed: give a function (example, prediction, trace=None) to a score"
+            f"{', or None' if optional else ''}."
+        )
     _arity(metric)
 
 

@@ -13,12 +13,12 @@ from typing import Any, Self
 import dspy
 
 from ..callbacks import events
-from ..checks import is_number, require_metric, require_pass_options, require_switch, require_whole
+from ..checks import is_number, require_pass_options, require_switch, require_whole
 from ..errors import BetterTogetherError, ConfigError, TooManyErrors
 from ..records import Ledger
 from .failures import count_failures, error_text, failure_warning
 from .labels import label_fields, labels_of, output_names
-from .metrics import Metric, Verdict, judge
+from .metrics import Metric, Verdict, judge, require_metric
 from .parallel import parallel_map, thread_count
 from .rollout import Attempt, Call, Rollout, RolloutStore, Runner
 
@@ -131,7 +131,7 @@ class ExamplePass:
     """Evaluation needs no verdict, only the score."""
 
     def __post_init__(self) -> None:
-        require_metric(self.metric)
+        require_metric(self.metric, optional=True)
         require_pass_options(self.num_threads, self.max_errors, self.seed, self.threshold)
 
     @classmethod

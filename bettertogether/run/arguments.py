@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any
 
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..callbacks.events import require_callbacks
+from ..checks import require_one_of, require_switch, require_whole
 from ..errors import ConfigError, StrategyError
 from .budget import Budget
 from .directory import checked_folder
@@ -21,14 +21,14 @@ LARGEST_SEED = 2**32 - 1
 
 def check_options(arguments: Mapping[str, Any]) -> None:
     """Check every argument that is a plain option. Raises ConfigError and RunDirectoryError."""
-    _check_number(arguments, "num_threads", least=1)
-    _check_number(arguments, "max_errors", least=0)
-    _check_number(arguments, "seed", least=0, most=LARGEST_SEED)
-    _check_number(arguments, "max_rounds", least=1, optional=False)
-    for name in ("provide_traceback", "shuffle_trainset_between_steps", "progress", "two_by_two"):
-        _check_switch(name, arguments[name], optional=name == "provide_traceback")
-    if arguments["on_step_error"] not in ("return", "raise"):
-        raise ConfigError(f'on_step_error={arguments["on_step_error"]!r}: give "return" or "raise".')
+    require_whole("num_threads", arguments["num_threads"], 1, optional=True)
+    require_whole("max_errors", arguments["max_errors"], 0, optional=True)
+    require_whole("seed", arguments["seed"], 0, most=LARGEST_SEED, optional=True)
+    require_whole("max_rounds", arguments["max_rounds"], 1)
+    for name in ("shuffle_trainset_between_steps", "progress", "two_by_two"):
+        require_switch(name, arguments[name])
+    require_switch("provide_traceback", arguments["provide_traceback"], optional=True)
+    require_one_of("on_step_error", arguments["on_step_error"], ("return", "raise"))
     require_callbacks(arguments["callbacks"])
     if not isinstance(arguments["budget"], Budget | None):
         raise ConfigError(
@@ -37,24 +37,6 @@ def check_options(arguments: Mapping[str, Any]) -> None:
         )
     if arguments["run_dir"] is not None:
         checked_folder(arguments["run_dir"])
-
-
-def _check_number(
-    arguments: Mapping[str, Any], name: str, *, least: int, most: int | None = None, optional: bool = True
-) -> None:
-    value = arguments[name]
-    if value is None and optional:
-        return
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        allowed = f"a whole number above {least - 1}" if most is None else f"a whole number from {least} to {most}"
-        raise ConfigError(f"{name}={value!r} is not allowed: give {allowed}{', or None' if optional else ''}.")
-
-
-def _check_switch(name: str, value: Any, *, optional: bool) -> None:
-    if (value is None and optional) or (isinstance(value, bool | int) and value in (0, 1)):
-        return
-    raise ConfigError(f"{name}={value!r} is not allowed: give True or False.")
 
 
 def check_compile_args(given: Any, optimizers: Mapping[str, Teleprompter]) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..callbacks import events
-from ..checks import require_metric, require_pass_options, require_switch, require_whole
+from ..checks import require_pass_options, require_switch, require_whole
 from ..errors import DataError
 from ..printable import get_logger
 from ..programs.program import as_programs, copy_for_step, require_program, with_prompts
@@ -24,7 +24,7 @@ from ..rollouts.evaluation import evaluate_many
 from ..rollouts.examples import check_examples
 from ..rollouts.failures import count_failures, failure_warning
 from ..rollouts.labels import stratified_split
-from ..rollouts.metrics import FULL_MARK, Metric
+from ..rollouts.metrics import FULL_MARK, Metric, require_metric
 from ..rollouts.rollout import RolloutStore, stable_seed
 from ..rollouts.traces import ExamplePass, Sampling, Trace, TraceSet, collect_traces
 from .demo_sets import Candidate, DemoSets, demo_states

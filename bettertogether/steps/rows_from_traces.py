@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import dspy
 from dspy.adapters.utils import serialize_for_json
 
-from ..checks import is_number, require_switch, require_whole
+from ..checks import is_number, require_one_of, require_switch, require_whole
 from ..engines.protocol import LocalEngine
 from ..errors import ConfigError, DataError, NoTrainingDataError
 from ..programs.program import predictors_of
@@ -69,9 +69,7 @@ class RowOptions:
     """Field that holds the label; None finds it."""
 
     def __post_init__(self) -> None:
-        if self.train_prompt not in get_args(TrainPrompt):
-            allowed = get_args(TrainPrompt)
-            raise ConfigError(f"train_prompt={self.train_prompt!r} is not allowed: give one of {allowed}.")
+        require_one_of("train_prompt", self.train_prompt, get_args(TrainPrompt))
         if not is_number(self.max_rescue_share) or not 0 <= self.max_rescue_share <= 1:
             raise ConfigError(f"max_rescue_share={self.max_rescue_share!r} is not allowed: give a number from 0 to 1.")
         require_whole("max_traces_per_example", self.max_traces_per_example, 1, meaning="1 or more")

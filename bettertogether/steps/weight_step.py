@@ -17,7 +17,7 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..callbacks import events
-from ..checks import is_number, require_metric, require_pass_options, require_switch
+from ..checks import is_number, require_one_of, require_pass_options, require_switch
 from ..engines.protocol import MODEL_PREFIX, FinetuneResult
 from ..errors import ConfigError, DataError, NoTrainingDataError, NotTrainableError
 from ..lm import local_engine, require_engine
@@ -26,7 +26,7 @@ from ..programs.program import as_programs, copy_for_step, predictors_of, requir
 from ..records import DataCard, HeldOutLoss, Ledger, LossLine, TrainedAdapter, WeightDetails
 from ..rollouts.examples import check_examples
 from ..rollouts.labels import stratified_order
-from ..rollouts.metrics import Metric
+from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.traces import ExamplePass, Sampling, collect_traces
 from ..training.config import LoRAConfig, TrainingConfig
@@ -96,8 +96,7 @@ class LoRAFinetune(Teleprompter):
         seed: int = 0,
         folder: str | Path | None = None,
     ) -> None:
-        if start_from not in ("base", "current"):
-            raise ConfigError(f'start_from={start_from!r} is not allowed: give "base" or "current".')
+        require_one_of("start_from", start_from, ("base", "current"))
         if isinstance(frozen, str):
             raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names, [{frozen!r}].")
         if not isinstance(frozen, Sequence) or not all(isinstance(name, str) for name in frozen):
@@ -110,7 +109,7 @@ class LoRAFinetune(Teleprompter):
             raise ConfigError(f"folder={folder!r} is not allowed: give a path, or None for the cache.")
         if not is_number(validation_share) or not 0 <= validation_share < 1:
             raise ConfigError(f"validation_share={validation_share!r} is not allowed: give a number in [0, 1).")
-        require_metric(metric)
+        require_metric(metric, optional=True)
         require_pass_options(num_threads, max_errors, seed, threshold)
         self.metric = metric
         self.lora = lora
