@@ -9,6 +9,11 @@ EMPTY = f"\n{CLOSE}{AFTER}"
 """What follows an opened block of thinking in which nothing is thought."""
 
 
+def with_thoughts(thoughts: str, answer: str) -> str:
+    """What a reasoning model writes for these thoughts and this answer, after a prompt that opens the thinking."""
+    return f"{thoughts}{EMPTY}{answer}"
+
+
 def split_thoughts(text: str) -> tuple[str, str]:
     """The thoughts and the answer in what a reasoning model wrote. Without an end of thinking all of it is thought."""
     thoughts, _, answer = text.partition(CLOSE)

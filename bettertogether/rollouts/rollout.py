@@ -25,6 +25,10 @@ from .watching import Record, Seen, Watch, run_async_part, snapshot, watched_lm
 FailureKind = Literal["parse failure", "prompt too long", "timeout", "program error"]
 
 
+Source = Literal["student", "teacher", "sample", "rescue"]
+"""Who made a run: the student or a teacher as it is, either of them sampled, or told the label."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a predictor."""
@@ -44,6 +48,8 @@ class Call:
     """Another adapter than the run's, where the call was made under one."""
     text: str | None = field(default=None, compare=False)
     """The answer as the LM wrote it, where that is known."""
+    thoughts: str | None = field(default=None, compare=False)
+    """What a reasoning LM thought before the answer, where it says so."""
     cut: bool = False
     """The answer ended at max_tokens: neither a row nor a demo may show it."""
     unfit: str | None = None
@@ -69,7 +75,7 @@ class Rollout:
 class Attempt:
     """How to run: as it is, sampled, or with the label as a hint."""
 
-    source: Literal["student", "teacher", "sample", "rescue"] = "student"
+    source: Source = "student"
     number: int = 0
     """0 for the first run, 1.. for further ones."""
     temperature: float | None = None
@@ -200,13 +206,13 @@ class _Copy:
         names = [self._attribution.name_of(entry[0]) for entry in entries]
         named = [(entry, name) for entry, name in zip(entries, names, strict=True) if name]
         return Rollout(
-            prediction,
-            tuple(self._call_of(entry, name, record, attempt) for entry, name in named),
-            tuple((self._attribution.original(entry[0]), *entry[1:]) for entry in entries),
-            names.count(None),
-            failure,
-            error,
-            _ledger(record.tracker, len(entries)),
+            prediction=prediction,
+            calls=tuple(self._call_of(entry, name, record, attempt) for entry, name in named),
+            raw_trace=tuple((self._attribution.original(entry[0]), *entry[1:]) for entry in entries),
+            strangers=names.count(None),
+            failure=failure,
+            error=error,
+            ledger=_ledger(record.tracker, len(entries)),
         )
 
     def _prepare(self, attempt: Attempt, seed: int | None) -> None:
@@ -244,17 +250,18 @@ class _Copy:
         basis = self._basis[name]
         own_signature = None if seen.signature is basis.signature else seen.signature
         return Call(
-            name,
+            predictor=name,
             # DSPy has filled in defaults, and a wrapped adapter (dspy.Refine's) may have put in more.
-            {key: seen.inputs.get(key, inputs[key]) for key in seen.signature.input_fields if key in inputs},
-            self._outputs(seen, name, attempt),
-            own_signature,
-            None if _same_demos(seen, basis) else tuple(seen.demos),
-            snapshot(dict(seen.asked.get("config") or {})),
-            _own_adapter(seen, record),
-            seen.text,
-            seen.cut,
-            _unfit(seen, basis, own_signature, attempt),
+            inputs={key: seen.inputs.get(key, inputs[key]) for key in seen.signature.input_fields if key in inputs},
+            outputs=self._outputs(seen, name, attempt),
+            signature=own_signature,
+            demos=None if _same_demos(seen, basis) else tuple(seen.demos),
+            config=snapshot(dict(seen.asked.get("config") or {})),
+            adapter=_own_adapter(seen, record),
+            text=seen.text,
+            thoughts=seen.thoughts,
+            cut=seen.cut,
+            unfit=_unfit(seen, basis, own_signature, attempt),
         )
 
     def _outputs(self, seen: Seen, name: str, attempt: Attempt) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .failures import count_failures, error_text, failure_warning
 from .labels import label_fields, labels_of, output_names
 from .metrics import Metric, Verdict, judge, require_metric
 from .parallel import parallel_map, thread_count
-from .rollout import Attempt, Call, Rollout, RolloutStore, Runner
+from .rollout import Attempt, Call, Rollout, RolloutStore, Runner, Source
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Trace:
     prediction: Any
     calls: tuple[Call, ...]
     verdict: Verdict
-    source: str
-    """"student", "teacher", "sample" or "rescue"."""
+    source: Source
     attempt: int = 0
     label: str | None = None
     failed: bool = False
@@ -269,9 +268,9 @@ def collect_traces(
         solved = {trace.index for trace in traces if trace.passed}
         return [index for index in range(len(examples)) if index not in solved]
 
-    source = "teacher" if teachers else "student"
+    source: Source = "teacher" if teachers else "student"
     for first in teachers or (program,):
-        wave(first, range(len(examples)), lambda _: Attempt(source))  # type: ignore[arg-type]
+        wave(first, range(len(examples)), lambda _: Attempt(source))
     warning = failure_warning(count_failures(traces), len(traces), options.phase, "runs")
     if warning:
         events.warn(warning)

@@ -46,6 +46,8 @@ class Seen:
     """Thread and async task."""
     text: str | None = None
     """The answer as the LM wrote it."""
+    thoughts: str | None = None
+    """What a reasoning LM thought before it."""
     cut: bool = False
     """Whether the answer ended at max_tokens."""
     outputs: dict[str, Any] = field(default_factory=dict)
@@ -335,7 +337,8 @@ def note_response(entry: Mapping[str, Any]) -> None:
     asks once more, in another format, where it can't read the first."""
     if (seen := _CALL.get()) is not None:
         output = next(iter(entry["outputs"]), None)
-        seen.text = output.get("text") if isinstance(output, Mapping) else output
+        fields = output if isinstance(output, Mapping) else {"text": output}
+        seen.text, seen.thoughts = fields.get("text"), fields.get("reasoning_content")
         seen.cut = is_cut(entry["response"])
 
 

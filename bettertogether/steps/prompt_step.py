@@ -29,7 +29,7 @@ from ..rollouts.rollout import RolloutStore, stable_seed
 from ..rollouts.traces import ExamplePass, Sampling, Trace, TraceSet, collect_traces
 from .demo_sets import Candidate, DemoSets, demo_states
 from .race import ScoreFunction, run_race
-from .rows_from_traces import select_traces
+from .rows_from_traces import select_traces, unseen_calls
 
 logger = get_logger(__name__)
 
@@ -224,7 +224,11 @@ class BootstrapFewShotRS(Teleprompter):
         events.warn(text)
 
     def _check_passing(self, traces: TraceSet) -> None:
-        if self.max_bootstrapped_demos and not traces.passing and not traces.warnings:
+        if not self.max_bootstrapped_demos:
+            return
+        if traces.passing and not any(trace.calls for trace in traces.passing):
+            self._warn(f"bootstrap demos: no demo comes from a run. {unseen_calls(len(traces.passing))}")
+        if not traces.passing and not traces.warnings:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in traces.reasons().items())
             self._warn(
                 f"bootstrap demos: the metric accepted none of {len(traces.traces)} runs on {traces.examples} examples "

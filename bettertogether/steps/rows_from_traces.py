@@ -14,6 +14,7 @@ from dspy.adapters.utils import serialize_for_json
 
 from ..checks import is_number, require_one_of, require_switch, require_whole
 from ..engines.protocol import LocalEngine
+from ..engines.thinking import with_thoughts
 from ..errors import ConfigError, DataError, NoTrainingDataError
 from ..programs.program import predictors_of
 from ..records import DataCard, Ledger
@@ -33,6 +34,8 @@ NO_CALLS = "no calls to learn from"
 """Why a passing trace is left out: the program answered by itself, or its calls were not seen."""
 
 TrainPrompt = Literal["vanilla", "optimized", "mixed"]
+
+Reasoning = Literal["strip", "keep"]
 
 Trainable = Mapping[str, tuple[LocalEngine, Any]]
 """Predictor name to the engine that trains it and its LM."""
@@ -67,9 +70,12 @@ class RowOptions:
     """Give the rows the trainset's shares of labels, where labels repeat."""
     label_field: str | None = None
     """Field that holds the label; None finds it."""
+    reasoning: Reasoning = "strip"
+    """"strip": a reasoning model learns to answer without thoughts; "keep": with those of its passing runs."""
 
     def __post_init__(self) -> None:
         require_one_of("train_prompt", self.train_prompt, get_args(TrainPrompt))
+        require_one_of("reasoning", self.reasoning, get_args(Reasoning))
         if not is_number(self.max_rescue_share) or not 0 <= self.max_rescue_share <= 1:
             raise ConfigError(f"max_rescue_share={self.max_rescue_share!r} is not allowed: give a number from 0 to 1.")
         require_whole("max_traces_per_example", self.max_traces_per_example, 1, meaning="1 or more")
@@ -94,7 +100,7 @@ def rows_from_traces(
     )
     dropped.update({("", reason): count for reason, count in unchosen.items()})
     dropped["", STRANGER] += sum(trace.strangers for trace in chosen)
-    by_trace = [_rows_of(student, trace, trainable, options.train_prompt, dropped) for trace in chosen]
+    by_trace = [_rows_of(student, trace, trainable, options, dropped) for trace in chosen]
     usable = [(trace, rows) for trace, rows in zip(chosen, by_trace, strict=True) if rows]
     labels = labels_of(trainset, options.label_field, output_names(student))
     kept_labels = [trace.label for trace, _ in usable]
@@ -164,7 +170,7 @@ def _rows_of(
     student: dspy.Module,
     trace: Trace,
     trainable: Trainable,
-    train_prompt: TrainPrompt,
+    options: RowOptions,
     dropped: Counter[tuple[str, str]],
 ) -> list[Row]:
     predictors = predictors_of(student)
@@ -175,7 +181,9 @@ def _rows_of(
         origin = {"example": trace.index, "label": trace.label, "source": trace.source}
         engine = trainable[call.predictor][0]
         try:
-            rows += rows_of_call(predictors[call.predictor], engine, call, train_prompt, **origin)
+            rows += rows_of_call(
+                predictors[call.predictor], engine, call, options.train_prompt, reasoning=options.reasoning, **origin
+            )
         except DataError as error:
             dropped[call.predictor, str(error)] += 1
     return list({(row.predictor, repr(row.messages), row.completion): row for row in rows}.values())
@@ -206,6 +214,8 @@ def rows_of_call(
     engine: LocalEngine,
     call: Call,
     train_prompt: TrainPrompt,
+    *,
+    reasoning: Reasoning = "strip",
     **origin: Any,
 ) -> list[Row]:
     """The rows of one call; `origin` gives example, label and source. Raises DataError with the reason to drop it."""
@@ -215,6 +225,8 @@ def rows_of_call(
         predictor = copy.copy(predictor)
         predictor.signature = call.signature
     completion = render_completion(predictor, call.inputs, call.outputs, adapter=call.adapter, text=call.text)
+    if reasoning == "keep" and call.thoughts:
+        completion = with_thoughts(call.thoughts, completion)
     rows = []
     for demos in prompt_variants(predictor, call, train_prompt):
         messages = render_prompt(predictor, engine, call.inputs, demos, config=call.config, adapter=call.adapter)
@@ -223,6 +235,15 @@ def rows_of_call(
             raise DataError(f"longer than the model's context of {engine.max_length} tokens")
         rows.append(Row(messages, completion, call.predictor, **origin))
     return rows
+
+
+def unseen_calls(runs: int) -> str:
+    """What is wrong with a program whose passing runs show no call, and how to mend it."""
+    return (
+        f"{runs} of the runs that passed made no call that was seen: calls in other processes, in threads that outlive "
+        "the run, or by predictors that forward makes and calls in threads, are not. Keep predictors as attributes of "
+        "the program, and wait for its threads."
+    )
 
 
 def _label_warnings(rows: Sequence[Row], wanted: Sequence[str | None]) -> list[str]:
@@ -258,13 +279,8 @@ def _no_labels(trainset: Sequence[dspy.Example], outputs: Collection[str]) -> li
 def _no_rows(traces: TraceSet, dropped: Mapping[tuple[str, str], int]) -> str:
     others = {key: count for key, count in dropped.items() if key != ("", NO_CALLS)}
     reasons = "; ".join(f"{count} x {reason}" for (_, reason), count in others.items()) or NO_CALLS
-    unseen = ""
-    if runs := dropped.get(("", NO_CALLS)):
-        unseen = (
-            f" {runs} of the runs that passed made no call that was seen: calls in other processes, in threads that "
-            "outlive the run, or by predictors that forward makes and calls in threads, are not. Keep predictors as "
-            "attributes of the program, and wait for its threads."
-        )
+    runs = dropped.get(("", NO_CALLS))
+    unseen = f" {unseen_calls(runs)}" if runs else ""
     return (
         f"No training rows: {len(traces.traces)} runs on {traces.examples} examples, {len(traces.passing)} passed. "
         f"Dropped: {reasons}.{unseen} Three things to try: run a prompt step first (strategy 'p -> w'); let failing "

@@ -32,7 +32,7 @@ from ..rollouts.traces import ExamplePass, Sampling, collect_traces
 from ..training.config import LoRAConfig, TrainingConfig
 from .data_card import make_data_card
 from .rows import Row, read_rows, write_rows
-from .rows_from_traces import Collected, RowOptions, Trainable, TrainPrompt, rows_from_traces
+from .rows_from_traces import Collected, Reasoning, RowOptions, Trainable, TrainPrompt, rows_from_traces
 
 logger = get_logger(__name__)
 
@@ -62,6 +62,8 @@ class LoRAFinetune(Teleprompter):
         max_traces_per_example: Distinct passing traces kept of one example.
         balance: Give the rows the trainset's shares of labels, where labels repeat.
         label_field: Field that holds the label; None finds it.
+        reasoning: What rows of a model that thinks before it answers hold: "strip", the answers alone, so that the
+            tuned model answers at once; "keep", the thoughts of its passing runs too, so that it goes on thinking.
         multitask: One adapter per LM, fed by all predictors that use it; False: one adapter per predictor.
         start_from: "base" trains a new adapter on the base weights; "current" goes on with the one in use.
         frozen: Names of predictors to leave alone. Those whose LM is not local are left alone anyway.
@@ -86,6 +88,7 @@ class LoRAFinetune(Teleprompter):
         max_traces_per_example: int = 2,
         balance: bool = True,
         label_field: str | None = None,
+        reasoning: Reasoning = "strip",
         multitask: bool = True,
         start_from: Literal["base", "current"] = "base",
         frozen: Sequence[str] = (),
@@ -115,7 +118,14 @@ class LoRAFinetune(Teleprompter):
         self.lora = lora
         self.training = training
         self.sampling = Sampling(num_samples, temperature, rescue, sample_passing)
-        self.rows = RowOptions(train_prompt, max_traces_per_example, max_rescue_share, balance, label_field)
+        self.rows = RowOptions(
+            train_prompt=train_prompt,
+            max_traces_per_example=max_traces_per_example,
+            max_rescue_share=max_rescue_share,
+            balance=balance,
+            label_field=label_field,
+            reasoning=reasoning,
+        )
         self.multitask = multitask
         self.start_from = start_from
         self.frozen = tuple(frozen)

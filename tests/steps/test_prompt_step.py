@@ -8,6 +8,7 @@ from typing import Any
 import dspy
 import pytest
 from fakes import (
+    Parity,
     learner,
     models,
     numbers,
@@ -325,3 +326,24 @@ def test_it_works_as_any_dspy_teleprompter_does() -> None:
     compiled = optimizer.compile(parity_program(parity_engine(learner)), trainset=numbers(40))
     assert compiled._compiled is True
     assert compiled(number=4).parity == "odd" or compiled(number=4).parity == "even"
+
+
+def test_a_program_whose_calls_are_not_seen_gets_a_warning_that_says_why_it_has_no_demos() -> None:
+    class Strangers(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = dspy.Predict("question -> answer")
+
+        def forward(self, number: int) -> dspy.Prediction:
+            stranger = dspy.Predict(Parity)
+            stranger.lm = self.unused.lm
+            return stranger(number=number)
+
+    program = Strangers()
+    program.set_lm(plain_lm(parity_engine(lambda *_: True)))
+    step = BootstrapFewShotRS(parity_match, num_candidates=1, max_labeled_demos=0)
+    step.compile(program, trainset=numbers(10))
+    warnings = [warning for warning in step.warnings if warning.startswith("bootstrap demos: no demo comes")]
+    assert len(warnings) == 1
+    assert "3 of the runs that passed made no call that was seen" in warnings[0]
+    assert "Keep predictors as attributes" in warnings[0]

@@ -1,0 +1,55 @@
+"""The thoughts of a reasoning model are left out of its rows, or kept in them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from dspy.lm15 import Message, Request, Response, TextPart, ThinkingPart
+from fakes import numbers, parity_engine, parity_match, parity_program
+
+from bettertogether import LoRAFinetune
+from bettertogether.errors import ConfigError
+from bettertogether.rollouts.rollout import run_program
+from bettertogether.testing import FakeEngine
+
+
+class Reasoner(FakeEngine):
+    """Says what it thought in a part of its own."""
+
+    def complete(self, request: Request) -> Response:
+        response = super().complete(request)
+        message = Message(response.message.role, [ThinkingPart("Hm, hm."), TextPart(response.text)])
+        return Response(None, response.model, message, response.finish_reason, response.usage)
+
+
+def reasoner() -> Any:
+    return Reasoner(parity_engine(lambda *_: True).answer)
+
+
+def completions(**options: Any) -> set[str]:
+    optimizer = LoRAFinetune(parity_match, num_samples=0, rescue=False, **options)
+    collected = optimizer.collect(parity_program(reasoner()), trainset=numbers(4))
+    return {re.sub("odd|even", "P", row.completion) for row in collected.rows}
+
+
+ANSWER = "[[ ## parity ## ]]\nP\n\n[[ ## completed ## ]]\n"
+
+
+def test_a_call_knows_what_was_thought_before_its_answer() -> None:
+    (call,) = run_program(parity_program(reasoner()), numbers(1)[0]).calls
+    assert call.thoughts == "Hm, hm."
+
+
+def test_rows_hold_the_answers_alone() -> None:
+    assert completions() == {ANSWER}
+
+
+def test_rows_hold_the_thoughts_too_where_they_are_kept() -> None:
+    assert completions(reasoning="keep") == {f"Hm, hm.\n</think>\n\n{ANSWER}"}
+
+
+def test_another_word_for_what_becomes_of_thoughts_is_an_error() -> None:
+    with pytest.raises(ConfigError, match='reasoning=True is not allowed: give "strip" or "keep"'):
+        LoRAFinetune(parity_match, reasoning=True)  # type: ignore[arg-type]
