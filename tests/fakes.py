@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import dspy
+from dspy.lm15 import Request, Response
 
 from bettertogether.lm import LocalLM, engine_lm
 from bettertogether.testing import Answer, FakeEngine, FakeRequest
@@ -192,3 +195,29 @@ def predictor_over(engine: FakeEngine, signature: Any, demos: list[Any] | None =
     predictor.set_lm(plain_lm(engine))
     predictor.demos = demos or []
     return predictor
+
+
+class CutEngine(FakeEngine):
+    """Answers that end at max_tokens for every third number. One request at a time, so that the last is this one."""
+
+    _in_turn = threading.Lock()
+
+    def complete(self, request: Request) -> Response:
+        with self._in_turn:
+            response = super().complete(request)
+            cut = number_of(self.requests[-1]) % 3 == 0
+        return Response(None, response.model, response.message, "length" if cut else "stop", response.usage)
+
+
+class FakeMLflow(types.ModuleType):
+    """Keeps the calls of any of its functions."""
+
+    def __init__(self) -> None:
+        super().__init__("mlflow")
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any, **options: Any) -> None:
+            self.calls.append((name, *arguments, *options.values()))
+
+        return call

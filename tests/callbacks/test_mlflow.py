@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import types
-from typing import Any
 
 import pytest
+from fakes import FakeMLflow
 
 from bettertogether.callbacks import MLflowCallback, emit, listening, warn
 from bettertogether.errors import ConfigError, MissingExtraError
 from bettertogether.records import Ledger, StepRecord
 from bettertogether.report import CompileReport
 from bettertogether.training.progress import TrainingProgress
-
-
-class FakeMLflow(types.ModuleType):
-    def __init__(self) -> None:
-        super().__init__("mlflow")
-        self.calls: list[tuple[Any, ...]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any, **options: Any) -> None:
-            self.calls.append((name, *arguments, *options.values()))
-
-        return call
 
 
 def test_mlflow_gets_params_scores_losses_and_the_selection(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import dspy
 import pytest
 from dspy.teleprompt.teleprompt import Teleprompter
-from fakes import learner, numbers, parity_engine, parity_match, parity_program
-from test_mlflow import FakeMLflow
+from fakes import FakeMLflow, learner, numbers, parity_engine, parity_match, parity_program
 
 from bettertogether import BetterTogether, Budget
 from bettertogether.callbacks import Callback, MLflowCallback, RunEndEvent

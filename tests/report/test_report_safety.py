@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import EVIL, Page, full_report, page_of, report
+from reports import EVIL, Page, full_report, page_of, report
 
 from bettertogether.errors import BetterTogetherError, ConfigError, DataError
 from bettertogether.records import Failure, OtherDetails, StepRecord

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import COST, record, report
+from reports import COST, record, report
 
 from bettertogether.records import Failure
 from bettertogether.report.intervals import paired_interval

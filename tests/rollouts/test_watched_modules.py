@@ -7,8 +7,7 @@ import pickle
 from typing import Any
 
 import dspy
-from fakes import Parity, numbers, parity_engine, plain_lm
-from test_watching import CutEngine
+from fakes import CutEngine, Parity, numbers, parity_engine, plain_lm
 
 from bettertogether.rollouts.rollout import Attempt, Call, Runner, run_program
 from bettertogether.steps.rows_from_traces import rows_of_call

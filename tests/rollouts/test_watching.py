@@ -11,8 +11,8 @@ from typing import Any
 
 import dspy
 import pytest
-from dspy.lm15 import Request, Response
 from fakes import (
+    CutEngine,
     Parity,
     TwoSteps,
     field_of,
@@ -511,15 +511,6 @@ def test_inputs_that_are_no_fields_of_the_predictor_are_not_the_calls() -> None:
     example = dspy.Example(number=1, parity="odd", extra="x").with_inputs("number", "parity", "extra")
     (call,) = run_program(parity_program(ALWAYS), example).calls
     assert call == Call("self", {"number": 1}, {"parity": "odd"})
-
-
-class CutEngine(FakeEngine):
-    """Answers that end at max_tokens for every third number."""
-
-    def complete(self, request: Request) -> Response:
-        response = super().complete(request)
-        cut = number_of(self.requests[-1]) % 3 == 0
-        return Response(None, response.model, response.message, "length" if cut else "stop", response.usage)
 
 
 def cut_engine() -> FakeEngine:

@@ -19,7 +19,7 @@ from fakes import (
     plain_lm,
     proposing_engine,
 )
-from test_any_optimizer import OVERRIDES, PROMPT_OPTIMIZERS, foreign
+from foreign_optimizers import OVERRIDES, PROMPT_OPTIMIZERS, foreign
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
 from bettertogether.programs.program import prompts_state
