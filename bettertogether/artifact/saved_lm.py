@@ -16,6 +16,7 @@ from ..errors import ArtifactError, ModelError, UnknownAdapterError
 from ..lm import engine_lm, local_engine, local_lm
 from ..printable import get_logger
 from ..redaction import split_secrets
+from ..training.adapter_settings import CONFIG_FILE
 from .saved_options import check_engine_options, check_lm_state
 
 logger = get_logger(__name__)
@@ -162,7 +163,7 @@ def _same_base(engine: Any, record: Mapping[str, Any]) -> bool:
 
 def require_content(adapter: Path, model: str) -> None:
     """Raise ArtifactError unless an adapter folder holds what the model's name, which ends in a hash, stands for."""
-    if not (adapter / "adapter_config.json").exists():
+    if not (adapter / CONFIG_FILE).exists():
         return
     from ..training.adapter_folder import content_hash
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from ..errors import ConfigError, ModelError
 from ..printable import get_logger
-from ..training.adapter_folder import CONFIG_FILE
+from ..training.adapter_settings import CONFIG_FILE
 
 logger = get_logger(__name__)
 

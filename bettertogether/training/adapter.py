@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, ModelError, NotTrainableError
 from ..files import atomic_write
-from .adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_tensors
+from .adapter_folder import WEIGHTS_FILE, read_adapter_config, read_tensors
+from .adapter_settings import CONFIG_FILE
 from .config import LoRAConfig
 from .targets import chosen_layers
 

@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ModelError
-from .adapter_settings import check_settings
+from .adapter_settings import CONFIG_FILE, check_settings
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONTENT_FIELDS = (
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern",

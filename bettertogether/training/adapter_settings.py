@@ -1,4 +1,5 @@
-"""The check of an adapter_config.json before anything is done with it: types, and patterns that can't hang a match."""
+"""The check of an adapter_config.json before anything is done with it: types, and patterns that can't hang a match.
+No torch here."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 from ..errors import ModelError
 
+CONFIG_FILE = "adapter_config.json"
 MOST_PATTERNS = 2000
 MOST_WAYS = 100_000
 """Ways in which one pattern may match a layer's name, about: each is tried where the match fails at the end."""
