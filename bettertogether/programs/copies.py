@@ -42,14 +42,26 @@ def copy_program(program: dspy.Module, *, shares_state: bool = False) -> dspy.Mo
     in it), so that what a candidate keeps there, such as answers, does not reach another; with `shares_state` it is
     shared, as between the threads of `dspy.Evaluate`.
     """
-    graph = _Graph(program, own_containers=not shares_state)
-    memo = graph.shared()
-    try:
-        copied: dspy.Module = copy.deepcopy(program, dict(memo))
-    except Exception:
-        copied = copy.deepcopy(program, memo | _uncopyable(graph.copied(), memo))
-    drop_results(copied)
-    return copied
+    return Copier(program, shares_state=shares_state).copy()
+
+
+class Copier:
+    """Makes copies of one program, as `copy_program` does, with one look at all that it holds."""
+
+    def __init__(self, program: dspy.Module, *, shares_state: bool = False) -> None:
+        self._program = program
+        self._graph = _Graph(program, own_containers=not shares_state)
+        self._memo = self._graph.shared()
+
+    def copy(self) -> dspy.Module:
+        """One more copy."""
+        try:
+            copied: dspy.Module = copy.deepcopy(self._program, dict(self._memo))
+        except Exception:
+            self._memo |= _uncopyable(self._graph.copied(), self._memo)
+            copied = copy.deepcopy(self._program, dict(self._memo))
+        drop_results(copied)
+        return copied
 
 
 def drop_results(program: dspy.Module) -> None:

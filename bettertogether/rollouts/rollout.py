@@ -15,7 +15,7 @@ from dspy.utils.usage_tracker import UsageTracker
 from ..errors import PromptTooLongError
 from ..programs.behaviour import program_key
 from ..programs.content import by_name, example_content, fingerprint
-from ..programs.copies import copy_program
+from ..programs.copies import Copier
 from ..programs.program import modules_of, predictors_of
 from ..records import Ledger
 from .attribution import Attribution
@@ -130,6 +130,8 @@ class Runner:
         self._store = store if self._key is not None else None
         self._needs_seeds = any(_needs_seed(predictor.lm) for predictor in program.predictors())
         self._attribution = Attribution(program)
+        self._lock = threading.Lock()
+        self._copier: Copier | None = None
         self._spare: list[_Copy] = []
         """Copies that no thread is using; one for each run would cost more than the run of a small program."""
 
@@ -143,7 +145,9 @@ class Runner:
         try:
             copied = self._spare.pop()
         except IndexError:
-            copied = _Copy(self._program, self._attribution)
+            with self._lock:
+                self._copier = self._copier or Copier(self._program, shares_state=True)
+            copied = _Copy(self._program, self._copier.copy(), self._attribution)
         seed = stable_seed(self._seed, content, attempt.number) if self._is_changed(attempt) else None
         run = copied.run(example, attempt, seed)
         self._spare.append(copied)
@@ -174,9 +178,9 @@ class _Basis:
 class _Copy:
     """A copy of a program that serves one run at a time, and is watched."""
 
-    def __init__(self, program: dspy.Module, attribution: Attribution) -> None:
+    def __init__(self, program: dspy.Module, copied: dspy.Module, attribution: Attribution) -> None:
         self._attribution = attribution
-        self._program = copy_program(program, shares_state=True)
+        self._program = copied
         attribution.mark(self._program)
         originals = dict(modules_of(program))
         pairs = [(module, originals[name]) for name, module in modules_of(self._program)]

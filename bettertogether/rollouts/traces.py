@@ -128,6 +128,8 @@ class ExamplePass:
     """Give the metric the trace (bootstrapping) or None (evaluation), as DSPy does."""
     judge_passes: bool = True
     """Evaluation needs no verdict, only the score."""
+    _runners: dict[int, Runner] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """By the id of their program, which they keep alive: what a program holds is looked through once."""
 
     def __post_init__(self) -> None:
         require_metric(self.metric, optional=True)
@@ -173,7 +175,7 @@ class ExamplePass:
         labels: Sequence[str | None] | None = None,
     ) -> list[Trace]:
         """`over` for several programs at once: (program index, example index, attempt) jobs share the threads."""
-        runners = [Runner(program, seed=self.seed, store=self.store) for program in programs]
+        runners = [self._runner_of(program) for program in programs]
         limit = dspy.settings.max_errors if self.max_errors is None else self.max_errors
         failures: dict[int, dict[int, Trace]] = defaultdict(dict)
         done = 0
@@ -196,6 +198,11 @@ class ExamplePass:
 
         threads = max(thread_count(program, self.num_threads) for program in programs)
         return parallel_map(one, jobs, num_threads=threads, on_result=note)
+
+    def _runner_of(self, program: dspy.Module) -> Runner:
+        if id(program) not in self._runners:
+            self._runners[id(program)] = Runner(program, seed=self.seed, store=self.store)
+        return self._runners[id(program)]
 
     def _judged(self, index: int, example: dspy.Example, run: Rollout, attempt: Attempt) -> Trace:
         verdict, failed = self._verdict(example, run)

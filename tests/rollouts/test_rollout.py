@@ -22,6 +22,7 @@ from fakes import (
 )
 
 from bettertogether.errors import PromptTooLongError
+from bettertogether.programs.copies import Copier
 from bettertogether.records import Ledger
 from bettertogether.rollouts.examples import example_key
 from bettertogether.rollouts.rollout import Attempt, Call, RolloutStore, Runner, run_program, stable_seed
@@ -376,8 +377,8 @@ def test_sampling_leaves_the_program_as_it_was(engine: FakeEngine) -> None:
 
 
 def test_one_copy_serves_attempts_that_do_not_overlap(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    copies = []
-    monkeypatch.setattr("bettertogether.rollouts.rollout.copy_program", lambda p, **_: copies.append(p) or copy.copy(p))
+    copies, made = [], Copier.copy
+    monkeypatch.setattr(Copier, "copy", lambda self: copies.append(self) or made(self))
     runner = Runner(two_step_program(engine))
     for number in range(1, 5):
         runner.run(ONE, Attempt("sample", number, 1.0))

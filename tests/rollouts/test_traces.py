@@ -23,6 +23,7 @@ from fakes import (
 
 from bettertogether.callbacks import Callback, ProgressEvent, listening
 from bettertogether.errors import ConfigError, TooManyErrors
+from bettertogether.programs.behaviour import program_key
 from bettertogether.rollouts.rollout import Call, RolloutStore
 from bettertogether.rollouts.traces import (
     ExamplePass,
@@ -372,3 +373,12 @@ def test_num_samples_must_be_a_whole_number(number: Any) -> None:
 def test_temperatures_must_be_above_zero_and_at_most_two(temperature: Any) -> None:
     with pytest.raises(ConfigError, match="give numbers above 0, at most 2"):
         Sampling(temperature=temperature)
+
+
+def test_what_a_program_holds_is_looked_through_once_for_all_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    monkeypatch.setattr(
+        "bettertogether.rollouts.rollout.program_key", lambda program: looks.append(program) or program_key(program)
+    )
+    traces = collect(parity_engine(lambda *_: False), 2, Sampling(num_samples=3))
+    assert (len(traces.traces), len(looks)) == (10, 1)
