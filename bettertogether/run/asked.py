@@ -26,7 +26,7 @@ from .. import __version__
 from ..programs.behaviour import NOISE, BehaviourWalk, class_parts, is_own, lm_parts, named_values, signature_parts
 from ..programs.content import cell_content, dataset_hash
 from ..programs.program import model_names, modules_of, predictors_of
-from ..redaction import is_secret, is_secret_name, masked
+from ..redaction import is_secret, is_secret_name, masked, split_secrets
 from .strategy import join
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class _Notes:
 
     def text(self, value: Any) -> str:
         """A value as text: itself where it is short and plain, else its kind and a hash of its content."""
-        if _is_plain(value) and len(shown := repr(value)) <= _SHORT:
+        if _is_plain(value) and len(shown := repr(value)) <= _SHORT and not split_secrets(value)[1]:
             return masked(shown)
         return self._named_by_hash(value)
 

@@ -319,3 +319,8 @@ def test_two_engines_of_one_name_share_no_runs() -> None:
         each.lm = plain_lm(engine)
     keys = list(map(program_key, made))
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_header_that_an_attribute_holds_as_a_pair_is_not_noted(tmp_path: Path) -> None:
+    call(tmp_path / "run", student=lambda: program(words=("Authorization", "q7Secret")))
+    assert "q7Secret" not in (tmp_path / "run" / "run.json").read_text()
