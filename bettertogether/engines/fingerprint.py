@@ -1,7 +1,8 @@
 """What a base model is, by content, so that its name changes whenever its answers may.
 
 Weights are hashed whole (SHA-256, one thread a file). A hash is kept in the cache folder under the file's path, size,
-times and inode, so that each file is read once; a blob of the hub's cache has its hash for a name and is not read.
+times and inode, so that each file is read once; a blob of the hub's cache has its hash for a name and is not read,
+unless it was written to after it was linked.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+TEMPLATES = "additional_chat_templates/*.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json",
@@ -75,7 +77,8 @@ def short_name(model: str | Path) -> str:
 def _folder_parts(folder: Path) -> dict[str, str]:
     """File name to hash, for the files that transformers reads of a folder."""
     small = _first_or_rest(TOKENIZER_FILES, lambda name: (folder / name).is_file())
-    names = [name for name in (*SMALL_FILES, *small) if (folder / name).is_file()]
+    templates = [path.relative_to(folder).as_posix() for path in folder.glob(TEMPLATES)]
+    names = [name for name in (*SMALL_FILES, *small, *templates) if (folder / name).is_file()]
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     main = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if main is None:
@@ -159,7 +162,7 @@ def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file; read only where the hash of exactly this file is not known."""
     real = path.resolve()
-    if real.parent.name == "blobs" and _BLOB.fullmatch(real.name):
+    if _is_untouched_blob(path, real):
         return real.name
     identity = _identity(real)
     known = _recall(identity)
@@ -174,6 +177,17 @@ def file_hash(path: Path) -> str:
     if _identity(real) == identity and time.time_ns() - changed_ns > SETTLED_S * 1e9:
         _remember(identity, digest.hexdigest())
     return digest.hexdigest()
+
+
+def _is_untouched_blob(link: Path, real: Path) -> bool:
+    """Whether a file lies in the hub's cache as it was downloaded, under the name of its hash and linked after that."""
+    named = real.parent.name == "blobs" and _BLOB.fullmatch(real.name) is not None
+    return (
+        named
+        and real.parent.parent.name.startswith("models--")
+        and link.is_symlink()
+        and real.stat().st_mtime_ns <= link.lstat().st_mtime_ns
+    )
 
 
 def _identity(path: Path) -> tuple[str, int, int, int, int]:

@@ -259,6 +259,30 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return snapshot
 
 
+def test_a_blob_that_was_written_to_after_it_was_linked_is_read(hub: Path, tmp_path: Path) -> None:
+    rewrite(tmp_path / "other", 7)
+    weights = hub / "model.safetensors"
+    shutil.copyfile(tmp_path / "other" / "model.safetensors", weights.resolve())
+    os.utime(weights.resolve(), ns=(0, weights.lstat().st_mtime_ns + 1))
+    assert file_hash(weights) == file_hash(tmp_path / "other" / "model.safetensors")
+
+
+def test_the_names_of_files_count_for_nothing_outside_the_hubs_cache(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    blob = tmp_path / "blobs" / ("0" * 64)
+    blob.write_bytes(b"weights")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    assert file_hash(tmp_path / "model.safetensors") == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_a_further_chat_template_changes_the_hash(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "tiny")
+    before = model_hash(folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "default.jinja").write_text("{{ messages }}")
+    assert model_hash(folder) != before
+
+
 def test_a_model_of_the_hub_has_the_hash_of_the_same_model_in_a_folder(hub: Path, tmp_path: Path) -> None:
     assert model_hash("org/tiny", COMMIT) == model_hash(hub) == model_hash(tmp_path / "plain" / "tiny")
 
