@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ConfigError, ModelError
 from ..printable import get_logger
@@ -71,6 +72,7 @@ def read_card(source: str | Path) -> ModelCard:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        holds_adapter = find_adapter_config_file(source) is not None
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
@@ -80,6 +82,11 @@ def read_card(source: str | Path) -> ModelCard:
             f"{str(source)!r} can't be loaded as a transformers model: {error} Give the folder of a model "
             "(config.json, model.safetensors, tokenizer.json), or a hub id that this machine can reach."
         ) from error
+    if holds_adapter:
+        raise ModelError(
+            f"{str(source)!r} holds an adapter beside the model, which transformers would put into it unasked. Give "
+            "the model without adapter_config.json, and adapter= the folder of a PEFT adapter."
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{str(source)!r} is of type {config.model_type!r}, which is no causal language model.")
     architectures = config.architectures or ()

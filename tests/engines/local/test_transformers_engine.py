@@ -353,6 +353,15 @@ def test_an_adapters_folder_is_told_from_a_models(tmp_path: Path) -> None:
         TransformersEngine(save_adapter(tmp_path / "adapter", 1))
 
 
+def test_an_adapter_beside_the_weights_is_not_put_into_the_model_unasked(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "tiny")
+    adapter = save_adapter(tmp_path / "adapter", 1)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, folder / name)
+    with pytest.raises(ModelError, match="holds an adapter beside the model"):
+        TransformersEngine(folder)
+
+
 def test_an_id_that_can_not_be_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="'nobody/nothing' can't be loaded"):
