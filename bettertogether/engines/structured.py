@@ -90,9 +90,19 @@ class GrammarConstraint:
         """Write one bit per token, 1 where it may come next, to memory at `address`."""
         self._matcher.unsafe_compute_mask_ptr(address, size_bytes)
 
-    def closer(self) -> int | None:
-        """The token that ends a text, mapping or list that is open here; None where none may."""
-        return next((token_id for token_id in self._token_bytes.closers if self.allows(token_id)), None)
+    def closer(self, instead_of: int | None = None) -> int | None:
+        """The token that ends a text, mapping or list that is open here, or that opens none where `instead_of` does;
+        None where none may."""
+        quote, *brackets, line = [each if each and self.allows(each) else None for each in self._token_bytes.closers]
+        # Inside a text both brackets are text, and the quote ends it; before a bracket that ends, it begins a text.
+        ends = (quote, *brackets, line) if all(brackets) else (*brackets, quote, line)
+        if (end := next((each for each in ends if each is not None), None)) is not None:
+            return end
+        return self._first_allowed() if instead_of is not None and self.opens(instead_of) else None
+
+    def opens(self, token_id: int) -> bool:
+        """Whether more may have to follow after this token than before it."""
+        return token_id in self._token_bytes.openers
 
     def tokens_to_end(self, most: int, after: int | None = None) -> int:
         """About how many tokens end the answer soonest (after one more token), counted up to `most`."""
@@ -125,9 +135,10 @@ class TokenBytes:
         self._longest = max((len(text) for text in self._ids), default=0)
         self.inside_characters = {token_id for text, token_id in self._ids.items() if text and 0x80 <= text[0] < 0xC0}
         """Tokens that go on with a character."""
-        # A brace or bracket may be a part of a text, but a quote can't: it comes first.
-        self.closers = [self._ids[text] for text in (b'"', b"}", b"]", b"\n") if text in self._ids]
-        """Tokens that end what is open in JSON, or lead to its end."""
+        self.closers = [self._ids.get(text) for text in (b'"', b"}", b"]", b"\n")]
+        """Tokens that end a text, a mapping, a list, a line in JSON; None for one that there isn't."""
+        self.openers = {token_id for text, token_id in self._ids.items() if any(each in text for each in b'{[",')}
+        """Tokens after which more may have to follow than before them."""
 
     def prefixes_of(self, text: bytes) -> list[int]:
         """Tokens that a text begins with, shortest first."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from .decoder import TokenConstraint
 
-LOOKAHEAD = 64
+LOOKAHEAD = 512
 """Tokens before the last one at which an answer's end comes into view."""
 SLACK = 24
 """So many tokens before the last chance a token is taken only where the end stays within reach after it."""
@@ -16,8 +16,13 @@ SLACK = 24
 class Closable(TokenConstraint, Protocol):
     """A grammar that knows its way to the end."""
 
-    def closer(self) -> int | None:
-        """The token that ends a text, mapping or list that is open here; None where none may."""
+    def closer(self, instead_of: int | None = None) -> int | None:
+        """The token that ends a text, mapping or list that is open here, or that opens none where `instead_of` does;
+        None where none may."""
+        ...
+
+    def opens(self, token_id: int) -> bool:
+        """Whether more may have to follow after this token than before it."""
         ...
 
     def tokens_to_end(self, most: int, after: int | None = None) -> int:
@@ -36,9 +41,9 @@ class ClosingConstraint:
         self._grammar = grammar
         self._left = room
         self._next_look = LOOKAHEAD
-        self._looked_at = -1
-        self._near = False
-        self._insists = False
+        self._hopeless = False
+        self._closer: int | None = None
+        """The token that must come next for want of room."""
         self.shortened = False
         """Whether the answer was closed where the model might have gone on."""
 
@@ -59,34 +64,39 @@ class ClosingConstraint:
 
     def allows(self, token_id: int) -> bool:
         """Whether this token may come next. Where it may not for want of room, `fill_mask` leaves but the closer."""
-        closer = self._closer()
-        if closer in (None, token_id) or not self._grammar.allows(token_id):
-            return self._grammar.allows(token_id)
-        fits = self._grammar.tokens_to_end(LOOKAHEAD, after=token_id) < self._left
-        self._insists = not fits
-        self.shortened |= self._insists
-        return fits
+        if not self._grammar.allows(token_id):
+            return False
+        if not self._is_time(token_id):
+            return True
+        needed = self._grammar.tokens_to_end(LOOKAHEAD, after=token_id)
+        if needed < self._left:
+            self._next_look = needed + SLACK
+            return True
+        closer = self._grammar.closer(instead_of=token_id)
+        if closer in (None, token_id):
+            return True
+        if self._grammar.tokens_to_end(LOOKAHEAD) > self._left:
+            self._hopeless = True
+            return True
+        self._closer, self.shortened = closer, True
+        return False
+
+    def _is_time(self, token_id: int) -> bool:
+        """Whether to look if the end is within reach after this token."""
+        if self._hopeless or self._left > LOOKAHEAD:
+            return False
+        return self._left <= self._next_look or self._grammar.opens(token_id)
 
     def advance(self, token_id: int) -> None:
         """Take this token."""
         self._grammar.advance(token_id)
         self._left -= 1
-        self._insists = False
+        self._closer = None
 
     def fill_mask(self, address: int, size_bytes: int) -> None:
         """Write one bit per token, 1 where it may come next, to memory at `address`."""
-        closer = self._closer() if self._insists else None
-        if closer is None:
+        if self._closer is None:
             self._grammar.fill_mask(address, size_bytes)
             return
         ctypes.memset(address, 0, size_bytes)
-        (ctypes.c_uint8 * size_bytes).from_address(address)[closer // 8] = 1 << closer % 8
-
-    def _closer(self) -> int | None:
-        """The token that closes what is open, where it is time."""
-        if self._left <= self._next_look and self._left != self._looked_at:
-            needed = self._grammar.tokens_to_end(LOOKAHEAD)
-            self._near = needed <= self._left <= needed + SLACK
-            self._next_look = needed + SLACK if needed <= self._left else -1
-            self._looked_at = self._left
-        return self._grammar.closer() if self._near and self._left <= self._next_look else None
+        (ctypes.c_uint8 * size_bytes).from_address(address)[self._closer // 8] = 1 << self._closer % 8

@@ -89,3 +89,41 @@ def test_a_shortened_answer_says_that_its_length_ended_it(engine: TransformersEn
 def test_a_shortened_answer_may_have_log_probabilities(engine: TransformersEngine) -> None:
     response = engine.complete(asked(engine, TEXT_AND_LABEL, 1, logprobs=0, temperature=0.0))
     assert json.loads(response.text or "")["label"] in ("good", "bad")
+
+
+NESTED = {
+    "$defs": {
+        "Node": {
+            "type": "object",
+            "properties": {
+                "ok": {"type": "boolean"},
+                "kids": {"$ref": "#/$defs/Kids"},
+                "next": {"$ref": "#/$defs/Next"},
+            },
+            "required": ["ok", "kids", "next"],
+            "additionalProperties": False,
+        },
+        "Kids": {"type": "object", "additionalProperties": {"$ref": "#/$defs/Node"}},
+        "Next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]},
+    },
+    "$ref": "#/$defs/Node",
+}
+
+
+@pytest.mark.parametrize("wishes", [['"', "a", "t", "{", ","], ["{", '"', "t", "n", ","], ["}", '"', ",", "t", "{"]])
+def test_mappings_within_mappings_are_closed_before_the_room_ends(wishes: list[str]) -> None:
+    schema = {"type": "json_schema", "schema": NESTED}
+    for room in (300, 307, 311):
+        constraint = constrained(schema, room)
+        answer = json.loads(write(constraint, room, [*wishes, "}", "n", "f", "\n"]))
+        assert list(answer) == ["ok", "kids", "next"]
+
+
+def test_no_item_is_begun_that_has_no_room() -> None:
+    names = [f"property number {number}" for number in range(8)]
+    item = format_of(**{name: {"type": "boolean"} for name in names})["schema"]
+    response_format = format_of(items={"type": "array", "items": item})
+    for room in range(620, 960, 20):
+        answer = json.loads(write(constrained(response_format, room), room, [",", "{", "t", "\n", "]"]))
+        assert all(list(item) == names for item in answer["items"])
+        assert answer["items"]
