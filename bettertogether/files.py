@@ -222,7 +222,7 @@ def _claimed(path: Path) -> Path:
 
 def _lives(owner: str) -> bool:
     """Whether the process that wrote this may still run."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     found = re.fullmatch(r"process (\d+) on (.*)", owner)
     if found is None or found[2] != platform.node():

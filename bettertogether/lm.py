@@ -37,7 +37,7 @@ class LocalProvider(Provider):
         self.TrainingJob = LocalTrainingJob
         self.engine = engine
 
-    def finetune(  # type: ignore[override]
+    def finetune(
         self,
         job: TrainingJob,
         model: str,

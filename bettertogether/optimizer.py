@@ -64,7 +64,7 @@ class BetterTogether(Teleprompter):
             "w": LoRAFinetune(metric),
         }
 
-    def compile(  # type: ignore[override]
+    def compile(
         self,
         student: dspy.Module,
         *,

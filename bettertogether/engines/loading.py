@@ -191,7 +191,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with its weights, frozen and in eval mode. Raises ModelError."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(card.source, dtype=dtype, trust_remote_code=False)
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(card.source, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ModelError(f"The weights of {card.source!r} can't be loaded: {error}") from error
     return model.to(device).eval().requires_grad_(False)

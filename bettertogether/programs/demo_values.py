@@ -54,7 +54,7 @@ class _Ordered:
     order: tuple[Any, ...]
 
     def __iter__(self) -> Iterator[Any]:
-        yield from (item for item in self.order if item in self)  # type: ignore[operator]
+        yield from (item for item in self.order if item in self)
         yield from (item for item in super().__iter__() if item not in self.order)  # type: ignore[misc]
 
     @classmethod
@@ -203,7 +203,7 @@ class _Codec:
         if kind in _OF_TYPE:
             return _OF_TYPE[kind], _KINDS[_OF_TYPE[kind]].parts(value)
         if isinstance(value, _Ordered):
-            return "set" if isinstance(value, set) else "frozenset", list(value)  # type: ignore[call-overload]
+            return "set" if isinstance(value, set) else "frozenset", list(value)
         if kind.__module__ == "numpy":
             return _array_parts(value)
         if kind.__module__.partition(".")[0] == "pandas" and kind.__name__ in ("Timestamp", "Timedelta"):
@@ -276,7 +276,7 @@ def _array_of(name: str, dtype: str, shape: list[int], items: list[Any]) -> Any:
 
 
 def _pandas_value(name: str, text: str) -> Any:
-    import pandas as pd  # type: ignore[import-untyped]
+    import pandas as pd
 
     return pd.Timestamp(text) if name == "pandas.Timestamp" else pd.Timedelta(text)
 

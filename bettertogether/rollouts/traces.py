@@ -86,7 +86,7 @@ class Sampling:
     @property
     def temperatures(self) -> tuple[float, ...]:
         """The schedule."""
-        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)  # type: ignore[return-value]
+        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
 
     def temperature_of(self, number: int) -> float:
         """Temperature of the try with this number, from 1."""

@@ -310,7 +310,7 @@ def watched_lm(lm: Any) -> Any:
     if not isinstance(lm, dspy.BaseLM) or lm.__dict__.get("update_history") is note_response:
         return lm
     copied = lm.copy()
-    copied.update_history = note_response  # type: ignore[method-assign]
+    copied.update_history = note_response
     return copied
 
 

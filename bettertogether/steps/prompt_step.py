@@ -120,7 +120,7 @@ class BootstrapFewShotRS(Teleprompter):
         paper = {"train_size": 100, "val_size": 250, "race": False, "num_samples": 0, "rescue": False}
         return cls(metric, **(paper | options))
 
-    def compile(  # type: ignore[override]
+    def compile(
         self,
         student: dspy.Module,
         *,

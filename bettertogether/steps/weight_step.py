@@ -158,7 +158,7 @@ class LoRAFinetune(Teleprompter):
         }
         return cls(metric, **(paper | options))
 
-    def compile(  # type: ignore[override]
+    def compile(
         self,
         student: dspy.Module,
         *,

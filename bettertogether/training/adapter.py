@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
@@ -130,7 +130,7 @@ def _base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     if not all(config.peft_type == "LORA" for config in model.peft_config.values()):
         kinds = sorted({str(config.peft_type) for config in model.peft_config.values()})
         raise NotTrainableError(f"The model holds adapters of type {kinds}; only LoRA adapters may be beside this one.")
-    base: PreTrainedModel = model.get_base_model()
+    base = cast(PreTrainedModel, model.get_base_model())
     if any(layer.merged for layer in base.modules() if isinstance(layer, BaseTunerLayer)):
         raise NotTrainableError("An adapter is merged into the base weights: call model.unmerge_adapter() first.")
     return base
@@ -139,7 +139,7 @@ def _base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def _peft_config(lora: LoRAConfig, base: PreTrainedModel, layers: list[str]) -> LoraConfig:
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=layers,
         fan_in_fan_out=any(_is_transposed(base.get_submodule(name)) for name in layers),

@@ -134,7 +134,7 @@ def packed_attention(
     elif query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         # float32 also under bfloat16: the CPU's flash backward is slower in bfloat16 (1.0 s against 0.7 s a step).
         q, k, v = query.float(), key.float(), value.float()
-        out = _BlockAttention.apply(q, k, v, scale, packed_layout.groups)  # type: ignore[no-untyped-call]
+        out = _BlockAttention.apply(q, k, v, scale, packed_layout.groups)
     else:
         out = _attention_by_row(query.to(value.dtype), key.to(value.dtype), value, scale, packed_layout)
     return out.to(value.dtype).transpose(1, 2), None

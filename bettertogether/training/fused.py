@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as LoRALinear
@@ -60,8 +60,8 @@ def fused_lora(model: nn.Module, adapter: str, dtype: torch.dtype) -> Iterator[N
     patched = [m for m in model.modules() if isinstance(m, LoRALinear) and _can_fuse(m, adapter)]
     try:
         for module in patched:
-            weight = module.get_base_layer().weight.detach().to(dtype)
-            module.forward = partial(_forward, module, adapter, weight)
+            weight = cast(Tensor, module.get_base_layer().weight)
+            module.forward = partial(_forward, module, adapter, weight.detach().to(dtype))  # type: ignore[method-assign]
         yield
     finally:
         for module in patched:
@@ -86,7 +86,7 @@ def _can_fuse(module: LoRALinear, adapter: str) -> bool:
 def _forward(module: Any, adapter: str, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     bias, scale = module.get_base_layer().bias, module.scaling[adapter]
-    result: Tensor = _FusedLoRA.apply(x, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
+    result: Tensor = _FusedLoRA.apply(x, weight, bias, a, b, scale)
     return result
 
 
@@ -117,5 +117,5 @@ class _CompletionLoss(torch.autograd.Function):
 
 def completion_loss_sum(logits_N_V: Tensor, labels_N: Tensor) -> Tensor:
     """Sum of the cross-entropy in nats of N predictions; computed in float32 whatever the logits are."""
-    result: Tensor = _CompletionLoss.apply(logits_N_V, labels_N)  # type: ignore[no-untyped-call]
+    result: Tensor = _CompletionLoss.apply(logits_N_V, labels_N)
     return result

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -88,7 +88,7 @@ def four_bit_copy(model: PreTrainedModel) -> PreTrainedModel:
     options: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     options |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
     quantized: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        model.name_or_path,
+        str(model.name_or_path),
         quantization_config=BitsAndBytesConfig(**options),
         device_map={"": model.device},
         trust_remote_code=False,

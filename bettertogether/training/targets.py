@@ -132,7 +132,7 @@ def _why_not_served(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> s
 def _meaning_experts(base: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """Those names that peft takes for names of experts or routers, as they were called before transformers 5."""
     try:
-        from peft.utils.transformers_weight_conversion import (
+        from peft.utils.transformers_weight_conversion import (  # type: ignore[attr-defined]
             convert_peft_config_for_transformers,
             get_model_conversion_mapping,
         )

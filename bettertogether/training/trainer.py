@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -77,7 +78,8 @@ def train_adapter(
     """
     _check_rows(rows, validation_rows)
     if training.quantize_base is not None:
-        model = four_bit_copy(model.get_base_model() if isinstance(model, PeftModel) else model)
+        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = four_bit_copy(cast(PreTrainedModel, base_model))
     with training_adapter(model, lora, training.seed, start_from) as adapter, _random_state_kept(adapter.base):
         base = adapter.base
         dtype = compute_dtype(base, training)
@@ -145,7 +147,7 @@ class _Run:
             self.parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay
         )
         self.started = time.perf_counter()
-        options = {
+        options: dict[str, object] = {
             "training": training.to_dict(),
             "base": adapter.base.config.to_json_string(),
             "dtype": str(loss.dtype),
@@ -252,7 +254,7 @@ class _Run:
             try:
                 for batch in plan:
                     loss = self.loss.loss_sum(batch) / completion_tokens
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                     total += loss.detach()
                 return float(total), sum(self.loss.tokens(batch) for batch in plan)
             except torch.OutOfMemoryError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -52,13 +52,13 @@ def pack_linear_layers(model: nn.Module) -> int:
     for layer in layers:
         packed = pack_weight(layer.weight.detach(), ROWS_HINT)
         layer.__class__ = PackedLinear
-        layer.packed = packed  # type: ignore[assignment]
+        layer.packed = packed
     return len(layers)
 
 
 def _can_be_packed(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():
         return False
     return multiplies(weight.dtype)

@@ -387,4 +387,4 @@ class AsyncVLLMEngine(AsyncSide):
 def _event(event: Any) -> StreamEvent:
     if isinstance(event, BaseException):
         raise event
-    return event  # type: ignore[no-any-return]
+    return event
