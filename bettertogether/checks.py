@@ -49,9 +49,13 @@ def require_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ConfigError(f"{name}={value!r} is not allowed: give {listed}.")
 
 
-def require_pass_options(num_threads: Any, max_errors: Any, seed: Any, threshold: Any = None) -> None:
+def require_pass_options(num_threads: Any, max_errors: Any, seed: Any) -> None:
     """Check what every pass over examples takes. Raises ConfigError."""
     require_whole("num_threads", num_threads, 1, optional=True)
     require_whole("max_errors", max_errors, 0, optional=True)
     require_whole("seed", seed, 0, optional=True)
+
+
+def require_threshold(threshold: Any) -> None:
+    """Check what a step or a pass takes as solved. Raises ConfigError."""
     require_number("threshold", threshold, "the score from which an example counts as solved, or None", optional=True)

@@ -12,6 +12,7 @@ from bettertogether.checks import require_whole
 from bettertogether.errors import ConfigError
 from bettertogether.rollouts.evaluation import evaluate
 from bettertogether.rollouts.parallel import thread_count
+from bettertogether.rollouts.settings import RunSettings
 from bettertogether.rollouts.traces import ExamplePass, Sampling
 from bettertogether.steps.prompt_step import BootstrapFewShotRS
 from bettertogether.steps.rows_from_traces import RowOptions
@@ -105,7 +106,8 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_what_is_right_stays_as_it_was() -> None:
     assert Sampling(temperature=[0.5, 1]).temperatures == (0.5, 1)
     assert RowOptions(max_rescue_share=1).max_rescue_share == 1
-    assert ExamplePass(None, threshold=0.5, num_threads=3, max_errors=0).num_threads == 3
+    assert ExamplePass(None, threshold=0.5).threshold == 0.5
+    assert RunSettings(num_threads=3, max_errors=0).num_threads == 3
 
 
 def test_no_threads_are_too_few() -> None:

@@ -17,6 +17,7 @@ from .examples import check_examples
 from .failures import count_failures, failure_warning
 from .metrics import Metric, require_metric
 from .rollout import Attempt, RolloutStore
+from .settings import RunSettings
 from .traces import ExamplePass, Trace
 
 
@@ -62,16 +63,8 @@ def evaluate(
     log says so at once, with the commonest reason; see `Evaluation.failures`. Raises ProgramError, DataError and
     ConfigError before any work.
     """
-    evaluation = evaluate_many(
-        [program],
-        examples,
-        metric,
-        num_threads=num_threads,
-        max_errors=max_errors,
-        seed=seed,
-        store=store,
-        phase=phase,
-    )[0]
+    settings = RunSettings(num_threads, max_errors, seed, store)
+    evaluation = evaluate_many([program], examples, metric, settings, phase=phase)[0]
     if warning := failure_warning(evaluation.failures, len(evaluation.scores), phase):
         events.warn(warning)
     return evaluation
@@ -81,11 +74,8 @@ def evaluate_many(
     programs: Sequence[dspy.Module],
     examples: Sequence[dspy.Example],
     metric: Metric,
+    settings: RunSettings = RunSettings(),
     *,
-    num_threads: int | None = None,
-    max_errors: int | None = None,
-    seed: int = 0,
-    store: RolloutStore | None = None,
     phase: str = "evaluate",
 ) -> list[Evaluation]:
     """`evaluate` for several programs at once: their calls share the engine's batches."""
@@ -93,21 +83,8 @@ def evaluate_many(
         if not isinstance(program, dspy.Module):
             raise ProgramError(f"program={program!r:.100} is not allowed: give a dspy.Module.")
     require_metric(metric)
-    if not isinstance(store, RolloutStore | None):
-        raise ConfigError(
-            f"store={store!r} is not allowed: give a bettertogether.rollouts.rollout.RolloutStore, or None."
-        )
     examples = check_examples(examples, "examples")
-    options = ExamplePass(
-        metric,
-        num_threads=num_threads,
-        max_errors=max_errors,
-        seed=seed,
-        store=store,
-        phase=phase,
-        judge_with_trace=False,
-        judge_passes=False,
-    )
+    options = ExamplePass(metric, settings=settings, phase=phase, judge_with_trace=False, judge_passes=False)
     size = len(examples)
     jobs = [(number, index, Attempt()) for number in range(len(programs)) for index in range(size)]
     traces = options.over_many(programs, examples, jobs) if jobs else []

@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any
 
 import dspy
 
 from ..callbacks import events
-from ..checks import is_number, require_pass_options, require_switch, require_whole
+from ..checks import is_number, require_switch, require_threshold, require_whole
 from ..errors import BetterTogetherError, ConfigError, TooManyErrors
 from ..records import Ledger
 from .failures import count_failures, error_text, failure_warning
 from .labels import label_fields, labels_of, output_names
 from .metrics import Metric, Verdict, judge, require_metric
 from .parallel import parallel_map, thread_count
-from .rollout import Attempt, Call, Rollout, RolloutStore, Runner, Source
+from .rollout import Attempt, Call, Rollout, Runner, Source
+from .settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,7 @@ class ExamplePass:
 
     metric: Metric | None
     threshold: float | None = None
-    num_threads: int | None = None
-    max_errors: int | None = None
-    seed: int = 0
-    store: RolloutStore | None = None
+    settings: RunSettings = field(default_factory=RunSettings)
     phase: str = "run"
     judge_with_trace: bool = True
     """Give the metric the trace (bootstrapping) or None (evaluation), as DSPy does."""
@@ -133,29 +131,7 @@ class ExamplePass:
 
     def __post_init__(self) -> None:
         require_metric(self.metric, optional=True)
-        require_pass_options(self.num_threads, self.max_errors, self.seed, self.threshold)
-
-    @classmethod
-    def of_step(
-        cls,
-        step: Any,
-        *,
-        num_threads: int | None,
-        max_errors: int | None,
-        seed: int | None,
-        store: RolloutStore | None,
-        phase: str,
-    ) -> Self:
-        """The options of one of our optimizers; what its `compile` was given wins over what it was made with."""
-        return cls(
-            step.metric,
-            step.threshold,
-            step.num_threads if num_threads is None else num_threads,
-            step.max_errors if max_errors is None else max_errors,
-            step.seed if seed is None else seed,
-            store,
-            phase,
-        )
+        require_threshold(self.threshold)
 
     def over(
         self,
@@ -176,7 +152,8 @@ class ExamplePass:
     ) -> list[Trace]:
         """`over` for several programs at once: (program index, example index, attempt) jobs share the threads."""
         runners = [self._runner_of(program) for program in programs]
-        limit = dspy.settings.max_errors if self.max_errors is None else self.max_errors
+        settings = self.settings
+        limit = dspy.settings.max_errors if settings.max_errors is None else settings.max_errors
         failures: dict[int, dict[int, Trace]] = defaultdict(dict)
         done = 0
 
@@ -196,12 +173,12 @@ class ExamplePass:
             if limit is not None and len(failed) > limit:
                 raise TooManyErrors(_too_many(failed, len(examples), limit))
 
-        threads = max(thread_count(program, self.num_threads) for program in programs)
+        threads = max(thread_count(program, settings.num_threads) for program in programs)
         return parallel_map(one, jobs, num_threads=threads, on_result=note)
 
     def _runner_of(self, program: dspy.Module) -> Runner:
         if id(program) not in self._runners:
-            self._runners[id(program)] = Runner(program, seed=self.seed, store=self.store)
+            self._runners[id(program)] = Runner(program, seed=self.settings.seed or 0, store=self.settings.store)
         return self._runners[id(program)]
 
     def _judged(self, index: int, example: dspy.Example, run: Rollout, attempt: Attempt) -> Trace:

@@ -1,4 +1,4 @@
-"""Run one optimizer as a step: ours or any DSPy Teleprompter, with the LMs of the program kept."""
+"""Run a Teleprompter that is no step of ours as a step, with the LMs of the program kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import dspy
@@ -18,19 +17,9 @@ from ..errors import ProgramError
 from ..lm import local_engine
 from ..programs.copies import drop_results
 from ..programs.program import as_programs, copy_for_step, modules_of, predictors_of
-from ..records import Details, Ledger, OtherDetails
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step gave."""
-
-    program: dspy.Module
-    ledger: Ledger
-    details: Details | None
-    step_gain: float | None
-    warnings: tuple[str, ...] = ()
-    """What it has to say against its own result."""
+from ..records import Ledger, OtherDetails
+from ..rollouts.settings import RunSettings
+from ..steps.step import StepContext, StepResult
 
 
 class _CallCounter(BaseCallback):
@@ -43,20 +32,14 @@ class _CallCounter(BaseCallback):
             self.calls += 1
 
 
-def is_ours(optimizer: Teleprompter) -> bool:
-    """Whether an optimizer takes a store of runs and says afterwards what it did (`ledger`, `details`, `step_gain`,
-    `warnings`)."""
-    return hasattr(optimizer, "step_gain")
-
-
 _USUAL = ("trainset", "teacher", "valset")
 
 
 @contextmanager
-def lent(optimizer: Teleprompter, settings: Mapping[str, Any]) -> Iterator[None]:
+def lent(optimizer: Teleprompter, settings: RunSettings) -> Iterator[None]:
     """Give the optimizer's attributes that are None the value of the setting of the same name, for the optimizers that
     take num_threads, max_errors or seed when they are made; take them back afterwards."""
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in _by_name(settings).items() if value is not None}
     given = {name: value for name, value in given.items() if getattr(optimizer, name, ...) is None}
     of_class = {name for name in given if getattr(type(optimizer), name, ...) is None} - vars(optimizer).keys()
     given = {name: value for name, value in given.items() if _could_set(optimizer, name, value)}
@@ -87,51 +70,68 @@ def accepted_arguments(optimizer: Teleprompter, arguments: Mapping[str, Any]) ->
     return {k: v for k, v in arguments.items() if v is not None and k in names}
 
 
-def run_step(
+def run_any(
     optimizer: Teleprompter,
     program: dspy.Module,
-    settings: Mapping[str, Any],
-    data: Mapping[str, Any],
-    overrides: Mapping[str, Any],
+    context: StepContext,
+    given: Mapping[str, Any],
+    provide_traceback: bool | None = None,
 ) -> StepResult:
     """Compile a copy of `program` with `optimizer` itself, so that what it keeps of its work is found there.
 
-    Args:
-        settings: num_threads, max_errors, seed: for `compile` where it takes them, else for the optimizer itself.
-        data: trainset, valset, teacher, store, ...: for `compile`, where it takes them.
-        overrides: The user's own arguments for `compile`; they win.
+    Of the context, it is given what its `compile` takes; settings that `compile` does not take are lent to the
+    optimizer. `given` are the user's own arguments for `compile`; they win.
 
     The program's LMs answer during the step, whatever `dspy.settings.lm` is, and are those of the result, unless the
     optimizer put others in their place.
     """
-    ours = is_ours(optimizer)
     student = copy_for_step(program)
     lms = {name: predictor.lm for name, predictor in predictors_of(student).items()}
-    arguments = accepted_arguments(optimizer, {**settings, **data})
-    counter = _CallCounter()
-    before = _engine_counters(lms.values())
     keep_lms(student)
-    if not ours and arguments.get("teacher") is not None:
+    offered = {
+        "trainset": context.trainset,
+        "valset": context.valset,
+        "teacher": _one_or_all(context.teachers),
+        "provide_traceback": provide_traceback,
+        **_by_name(context.settings),
+    }
+    arguments = accepted_arguments(optimizer, offered)
+    if "teacher" in arguments:
         arguments["teacher"] = _marked_copy(arguments["teacher"])
-    arguments |= overrides
-    own_teachers = as_programs(overrides.get("teacher"))
-    with lent(optimizer, settings), _kept_lms(own_teachers), _fallback_lm(lms), _counting(None if ours else counter):
+    arguments |= given
+    before = _engine_counters(lms.values())
+    with (
+        lent(optimizer, context.settings),
+        _kept_lms(as_programs(given.get("teacher"))),
+        _fallback_lm(lms),
+        _counting() as counter,
+    ):
         result = unmark(optimizer.compile(student, **arguments))
     drop_results(result)
     _free_forward(result)
     for name, predictor in predictors_of(result).items():
         if predictor.lm is None:
             predictor.lm = lms.get(name)
-    if ours:
-        return StepResult(result, optimizer.ledger, optimizer.details, optimizer.step_gain, tuple(optimizer.warnings))
-    after = _engine_counters(lms.values())
-    ledger = Ledger(
-        lm_calls=counter.calls,
-        cache_hits=max(0, counter.calls - (after["requests"] - before["requests"])) if before["engines"] else 0,
+    ledger = _ledger(counter.calls, before, _engine_counters(lms.values()))
+    return StepResult(result, ledger, OtherDetails(type(optimizer).__name__))
+
+
+def _by_name(settings: RunSettings) -> dict[str, int | None]:
+    """The settings that DSPy's optimizers know, under DSPy's names."""
+    return {"num_threads": settings.num_threads, "max_errors": settings.max_errors, "seed": settings.seed}
+
+
+def _ledger(calls: int, before: Mapping[str, int], after: Mapping[str, int]) -> Ledger:
+    return Ledger(
+        lm_calls=calls,
+        cache_hits=max(0, calls - (after["requests"] - before["requests"])) if before["engines"] else 0,
         prompt_tokens=after["prompt_tokens"] - before["prompt_tokens"],
         generated_tokens=after["generated_tokens"] - before["generated_tokens"],
     )
-    return StepResult(result, ledger, OtherDetails(type(optimizer).__name__), None)
+
+
+def _one_or_all(teachers: Sequence[dspy.Module]) -> Any:
+    return teachers[0] if len(teachers) == 1 else teachers or None
 
 
 def _engine_counters(lms: Any) -> dict[str, int]:
@@ -145,12 +145,10 @@ def _engine_counters(lms: Any) -> dict[str, int]:
 
 
 @contextmanager
-def _counting(counter: _CallCounter | None) -> Iterator[None]:
-    if counter is None:
-        yield
-        return
+def _counting() -> Iterator[_CallCounter]:
+    counter = _CallCounter()
     with dspy.context(callbacks=[*dspy.settings.callbacks, counter]):
-        yield
+        yield counter
 
 
 @contextmanager

@@ -13,30 +13,42 @@ from ..callbacks.events import require_callbacks
 from ..checks import require_one_of, require_switch, require_whole
 from ..errors import ConfigError, StrategyError
 from .budget import Budget
-from .directory import checked_folder
 
 LARGEST_SEED = 2**32 - 1
 """What numpy takes as a seed at most."""
 
 
-def check_options(arguments: Mapping[str, Any]) -> None:
-    """Check every argument that is a plain option. Raises ConfigError and RunDirectoryError."""
-    require_whole("num_threads", arguments["num_threads"], 1, optional=True)
-    require_whole("max_errors", arguments["max_errors"], 0, optional=True)
-    require_whole("seed", arguments["seed"], 0, most=LARGEST_SEED, optional=True)
-    require_whole("max_rounds", arguments["max_rounds"], 1)
-    for name in ("shuffle_trainset_between_steps", "progress", "two_by_two"):
-        require_switch(name, arguments[name])
-    require_switch("provide_traceback", arguments["provide_traceback"], optional=True)
-    require_one_of("on_step_error", arguments["on_step_error"], ("return", "raise"))
-    require_callbacks(arguments["callbacks"])
-    if not isinstance(arguments["budget"], Budget | None):
+def check_options(
+    *,
+    num_threads: object,
+    max_errors: object,
+    seed: object,
+    max_rounds: object,
+    provide_traceback: object,
+    shuffle_trainset_between_steps: object,
+    two_by_two: object,
+    on_step_error: object,
+) -> None:
+    """Check the plain options of a run. Raises ConfigError."""
+    require_whole("num_threads", num_threads, 1, optional=True)
+    require_whole("max_errors", max_errors, 0, optional=True)
+    require_whole("seed", seed, 0, most=LARGEST_SEED, optional=True)
+    require_whole("max_rounds", max_rounds, 1)
+    require_switch("provide_traceback", provide_traceback, optional=True)
+    require_switch("shuffle_trainset_between_steps", shuffle_trainset_between_steps)
+    require_switch("two_by_two", two_by_two)
+    require_one_of("on_step_error", on_step_error, ("return", "raise"))
+
+
+def check_watching(*, callbacks: Any, progress: object, budget: object) -> None:
+    """Check who watches a run, and what bounds it. Raises ConfigError."""
+    require_callbacks(callbacks)
+    require_switch("progress", progress)
+    if not isinstance(budget, Budget | None):
         raise ConfigError(
-            f"budget={arguments['budget']!r} is not allowed: give bettertogether.Budget(minutes=..., metric_calls=..., "
-            "tokens=...), or None for no limit."
+            f"budget={budget!r} is not allowed: give bettertogether.Budget(minutes=..., metric_calls=..., tokens=...), "
+            "or None for no limit."
         )
-    if arguments["run_dir"] is not None:
-        checked_folder(arguments["run_dir"])
 
 
 def check_compile_args(given: Any, optimizers: Mapping[str, Teleprompter]) -> dict[str, dict[str, Any]]:

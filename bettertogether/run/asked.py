@@ -9,14 +9,16 @@ open files, clients of services, random states count by their type. No secret is
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
 import platform
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import dspy
 from dspy.clients.base_lm import BaseLM
@@ -27,10 +29,7 @@ from ..programs.behaviour import NOISE, BehaviourWalk, class_parts, is_own, lm_p
 from ..programs.content import cell_content, dataset_hash
 from ..programs.program import model_names, modules_of, predictors_of
 from ..redaction import is_secret, is_secret_name, masked, split_secrets
-from .strategy import join
-
-if TYPE_CHECKING:
-    from .loop import Plan
+from .plan import Plan
 
 FORM = 2
 """Of what is noted here. Other forms can't be compared."""
@@ -38,19 +37,35 @@ FORM = 2
 _SHORT = 100
 """Characters of a value that is shown as it is."""
 
-_PACE = frozenset({"num_threads", "folder", "log_dir", "verbose", "details", "ledger", "step_gain", "warnings"})
-"""Attributes of optimizers that are no setting which decides a result, or results that ours keep."""
+_PACE = frozenset({"num_threads", "folder", "log_dir", "verbose", "last"})
+"""Attributes of optimizers that are no setting which decides a result, and the result that ours keep."""
 
 Noted = dict[str, Any]
 
 
-def asked_of(plan: Plan, strategy: str) -> Noted:
-    """What a checked call asks for, as JSON; `strategy` as text."""
+_LEFT: dict[Path, tuple[Noted, Noted]] = {}
+"""Run directory to what was asked there, before the latest run of this process and after it."""
+
+
+@contextlib.contextmanager
+def asking(plan: Plan, run_dir: Path) -> Iterator[Noted]:
+    """What a call asks for. What the run itself changes (a counter of the metric, notes of an optimizer) makes the
+    next call of this process no other one."""
+    now = asked_of(plan)
+    asked = as_before(now, *_LEFT[run_dir]) if run_dir in _LEFT else now
+    try:
+        yield asked
+    finally:
+        _LEFT[run_dir] = asked, asked_of(plan)
+
+
+def asked_of(plan: Plan) -> Noted:
+    """What a checked call asks for, as JSON."""
     note = _Notes()
     return {
         "form": FORM,
         "python": ".".join(platform.python_version_tuple()[:2]),
-        "strategy": strategy,
+        "strategy": plan.strategy,
         "seed": plan.seed,
         "max_rounds": plan.max_rounds,
         "shuffle": plan.shuffle,
@@ -67,11 +82,6 @@ def asked_of(plan: Plan, strategy: str) -> Noted:
         "versions": versions(),
         "machine": machine(),
     }
-
-
-def strategy_text(plan: Plan) -> str:
-    """The strategy as it was understood, whatever its white space."""
-    return "auto" if plan.auto else ", ".join(map(join, plan.strategies))
 
 
 class _Notes:

@@ -15,7 +15,9 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,8 +25,6 @@ from ..errors import RunDirectoryError
 from ..files import FileLock, append_line, atomic_write, cache_folder, disk_errors, json_text, now
 from ..printable import get_logger
 from ..records import StepRecord
-
-__all__ = ["RunDirectory", "atomic_write", "cache_folder", "checked_folder", "default_run_directory"]
 
 logger = get_logger(__name__)
 
@@ -49,6 +49,12 @@ _LINES = 12
 def default_run_directory(key: str) -> Path:
     """Where the run with a name of its own lives when no `run_dir` is given."""
     return cache_folder().absolute() / "runs" / key
+
+
+def new_run_directory() -> Path:
+    """A folder under the cache that no run has yet."""
+    started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return default_run_directory(f"{started}-{uuid.uuid4().hex[:8]}")
 
 
 def checked_folder(run_dir: Any) -> Path:

@@ -7,36 +7,28 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import dspy
-from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..callbacks import events
-from ..engines.protocol import MODEL_PREFIX, LocalEngine
-from ..errors import ArtifactError, BetterTogetherError, BudgetExceeded, ConfigError, ModelError, RunDirectoryError
-from ..lm import local_engine
+from ..errors import ArtifactError, BetterTogetherError, BudgetExceeded, ConfigError
 from ..printable import get_logger
-from ..programs.program import (
-    copy_for_step,
-    load_prompts,
-    model_names,
-    predictors_of,
-    prompts_state,
-    same_prompts,
-    with_prompts,
-)
+from ..programs.copies import drop_results
+from ..programs.program import model_names, prompts_state, same_prompts, with_prompts
 from ..records import CELLS, Ledger, StepRecord
 from ..redaction import masked
 from ..rollouts.evaluation import Evaluation, evaluate_many
 from ..rollouts.failures import count_failures, failure_warning, no_difference, round_warnings, scored_example
-from ..rollouts.metrics import FULL_MARK, Metric
-from ..rollouts.rollout import RolloutStore, stable_seed
+from ..rollouts.metrics import FULL_MARK
+from ..rollouts.rollout import stable_seed
+from ..steps.step import StepContext, StepResult, as_step
 from . import strategy
-from .any_optimizer import StepResult, is_ours, run_step
+from .any_optimizer import run_any
 from .budget import BudgetMeter
 from .directory import RunDirectory
+from .plan import Plan
+from .restoring import adapter_folders, is_restorable, restore_program
 from .selection import still_gaining
 from .strategy import Steps
 
@@ -44,29 +36,6 @@ logger = get_logger(__name__)
 
 ENOUGH_FOR_BOTH = 20
 """Trainset examples from which our prompt step needs no valset of its own."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a run was asked for, checked."""
-
-    student: dspy.Module
-    trainset: list[dspy.Example]
-    valset: list[dspy.Example]
-    teachers: list[dspy.Module]
-    metric: Metric
-    optimizers: Mapping[str, Teleprompter]
-    strategies: tuple[Steps, ...]
-    auto: bool
-    max_rounds: int
-    seed: int
-    num_threads: int | None
-    max_errors: int | None
-    provide_traceback: bool | None
-    shuffle: bool
-    compile_args: Mapping[str, Mapping[str, Any]]
-    on_step_error: Literal["return", "raise"]
-    two_by_two: bool
 
 
 class _BudgetWatch(events.Callback):
@@ -100,7 +69,6 @@ class Loop:
     warnings: list[str] = field(default_factory=list)
     error: BaseException | None = None
     """What ended the run early."""
-    store: RolloutStore = field(default_factory=RolloutStore)
 
     def run(self) -> None:
         """Run what is left to do. Afterwards `records` and `programs` hold every round; a failed or interrupted step
@@ -134,7 +102,7 @@ class Loop:
             self._restore(earlier)
             self._check_scale()
             return True
-        result = StepResult(self.plan.student, Ledger(), None, None)
+        result = StepResult(self.plan.student, Ledger())
         try:
             with events.listening([_BudgetWatch(self.meter)]):
                 scored = self._evaluate(self.plan.student, "untouched student")
@@ -197,22 +165,29 @@ class Loop:
 
     def _step(self, index: int, steps: Steps, parent: dspy.Module) -> StepResult:
         plan, key = self.plan, steps[-1]
-        optimizer = plan.optimizers[key]
-        trainset = list(plan.trainset)
-        if plan.shuffle:
-            random.Random(stable_seed(plan.seed, "shuffle", index)).shuffle(trainset)
-        own = is_ours(optimizer)
-        data = {
-            "trainset": trainset,
-            "valset": None if own and len(trainset) >= ENOUGH_FOR_BOTH else (plan.valset or None),
-            "teacher": (plan.teachers if own else _one_or_all(plan.teachers)) or None,
-            "restart_from": plan.student if own else None,
-            "store": self.store if own else None,
-            "folder": self.directory.adapters if own else None,
-            "provide_traceback": plan.provide_traceback,
-        }
-        settings = {"num_threads": plan.num_threads, "max_errors": plan.max_errors, "seed": plan.seed}
-        return run_step(optimizer, parent, settings, data, plan.compile_args.get(key, {}))
+        optimizer, given = plan.optimizers[key], plan.compile_args.get(key, {})
+        context = StepContext(
+            trainset=self._trainset(index),
+            valset=plan.valset or None,
+            teachers=plan.teachers,
+            original=plan.student,
+            folder=self.directory.adapters,
+            settings=plan.settings,
+        )
+        step = as_step(optimizer)
+        if step is None:
+            return run_any(optimizer, parent, context, given, plan.provide_traceback)
+        if len(context.trainset) >= ENOUGH_FOR_BOTH:
+            context = replace(context, valset=None)
+        result = step.run(parent, context.with_arguments(given))
+        drop_results(result.program)
+        return result
+
+    def _trainset(self, index: int) -> list[dspy.Example]:
+        trainset = list(self.plan.trainset)
+        if self.plan.shuffle:
+            random.Random(stable_seed(self.plan.seed, "shuffle", index)).shuffle(trainset)
+        return trainset
 
     def _evaluate(self, program: dspy.Module, phase: str) -> Evaluation | None:
         scored = self._evaluate_many([program], f"score {phase}")
@@ -223,16 +198,7 @@ class Loop:
         plan = self.plan
         if not plan.valset:
             return []
-        return evaluate_many(
-            programs,
-            plan.valset,
-            plan.metric,
-            num_threads=plan.num_threads,
-            max_errors=plan.max_errors,
-            seed=plan.seed,
-            store=self.store,
-            phase=phase,
-        )
+        return evaluate_many(programs, plan.valset, plan.metric, plan.settings, phase=phase)
 
     def _two_by_two(self, parent: dspy.Module, tuned: dspy.Module) -> dict[str, Evaluation]:
         """Evaluations of {base, tuned weights} x {the student's prompts, the prompts before this step}, where those
@@ -274,14 +240,14 @@ class Loop:
             details=result.details,
             warnings=(*result.warnings, *_cell_warnings(cells)),
             two_by_two={cell: evaluation.scores for cell, evaluation in cells.items()} or None,
-            adapter_folders=_adapter_folders(result.program),
+            adapter_folders=adapter_folders(result.program),
             program=self._saved_prompts(steps, result.program),
             models=model_names(result.program),
         )
 
     def _saved_prompts(self, steps: Steps, program: dspy.Module) -> dict[str, Any] | None:
         """The prompts as JSON; None where they are not all there is to the program, or can't be saved."""
-        if steps and not _restorable(program, self.plan.student):
+        if steps and not is_restorable(program, self.plan.student):
             return None
         try:
             return prompts_state(program)
@@ -347,64 +313,3 @@ def _cell_warnings(scored: Mapping[str, Evaluation]) -> list[str]:
         return []
     events.warn(warning)
     return [warning]
-
-
-def _one_or_all(teachers: list[dspy.Module]) -> Any:
-    return teachers[0] if len(teachers) == 1 else teachers
-
-
-def _adapter_folders(program: dspy.Module) -> dict[str, str]:
-    """Model name to adapter folder, for the program's tuned local LMs."""
-    folders = {}
-    for predictor in program.predictors():
-        engine = local_engine(predictor.lm)
-        folder = engine.adapter_folder(predictor.lm.model) if engine else None
-        if folder is not None:
-            folders[predictor.lm.model] = str(folder)
-    return folders
-
-
-def _restorable(program: dspy.Module, student: dspy.Module) -> bool:
-    """Whether prompts and models say all there is: the same class and predictors, no patched forward."""
-    same = type(program) is type(student) and predictors_of(program).keys() == predictors_of(student).keys()
-    return same and "forward" not in program.__dict__
-
-
-def restore_program(student: dspy.Module, record: StepRecord, adapters: Path) -> dspy.Module:
-    """The program of a record: the student's structure, the recorded prompts, its LMs under the recorded names."""
-    program = load_prompts(student, record.program or {})
-    folders = record.adapter_folders
-    lms: dict[tuple[int, str], Any] = {}
-    for name, predictor in predictors_of(program).items():
-        model = record.models[name]
-        if model == predictor.lm.model:
-            continue
-        engine = local_engine(predictor.lm)
-        if engine is not None and model in folders:
-            moved = adapters / model.removeprefix(MODEL_PREFIX)
-            _add_recorded(engine, moved if moved.exists() else Path(folders[model]), model)
-        predictor.lm = lms.setdefault((id(predictor.lm), model), predictor.lm.copy(model=model))
-    return program
-
-
-def _add_recorded(engine: LocalEngine, folder: Path, model: str) -> None:
-    """Serve an adapter of a record. Raises RunDirectoryError for a folder that does not hold it."""
-    try:
-        found = engine.add_adapter(folder)
-    except (ModelError, OSError) as error:
-        found = str(error)
-    if found.rpartition("@")[2] != model.rpartition("@")[2]:
-        raise RunDirectoryError(
-            f"{folder} does not hold the adapter {model} that the run recorded, it was damaged or changed ({found}). "
-            "Bring the folder back, or start again with another run_dir."
-        )
-
-
-def final_program(program: dspy.Module, candidates: Sequence[dict[str, Any]], failed: bool, report: Any) -> dspy.Module:
-    """A copy of the selected program with the attributes that `dspy.BetterTogether` gives its result, and ours."""
-    result = copy_for_step(program)
-    result._compiled = True
-    result.candidate_programs = list(candidates)
-    result.flag_compilation_error_occurred = failed
-    result.report = report
-    return result

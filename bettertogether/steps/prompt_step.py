@@ -8,41 +8,38 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..callbacks import events
-from ..checks import require_pass_options, require_switch, require_whole
+from ..checks import require_pass_options, require_switch, require_threshold, require_whole
 from ..errors import DataError
-from ..printable import get_logger
 from ..programs.program import as_programs, copy_for_step, require_program, with_prompts
-from ..records import CandidateScore, Ledger, PromptDetails, RaceResult, TraceCounts
-from ..rollouts.evaluation import evaluate_many
+from ..records import CandidateScore, PromptDetails, RaceResult, TraceCounts
 from ..rollouts.examples import check_examples
-from ..rollouts.failures import count_failures, failure_warning
 from ..rollouts.labels import stratified_split
-from ..rollouts.metrics import FULL_MARK, Metric, require_metric
+from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.rollout import RolloutStore, stable_seed
-from ..rollouts.traces import ExamplePass, Sampling, Trace, TraceSet, collect_traces
+from ..rollouts.settings import RunSettings
+from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
+from .candidate_scores import CandidateScores, all_equal
 from .demo_sets import Candidate, DemoSets, demo_states
-from .race import ScoreFunction, run_race
+from .race import run_race
 from .rows_from_traces import select_traces, unseen_calls
-
-logger = get_logger(__name__)
+from .step import Step, StepContext, StepResult
 
 TRAIN_SHARE = 0.3
 """Share of the examples that demos are bootstrapped from; the paper's 100 of 350 and 15 of 50."""
 MOST_TRAIN, MOST_VALIDATION = 100, 250
-CANDIDATES = "candidates"
-"""What a warning about their scores begins with."""
 SAMPLING_TRIES = 5
 """How often a demo set that was sampled before is sampled again."""
 
 
-class BootstrapFewShotRS(Teleprompter):
+class BootstrapFewShotRS(Step, Teleprompter):
     """Few-shot demos from the program's own successful runs, chosen by score.
 
     Args:
@@ -90,7 +87,8 @@ class BootstrapFewShotRS(Teleprompter):
         require_switch("restart", restart)
         require_switch("race", race)
         require_metric(metric)
-        require_pass_options(num_threads, max_errors, seed, threshold)
+        require_pass_options(num_threads, max_errors, seed)
+        require_threshold(threshold)
         self.metric = metric
         self.num_candidates = num_candidates
         self.max_bootstrapped_demos = max_bootstrapped_demos
@@ -104,14 +102,6 @@ class BootstrapFewShotRS(Teleprompter):
         self.num_threads = num_threads
         self.max_errors = max_errors
         self.seed = seed
-        self.details: PromptDetails | None = None
-        """What the last `compile` did: candidates with their scores, the race, the traces."""
-        self.ledger = Ledger()
-        """What the last `compile` cost."""
-        self.step_gain: float | None = None
-        """Validation score of the chosen prompts minus that of the prompts given, on the same examples."""
-        self.warnings: list[str] = []
-        """What the last `compile` has to say against its own result."""
 
     @classmethod
     def paper(cls, metric: Metric, **options: Any) -> Self:
@@ -140,39 +130,45 @@ class BootstrapFewShotRS(Teleprompter):
         `candidate_programs` (dicts with score, program, name; best first). Raises ProgramError, DataError,
         TooManyErrors.
         """
+        settings = RunSettings(num_threads, max_errors, seed, store)
+        context = StepContext(trainset, valset, as_programs(teacher), original=restart_from, settings=settings)
+        self.last = self.run(student, context)
+        return self.last.program
+
+    def run(self, student: dspy.Module, context: StepContext) -> StepResult:
+        """`compile` with its arguments in one, and all that it found out in its result."""
         started = time.monotonic()
         require_program(student)
-        require_pass_options(num_threads, max_errors, seed)
-        check_examples(trainset, "trainset")
-        check_examples(valset or (), "valset")
-        if restart_from is not None:
-            require_program(restart_from, "restart_from")
-        teachers = as_programs(teacher)
-        seed = self.seed if seed is None else seed
-        options = ExamplePass.of_step(
-            self,
-            num_threads=num_threads,
-            max_errors=max_errors,
-            seed=seed,
-            store=store or RolloutStore(),
-            phase="bootstrap demos",
-        )
-        train, validation = self._split(trainset, valset, seed)
-        start = self._start(student, restart_from)
-        traces = collect_traces(start, train, options, sampling=self.sampling, teachers=teachers)
-        self.warnings = list(traces.warnings)
-        self._check_passing(traces)
+        check_examples(context.trainset, "trainset")
+        check_examples(context.valset or (), "valset")
+        if context.original is not None:
+            require_program(context.original, "restart_from")
+        settings = self._settings(context.settings)
+        seed = settings.seed or 0
+        train, validation = self._split(context.trainset, context.valset, seed)
+        start = self._start(student, context.original)
+        options = ExamplePass(self.metric, self.threshold, settings, phase="bootstrap demos")
+        traces = collect_traces(start, train, options, sampling=self.sampling, teachers=context.teachers)
+        warnings = [*traces.warnings, *_said(*self._no_demos(traces))]
         sets = DemoSets(start, select_traces(traces.traces), train)
         candidates = self._candidates(student, start, sets, seed)
-        self.ledger = traces.ledger
-        race = run_race(candidates, len(validation), self._scorer(validation, options, candidates), race=self.race)
-        self._check_scores(candidates)
+        scoring = CandidateScores(candidates, validation, self.metric, settings)
+        race = run_race(candidates, len(validation), scoring, race=self.race)
+        warnings += scoring.warnings or _said(all_equal(candidates, self.threshold))
         best = choose(candidates, len(validation))
-        for name, reasons in sets.problems().items():
-            listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
-            self._warn(f"Not all examples can be demos of predictor {name!r}: {listed}.")
-        self._account(candidates, best, traces, race, sets, len(validation), time.monotonic() - started)
-        return _result(candidates, best, len(validation))
+        warnings += _said(*_left_out(sets))
+        return StepResult(
+            _result(candidates, best, len(validation)),
+            (traces.ledger + scoring.ledger).with_seconds(time.monotonic() - started),
+            _details(candidates, best, traces, race, sets, len(validation)),
+            _gain(candidates[0], best),
+            tuple(warnings),
+        )
+
+    def _settings(self, given: RunSettings) -> RunSettings:
+        own = given.or_else(num_threads=self.num_threads, max_errors=self.max_errors, seed=self.seed)
+        # What is run twice, such as the prompts given, is then answered once.
+        return own if own.store is not None else replace(own, store=RolloutStore())
 
     def _split(
         self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example] | None, seed: int
@@ -219,104 +215,67 @@ class BootstrapFewShotRS(Teleprompter):
                 return candidate
         return None
 
-    def _warn(self, text: str) -> None:
-        self.warnings.append(text)
-        events.warn(text)
+    def _no_demos(self, traces: TraceSet) -> list[str]:
+        """Why no demo comes from a run, where that was to be."""
+        if not self.max_bootstrapped_demos or any(trace.calls for trace in traces.passing):
+            return []
+        if traces.passing:
+            return [f"bootstrap demos: no demo comes from a run. {unseen_calls(len(traces.passing))}"]
+        if traces.warnings:
+            return []
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in traces.reasons().items())
+        return [
+            f"bootstrap demos: the metric accepted none of {len(traces.traces)} runs on {traces.examples} examples "
+            f"({reasons}), so no demo comes from a run. Give a threshold= that runs can reach, or a teacher, or "
+            "mend the metric."
+        ]
 
-    def _check_passing(self, traces: TraceSet) -> None:
-        if not self.max_bootstrapped_demos:
-            return
-        if traces.passing and not any(trace.calls for trace in traces.passing):
-            self._warn(f"bootstrap demos: no demo comes from a run. {unseen_calls(len(traces.passing))}")
-        if not traces.passing and not traces.warnings:
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in traces.reasons().items())
-            self._warn(
-                f"bootstrap demos: the metric accepted none of {len(traces.traces)} runs on {traces.examples} examples "
-                f"({reasons}), so no demo comes from a run. Give a threshold= that runs can reach, or a teacher, or "
-                "mend the metric."
+
+def _said(*warnings: str | None) -> list[str]:
+    """Those that are warnings, told to who watches."""
+    given = [warning for warning in warnings if warning is not None]
+    for warning in given:
+        events.warn(warning)
+    return given
+
+
+def _left_out(sets: DemoSets) -> Iterator[str]:
+    for name, reasons in sets.problems().items():
+        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+        yield f"Not all examples can be demos of predictor {name!r}: {listed}."
+
+
+def _gain(current: Candidate, best: Candidate) -> float | None:
+    """Mean score of the best prompts minus that of the prompts given, on the examples that both were scored on."""
+    both = current.scores.keys() & best.scores.keys()
+    return sum(best.scores[i] - current.scores[i] for i in both) / len(both) if both else None
+
+
+def _details(
+    candidates: Sequence[Candidate], best: Candidate, traces: TraceSet, race: RaceResult, sets: DemoSets, examples: int
+) -> PromptDetails:
+    return PromptDetails(
+        candidates=tuple(
+            CandidateScore(
+                name=candidate.name,
+                score=candidate.mean,
+                scored_on=len(candidate.scores),
+                stopped=candidate.stopped,
+                demos=candidate.demos,
             )
-
-    def _check_runs(self, traces: Sequence[Trace]) -> None:
-        warning = failure_warning(count_failures(traces), len(traces), CANDIDATES, "runs")
-        if warning and not self._said_of_candidates():
-            self._warn(warning)
-
-    def _check_scores(self, candidates: Sequence[Candidate]) -> None:
-        scores = [score for candidate in candidates for score in candidate.scores.values()]
-        full_mark = FULL_MARK if self.threshold is None else self.threshold
-        equal = len(set(scores)) == 1 and len(scores) > len(candidates) > 1
-        if equal and scores[0] < full_mark and not self._said_of_candidates():
-            self._warn(
-                f"{CANDIDATES}: each of the {len(candidates)} scores {scores[0]:g} on each example, so the scores "
-                "don't say which is best, and the one with the fewest demos is taken. Check the metric."
-            )
-
-    def _said_of_candidates(self) -> bool:
-        return any(warning.startswith(CANDIDATES) for warning in self.warnings)
-
-    def _scorer(
-        self, validation: Sequence[dspy.Example], options: ExamplePass, candidates: Sequence[Candidate]
-    ) -> ScoreFunction:
-        def score(running: Sequence[Candidate], positions: Sequence[int]) -> list[tuple[float, ...]]:
-            results = evaluate_many(
-                [candidate.program for candidate in running],
-                [validation[position] for position in positions],
-                self.metric,
-                num_threads=options.num_threads,
-                max_errors=options.max_errors,
-                seed=options.seed,
-                store=options.store,
-                phase=f"{len(running)} of {len(candidates)} candidates, to {positions[-1] + 1} of {len(validation)}",
-            )
-            best = max(result.mean for result in results)
-            for candidate, result in zip(running, results, strict=True):
-                self.ledger += result.ledger
-                number = candidates.index(candidate) + 1
-                events.emit(
-                    "candidate",
-                    {"number": number, "total": len(candidates), "score": result.mean, "best_score": best},
-                )
-            self._check_runs([trace for result in results for trace in result.traces])
-            return [result.scores for result in results]
-
-        return score
-
-    def _account(
-        self,
-        candidates: Sequence[Candidate],
-        best: Candidate,
-        traces: TraceSet,
-        race: RaceResult,
-        sets: DemoSets,
-        validation_size: int,
-        seconds: float,
-    ) -> None:
-        current = candidates[0]
-        both = current.scores.keys() & best.scores.keys()
-        self.step_gain = sum(best.scores[i] - current.scores[i] for i in both) / len(both) if both else None
-        self.ledger = self.ledger.with_seconds(seconds)
-        self.details = PromptDetails(
-            candidates=tuple(
-                CandidateScore(
-                    name=candidate.name,
-                    score=candidate.mean,
-                    scored_on=len(candidate.scores),
-                    stopped=candidate.stopped,
-                    demos=candidate.demos,
-                )
-                for candidate in candidates
-            ),
-            chosen=best.name,
-            validation_examples=validation_size,
-            race=race,
-            traces=TraceCounts(
-                examples=traces.examples,
-                solved=len({trace.index for trace in traces.passing}),
-                failed=traces.reasons(),
-            ),
-            dropped_demos=dict(sets.dropped),
-            left_out=sets.problems(),
-        )
+            for candidate in candidates
+        ),
+        chosen=best.name,
+        validation_examples=examples,
+        race=race,
+        traces=TraceCounts(
+            examples=traces.examples,
+            solved=len({trace.index for trace in traces.passing}),
+            failed=traces.reasons(),
+        ),
+        dropped_demos=dict(sets.dropped),
+        left_out=sets.problems(),
+    )
 
 
 def choose(candidates: Sequence[Candidate], size: int) -> Candidate:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,7 +17,7 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..callbacks import events
-from ..checks import is_number, require_one_of, require_pass_options, require_switch
+from ..checks import is_number, require_one_of, require_pass_options, require_switch, require_threshold
 from ..engines.protocol import MODEL_PREFIX, FinetuneResult
 from ..errors import ConfigError, DataError, NoTrainingDataError, NotTrainableError
 from ..lm import local_engine, require_engine
@@ -28,11 +28,13 @@ from ..rollouts.examples import check_examples
 from ..rollouts.labels import stratified_order
 from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.rollout import RolloutStore
+from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Sampling, collect_traces
 from ..training.config import LoRAConfig, TrainingConfig
 from .data_card import make_data_card
 from .rows import Row, read_rows, write_rows
 from .rows_from_traces import Collected, Reasoning, RowOptions, Trainable, TrainPrompt, rows_from_traces
+from .step import Step, StepContext, StepResult
 
 logger = get_logger(__name__)
 
@@ -43,7 +45,7 @@ AdapterKey = tuple[int, str, str]
 one name."""
 
 
-class LoRAFinetune(Teleprompter):
+class LoRAFinetune(Step, Teleprompter):
     """Fine-tune a program's local LMs on the program's own successful runs.
 
     Args:
@@ -113,7 +115,8 @@ class LoRAFinetune(Teleprompter):
         if not is_number(validation_share) or not 0 <= validation_share < 1:
             raise ConfigError(f"validation_share={validation_share!r} is not allowed: give a number in [0, 1).")
         require_metric(metric, optional=True)
-        require_pass_options(num_threads, max_errors, seed, threshold)
+        require_pass_options(num_threads, max_errors, seed)
+        require_threshold(threshold)
         self.metric = metric
         self.lora = lora
         self.training = training
@@ -135,14 +138,6 @@ class LoRAFinetune(Teleprompter):
         self.max_errors = max_errors
         self.seed = seed
         self.folder = Path(folder).expanduser() if folder is not None else None
-        self.details: WeightDetails | None = None
-        """What the last `compile` did: data card, loss history, adapters."""
-        self.warnings: tuple[str, ...] = ()
-        """What the last `compile` has to say against its own result."""
-        self.ledger = Ledger()
-        """What the last `compile` cost."""
-        self.step_gain: float | None = None
-        """Fall of the held-out loss in the last `compile`."""
 
     @classmethod
     def paper(cls, metric: Metric | None = None, **options: Any) -> Self:
@@ -176,33 +171,35 @@ class LoRAFinetune(Teleprompter):
         `rows` (or a JSONL file of them) are trained on as they are, instead of collecting any. Raises ProgramError,
         NotTrainableError, NoTrainingDataError, TooManyErrors, TrainingError.
         """
+        settings = RunSettings(num_threads, max_errors, seed, store)
+        self.last = self.run(
+            student, StepContext(trainset, teachers=as_programs(teacher), rows=rows, folder=folder, settings=settings)
+        )
+        return self.last.program
+
+    def run(self, student: dspy.Module, context: StepContext) -> StepResult:
+        """`compile` with its arguments in one, and all that it found out in its result."""
         started = time.monotonic()
         require_reachable(require_program(student))
-        require_pass_options(num_threads, max_errors, seed)
-        if not isinstance(rows, Sequence | Path | None):
-            raise ConfigError(f"rows={rows!r} is not allowed: give a list of rows, or a file of them.")
         trainable = self.trainable(student)
-        if rows is None:
+        if context.rows is None:
             collected = self.collect(
-                student,
-                trainset=trainset,
-                teacher=teacher,
-                num_threads=num_threads,
-                max_errors=max_errors,
-                seed=seed,
-                store=store,
+                student, trainset=context.trainset, teacher=context.teachers, settings=context.settings
             )
         else:
-            collected = self._given(rows, trainable)
-        self.details = None
-        self.warnings = (*collected.warnings, *collected.card.warnings)
-        self.ledger = collected.ledger
+            collected = self._given(context.rows, trainable)
         for warning in collected.card.warnings:
             events.warn(warning)
-        target = Path(folder).expanduser() if folder is not None else self.folder
-        results = self._train(collected.rows, trainable, seed, target)
-        self._account(collected.card, results, time.monotonic() - started)
-        return self._tuned(student, trainable, results)
+        folder = self.folder if context.folder is None else Path(context.folder).expanduser()
+        results = self._train(collected.rows, trainable, context.settings.seed, folder)
+        trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
+        return StepResult(
+            self._tuned(student, trainable, results),
+            (collected.ledger + trained).with_seconds(time.monotonic() - started),
+            _details(collected.card, results),
+            _fall_of_loss(results.values()),
+            (*collected.warnings, *collected.card.warnings),
+        )
 
     def trainable(self, student: dspy.Module) -> Trainable:
         """Predictor name to (engine, LM) for those to train. Raises NotTrainableError and ConfigError."""
@@ -226,28 +223,18 @@ class LoRAFinetune(Teleprompter):
         *,
         trainset: Sequence[dspy.Example],
         teacher: dspy.Module | Sequence[dspy.Module] | None = None,
-        num_threads: int | None = None,
-        max_errors: int | None = None,
-        seed: int | None = None,
-        store: RolloutStore | None = None,
+        settings: RunSettings = RunSettings(),
     ) -> Collected:
         """The rows that `compile` would train on. Raises NoTrainingDataError with the counts when there are none."""
         trainable = self.trainable(student)
         if not trainset:
             raise DataError("trainset cannot be empty: give the examples to run the program on.")
         check_examples(trainset, "trainset")
-        options = ExamplePass.of_step(
-            self,
-            num_threads=num_threads,
-            max_errors=max_errors,
-            seed=seed,
-            store=store,
-            phase="collect training data",
-        )
+        settings = settings.or_else(num_threads=self.num_threads, max_errors=self.max_errors, seed=self.seed)
         traces = collect_traces(
             student,
             trainset,
-            options,
+            ExamplePass(self.metric, self.threshold, settings, phase="collect training data"),
             sampling=self.sampling,
             teachers=as_programs(teacher),
             label_field=self.rows.label_field,
@@ -255,6 +242,8 @@ class LoRAFinetune(Teleprompter):
         return rows_from_traces(student, trainset, traces, trainable, self.rows)
 
     def _given(self, rows: Sequence[Row] | str | Path, trainable: Trainable) -> Collected:
+        if not isinstance(rows, Sequence | Path):
+            raise ConfigError(f"rows={rows!r} is not allowed: give a list of rows, or a file of them.")
         given = tuple(read_rows(Path(rows).expanduser()) if isinstance(rows, str | Path) else rows)
         if not given:
             raise NoTrainingDataError("rows= is empty: give at least one row, or leave it out to collect them.")
@@ -312,27 +301,6 @@ class LoRAFinetune(Teleprompter):
         unique = {(row.example, row.predictor, row.completion): row for row in rows if row.example in held_out}
         return [row for row in rows if row.example not in held_out], list(unique.values())
 
-    def _account(self, card: DataCard, results: Mapping[AdapterKey, FinetuneResult], seconds: float) -> None:
-        falls, adapters = [], {}
-        history: list[LossLine] = []
-        for (_, model, predictor), result in results.items():
-            name = f"{model} {predictor}".strip()
-            adapters[result.model] = TrainedAdapter(
-                trained_from=name,
-                folder=str(result.folder),
-                rows=str(_rows_file(result)),
-                best_epoch=result.best_epoch,
-                held_out_loss=HeldOutLoss(result.base_validation_loss, result.validation_loss),
-                skipped_rows=result.skipped_rows,
-            )
-            history += [LossLine(result.model, **asdict(line)) for line in result.history]
-            if result.base_validation_loss is not None and result.validation_loss is not None:
-                falls.append(result.base_validation_loss - result.validation_loss)
-        self.details = WeightDetails(card, adapters, tuple(history))
-        self.step_gain = sum(falls) / len(falls) if falls else None
-        trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
-        self.ledger = (self.ledger + trained).with_seconds(seconds)
-
     def _tuned(
         self,
         student: dspy.Module,
@@ -358,3 +326,26 @@ class LoRAFinetune(Teleprompter):
 def _rows_file(result: FinetuneResult) -> Path:
     """The rows that an adapter was trained on and held out, beside its folder, which peft alone fills."""
     return result.folder.with_name(f"{result.folder.name}.rows.jsonl")
+
+
+def _details(card: DataCard, results: Mapping[AdapterKey, FinetuneResult]) -> WeightDetails:
+    adapters = {
+        result.model: TrainedAdapter(
+            trained_from=f"{model} {predictor}".strip(),
+            folder=str(result.folder),
+            rows=str(_rows_file(result)),
+            best_epoch=result.best_epoch,
+            held_out_loss=HeldOutLoss(result.base_validation_loss, result.validation_loss),
+            skipped_rows=result.skipped_rows,
+        )
+        for (_, model, predictor), result in results.items()
+    }
+    history = tuple(LossLine(result.model, **asdict(line)) for result in results.values() for line in result.history)
+    return WeightDetails(card, adapters, history)
+
+
+def _fall_of_loss(results: Collection[FinetuneResult]) -> float | None:
+    """By how much training lowered the held-out loss, where it was measured; the mean of the adapters."""
+    losses = [(result.base_validation_loss, result.validation_loss) for result in results]
+    falls = [before - after for before, after in losses if before is not None and after is not None]
+    return sum(falls) / len(falls) if falls else None

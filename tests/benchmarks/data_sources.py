@@ -23,6 +23,7 @@ from bettertogether import LoRAFinetune, default_model, local_lm
 from bettertogether.errors import NoTrainingDataError
 from bettertogether.rollouts.evaluation import evaluate
 from bettertogether.rollouts.rollout import RolloutStore
+from bettertogether.rollouts.settings import RunSettings
 
 SOURCES = {
     "own runs": {"num_samples": 0, "rescue": False, "balance": False},
@@ -56,7 +57,7 @@ def main() -> None:
         step = LoRAFinetune(metric, seed=arguments.seed, **options)
         started = time.monotonic()
         try:
-            collected = step.collect(student, trainset=train, store=store)
+            collected = step.collect(student, trainset=train, settings=RunSettings(store=store))
         except NoTrainingDataError as error:
             print(f"{name:12} {error}", flush=True)
             continue

@@ -29,6 +29,7 @@ from fakes import Parity, TwoSteps, numbers, parity_match, plain_lm, two_step_en
 
 from bettertogether.rollouts.evaluation import evaluate
 from bettertogether.rollouts.rollout import Runner
+from bettertogether.rollouts.settings import RunSettings
 from bettertogether.rollouts.traces import ExamplePass, Sampling, collect_traces
 from bettertogether.testing import FakeEngine
 
@@ -73,7 +74,10 @@ def overhead(name: str, program: dspy.Module) -> None:
         "evaluate, 1 thread": lambda: evaluate(program, examples, parity_match, num_threads=1),
         "evaluate, 8 threads": lambda: evaluate(program, examples, parity_match, num_threads=8),
         "collect_traces, 8 threads": lambda: collect_traces(
-            program, examples, ExamplePass(parity_match, num_threads=8), sampling=Sampling(0, rescue=False)
+            program,
+            examples,
+            ExamplePass(parity_match, settings=RunSettings(num_threads=8)),
+            sampling=Sampling(0, rescue=False),
         ),
     }
     print(f"{name}: {bare_ms:.3f} ms a call are DSPy's, the fake LM's and the metric's")

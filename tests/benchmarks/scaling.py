@@ -26,6 +26,7 @@ from tasks import Sentiment, sentiment_data, sentiment_match
 
 from bettertogether import default_model, local_lm
 from bettertogether.rollouts.evaluation import evaluate_many
+from bettertogether.rollouts.settings import RunSettings
 
 
 def program(lm: dspy.LM, demos: list[dspy.Example]) -> dspy.Predict:
@@ -41,7 +42,7 @@ def milliseconds(programs: list[dspy.Predict], examples: list[dspy.Example], thr
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        evaluate_many(programs, examples[:shares], sentiment_match, num_threads=threads)
+        evaluate_many(programs, examples[:shares], sentiment_match, RunSettings(num_threads=threads))
         times.append(1000 * (time.perf_counter() - started) / (shares * len(programs)))
     return statistics.median(times[1:])
 

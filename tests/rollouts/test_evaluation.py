@@ -14,6 +14,7 @@ from bettertogether.errors import ConfigError, DataError, ProgramError, TooManyE
 from bettertogether.records import Ledger
 from bettertogether.rollouts.evaluation import Evaluation, compare, evaluate, evaluate_many
 from bettertogether.rollouts.rollout import RolloutStore
+from bettertogether.rollouts.settings import RunSettings
 from bettertogether.testing import FakeEngine
 
 
@@ -101,7 +102,8 @@ def test_programs_scored_together_are_in_flight_together() -> None:
         return True
 
     programs = [parity_program(parity_engine(wait_for_the_other)) for _ in range(2)]
-    assert [result.mean for result in evaluate_many(programs, numbers(1), parity_match, num_threads=2)] == [1.0, 1.0]
+    results = evaluate_many(programs, numbers(1), parity_match, RunSettings(num_threads=2))
+    assert [result.mean for result in results] == [1.0, 1.0]
 
 
 def test_each_program_has_its_own_count_of_errors() -> None:
@@ -109,7 +111,7 @@ def test_each_program_has_its_own_count_of_errors() -> None:
         return 1 / example.number
 
     programs = [parity_program(parity_engine(lambda *_: True)) for _ in range(3)]
-    results = evaluate_many(programs, numbers(2), metric, max_errors=1)
+    results = evaluate_many(programs, numbers(2), metric, RunSettings(max_errors=1))
     assert [result.scores for result in results] == [(0.0, 1.0)] * 3
 
 

@@ -25,6 +25,7 @@ from bettertogether.callbacks import Callback, ProgressEvent, listening
 from bettertogether.errors import ConfigError, TooManyErrors
 from bettertogether.programs.behaviour import program_key
 from bettertogether.rollouts.rollout import Call, RolloutStore
+from bettertogether.rollouts.settings import RunSettings
 from bettertogether.rollouts.traces import (
     ExamplePass,
     Sampling,
@@ -37,9 +38,21 @@ NO_MORE = Sampling(num_samples=0, rescue=False)
 
 
 def collect(
-    engine: FakeEngine, count: int = 6, sampling: Sampling = NO_MORE, metric: Any = parity_match, **options: Any
+    engine: FakeEngine,
+    count: int = 6,
+    sampling: Sampling = NO_MORE,
+    metric: Any = parity_match,
+    *,
+    threshold: float | None = None,
+    phase: str = "run",
+    **settings: Any,
 ) -> TraceSet:
-    return collect_traces(parity_program(engine), numbers(count), ExamplePass(metric, **options), sampling=sampling)
+    options = ExamplePass(metric, threshold, RunSettings(**settings), phase)
+    return collect_traces(parity_program(engine), numbers(count), options, sampling=sampling)
+
+
+def at_most(max_errors: int) -> ExamplePass:
+    return ExamplePass(parity_match, settings=RunSettings(max_errors=max_errors))
 
 
 def attempts(traces: TraceSet) -> list[tuple[int, str, int, bool]]:
@@ -126,13 +139,13 @@ def test_a_timeout_is_a_dropped_trace() -> None:
 
 
 def test_as_many_examples_as_max_errors_may_raise() -> None:
-    traces = collect_traces(raising_program(), numbers(9), ExamplePass(parity_match, max_errors=3), sampling=NO_MORE)
+    traces = collect_traces(raising_program(), numbers(9), at_most(3), sampling=NO_MORE)
     assert len(traces.passing) == 6
 
 
 def test_one_more_is_an_error_with_the_reasons_and_what_to_do() -> None:
     with pytest.raises(TooManyErrors, match=r"3 of 9 examples raised, more than max_errors=2 allows.*can't do 0.*Mend"):
-        collect_traces(raising_program(), numbers(9), ExamplePass(parity_match, max_errors=2), sampling=NO_MORE)
+        collect_traces(raising_program(), numbers(9), at_most(2), sampling=NO_MORE)
 
 
 def test_without_max_errors_dspys_setting_holds() -> None:
@@ -142,7 +155,7 @@ def test_without_max_errors_dspys_setting_holds() -> None:
 
 def test_an_example_that_raises_on_every_try_counts_once_for_max_errors() -> None:
     sampling = Sampling(num_samples=4)
-    traces = collect_traces(raising_program(), numbers(3), ExamplePass(parity_match, max_errors=1), sampling=sampling)
+    traces = collect_traces(raising_program(), numbers(3), at_most(1), sampling=sampling)
     assert traces.reasons() == {"program error: ValueError: can't do 0": 6}
 
 

@@ -26,21 +26,33 @@ from foreign_optimizers import OVERRIDES, PROMPT_OPTIMIZERS, TRAIN, foreign
 
 from bettertogether.errors import ProgramError
 from bettertogether.programs.program import prompts_state
-from bettertogether.records import OtherDetails, PromptDetails
-from bettertogether.run.any_optimizer import accepted_arguments, keep_lms, lent, run_step
+from bettertogether.records import OtherDetails
+from bettertogether.rollouts.settings import RunSettings
+from bettertogether.run.any_optimizer import accepted_arguments, keep_lms, lent, run_any
 from bettertogether.steps.prompt_step import BootstrapFewShotRS
+from bettertogether.steps.step import StepContext, StepResult
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeRequest
 
 
-def settings(**given: Any) -> dict[str, Any]:
-    return {"num_threads": 4, "max_errors": 20, "seed": 3} | given
+def run_with(
+    optimizer: Teleprompter,
+    program: dspy.Module,
+    given: dict[str, Any] | None = None,
+    *,
+    valset: Any = None,
+    teachers: Any = (),
+    num_threads: int = 4,
+) -> StepResult:
+    """Run it on `TRAIN`, with arguments for `compile` given by the user."""
+    settings = RunSettings(num_threads, max_errors=20, seed=3)
+    return run_any(optimizer, program, StepContext(TRAIN, valset, teachers, settings=settings), given or {})
 
 
-def run(name: str, program: dspy.Module, **more: Any) -> Any:
+def run(name: str, program: dspy.Module, teacher: dspy.Module | None = None) -> StepResult:
     optimizer = foreign(name, program.predictors()[0].lm)
-    data = {"trainset": list(TRAIN), "valset": numbers(8, start=16), "teacher": None, "restart_from": program} | more
-    return run_step(optimizer, program, settings(), data, OVERRIDES.get(name, {}))
+    teachers = [] if teacher is None else [teacher]
+    return run_with(optimizer, program, OVERRIDES.get(name), valset=numbers(8, start=16), teachers=teachers)
 
 
 @pytest.mark.parametrize("name", PROMPT_OPTIMIZERS)
@@ -112,7 +124,7 @@ def test_simba_made_before_there_is_an_lm_proposes_rules_with_the_programs_own()
     engine = proposing_engine(every_other_time)
     program = parity_program(engine)
     optimizer = dspy.SIMBA(metric=parity_match, bsize=8, num_candidates=3, max_steps=1, max_demos=0)
-    run_step(optimizer, program, settings(), {"trainset": list(TRAIN)}, {})
+    run_with(optimizer, program)
     assert any("module_advice" in request.system for request in engine.requests)
     assert optimizer.prompt_model is None
 
@@ -156,17 +168,6 @@ def test_the_ledger_of_a_foreign_step_counts_calls_and_tokens() -> None:
     assert ledger.cache_hits == 0
 
 
-def test_our_own_steps_report_their_ledger_details_and_gain() -> None:
-    engine = parity_engine(careful)
-    result = run_step(
-        BootstrapFewShotRS(parity_match), parity_program(engine), settings(), {"trainset": numbers(40)}, {}
-    )
-    assert result.ledger.metric_calls > 0
-    assert isinstance(result.details, PromptDetails)
-    assert result.details.candidates
-    assert result.step_gain is not None
-
-
 class Recorder(Teleprompter):
     """Notes what it was given."""
 
@@ -182,7 +183,7 @@ class Recorder(Teleprompter):
 def test_settings_go_to_compile_where_it_takes_them_and_else_to_an_attribute_that_is_none() -> None:
     optimizer = Recorder(num_threads=None, max_errors=7)
     program = parity_program(parity_engine(careful))
-    run_step(optimizer, program, settings(), {"trainset": TRAIN, "store": 1}, {})
+    run_with(optimizer, program)
     (seen,) = optimizer.seen
     assert (seen["seed"], seen["num_threads"], seen["max_errors"]) == (3, 4, 7)
     assert optimizer.num_threads is None
@@ -190,8 +191,8 @@ def test_settings_go_to_compile_where_it_takes_them_and_else_to_an_attribute_tha
 
 def test_the_users_own_arguments_win() -> None:
     optimizer = Recorder()
-    data = {"trainset": TRAIN, "valset": TRAIN}
-    run_step(optimizer, parity_program(parity_engine(careful)), settings(), data, {"trainset": TRAIN[:2], "seed": 9})
+    given = {"trainset": TRAIN[:2], "seed": 9}
+    run_with(optimizer, parity_program(parity_engine(careful)), given, valset=TRAIN)
     (seen,) = optimizer.seen
     assert (seen["trainset"], seen["valset"], seen["seed"]) == (TRAIN[:2], TRAIN, 9)
 
@@ -206,8 +207,7 @@ def test_an_optimizer_that_takes_any_keyword_is_given_what_dspy_gives() -> None:
             student.seen = sorted(arguments)
             return student
 
-    data = {"trainset": TRAIN, "valset": TRAIN, "teacher": None, "store": 1}
-    result = run_step(Any_(), parity_program(parity_engine(careful)), settings(), data, {})
+    result = run_with(Any_(), parity_program(parity_engine(careful)), valset=TRAIN)
     assert result.program.seen == ["trainset", "valset"]
 
 
@@ -217,7 +217,7 @@ def test_settings_are_lent_where_an_attribute_is_none_and_taken_back() -> None:
 
     optimizer = Defaults()
     optimizer.seed, optimizer.num_threads = None, 2
-    with lent(optimizer, {"seed": 5, "num_threads": 8, "max_errors": 3}):
+    with lent(optimizer, RunSettings(num_threads=8, max_errors=3, seed=5)):
         assert (optimizer.seed, optimizer.num_threads, optimizer.max_errors) == (5, 2, 3)
     assert vars(optimizer) == {"seed": None, "num_threads": 2}
 
@@ -231,13 +231,13 @@ def test_settings_are_taken_back_when_the_optimizer_raises() -> None:
 
     optimizer = Raises()
     with pytest.raises(OSError, match="seed 3"):
-        run_step(optimizer, parity_program(parity_engine(careful)), settings(), {"trainset": TRAIN}, {})
+        run_with(optimizer, parity_program(parity_engine(careful)))
     assert vars(optimizer) == {}
 
 
 def test_a_setting_that_the_optimizer_changed_itself_stays() -> None:
     optimizer = Recorder(seed=None)
-    with lent(optimizer, {"seed": 5}):
+    with lent(optimizer, RunSettings(seed=5)):
         optimizer.seed = 6
     assert optimizer.seed == 6
 
@@ -249,7 +249,7 @@ def test_the_users_own_optimizer_runs_and_keeps_what_it_notes() -> None:
             return student
 
     optimizer = Notes()
-    run_step(optimizer, parity_program(parity_engine(careful)), settings(), {"trainset": TRAIN}, {})
+    run_with(optimizer, parity_program(parity_engine(careful)))
     assert optimizer.received is TRAIN
 
 
@@ -262,12 +262,12 @@ def test_a_step_inside_a_step_of_the_same_optimizer_is_lent_what_the_outer_one_h
         def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
             self.seen.append(self.num_threads)
             if len(self.seen) == 1:
-                run_step(self, student, settings(num_threads=9), {"trainset": trainset}, {})
+                run_with(self, student, num_threads=9)
                 self.seen.append(self.num_threads)
             return student
 
     optimizer = Nested()
-    run_step(optimizer, parity_program(parity_engine(careful)), settings(), {"trainset": TRAIN}, {})
+    run_with(optimizer, parity_program(parity_engine(careful)))
     assert (optimizer.seen, optimizer.num_threads) == ([4, 4, 4], None)
 
 
@@ -281,7 +281,7 @@ def test_a_teacher_among_the_users_own_arguments_is_passed_as_it_is_and_keeps_it
             seen.append(teacher)
             return dspy.BootstrapFewShot(metric=parity_match).compile(student, teacher=teacher, trainset=trainset)
 
-    run_step(Bootstraps(), parity_program(student), settings(), {"trainset": TRAIN}, {"teacher": teaching})
+    run_with(Bootstraps(), parity_program(student), {"teacher": teaching})
     assert seen == [teaching]
     assert len(teacher.requests) > 0
     assert student.requests == []
@@ -297,7 +297,7 @@ def test_an_optimizer_gets_a_program_that_is_not_compiled_and_may_change_it() ->
 
     program = parity_program(parity_engine(careful))
     program._compiled = True
-    result = run_step(Changes(), program, settings(), {"trainset": TRAIN}, {})
+    result = run_with(Changes(), program)
     assert (len(result.program.demos), program.demos) == (16, [])
 
 
@@ -307,7 +307,7 @@ def test_an_optimizer_that_returns_no_module_is_an_error() -> None:
             return None
 
     with pytest.raises(ProgramError, match="returned NoneType where"):
-        run_step(Nothing(), parity_program(parity_engine(careful)), settings(), {"trainset": TRAIN}, {})
+        run_with(Nothing(), parity_program(parity_engine(careful)))
 
 
 def test_lms_that_an_optimizer_dropped_are_put_back_and_those_it_set_stay() -> None:
@@ -319,7 +319,7 @@ def test_lms_that_an_optimizer_dropped_are_put_back_and_those_it_set_stay() -> N
             return student
 
     program = parity_program(engine)
-    assert run_step(Drops(), program, settings(), {"trainset": TRAIN}, {}).program.lm is program.lm
+    assert run_with(Drops(), program).program.lm is program.lm
 
 
 def test_resets_inside_clear_prompts_and_keep_the_lm_of_copies_too() -> None:
@@ -373,6 +373,6 @@ def test_a_setting_that_cannot_be_written_is_left_alone() -> None:
     slotted = Slotted()
     slotted.seed = None
     for optimizer, lent_seed in ((Frozen(), None), (ReadOnly(), None), (slotted, 5)):
-        with lent(optimizer, {"seed": 5}):
+        with lent(optimizer, RunSettings(seed=5)):
             assert optimizer.seed == lent_seed
         assert optimizer.seed is None

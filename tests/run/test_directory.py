@@ -18,8 +18,9 @@ import pytest
 
 from bettertogether import files
 from bettertogether.errors import RunDirectoryError
+from bettertogether.files import atomic_write
 from bettertogether.records import Ledger, OtherDetails, StepRecord
-from bettertogether.run.directory import RunDirectory, atomic_write, default_run_directory
+from bettertogether.run.directory import RunDirectory, default_run_directory
 
 RUN = {"strategy": "p -> w", "seed": 0, "options": {"p": {"candidates": 6}}, "versions": {"dspy": "3.4.1"}}
 
@@ -37,6 +38,7 @@ with RunDirectory.open(sys.argv[1], {}) as directory:
 FULL_DISK = """
 import resource, signal, sys
 from bettertogether.errors import RunDirectoryError
+from bettertogether.files import atomic_write
 from bettertogether.records import StepRecord
 from bettertogether.run.directory import RunDirectory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

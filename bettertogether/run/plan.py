@@ -1,0 +1,166 @@
+"""What a run was asked for, checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
+
+from ..errors import ConfigError, NotTrainableError, ProgramError
+from ..programs.copies import copy_program
+from ..programs.program import as_programs, predictors_of, require_program
+from ..rollouts.metrics import Metric
+from ..rollouts.rollout import RolloutStore
+from ..rollouts.settings import RunSettings
+from ..steps.weight_step import LoRAFinetune
+from . import strategy as strategies
+from .arguments import check_compile_args, check_options
+from .held_out import split_valset
+from .strategy import Steps
+
+OnStepError = Literal["return", "raise"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides a run; `Plan.of` makes one from the arguments of `BetterTogether.compile`."""
+
+    student: dspy.Module
+    trainset: list[dspy.Example]
+    valset: list[dspy.Example]
+    teachers: list[dspy.Module]
+    metric: Metric
+    optimizers: Mapping[str, Teleprompter]
+    """The steps that the strategies name, by key; with "auto" all, in the order in which they take turns."""
+    strategies: tuple[Steps, ...]
+    """Empty with "auto"."""
+    auto: bool
+    max_rounds: int
+    settings: RunSettings
+    provide_traceback: bool | None
+    shuffle: bool
+    compile_args: Mapping[str, Mapping[str, Any]]
+    on_step_error: OnStepError
+    two_by_two: bool
+    warnings: tuple[str, ...]
+    """What is questionable about the data."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.settings.seed or 0
+
+    @property
+    def strategy(self) -> str:
+        """The strategy as it was understood, whatever its white space."""
+        return strategies.AUTO if self.auto else ", ".join(map(strategies.join, self.strategies))
+
+    @classmethod
+    def of(
+        cls,
+        optimizers: Mapping[str, Teleprompter],
+        metric: Metric,
+        *,
+        student: dspy.Module,
+        trainset: Sequence[dspy.Example],
+        teacher: dspy.Module | Sequence[dspy.Module] | None,
+        valset: Sequence[dspy.Example] | None,
+        num_threads: int | None,
+        max_errors: int | None,
+        provide_traceback: bool | None,
+        seed: int | None,
+        valset_ratio: float,
+        shuffle_trainset_between_steps: bool,
+        strategy: str | Sequence[str],
+        optimizer_compile_args: Mapping[str, Mapping[str, Any]] | None,
+        on_step_error: OnStepError,
+        two_by_two: bool,
+        max_rounds: int,
+    ) -> Self:
+        """Check everything. Raises StrategyError, DataError, ProgramError, ConfigError, NotTrainableError."""
+        _check_student(student)
+        check_options(
+            num_threads=num_threads,
+            max_errors=max_errors,
+            seed=seed,
+            max_rounds=max_rounds,
+            provide_traceback=provide_traceback,
+            shuffle_trainset_between_steps=shuffle_trainset_between_steps,
+            two_by_two=two_by_two,
+            on_step_error=on_step_error,
+        )
+        auto = strategy == strategies.AUTO and strategies.AUTO not in optimizers
+        parsed = () if auto else strategies.parse(strategy, optimizers)
+        compile_args = check_compile_args(optimizer_compile_args, optimizers)
+        teachers = _teachers(student, teacher)
+        train, held_out, warnings = split_valset(trainset, valset, valset_ratio, seed or 0)
+        keys = set(optimizers) if auto else {key for steps in parsed for key in steps}
+        used = {key: optimizer for key, optimizer in optimizers.items() if key in keys}
+        _check_trainable(used, student, teachers)
+        return cls(
+            student=copy_program(student),
+            trainset=train,
+            valset=held_out,
+            teachers=teachers,
+            metric=metric,
+            optimizers=used,
+            strategies=parsed,
+            auto=auto,
+            max_rounds=max_rounds,
+            settings=RunSettings(num_threads, max_errors, int(seed or 0), RolloutStore()),
+            provide_traceback=provide_traceback,
+            shuffle=shuffle_trainset_between_steps,
+            compile_args=compile_args,
+            on_step_error=on_step_error,
+            two_by_two=two_by_two,
+            warnings=tuple(warnings),
+        )
+
+
+def _check_student(student: dspy.Module) -> None:
+    if getattr(require_program(student), "_compiled", False):
+        raise ProgramError(
+            "The student program should not be compiled. Set `student._compiled = False` to go on optimizing it."
+        )
+
+
+def _teachers(student: dspy.Module, teacher: dspy.Module | Sequence[dspy.Module] | None) -> list[dspy.Module]:
+    if not isinstance(teacher, dspy.Module | Sequence | None) or isinstance(teacher, str | bytes):
+        raise ProgramError(f"teacher must be a dspy.Module or a list of them, got {type(teacher).__name__}.")
+    given = as_programs(teacher)
+    names = predictors_of(student).keys()
+    for each in given:
+        other = predictors_of(require_program(each, "teacher")).keys()
+        if other != names:
+            raise ProgramError(
+                f"A teacher must have the student's predictors {sorted(names)}, this one has {sorted(other)}."
+            )
+    return [copy_program(each) for each in given]
+
+
+def _check_trainable(
+    optimizers: Mapping[str, Teleprompter], student: dspy.Module, teachers: Collection[dspy.Module]
+) -> None:
+    """Check that the steps can work on this student, with these teachers."""
+    for key, optimizer in sorted(optimizers.items()):
+        if isinstance(optimizer, LoRAFinetune):
+            optimizer.trainable(student)
+        elif isinstance(optimizer, dspy.BootstrapFinetune):
+            _check_provider(key, student)
+        elif isinstance(optimizer, dspy.GEPA) and teachers:
+            raise ConfigError(
+                f"GEPA does not accept a teacher argument. Please remove the teacher argument, or step {key!r}."
+            )
+
+
+def _check_provider(key: str, student: dspy.Module) -> None:
+    for name, predictor in predictors_of(student).items():
+        provider = getattr(predictor.lm, "provider", None)
+        if not getattr(provider, "finetunable", False):
+            raise NotTrainableError(
+                f"Step {key!r} fine-tunes, but the LM {predictor.lm.model!r} of predictor {name!r} has no provider "
+                "that trains: use bettertogether.local_lm(folder_or_hub_id), or a dspy.LM with such a provider."
+            )

@@ -1,0 +1,82 @@
+"""One sitting of a run: the loop, the report of it, and the program that is returned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import dspy
+
+from ..callbacks import events
+from ..files import json_text
+from ..programs.program import copy_for_step
+from ..records import Ledger
+from ..report.report import CompileReport
+from ..rollouts.failures import all_raised
+from . import strategy
+from .asked import machine, versions
+from .budget import Budget
+from .directory import RunDirectory
+from .loop import Loop
+from .plan import Plan
+from .selection import rank, select
+
+
+def carry_out(plan: Plan, directory: RunDirectory, asked: Mapping[str, Any], budget: Budget) -> dspy.Module:
+    """Run what is left to do of a plan, report on it in the directory, and return the best program. `asked` is the
+    plan as the directory notes it."""
+    finished = [record for record in directory.records() if record.status == "complete"]
+    events.emit(
+        "run_start",
+        {
+            "strategy": plan.strategy,
+            "rounds": ["", *map(strategy.join, strategy.prefixes(plan.strategies))],
+            "finished": finished,
+            "run_dir": str(directory.path),
+            "params": asked,
+        },
+    )
+    for warning in plan.warnings:
+        events.warn(warning)
+    loop = Loop(plan, directory, budget.start(sum((record.ledger for record in finished), Ledger())))
+    with events.run_end_on_error():
+        loop.run()
+        report = _report(loop)
+        directory.write_text("report.json", json_text(report.to_dict()))
+        report.to_html(directory.report)
+        if loop.error is None:
+            directory.finish()
+    events.emit("run_end", {"report": report, "error": None if loop.error is None else repr(loop.error)})
+    return _best_program(report, loop.programs)
+
+
+def _report(loop: Loop) -> CompileReport:
+    of_steps = [f"{record.strategy}: {warning}" for record in loop.records for warning in record.warnings]
+    return CompileReport(
+        rounds=tuple(loop.records),
+        selected=select(loop.records),
+        valset_size=len(loop.plan.valset),
+        strategy=loop.plan.strategy,
+        seed=loop.plan.seed,
+        versions=versions(),
+        machine=machine(),
+        warnings=(*loop.plan.warnings, *loop.warnings, *of_steps),
+    )
+
+
+def _best_program(report: CompileReport, programs: Mapping[str, dspy.Module]) -> dspy.Module:
+    """A copy of the selected program with the attributes that `dspy.BetterTogether` gives its result, and ours."""
+    rounds = report.rounds
+    result = copy_for_step(programs[rounds[report.selected].strategy])
+    result._compiled = True
+    result.candidate_programs = [
+        {
+            "score": None if (score := rounds[i].score) is None else round(100 * score, 2),
+            "program": programs[rounds[i].strategy],
+            "strategy": rounds[i].strategy,
+        }
+        for i in rank(rounds, report.selected)
+    ]
+    result.flag_compilation_error_occurred = any(r.status == "failed" or all_raised(r) for r in rounds)
+    result.report = report
+    return result

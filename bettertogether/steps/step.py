@@ -1,0 +1,106 @@
+"""The seam between the loop and its own steps: a `StepContext` in, a `StepResult` out.
+
+A step of ours is a Teleprompter whose `compile` is `run` in DSPy's words. The loop calls `run`; it wraps every other
+Teleprompter (run/any_optimizer.py).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
+
+from ..programs.program import as_programs
+from ..records import Details, Ledger
+from ..rollouts.settings import RunSettings
+from .rows import Row
+
+_SETTINGS = ("num_threads", "max_errors", "seed", "store")
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a step works with, besides the program."""
+
+    trainset: Sequence[dspy.Example]
+    valset: Sequence[dspy.Example] | None = None
+    """Examples to choose on; None: the step holds out some of the trainset."""
+    teachers: Sequence[dspy.Module] = ()
+    """Programs whose runs are learned from instead of the student's."""
+    original: dspy.Module | None = None
+    """The program as it was before any step, from whose prompts a restart starts."""
+    rows: Sequence[Row] | str | Path | None = None
+    """Rows to train on, or a file of them, instead of collecting any."""
+    folder: str | Path | None = None
+    """Where adapters go; None: the step's own folder, or the cache."""
+    settings: RunSettings = field(default_factory=RunSettings)
+
+    def with_arguments(self, given: Mapping[str, Any]) -> StepContext:
+        """This context with the user's own arguments for `compile` in place of the run's."""
+        changed = {name: given[name] for name in ("trainset", "valset", "rows", "folder") if name in given}
+        if "teacher" in given:
+            changed["teachers"] = as_programs(given["teacher"])
+        if "restart_from" in given:
+            changed["original"] = given["restart_from"]
+        settings = replace(self.settings, **{name: given[name] for name in _SETTINGS if name in given})
+        return replace(self, settings=settings, **changed)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave."""
+
+    program: dspy.Module
+    ledger: Ledger
+    """What it cost."""
+    details: Details | None = None
+    """What it did."""
+    step_gain: float | None = None
+    """Its own evidence of a gain, on data other than the valset."""
+    warnings: tuple[str, ...] = ()
+    """What it has to say against its own result."""
+
+
+class Step(ABC):
+    """A step of ours: what `BetterTogether` runs without going through `compile`."""
+
+    last: StepResult | None = None
+    """What the last `compile` gave."""
+
+    @abstractmethod
+    def run(self, student: dspy.Module, context: StepContext) -> StepResult:
+        """Improve a copy of the student, its LMs kept where they are not what is improved."""
+
+    @property
+    def details(self) -> Details | None:
+        """What the last `compile` did."""
+        return self.last.details if self.last else None
+
+    @property
+    def ledger(self) -> Ledger:
+        """What the last `compile` cost."""
+        return self.last.ledger if self.last else Ledger()
+
+    @property
+    def step_gain(self) -> float | None:
+        """Evidence of a gain in the last `compile`, on data other than the valset."""
+        return self.last.step_gain if self.last else None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the last `compile` has to say against its own result."""
+        return self.last.warnings if self.last else ()
+
+
+def as_step(optimizer: Teleprompter) -> Step | None:
+    """The optimizer as a step of ours; None for any other, and where a subclass has a `compile` of its own, which
+    then counts."""
+    if not isinstance(optimizer, Step) or "compile" in vars(optimizer):
+        return None
+    latest = next(vars(kind) for kind in type(optimizer).__mro__ if vars(kind).keys() & {"run", "compile"})
+    return optimizer if "run" in latest else None
