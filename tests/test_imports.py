@@ -44,9 +44,9 @@ MAY_IMPORT = {
     "rollouts": "ground callbacks report",
     "steps": "ground training engines lm callbacks rollouts",
     "report": "ground",
-    "run": "ground engines lm callbacks rollouts",
+    "run": "ground engines lm callbacks rollouts steps report",
     "artifact": "ground training engines lm report",
-    "optimizer": "ground callbacks rollouts steps report run",
+    "optimizer": "ground callbacks rollouts steps run",
     "testing": "ground training engines lm",
 }
 """Wing: the other wings that it imports. What is imported for type checkers alone doesn't count: it never runs."""
