@@ -62,7 +62,7 @@ def test_a_wrong_argument_is_an_error_of_ours_before_any_work(
 
 @pytest.mark.parametrize("metric", [None, 5, "accuracy", [parity_match], lambda prediction: 1.0, lambda: 1.0])
 def test_what_is_no_metric_is_an_error(metric: Any) -> None:
-    with pytest.raises(BetterTogetherError, match="^metric(=.* is not allowed: give a function| must take)"):
+    with pytest.raises(BetterTogetherError, match=r"^metric(=.* is not allowed: give a function| must take)"):
         BetterTogether(metric)
 
 
