@@ -236,6 +236,7 @@ def _read_header(folder: Path) -> dict[str, Any] | None:
     try:
         header = json.loads(path.read_bytes())
         schema, run, _ = header["schema"], dict(header["run"]), header["finished"]
+        run |= {key: dict(run[key]) for key in PER_STEP & run.keys()}
     except DAMAGE as error:
         raise RunDirectoryError(f"{path} is damaged ({error!r}): restore it, or give another run_dir.") from error
     if not isinstance(schema, int) or schema > SCHEMA:

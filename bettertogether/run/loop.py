@@ -12,7 +12,7 @@ from typing import Any, Literal
 import dspy
 
 from ..callbacks import events
-from ..errors import ArtifactError, BetterTogetherError, BudgetExceeded, ConfigError
+from ..errors import ArtifactError, BetterTogetherError, BudgetExceeded, ConfigError, RunDirectoryError
 from ..printable import get_logger
 from ..programs.copies import drop_results
 from ..programs.program import model_names, prompts_state, same_prompts, with_prompts
@@ -26,7 +26,7 @@ from ..steps.step import StepContext, StepResult, as_step
 from . import strategy
 from .any_optimizer import run_any
 from .budget import BudgetMeter
-from .directory import RunDirectory
+from .directory import DAMAGE, RunDirectory
 from .plan import Plan
 from .restoring import adapter_folders, is_restorable, restore_program
 from .selection import still_gaining
@@ -300,7 +300,17 @@ class Loop:
     def _restore(self, record: StepRecord) -> None:
         """Take a finished step of an earlier sitting."""
         if record.strategy:
-            self.programs[record.strategy] = restore_program(self.plan.student, record, self.directory.adapters)
+            try:
+                program = restore_program(self.plan.student, record, self.directory.adapters)
+            except BetterTogetherError:
+                raise
+            except DAMAGE as error:
+                path = self.directory.path / "records.jsonl"
+                raise RunDirectoryError(
+                    f"{path}: the program of step {record.index} is damaged ({error!r}): restore the file, or give "
+                    "another run_dir."
+                ) from error
+            self.programs[record.strategy] = program
         self._add(replace(record, index=len(self.records)))
 
 

@@ -324,3 +324,25 @@ def test_two_engines_of_one_name_share_no_runs() -> None:
 def test_a_header_that_an_attribute_holds_as_a_pair_is_not_noted(tmp_path: Path) -> None:
     call(tmp_path / "run", student=lambda: program(words=("Authorization", "q7Secret")))
     assert "q7Secret" not in (tmp_path / "run" / "run.json").read_text()
+
+
+def test_a_damaged_program_of_a_record_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    call(tmp_path / "run")
+    path = tmp_path / "run" / "records.jsonl"
+    *lines, last = path.read_text().splitlines()
+    record = json.loads(last)
+    for prompts in record["program"].values():
+        prompts["signature"] = None
+    path.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
+    with pytest.raises(RunDirectoryError, match=r"records\.jsonl: the program of step 1 is damaged"):
+        call(tmp_path / "run")
+
+
+def test_a_run_json_whose_optimizers_are_damaged_is_refused(tmp_path: Path) -> None:
+    call(tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    header = json.loads(path.read_text())
+    header["run"]["optimizers"] = None
+    path.write_text(json.dumps(header))
+    with pytest.raises(RunDirectoryError, match=r"run\.json is damaged"):
+        call(tmp_path / "run")
