@@ -72,7 +72,7 @@ def read_card(source: str | Path) -> ModelCard:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        holds_adapter = find_adapter_config_file(source) is not None
+        holds_adapter = find_adapter_config_file(str(source)) is not None
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
