@@ -64,8 +64,10 @@ def check_lm_options(options: Mapping[str, Any], engine_options: Collection[str]
         )
     for name in ("max_tokens", "max_completion_tokens", "top_k", "n"):
         require_whole(name, options.get(name), 1, optional=True)
-    for name in ("seed", "rollout_id"):
+    for name in ("seed", "rollout_id", "top_logprobs"):
         require_whole(name, options.get(name), 0, optional=True)
+    if not isinstance(options.get("logprobs"), bool):
+        require_whole("logprobs", options.get("logprobs"), 0, optional=True)
     require_whole("num_retries", options.get("num_retries", 0), 0)
     require_switch("cache", options.get("cache", True))
     temperature, top_p = options.get("temperature"), options.get("top_p")

@@ -53,6 +53,7 @@ def test_an_option_that_is_not_known_is_refused_at_once_with_what_to_give(
         {"engine_options": 5}, {"engine_options": {"load_in_4bit": True}}, {"engine_options": {"dtype": ["float32"]}},
         {"engine_options": {"device": 5}}, {"engine_options": {"device": "meta"}},
         {"engine_options": {"device": "cuda:99"}}, {"adapter": 5},
+        {"logprobs": "x"}, {"logprobs": -1}, {"top_logprobs": 0.5},
     ],
 )  # fmt: skip
 def test_a_value_that_an_option_can_not_have_is_refused_at_once(folder: Path, options: dict[str, Any]) -> None:
