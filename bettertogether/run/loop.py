@@ -179,7 +179,7 @@ class Loop:
             return run_any(optimizer, parent, context, given, plan.provide_traceback)
         if len(context.trainset) >= ENOUGH_FOR_BOTH:
             context = replace(context, valset=None)
-        result = step.run(parent, context.with_arguments(given))
+        result = step.last = step.run(parent, context.with_arguments(given))
         drop_results(result.program)
         return result
 

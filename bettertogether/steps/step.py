@@ -70,7 +70,7 @@ class Step(ABC):
     """A step of ours: what `BetterTogether` runs without going through `compile`."""
 
     last: StepResult | None = None
-    """What the last `compile` gave."""
+    """What the last `compile`, or the last step of a `BetterTogether`, gave."""
 
     @abstractmethod
     def run(self, student: dspy.Module, context: StepContext) -> StepResult:

@@ -437,3 +437,20 @@ def test_a_round_whose_demos_can_not_be_saved_is_scored_told_and_run_again_by_a_
     assert "field 'number' holds a builtins:object" in caplog.text
     compile_(engine, "o -> w", run_dir=tmp_path / "run", **options)
     assert len(calls) == 2
+
+
+def test_the_users_own_steps_keep_what_they_did_and_are_no_other_call_for_it(tmp_path: Path) -> None:
+    own = steps()
+    for name in ("first", "second"):
+        compiled = BetterTogether(parity_match, **own).compile(
+            parity_program(parity_engine(learner)),
+            trainset=TRAIN,
+            valset=VAL,
+            strategy="p -> w",
+            run_dir=tmp_path / name,
+            progress=False,
+        )
+        for step, record in zip(own.values(), compiled.report.rounds[1:], strict=True):
+            assert step.details == record.details
+    asked = [json.loads((tmp_path / name / "run.json").read_text())["run"] for name in ("first", "second")]
+    assert asked[0] == asked[1]
