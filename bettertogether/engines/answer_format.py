@@ -77,9 +77,10 @@ def _fields_in_use(messages: Sequence[Mapping[str, Any]] | None) -> tuple[tuple[
     have come with another, and an adapter may have changed it.
     """
     signature = getattr((dspy.settings.caller_modules or [None])[-1], "signature", None)
-    adapter = dspy.settings.adapter
-    if signature is None or not messages or not isinstance(adapter, dspy.JSONAdapter):
+    if signature is None or not messages:
         return ()
+    # Other adapters ask a second time, with a JSONAdapter of their own, where an answer does not parse.
+    adapter = dspy.settings.adapter if isinstance(dspy.settings.adapter, dspy.JSONAdapter) else dspy.JSONAdapter()
     asked = messages[-1]["content"]
     if not isinstance(asked, str) or not asked.endswith(adapter.user_message_output_requirements(signature)):
         return ()

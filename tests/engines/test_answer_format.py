@@ -58,6 +58,17 @@ def test_a_dict_field_leaves_the_schema_of_the_others_on() -> None:
     assert schema["properties"]["counts"]["additionalProperties"] == {"type": "integer"}
 
 
+@pytest.mark.parametrize("adapter", [None, dspy.ChatAdapter(), dspy.XMLAdapter()])
+def test_a_dict_field_leaves_the_schema_on_when_another_adapter_asks_again_in_json(adapter: Any) -> None:
+    engine = engine_for(label="good", counts={"a": 1})
+    with dspy.context(lm=plain_lm(engine), adapter=adapter):
+        dspy.Predict(signature(label=Label, counts=dict[str, int]))(q="x")
+    first, second = (request.schema for request in engine.requests)
+    assert first is None
+    assert second is not None
+    assert second["properties"]["counts"]["additionalProperties"] == {"type": "integer"}
+
+
 def test_a_dict_field_leaves_the_schema_on_for_an_event_loop() -> None:
     engine = engine_for(label="good", counts={"a": 1})
     with dspy.context(lm=plain_lm(engine), adapter=dspy.JSONAdapter()):
