@@ -168,7 +168,7 @@ def test_a_label_declared_as_an_input_is_no_label_and_a_warning_says_so() -> Non
     examples = [example.with_inputs("number", "parity") for example in numbers(4)]
     collected = LoRAFinetune(parity_match).collect(parity_program(parity_engine(lambda *_: True)), trainset=examples)
     assert collected.card.kept_by_label == {}
-    assert collected.card.warnings == [
+    assert collected.card.warnings == (
         "['parity'] of the trainset are declared as inputs, though the program answers them: they are not taken for "
-        "labels, so nothing is rescued or balanced. Leave them out of with_inputs(...)."
-    ]
+        "labels, so nothing is rescued or balanced. Leave them out of with_inputs(...).",
+    )
