@@ -29,7 +29,7 @@ from bettertogether.errors import ConfigError, EngineBusyError, EngineClosedErro
 from bettertogether.testing import EngineContract
 from bettertogether.training.config import LoRAConfig, TrainingConfig
 
-FAKE = (sys.executable, str(Path(__file__).with_name("fake_vllm.py")))
+FAKE = (sys.executable, str(Path(__file__).parents[1] / "fake_vllm.py"))
 REAL = os.environ.get("BETTERTOGETHER_TEST_VLLM")
 MODEL = os.environ.get("BETTERTOGETHER_TEST_MODEL")
 SHORT = TrainingConfig(epochs=1, learning_rate=1e-2)
