@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,9 @@ class Step(ABC):
         """Improve a copy of the student, its LMs kept where they are not what is improved."""
 
     @property
-    def details(self) -> Details | None:
-        """What the last `compile` did."""
-        return self.last.details if self.last else None
+    def details(self) -> dict[str, Any]:
+        """What the last `compile` did, as JSON; `last.details` has it with its types."""
+        return asdict(self.last.details) if self.last and self.last.details else {}
 
     @property
     def ledger(self) -> Ledger:

@@ -451,6 +451,6 @@ def test_the_users_own_steps_keep_what_they_did_and_are_no_other_call_for_it(tmp
             progress=False,
         )
         for step, record in zip(own.values(), compiled.report.rounds[1:], strict=True):
-            assert step.details == record.details
+            assert step.last.details == record.details
     asked = [json.loads((tmp_path / name / "run.json").read_text())["run"] for name in ("first", "second")]
     assert asked[0] == asked[1]

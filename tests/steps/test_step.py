@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import dspy
@@ -34,7 +35,7 @@ def test_run_gives_what_compile_gives_and_keeps(kind: Any) -> None:
     assert (optimizer.ledger, optimizer.step_gain) == (Ledger(), None)
     compiled = optimizer.compile(program, trainset=TRAIN, seed=3, store=RolloutStore())
     assert compiled is optimizer.last.program
-    assert (optimizer.ledger, optimizer.details) == (optimizer.last.ledger, optimizer.last.details)
+    assert (optimizer.ledger, optimizer.details) == (optimizer.last.ledger, asdict(optimizer.last.details))
     assert optimizer.ledger.with_seconds(0) == result.ledger.with_seconds(0)
     assert optimizer.step_gain == result.step_gain
 

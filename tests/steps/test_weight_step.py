@@ -358,7 +358,7 @@ def test_the_step_gain_is_the_fall_of_the_held_out_loss() -> None:
 def test_the_details_hold_the_data_card_the_adapters_and_the_losses_as_json() -> None:
     optimizer = step(validation_share=0.2)
     compiled = optimizer.compile(parity_program(parity_engine(lambda *_: True)), trainset=numbers(40))
-    details = json.loads(json.dumps(asdict(optimizer.details)))
+    details = json.loads(json.dumps(asdict(optimizer.last.details)))
     assert details["data_card"]["examples"] == 40
     adapter = details["adapters"][compiled.lm.model]
     assert adapter["trained_from"] == "local/fake"
@@ -371,7 +371,7 @@ def test_the_rows_trained_on_are_kept_beside_the_adapter(tmp_path: Path) -> None
     engine = parity_engine(lambda *_: True)
     optimizer = step(folder=tmp_path)
     compiled = optimizer.compile(parity_program(engine), trainset=numbers(4))
-    adapter = optimizer.details.adapters[compiled.lm.model]
+    adapter = optimizer.last.details.adapters[compiled.lm.model]
     rows = read_rows(Path(adapter.rows))
     assert Path(adapter.rows).parent == tmp_path
     assert tuple(row.training_row for row in rows) == engine.trainings[0]
