@@ -9,6 +9,7 @@ from ..training.progress import ProgressFunction, TrainingProgress
 from .protocol import (
     MODEL_PREFIX,
     ChatMessage,
+    FieldSpan,
     FinetuneResult,
     LocalEngine,
     TrainingRow,
@@ -25,6 +26,7 @@ _LAZY = {"TransformersEngine": ".local.transformers_engine", "VLLMEngine": ".vll
 __all__ = [
     "MODEL_PREFIX",
     "ChatMessage",
+    "FieldSpan",
     "FinetuneResult",
     "LocalEngine",
     "ProgressFunction",

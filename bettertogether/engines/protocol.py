@@ -7,10 +7,10 @@ package talks to models through it, so a test can put `bettertogether.testing.Fa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 from dspy.lm15 import Request, Response
 
@@ -26,6 +26,14 @@ class ChatMessage(TypedDict):
     content: str
 
 
+class FieldSpan(NamedTuple):
+    """The characters of a completion that hold the value of an output field."""
+
+    name: str
+    start: int
+    end: int
+
+
 @dataclass(frozen=True)
 class TrainingRow:
     """One call to learn: the messages that the engine would receive, and the answer to give.
@@ -34,7 +42,15 @@ class TrainingRow:
     """
 
     messages: tuple[ChatMessage, ...]
+    """The zero-shot prompt, or the only one."""
     completion: str
+    forms: tuple[tuple[ChatMessage, ...], ...] = ()
+    """Other prompts of the same call (with demos), which a batch may show in place of `messages`. Form number i of all
+    rows of one predictor shows one demo set, so that the rows of a batch share it as their prefix."""
+    response_format: Mapping[str, Any] | None = None
+    """What the request asks of the answer, as the engine gets it: tells which tokens the grammar leaves free."""
+    fields: tuple[FieldSpan, ...] = ()
+    """Where the output fields' values lie in the completion; the held-out loss is given for each."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +67,16 @@ class FinetuneResult:
     tokens: int
     seconds: float
     base_validation_loss: float | None = None
-    """Held-out loss before training; None without validation rows."""
+    """Held-out loss before training; None without validation rows. It is the mean over the completion tokens that the
+    grammar of `response_format` leaves free; over all of them where nothing is forced."""
     validation_loss: float | None = None
     """Held-out loss of the weights kept."""
     skipped_rows: tuple[tuple[int, str], ...] = field(default=())
     """Rows left out, as (index, reason)."""
+    all_tokens_loss: tuple[float | None, float | None] = (None, None)
+    """Held-out loss over all completion tokens, before training and of the weights kept."""
+    field_losses: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    """By output field: the held-out loss of the free tokens of its values, before training and of the weights kept."""
 
 
 @runtime_checkable

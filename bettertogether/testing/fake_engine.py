@@ -40,11 +40,15 @@ from ..engines.protocol import (
     adapter_round,
 )
 from ..errors import NoTrainingDataError, UnknownAdapterError
+from ..training.auto import resolved
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.progress import ProgressFunction, TrainingProgress
 from .engine_contract import EngineContract
 
 __all__ = ["Answer", "EngineContract", "FakeEngine", "FakeRequest"]
+
+FAKE_WIDTH = 2000
+"""Hidden size by which "auto" picks the learning rate that is reported."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,10 @@ class FakeEngine:
         """Remember every row; the held-out loss falls by a half where there are validation rows."""
         if not rows:
             raise NoTrainingDataError("no rows")
+        training = resolved(training, FAKE_WIDTH, len(rows))
+        epochs, rate = training.epochs, training.learning_rate
+        assert not isinstance(epochs, str)
+        assert not isinstance(rate, str)
         memory = dict(self._memory(start_from)) if start_from else {}
         memory.update({_key(row.messages): row.completion for row in rows})
         with self._lock:
@@ -213,13 +221,13 @@ class FakeEngine:
             epoch=1.0,
             loss=1.0,
             validation_loss=after,
-            tokens=tokens * training.epochs,
-            learning_rate=training.learning_rate,
+            tokens=tokens * epochs,
+            learning_rate=rate,
         )
         if on_progress:
             on_progress(line)
         model = self.add_adapter(where)
-        return FinetuneResult(model, where, (line,), training.epochs, line.tokens, 0.0, before, after)
+        return FinetuneResult(model, where, (line,), epochs, line.tokens, 0.0, before, after)
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter that `finetune` wrote into this folder."""

@@ -15,6 +15,14 @@ def _require(ok: bool, name: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{name}={value!r} is not allowed: give {allowed}.")
 
 
+def _is_auto(value: object) -> bool:
+    return isinstance(value, str) and value == "auto"
+
+
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """The adapter's shape (peft's `LoraConfig`, by the names of the paper)."""
@@ -53,10 +61,21 @@ class LoRAConfig:
 class TrainingConfig:
     """How to train. Defaults follow "LoRA Without Regret"; `paper()` gives the paper's."""
 
-    learning_rate: float = 2e-4
-    """Peak learning rate of AdamW."""
-    epochs: int = 3
-    """Passes over the rows, at most; see `keep_best`."""
+    learning_rate: float | Literal["auto"] = "auto"
+    """Peak learning rate of AdamW. "auto": by the model's width (`training/auto.py`)."""
+    epochs: int | Literal["auto"] = "auto"
+    """Passes over the rows. "auto": as many as the rows need, at most what `training/auto.py` says, and fewer where the
+    held-out loss stops falling (see `patience`). The best of them is kept, see `keep_best`."""
+    patience: int = 3
+    """With epochs="auto", `keep_best` and validation rows: epochs without a lower held-out loss after which to stop."""
+    max_minutes: float | None = None
+    """Stop at the end of the epoch after which the next would take longer than this (within the first epoch: after the
+    step that does). None: no limit."""
+    skeleton_weight: float = 0.1
+    """Weight in the training loss of the tokens that the answer's grammar forces (JSON around the values); 1.0: all
+    alike. Above 0, so that a tuned model answers in form where no grammar is in force."""
+    form_share: float = 0.5
+    """Share of the optimizer batches that show prompts with demos, where rows have such forms."""
     batch_size: int = 8
     """Rows an optimizer step learns from, whatever they are split into."""
     max_tokens_per_batch: int = 16_384
@@ -86,9 +105,15 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         rate, warmup = self.learning_rate, self.warmup_ratio
-        _require(is_number(rate) and rate > 0, "learning_rate", rate, "a number above 0")
-        for name in ("epochs", "batch_size", "max_tokens_per_batch", "num_processes"):
+        _require(_is_auto(rate) or _is_positive(rate), "learning_rate", rate, 'a number above 0, or "auto"')
+        if not _is_auto(self.epochs):
+            require_whole("epochs", self.epochs, 1)
+        for name in ("patience", "batch_size", "max_tokens_per_batch", "num_processes"):
             require_whole(name, getattr(self, name), 1)
+        weight, share, minutes = self.skeleton_weight, self.form_share, self.max_minutes
+        _require(_is_positive(weight), "skeleton_weight", weight, "a number above 0 (1.0: all tokens alike)")
+        _require(is_number(share) and 0 <= share <= 1, "form_share", share, "a number in [0, 1]")
+        _require(minutes is None or _is_positive(minutes), "max_minutes", minutes, "None or a number above 0")
         require_whole("seed", self.seed, 0)
         require_switch("keep_best", self.keep_best)
         schedulers = ("cosine", "linear", "constant")

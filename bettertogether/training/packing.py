@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 MIN_SHARED_TOKENS = 8
@@ -24,6 +24,12 @@ class TokenizedRow:
 
     prompt_ids: list[int]
     completion_ids: list[int]
+    forms: list[list[int]] = field(default_factory=list)
+    """Other prompts of the same call, which a batch may show instead."""
+    forced: list[bool] = field(default_factory=list)
+    """For each completion token, whether the answer's grammar leaves no choice there; empty: none is forced."""
+    fields: list[str] = field(default_factory=list)
+    """For each completion token, the output field that it belongs to, or ""; empty: to none."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)

@@ -21,6 +21,7 @@ from ..errors import DataError, NoTrainingDataError, TrainingError
 from ..printable import get_logger
 from . import checkpoint
 from .adapter import ADAPTER_NAME, TrainableAdapter, save_adapter, training_adapter
+from .auto import resolved
 from .checkpoint import TrainingState
 from .config import LoRAConfig, TrainingConfig
 from .fused import fused_lora
@@ -86,19 +87,26 @@ def train_adapter(
         checkpoint_gradients(base, training)
         longest = max(len(row) for row in [*rows, *validation_rows])
         with row_loss(base, dtype, longest) as loss, fused_lora(base, ADAPTER_NAME, dtype):
+            training = resolved(training, base.config.get_text_config().hidden_size, len(rows))
             run = _Run(adapter, loss, rows, validation_rows, training, folder, on_progress)
             return run.train()
 
 
 def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> float:
     """Learning rate of optimizer step `step` (from 1): linear warm-up to the peak, then the schedule, towards 0."""
-    warmup = math.ceil(training.warmup_ratio * total_steps)
+    warmup, peak = math.ceil(training.warmup_ratio * total_steps), _number(training.learning_rate)
     if step <= warmup:
-        return training.learning_rate * step / warmup
+        return peak * step / warmup
     done = (step - 1 - warmup) / max(1, total_steps - warmup)
     if training.scheduler == "cosine":
-        return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    return training.learning_rate * (1 - done if training.scheduler == "linear" else 1.0)
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (1 - done if training.scheduler == "linear" else 1.0)
+
+
+def _number(value: float | str) -> float:
+    """A number that "auto" has been replaced by."""
+    assert not isinstance(value, str)
+    return value
 
 
 def _check_rows(rows: Sequence[TokenizedRow], validation_rows: Sequence[TokenizedRow]) -> None:
@@ -141,10 +149,11 @@ class _Run:
         self.accelerator = Accelerator()
         self.parameters = adapter.parameters
         self.steps_per_epoch = math.ceil(len(rows) / training.batch_size)
-        self.total_steps = self.steps_per_epoch * training.epochs
+        self.epochs = int(_number(training.epochs))
+        self.total_steps = self.steps_per_epoch * self.epochs
         self.max_tokens = min(training.max_tokens_per_batch, tokens_in_memory(adapter.base, loss.dtype))
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay
+            self.parameters.values(), lr=_number(training.learning_rate), weight_decay=training.weight_decay
         )
         self.started = time.perf_counter()
         options: dict[str, object] = {
@@ -164,7 +173,7 @@ class _Run:
             validation_loss = self._validation_loss()
             self.state = replace(self.state, base_validation_loss=validation_loss)
             self._report(None, validation_loss, 0.0)
-        while self.state.epoch < self.training.epochs:
+        while self.state.epoch < self.epochs:
             self._epoch(self.state.epoch + 1)
         if self.accelerator.is_main_process:
             save_adapter(self.folder, self.adapter.config, self.state.best_weights or self.state.weights)
@@ -186,7 +195,7 @@ class _Run:
         # Nobody may write the first checkpoint before everybody has looked for the last one.
         self.accelerator.wait_for_everyone()
         if state is not None:
-            logger.info("Going on after epoch %d of %d in %s.", state.epoch, self.training.epochs, self.folder)
+            logger.info("Going on after epoch %d of %d in %s.", state.epoch, self.epochs, self.folder)
             self.adapter.load(state.weights, self.folder)
             checkpoint.restore_optimizer(self.optimizer, self.parameters, state)
             self.state, self.history = state, list(state.history)

@@ -24,7 +24,7 @@ from bettertogether.training.trainer import TrainedAdapter, learning_rate, train
 
 ROWS = random_rows(20, shared=20)
 HELD_OUT = random_rows(6, shared=20)
-FAST = TrainingConfig(learning_rate=1e-2, dtype="float32", batch_size=8)
+FAST = TrainingConfig(learning_rate=1e-2, epochs=3, dtype="float32", batch_size=8)
 
 
 def train(folder: Path, training: TrainingConfig = FAST, rows: Any = ROWS, **options: Any) -> TrainedAdapter:
@@ -65,7 +65,8 @@ def reference_training(lora: LoRAConfig, training: TrainingConfig) -> tuple[list
 
 
 def test_training_equals_a_plain_loop_over_padded_batches(tmp_path: Path) -> None:
-    lora, training = LoRAConfig(rank=4, alpha=8), TrainingConfig(learning_rate=1e-2, dtype="float32", weight_decay=0.1)
+    lora = LoRAConfig(rank=4, alpha=8)
+    training = TrainingConfig(learning_rate=1e-2, epochs=3, dtype="float32", weight_decay=0.1)
     losses, state = reference_training(lora, training)
     result = train(tmp_path, training, lora=lora)
     assert [line.loss for line in result.history] == pytest.approx(losses, rel=1e-4)
