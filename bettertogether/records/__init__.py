@@ -8,13 +8,14 @@ from .details import (
     LossLine,
     OtherDetails,
     PromptDetails,
+    PromptState,
     RaceResult,
     SampleRow,
     TraceCounts,
     TrainedAdapter,
     WeightDetails,
 )
-from .record import CELLS, STUDENT, Failure, Ledger, PromptState, SavedRecord, StepRecord, StepStatus, failure_text
+from .record import CELLS, STUDENT, Failure, Ledger, SavedRecord, StepRecord, StepStatus, failure_text
 from .saved import SCHEMA, SHOWN, Saved, Whole, read
 from .schema_1 import report_of_schema_1
 

@@ -12,6 +12,21 @@ from typing_extensions import TypedDict
 from .saved import Count, Finite, Number, Plain, Saved, Switch, Whole
 
 
+class SignatureState(TypedDict, total=False):
+    """What DSPy saves of a signature, as far as it is shown."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+    instructions: Plain
+
+
+class PromptState(TypedDict, total=False):
+    """What DSPy saves of a predictor, as far as it is shown."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+    signature: SignatureState | None
+    demos: Sequence[Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class CandidateScore(Saved):
     """One set of prompts that the prompt step tried."""
@@ -63,6 +78,8 @@ class PromptDetails(Saved):
     """Predictor to the demos that its model's context had no room for."""
     left_out: Mapping[str, Mapping[str, Count]] = field(default_factory=dict)
     """Predictor to reason to how many examples can't be its demos."""
+    best: tuple[Mapping[str, PromptState], ...] = field(default=(), repr=False)
+    """Prompts by predictor of the best few candidates that show demos, best first: later steps try them again."""
     kind: Literal["prompt"] = field(default="prompt", repr=False)
 
 

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-from typing_extensions import TypedDict
 
-from .details import Details
-from .saved import SCHEMA, SHOWN, Count, Finite, Number, Plain, Saved, Whole, current_fields, read
+from .details import Details, PromptState
+from .saved import SCHEMA, SHOWN, Count, Finite, Number, Saved, Whole, current_fields, read
 from .schema_1 import record_of_schema_1
 
 StepStatus = Literal["complete", "failed", "skipped"]
@@ -63,21 +62,6 @@ class Failure(Saved):
     """The commonest reason among them, in one line."""
     example: str
     """One of them in short: its position and inputs."""
-
-
-class SignatureState(TypedDict, total=False):
-    """What DSPy saves of a signature, as far as it is shown."""
-
-    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
-    instructions: Plain
-
-
-class PromptState(TypedDict, total=False):
-    """What DSPy saves of a predictor, as far as it is shown."""
-
-    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
-    signature: SignatureState | None
-    demos: Sequence[Mapping[str, Any]]
 
 
 def failure_text(failures: Sequence[Failure]) -> str:

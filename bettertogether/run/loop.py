@@ -27,6 +27,7 @@ from . import strategy
 from .any_optimizer import run_any
 from .budget import BudgetMeter
 from .directory import DAMAGE, RunDirectory
+from .earlier import earlier_programs
 from .plan import Plan
 from .restoring import adapter_folders, is_restorable, restore_program
 from .selection import still_gaining
@@ -171,6 +172,7 @@ class Loop:
             valset=plan.valset or None,
             teachers=plan.teachers,
             original=plan.student,
+            earlier=earlier_programs(parent, self._rounds_before(steps)),
             folder=self.directory.adapters,
             settings=plan.settings,
         )
@@ -182,6 +184,11 @@ class Loop:
         result = step.last = step.run(parent, context.with_arguments(given))
         drop_results(result.program)
         return result
+
+    def _rounds_before(self, steps: Steps) -> list[StepRecord]:
+        """The records that led to a step, the student's left out."""
+        before = [strategy.join(steps[:length]) for length in range(1, len(steps))]
+        return [record for record in self.records if record.strategy in before]
 
     def _trainset(self, index: int) -> list[dspy.Example]:
         trainset = list(self.plan.trainset)

@@ -19,7 +19,6 @@ from ..callbacks import events
 from ..checks import require_pass_options, require_switch, require_threshold, require_whole
 from ..errors import DataError
 from ..programs.program import as_programs, copy_for_step, require_program, with_prompts
-from ..records import CandidateScore, PromptDetails, RaceResult, TraceCounts
 from ..rollouts.examples import check_examples
 from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import Metric, require_metric
@@ -28,6 +27,7 @@ from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
 from .candidate_scores import CandidateScores, all_equal
 from .demo_sets import Candidate, DemoSets, demo_states
+from .outcome import Outcome
 from .race import run_race
 from .rows_from_traces import select_traces, unseen_calls
 from .step import Step, StepContext, StepResult
@@ -155,13 +155,13 @@ class BootstrapFewShotRS(Step, Teleprompter):
         scoring = CandidateScores(candidates, validation, self.metric, settings)
         race = run_race(candidates, len(validation), scoring, race=self.race)
         warnings += scoring.warnings or _said(all_equal(candidates, self.threshold))
-        best = choose(candidates, len(validation))
+        outcome = Outcome(candidates, len(validation))
         warnings += _said(*_left_out(sets))
         return StepResult(
-            _result(candidates, best, len(validation)),
+            outcome.program(),
             (traces.ledger + scoring.ledger).with_seconds(time.monotonic() - started),
-            _details(candidates, best, traces, race, sets, len(validation)),
-            _gain(candidates[0], best),
+            outcome.details(traces, race, sets),
+            outcome.gain(),
             tuple(warnings),
         )
 
@@ -245,52 +245,5 @@ def _left_out(sets: DemoSets) -> Iterator[str]:
         yield f"Not all examples can be demos of predictor {name!r}: {listed}."
 
 
-def _gain(current: Candidate, best: Candidate) -> float | None:
-    """Mean score of the best prompts minus that of the prompts given, on the examples that both were scored on."""
-    both = current.scores.keys() & best.scores.keys()
-    return sum(best.scores[i] - current.scores[i] for i in both) / len(both) if both else None
-
-
-def _details(
-    candidates: Sequence[Candidate], best: Candidate, traces: TraceSet, race: RaceResult, sets: DemoSets, examples: int
-) -> PromptDetails:
-    return PromptDetails(
-        candidates=tuple(
-            CandidateScore(
-                name=candidate.name,
-                score=candidate.mean,
-                scored_on=len(candidate.scores),
-                stopped=candidate.stopped,
-                demos=candidate.demos,
-            )
-            for candidate in candidates
-        ),
-        chosen=best.name,
-        validation_examples=examples,
-        race=race,
-        traces=TraceCounts(
-            examples=traces.examples,
-            solved=len({trace.index for trace in traces.passing}),
-            failed=traces.reasons(),
-        ),
-        dropped_demos=dict(sets.dropped),
-        left_out=sets.problems(),
-    )
-
-
-def choose(candidates: Sequence[Candidate], size: int) -> Candidate:
-    """The best mean of those fully scored; of equals the one with fewer demos, then the earlier."""
-    finished = [candidate for candidate in candidates if len(candidate.scores) == size]
-    return min(finished, key=lambda candidate: (-candidate.mean, candidate.demos))
-
-
 def _instructions(program: dspy.Module) -> list[str]:
     return [predictor.signature.instructions for predictor in program.predictors()]
-
-
-def _result(candidates: Sequence[Candidate], best: Candidate, size: int) -> dspy.Module:
-    result = copy_for_step(best.program)
-    result._compiled = True
-    ranked = sorted(candidates, key=lambda c: (c is not best, len(c.scores) < size, -c.mean))
-    result.candidate_programs = [{"score": c.mean, "program": c.program, "name": c.name} for c in ranked]
-    return result

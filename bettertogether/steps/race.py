@@ -47,6 +47,12 @@ def run_race(candidates: Sequence[Candidate], size: int, score: ScoreFunction, *
     return RaceResult(calls, len(candidates) * size - calls, CONFIDENCE)
 
 
+def choose(candidates: Sequence[Candidate], size: int) -> Candidate:
+    """The best mean of those fully scored; of equals the one with fewer demos, then the earlier."""
+    finished = [candidate for candidate in candidates if len(candidate.scores) == size]
+    return min(finished, key=lambda candidate: (-candidate.mean, candidate.demos))
+
+
 def _stop_losers(running: Sequence[Candidate], size: int) -> None:
     leader = max(running, key=lambda candidate: candidate.mean)
     for candidate in running:

@@ -34,6 +34,8 @@ class StepContext:
     """Programs whose runs are learned from instead of the student's."""
     original: dspy.Module | None = None
     """The program as it was before any step, from whose prompts a restart starts."""
+    earlier: Sequence[dspy.Module] = ()
+    """Programs whose prompts deserve another look, best first: what earlier rounds found. Their LMs don't matter."""
     rows: Sequence[Row] | str | Path | None = None
     """Rows to train on, or a file of them, instead of collecting any."""
     folder: str | Path | None = None

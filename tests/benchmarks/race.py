@@ -18,7 +18,7 @@ import dspy
 
 from bettertogether.steps import race as racing
 from bettertogether.steps.demo_sets import Candidate
-from bettertogether.steps.prompt_step import choose
+from bettertogether.steps.race import choose
 
 
 def table(candidates: int, size: int, rng: random.Random) -> list[list[float]]:

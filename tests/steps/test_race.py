@@ -9,8 +9,7 @@ import dspy
 import pytest
 
 from bettertogether.steps.demo_sets import Candidate
-from bettertogether.steps.prompt_step import choose
-from bettertogether.steps.race import ScoreFunction, run_race, slices, upper_bound
+from bettertogether.steps.race import ScoreFunction, choose, run_race, slices, upper_bound
 
 Table = dict[str, list[float]]
 
