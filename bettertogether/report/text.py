@@ -6,19 +6,23 @@ import textwrap
 from collections.abc import Sequence
 
 from ..printable import one_line, printable
+from ..records import PromptDetails
 from .view import ReportView, RoundView, TwoByTwoView
 
 WIDTH = 100
 """Columns of the table at most."""
 
 _HEADER = ("", "strategy", "score", "gain [95% interval]", "n", "LM calls", "tokens", "seconds", "status")
-_RIGHT = frozenset({"score", "n", "LM calls", "tokens", "seconds"})
+_RIGHT = frozenset({"score", "n", "demos", "LM calls", "tokens", "seconds"})
 
 
 def render(view: ReportView) -> str:
-    """The table of rounds ("*" marks the selected one), the examples that failed, the 2x2 where it was measured, the
-    warnings."""
+    """The table of rounds ("*" marks the selected one), what each prompt step's race says of its candidates ("*" marks
+    the chosen one), the 2x2 where it was measured, the examples that failed, the warnings."""
     lines = [_title(view), "", *_rounds(view)]
+    for each in view.rounds:
+        if isinstance(each.record.details, PromptDetails):
+            lines += ["", *_candidates(view, each.name, each.record.details)]
     if view.two_by_two is not None:
         lines += _two_by_two(view.two_by_two)
     for text in (*_failed(view), *(f"Warning: {warning}" for warning in view.report.warnings)):
@@ -70,10 +74,10 @@ def _row(each: RoundView) -> list[str]:
     ]
 
 
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+def _line(row: Sequence[str], widths: Sequence[int], header: Sequence[str] = _HEADER) -> str:
     cells = [
         cell.rjust(width) if name in _RIGHT else shorten(cell, width).ljust(width)
-        for name, cell, width in zip(_HEADER, row, widths, strict=True)
+        for name, cell, width in zip(header, row, widths, strict=True)
     ]
     return "  ".join(cells).rstrip()
 
@@ -81,6 +85,24 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 def shorten(text: str, width: int) -> str:
     """The end of a text that is too wide: of a strategy, the last steps tell it apart."""
     return text if len(text) <= width else "..." + text[len(text) - max(0, width - 3) :]
+
+
+def _candidates(view: ReportView, name: str, details: PromptDetails) -> list[str]:
+    rows = [
+        [
+            "*" if candidate.name == details.chosen else "",
+            one_line(candidate.name),
+            view.report.number(candidate.score),
+            compact(candidate.scored_on),
+            compact(candidate.demos),
+            "stopped early" if candidate.stopped else "",
+        ]
+        for candidate in details.candidates
+    ]
+    header = ("", f"candidates of {one_line(name)}", "score", "n", "demos", "")
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    widths[1] = min(widths[1], WIDTH // 2)
+    return [_line(row, widths, header) for row in (header, *rows)]
 
 
 def _two_by_two(cells: TwoByTwoView) -> list[str]:

@@ -113,12 +113,27 @@ class DemoSets:
             fills = [demo for demo in known if fit.usable(demo)][: max(0, labelled - len(demos))]
             predictor.demos = fit.fitting([*demos, *fills])
             self.dropped += Counter({predictor_name: len(demos) + len(fills) - len(predictor.demos)})
+        candidate = self.of(name, program, sum(self.dropped.values()) - before)
+        return candidate if candidate is not None and candidate.demos else None
+
+    def earlier(self, name: str, program: dspy.Module) -> Candidate | None:
+        """A candidate with a program's own prompts, less the demos that don't fit. None for prompts that were made
+        before."""
+        program = copy_for_step(program)
+        before = sum(self.dropped.values())
+        for predictor_name, predictor in predictors_of(program).items():
+            demos = predictor.demos
+            predictor.demos = self._fit(predictor_name, predictor).fitting(demos)
+            self.dropped += Counter({predictor_name: len(demos) - len(predictor.demos)})
+        return self.of(name, program, sum(self.dropped.values()) - before)
+
+    def of(self, name: str, program: dspy.Module, dropped: int = 0) -> Candidate | None:
+        """The program as a candidate; None for prompts that were made before."""
         content = _shown(program)
-        candidate = Candidate(name, program, sum(self.dropped.values()) - before)
-        if candidate.demos == 0 or content in self._seen:
+        if content in self._seen:
             return None
         self._seen.add(content)
-        return candidate
+        return Candidate(name, program, dropped)
 
     def _pick_traces(self, count: int, seed: int) -> list[Trace]:
         order = stratified_order(self._traces, [trace.label for trace in self._traces], seed)
@@ -135,12 +150,12 @@ class DemoSets:
 
 
 def _shown(program: dspy.Module) -> str:
-    """What the demos show; a labelled example and a trace of the same answer show the same."""
-    shown = {
-        name: [sorted((k, v) for k, v in demo.toDict().items() if k != "augmented") for demo in predictor.demos]
-        for name, predictor in predictors_of(program).items()
+    """What the prompts show; a labelled example and a trace of the same answer show the same."""
+    demos = {
+        name: [sorted((key, value) for key, value in demo.items() if key != "augmented") for demo in shown]
+        for name, shown in demo_states(program).items()
     }
-    return repr(shown)
+    return repr((demos, [predictor.signature.dump_state() for predictor in program.predictors()]))
 
 
 def demo_states(program: dspy.Module) -> Mapping[str, list[dict[str, Any]]]:

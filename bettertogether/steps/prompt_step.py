@@ -26,7 +26,7 @@ from ..rollouts.rollout import RolloutStore, stable_seed
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
 from .candidate_scores import CandidateScores, all_equal
-from .demo_sets import Candidate, DemoSets, demo_states
+from .demo_sets import Candidate, DemoSets
 from .outcome import Outcome
 from .race import run_race
 from .rows_from_traces import select_traces, unseen_calls
@@ -44,7 +44,8 @@ class BootstrapFewShotRS(Step, Teleprompter):
 
     Args:
         metric: `(example, prediction, trace=None)` to a bool, a number or `Prediction(score, feedback)`.
-        num_candidates: Demo sets to try, besides the prompts given, the zero-shot prompt and the labels alone.
+        num_candidates: Demo sets to try, besides the prompts given, the zero-shot prompt, the labels alone and the
+            best that earlier rounds of a strategy found.
         max_bootstrapped_demos: Demos of a set that come from traces, at most.
         max_labeled_demos: Demos of a set in all, filled up with labelled examples of the trainset.
         train_size: Examples to bootstrap from; None: 30% of the trainset, at most 100.
@@ -151,7 +152,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         traces = collect_traces(start, train, options, sampling=self.sampling, teachers=context.teachers)
         warnings = [*traces.warnings, *_said(*self._no_demos(traces))]
         sets = DemoSets(start, select_traces(traces.traces), train)
-        candidates = self._candidates(student, start, sets, seed)
+        candidates = self._candidates(student, start, context.earlier, sets, seed)
         scoring = CandidateScores(candidates, validation, self.metric, settings)
         race = run_race(candidates, len(validation), scoring, race=self.race)
         warnings += scoring.warnings or _said(all_equal(candidates, self.threshold))
@@ -193,16 +194,15 @@ class BootstrapFewShotRS(Step, Teleprompter):
             predictor.demos = []
         return start
 
-    def _candidates(self, student: dspy.Module, start: dspy.Module, sets: DemoSets, seed: int) -> list[Candidate]:
-        candidates = [Candidate("current", copy_for_step(student))]
-        if demo_states(student) != demo_states(start) or _instructions(student) != _instructions(start):
-            candidates.append(Candidate("zero-shot", start))
-        if self.max_labeled_demos and (labels := sets.candidate("labels", 0, self.max_labeled_demos, seed)):
-            candidates.append(labels)
-        for number in range(1, self.num_candidates + 1):
-            if candidate := self._sampled(sets, number, seed):
-                candidates.append(candidate)
-        return candidates
+    def _candidates(
+        self, student: dspy.Module, start: dspy.Module, earlier: Sequence[dspy.Module], sets: DemoSets, seed: int
+    ) -> list[Candidate]:
+        found = [sets.of("current", copy_for_step(student)), sets.of("zero-shot", start)]
+        if self.max_labeled_demos:
+            found.append(sets.candidate("labels", 0, self.max_labeled_demos, seed))
+        found += [sets.earlier(f"earlier {n}", with_prompts(student, each)) for n, each in enumerate(earlier, 1)]
+        found += [self._sampled(sets, number, seed) for number in range(1, self.num_candidates + 1)]
+        return [candidate for candidate in found if candidate is not None]
 
     def _sampled(self, sets: DemoSets, number: int, seed: int) -> Candidate | None:
         """A set of demos that was not sampled before; None when a few tries find none."""
@@ -243,7 +243,3 @@ def _left_out(sets: DemoSets) -> Iterator[str]:
     for name, reasons in sets.problems().items():
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
         yield f"Not all examples can be demos of predictor {name!r}: {listed}."
-
-
-def _instructions(program: dspy.Module) -> list[str]:
-    return [predictor.signature.instructions for predictor in program.predictors()]

@@ -92,7 +92,8 @@ def full_report(text: str) -> CompileReport:
     adapter = TrainedAdapter(text, text, text, 1, HeldOutLoss(2.0, None), ((0, text),))
     candidates = (CandidateScore(text, 0.5, scored_on=4, stopped=True, demos=2),)
     traces = TraceCounts(4, 3, {text: 1})
-    prompts = PromptDetails(candidates, text, 4, RaceResult(4, 0, 0.95), traces, {text: 1}, {text: {text: 1}})
+    race, left_out = RaceResult(4, 0, 0.95), {text: {text: 1}}
+    prompts = PromptDetails(candidates, text, 4, race, traces, {text: 1}, left_out, ({text: state},))
     weights = WeightDetails(card, {text: adapter}, history)
     cells = {"base_old": (0.0, 0.0), "base_new": (0.0, 1.0), "tuned_old": (1.0, 0.0), "tuned_new": (1.0, 1.0)}
     rounds = (

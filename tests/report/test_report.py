@@ -11,7 +11,11 @@ from reports import EVIL, Page, full_report, loss_line, page_of, record, report
 
 from bettertogether.errors import DataError
 from bettertogether.records import (
+    CandidateScore,
     DataCard,
+    PromptDetails,
+    RaceResult,
+    TraceCounts,
     WeightDetails,
 )
 from bettertogether.report import CompileReport
@@ -82,6 +86,27 @@ def test_the_2x2_is_shown_with_what_weights_and_prompts_gave() -> None:
     assert "tuned weights           0.500        1.000" in lines
     assert any(line.startswith("gain from weights   +0.500 [") for line in lines)
     assert any(line.startswith("from both together  +0.000 [") for line in lines)
+
+
+def test_the_race_of_a_prompt_step_is_a_table_of_its_candidates() -> None:
+    candidates = (
+        CandidateScore("current", 0.5, scored_on=40, stopped=False, demos=0),
+        CandidateScore("earlier 1", 0.75, scored_on=40, stopped=False, demos=3),
+        CandidateScore("x" * 60 + " demos 2, strength 0.5", 0.25, scored_on=8, stopped=True, demos=2),
+    )
+    details = PromptDetails(candidates, "earlier 1", 40, RaceResult(88, 32, 0.95), TraceCounts(9, 3, {}))
+    rounds = (record(0, "", (0.0, 0.0)), record(1, "p", (1.0, 1.0), details=details))
+    result = report(rounds=rounds, selected=1)
+    assert str(result).splitlines()[7:] == [
+        "",
+        "   candidates of p" + " " * 37 + "score   n  demos",
+        "   current" + " " * 45 + "0.500  40      0",
+        "*  earlier 1" + " " * 43 + "0.750  40      3",
+        "   ..." + "x" * 25 + " demos 2, strength 0.5  0.250   8      2  stopped early",
+    ]
+    text = Page(page_of(result)).text
+    assert "earlier 1 chosen0.750403" in text
+    assert "strength 0.50.25082stopped early" in text
 
 
 def test_a_2x2_that_was_not_measured_is_not_shown() -> None:
