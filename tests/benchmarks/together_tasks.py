@@ -1,0 +1,176 @@
+"""The tasks of the benchmark `together.py`: small enough for 135M parameters on two cores, of six different kinds.
+
+Inputs have fewer than 80 tokens, answers few; train, validation and test are disjoint, drawn by seed. Where a program
+has more than one call, the data have labels for the last one only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+import pydantic
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from tasks import Iris, Sentiment, iris_data, iris_match, sentiment_data, sentiment_match
+from together_texts import FACTS, distinct, hop_question, order_text, sum_question, ticket
+
+from bettertogether import stratified_split
+
+Split = tuple[list[dspy.Example], list[dspy.Example], list[dspy.Example]]
+Sizes = tuple[int, int, int]
+"""Examples to train on, to choose on, and of the test, which no step sees."""
+SIZES: Sizes = (50, 50, 150)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the benchmark."""
+
+    name: str
+    draw: Callable[[Sizes, int], Split]
+    """Sizes and seed to train, validation and test examples."""
+    program: Callable[[], dspy.Module]
+    metric: Callable[..., bool]
+    max_tokens: int
+    sizes: Sizes = SIZES
+
+    def data(self, seed: int, limit: int | None = None, test: int | None = None) -> Split:
+        """The three parts; `limit` bounds train and validation, `test` the test."""
+        train, val, most = self.sizes
+        bound = max(train, val) if limit is None else limit
+        return self.draw((min(train, bound), min(val, bound), most if test is None else min(most, test)), seed)
+
+
+def _generated(make: Callable[..., dspy.Example]) -> Callable[[Sizes, int], Split]:
+    def draw(sizes: Sizes, seed: int) -> Split:
+        train, val, test = sizes
+        examples = distinct(make, sum(sizes), seed)
+        return examples[:train], examples[train : train + val], examples[train + val :][:test]
+
+    return draw
+
+
+def _sentiment(sizes: Sizes, seed: int) -> Split:
+    return sentiment_data(*sizes, seed)
+
+
+def _iris(sizes: Sizes, seed: int) -> Split:
+    first, second, third = iris_data(seed)
+    train, rest = stratified_split([*first, *second, *third], sizes[0], seed)
+    val, test = stratified_split(rest, sizes[1], seed)
+    return train, val, test[: sizes[2]]
+
+
+class Topic(dspy.Signature):
+    """Say in a few words what the customer's problem is."""
+
+    message: str = dspy.InputField()
+    problem: str = dspy.OutputField(desc="at most five words")
+
+
+class Route(dspy.Signature):
+    """Which team solves this problem?"""
+
+    problem: str = dspy.InputField()
+    team: Literal["shipping", "billing", "account", "repairs"] = dspy.OutputField()
+
+
+class Router(dspy.Module):
+    """A message in a few words, and the team from those words alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.topic = dspy.Predict(Topic)
+        self.route = dspy.Predict(Route)
+
+    def forward(self, message: str) -> dspy.Prediction:
+        return self.route(problem=self.topic(message=message).problem)
+
+
+class Lookup(dspy.Signature):
+    """Which name should be looked up next to answer the question?"""
+
+    question: str = dspy.InputField()
+    facts: str = dspy.InputField(desc="what is known so far")
+    name: str = dspy.OutputField(desc="of a person, a town or a pet")
+
+
+class FromFacts(dspy.Signature):
+    """Answer the question with one word from the facts."""
+
+    question: str = dspy.InputField()
+    facts: str = dspy.InputField()
+    answer: str = dspy.OutputField(desc="one word")
+
+
+class TwoHops(dspy.Module):
+    """Two look-ups by one predictor, then the answer from what they found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lookup = dspy.Predict(Lookup)
+        self.answer = dspy.Predict(FromFacts)
+
+    def forward(self, question: str) -> dspy.Prediction:
+        facts = "none"
+        for _ in range(2):
+            name = self.lookup(question=question, facts=facts).name
+            found = FACTS.get(name.strip(" .?!'\""), f"Nothing is known of {name[:30]}.")
+            facts = found if facts == "none" else f"{facts} {found}"
+        return self.answer(question=question, facts=facts)
+
+
+class Solve(dspy.Signature):
+    """Solve the word problem: write the calculation, then the number alone."""
+
+    question: str = dspy.InputField()
+    answer: int = dspy.OutputField()
+
+
+class Order(pydantic.BaseModel):
+    """An order."""
+
+    customer: str
+    item: str
+    quantity: int
+    day: str
+
+
+class ReadOrder(dspy.Signature):
+    """Read the order from the text."""
+
+    text: str = dspy.InputField()
+    order: Order = dspy.OutputField()
+
+
+def team_match(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+    """Whether the team is the label."""
+    return bool(example.team == prediction.team)
+
+
+def answer_match(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+    """Whether the answer is the label, upper and lower case and full stops aside."""
+    return str(example.answer).casefold() == str(prediction.answer).strip(" .").casefold()
+
+
+def order_match(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+    """Whether all fields are right."""
+    return bool(prediction.order.model_dump() == example.order)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("sentiment", _sentiment, lambda: dspy.Predict(Sentiment), sentiment_match, 32),
+        Task("iris", _iris, lambda: dspy.Predict(Iris), iris_match, 32, (50, 40, 60)),
+        Task("router", _generated(ticket), Router, team_match, 48),
+        Task("hops", _generated(hop_question), TwoHops, answer_match, 32),
+        Task("arithmetic", _generated(sum_question), lambda: dspy.ChainOfThought(Solve), answer_match, 64),
+        Task("orders", _generated(order_text), lambda: dspy.Predict(ReadOrder), order_match, 64),
+    )
+}
