@@ -87,7 +87,8 @@ class BetterTogether(Teleprompter):
             valset_ratio: Share of the trainset held out without a valset; 0: rounds are not scored.
             shuffle_trainset_between_steps: Give each step the trainset in another order.
             strategy: Steps joined by "->"; or a list of strategies, whose common beginnings run once; or "auto":
-                alternate while a round gains more than its noise, `max_rounds` at most.
+                after each round, what its scores and the 2x2 call for (run/auto.py), and the report says why;
+                `max_rounds` at most.
             optimizer_compile_args: Key to further arguments of that optimizer's `compile`, which win.
             run_dir: Where records, adapters and the report go; the same call on the same directory goes on after the
                 last finished step, and another call (other data, options, code of the program or of the metric) is

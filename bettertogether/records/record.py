@@ -105,6 +105,8 @@ class StepRecord(Saved):
     """Predictor name to the model name of its LM after the step."""
     error: str | None = None
     """Traceback of a failed step; the reason of a skipped one."""
+    why: str = field(default="", repr=False)
+    """Why strategy="auto" chose this step, in a sentence; "" where the strategy names it."""
 
     @property
     def name(self) -> str:

@@ -30,6 +30,8 @@ class ReportData(Saved):
     machine: Mapping[str, Annotated[str, SHOWN]] = field(default_factory=dict)
     """What it ran on: processor, accelerator, threads, ..."""
     warnings: tuple[str, ...] = ()
+    stopped: str = ""
+    """Why strategy="auto" stopped, in a sentence; "" for another strategy, and where the run ended early."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.selected, int) or not 0 <= self.selected < len(self.rounds):

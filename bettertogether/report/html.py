@@ -133,7 +133,12 @@ def _rounds(view: ReportView) -> str:
         marks = {tick: view.report.number(tick) for tick in ticks(values)}
         plot = forest_plot(rows, student, marks)
         plot += '<p class="note">Dots are mean scores, bars their 95% intervals; the dashed line is the student.</p>'
-    return _section("Score of each round", plot, _round_table(view))
+    return _section("Score of each round", plot, _round_table(view), _reasons(view))
+
+
+def _reasons(view: ReportView) -> str:
+    items = "".join(f"<li>{_text(reason)}</li>" for reason in view.reasons)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 def _forest_row(each: RoundView) -> ForestRow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..printable import one_line, printable
 from ..records import PromptDetails
@@ -17,17 +17,22 @@ _RIGHT = frozenset({"score", "n", "demos", "LM calls", "tokens", "seconds"})
 
 
 def render(view: ReportView) -> str:
-    """The table of rounds ("*" marks the selected one), what each prompt step's race says of its candidates ("*" marks
-    the chosen one), the 2x2 where it was measured, the examples that failed, the warnings."""
+    """The table of rounds ("*" marks the selected one), why "auto" ran them, what each prompt step's race says of its
+    candidates ("*" marks the chosen one), the 2x2 where it was measured, the examples that failed, the warnings."""
     lines = [_title(view), "", *_rounds(view)]
+    if view.reasons:
+        lines += ["", *_wrapped(view.reasons)]
     for each in view.rounds:
         if isinstance(each.record.details, PromptDetails):
             lines += ["", *_candidates(view, each.name, each.record.details)]
     if view.two_by_two is not None:
         lines += _two_by_two(view.two_by_two)
-    for text in (*_failed(view), *(f"Warning: {warning}" for warning in view.report.warnings)):
-        lines += textwrap.wrap(printable(text), WIDTH, subsequent_indent="  ")
+    lines += _wrapped((*_failed(view), *(f"Warning: {warning}" for warning in view.report.warnings)))
     return "\n".join(lines)
+
+
+def _wrapped(texts: Iterable[str]) -> list[str]:
+    return [line for text in texts for line in textwrap.wrap(printable(text), WIDTH, subsequent_indent="  ")]
 
 
 def _failed(view: ReportView) -> list[str]:

@@ -73,6 +73,8 @@ class ReportView:
     rounds: tuple[RoundView, ...]
     examples: str
     """How many validation examples there were, in words."""
+    reasons: tuple[str, ...]
+    """Why "auto" ran each of its rounds, and why it stopped."""
     two_by_two: TwoByTwoView | None
     """Where it was measured."""
     seconds: str
@@ -91,9 +93,14 @@ def view_of(report: ReportData) -> ReportView:
         report=report,
         rounds=tuple(_round(report, position) for position in range(len(report.rounds))),
         examples=f"{size} validation examples" if size else "no validation examples",
+        reasons=tuple(f"{name}: {why}." for name, why in _whys(report) if why),
         two_by_two=_two_by_two(report),
         seconds=seconds_text(report.ledger.seconds),
     )
+
+
+def _whys(report: ReportData) -> list[tuple[str, str]]:
+    return [*((record.name, record.why) for record in report.rounds), ("stop", report.stopped)]
 
 
 def _round(report: ReportData, position: int) -> RoundView:

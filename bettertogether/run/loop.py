@@ -20,17 +20,17 @@ from ..records import CELLS, Ledger, StepRecord
 from ..redaction import masked
 from ..rollouts.evaluation import Evaluation, evaluate_many
 from ..rollouts.failures import count_failures, failure_warning, no_difference, round_warnings, scored_example
+from ..rollouts.labels import label_fields
 from ..rollouts.metrics import FULL_MARK
 from ..rollouts.rollout import stable_seed
 from ..steps.step import StepContext, StepResult, as_step
-from . import strategy
+from . import auto, strategy
 from .any_optimizer import run_any
 from .budget import BudgetMeter
 from .directory import DAMAGE, RunDirectory
 from .earlier import earlier_programs
 from .plan import Plan
 from .restoring import adapter_folders, is_restorable, restore_program
-from .selection import still_gaining
 from .strategy import Steps
 
 logger = get_logger(__name__)
@@ -68,8 +68,12 @@ class Loop:
     programs: dict[str, dspy.Module] = field(default_factory=dict)
     """Strategy prefix to the program after it."""
     warnings: list[str] = field(default_factory=list)
+    stopped: str = ""
+    """Why "auto" stopped."""
     error: BaseException | None = None
     """What ended the run early."""
+    _why: str = ""
+    """Why "auto" chose the round under way."""
 
     def run(self) -> None:
         """Run what is left to do. Afterwards `records` and `programs` hold every round; a failed or interrupted step
@@ -89,10 +93,14 @@ class Loop:
         if not self.plan.auto:
             todo = [p for p in strategy.prefixes(self.plan.strategies) if strategy.join(p) not in self.programs]
             return todo[0] if todo else None
-        keys = list(self.plan.optimizers)
-        if len(last) >= self.plan.max_rounds or not still_gaining(self.records, len(keys)):
+        labelled = bool(label_fields(self.plan.trainset))
+        decision = auto.decide(self.records, self.plan.optimizers, max_rounds=self.plan.max_rounds, labelled=labelled)
+        logger.info("%s.", decision)
+        if decision.key is None:
+            self.stopped = decision.why
             return None
-        return (*last, keys[len(last) % len(keys)])
+        self._why = decision.why
+        return (*last, decision.key)
 
     def _student(self, earlier: StepRecord | None) -> bool:
         """Score or restore the untouched student; False when the budget does not reach that far."""
@@ -238,6 +246,7 @@ class Loop:
             step=steps[-1] if steps else "",
             strategy=strategy.join(steps),
             status="complete",
+            why=self._why,
             score=scored.mean if scored else None,
             scores=scored.scores if scored else None,
             failures=scored.failures if scored else (),
@@ -295,7 +304,8 @@ class Loop:
     ) -> None:
         name = strategy.join(steps)
         seconds = time.monotonic() - started
-        record = StepRecord(index, steps[-1], name, status, error=masked(text), ledger=Ledger(seconds=seconds))
+        ledger = Ledger(seconds=seconds)
+        record = StepRecord(index, steps[-1], name, status, why=self._why, error=masked(text), ledger=ledger)
         self.error = error
         kind = type(error).__name__
         reason = masked(f"{kind}: {error}") if str(error) else kind

@@ -41,24 +41,3 @@ def rank(records: Sequence[StepRecord], selected: int) -> list[int]:
 
 def _number(score: float | None) -> float:
     return -math.inf if score is None else score
-
-
-def still_gaining(records: Sequence[StepRecord], cycle: int) -> bool:
-    """For strategy="auto": whether one of the last `cycle` rounds beat the best of those before it by more than the
-    standard error of the paired difference."""
-    complete = [record for record in records if record.status == "complete" and record.scores]
-    if len(complete) <= cycle:
-        return True
-    for position in range(len(complete) - cycle, len(complete)):
-        best_before = max(complete[:position], key=lambda record: record.score or 0.0)
-        if _gain_above_noise(complete[position].scores or (), best_before.scores or ()):
-            return True
-    return False
-
-
-def _gain_above_noise(scores: Sequence[float], before: Sequence[float]) -> bool:
-    differences = [a - b for a, b in zip(scores, before, strict=True)]
-    n = len(differences)
-    mean = sum(differences) / n
-    variance = sum((d - mean) ** 2 for d in differences) / max(1, n - 1)
-    return mean > math.sqrt(variance / n)

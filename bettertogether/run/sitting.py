@@ -61,6 +61,7 @@ def _report(loop: Loop) -> CompileReport:
         versions=versions(),
         machine=machine(),
         warnings=(*loop.plan.warnings, *loop.warnings, *of_steps),
+        stopped=loop.stopped,
     )
 
 

@@ -98,9 +98,9 @@ def full_report(text: str) -> CompileReport:
     cells = {"base_old": (0.0, 0.0), "base_new": (0.0, 1.0), "tuned_old": (1.0, 0.0), "tuned_new": (1.0, 1.0)}
     rounds = (
         record(0, "", (0.0, 0.0), program={text: {**state, "demos": []}}),
-        record(1, text, (0.0, 1.0), program={text: state}, details=prompts, warnings=(text,)),
+        record(1, text, (0.0, 1.0), program={text: state}, details=prompts, warnings=(text,), why=text),
         record(2, f"{text} -> w", (1.0, 1.0), details=weights, two_by_two=cells, adapter_folders={text: text}),
         record(3, f"{text} -> w -> w", None, status="failed", error=text),
     )
     pairs = {text: text}
-    return CompileReport(rounds, 1, 2, text, warnings=(text,), versions=pairs, machine=pairs)
+    return CompileReport(rounds, 1, 2, text, warnings=(text,), versions=pairs, machine=pairs, stopped=text)

@@ -109,6 +109,14 @@ def test_the_race_of_a_prompt_step_is_a_table_of_its_candidates() -> None:
     assert "strength 0.50.25082stopped early" in text
 
 
+def test_the_reasons_of_auto_are_under_the_table_and_on_the_page() -> None:
+    rounds = (record(0, "", (0.0, 0.0)), record(1, "p", (1.0, 1.0), why="few <pass>"))
+    found = report(rounds=rounds, selected=1, stopped="no gain")
+    assert str(found).splitlines()[-3:] == ["", "p: few <pass>.", "stop: no gain."]
+    assert "<ul><li>p: few &lt;pass&gt;.</li><li>stop: no gain.</li></ul>" in page_of(found)
+    assert "<ul><li>" not in page_of(report())
+
+
 def test_a_2x2_that_was_not_measured_is_not_shown() -> None:
     rounds = (record(0, "", (0.0, 0.0)), record(1, "w", (1.0, 1.0), two_by_two={}))
     assert report(rounds=rounds, selected=1).attribution is None

@@ -47,6 +47,12 @@ def test_failed_examples_are_counted_by_kind() -> None:
     assert view_of(report(rounds=rounds, selected=0)).rounds[0].failures == "2 x timeout, 1 x metric error"
 
 
+def test_the_reasons_of_auto_are_those_of_its_rounds_and_of_its_end() -> None:
+    rounds = (record(0, "", (0.0, 0.0)), record(1, "p", (1.0, 1.0), why="few pass"))
+    assert view_of(report(rounds=rounds, selected=1, stopped="no gain")).reasons == ("p: few pass.", "stop: no gain.")
+    assert view_of(report()).reasons == ()
+
+
 def test_the_2x2_has_means_and_gains() -> None:
     cells = {"base_old": (0.0, 0.0), "base_new": (0.0, 1.0), "tuned_old": (1.0, 0.0), "tuned_new": (1.0, 1.0)}
     rounds = (record(0, "", (0.0, 0.0)), record(1, "w", (1.0, 1.0), two_by_two=cells))

@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from bettertogether.records import StepRecord
-from bettertogether.run.selection import rank, select, still_gaining
+from bettertogether.run.selection import rank, select
 
 
 def record(score: float | None = None, gain: float | None = None, status: Any = "complete") -> StepRecord:
     return StepRecord(0, "p", "p", status, score=score, step_gain=gain)
-
-
-def scored(*scores: float) -> StepRecord:
-    return StepRecord(0, "p", "p", "complete", score=sum(scores) / len(scores), scores=scores)
 
 
 def test_the_highest_score_is_selected() -> None:
@@ -54,22 +50,3 @@ def test_the_ranking_has_the_selected_round_first_then_by_score_then_the_earlier
     records = [record(0.5), record(0.7), record(0.7, gain=1.0), record(0.6, status="failed"), record(0.5)]
     assert select(records) == 2
     assert rank(records, 2) == [2, 1, 0, 4]
-
-
-def test_auto_goes_on_until_a_whole_cycle_was_run() -> None:
-    assert still_gaining([scored(0, 0, 0, 0)], 2)
-    assert still_gaining([scored(0, 0, 0, 0), scored(0, 0, 0, 0)], 2)
-
-
-def test_auto_stops_when_no_round_of_the_cycle_gained_more_than_its_noise() -> None:
-    flat = [scored(1, 0, 1, 0), scored(0, 1, 1, 0), scored(1, 0, 0, 1)]
-    assert not still_gaining(flat, 2)
-
-
-def test_auto_goes_on_while_a_round_gains_more_than_its_noise() -> None:
-    assert still_gaining([scored(0, 0, 0, 0), scored(1, 1, 1, 0), scored(1, 1, 1, 0)], 2)
-    assert not still_gaining([scored(0, 0, 0, 0), scored(1, 1, 1, 0), scored(1, 1, 1, 0), scored(1, 1, 1, 0)], 2)
-
-
-def test_auto_compares_with_the_best_before_and_not_with_the_last() -> None:
-    assert not still_gaining([scored(1, 1, 1, 1), scored(0, 0, 0, 0), scored(1, 1, 1, 1)], 2)
