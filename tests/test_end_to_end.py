@@ -84,6 +84,33 @@ def test_training_lowers_the_loss_and_the_tuned_model_has_a_name_of_its_own(comp
     assert tuned_round(compiled).lm.model.startswith(f"{base}@r1-")
 
 
+@pytest.mark.parametrize("start_from", ["base", "current"])
+def test_a_second_weight_step_trains_on_and_every_rounds_model_stays_callable(
+    model_folder: Path, start_from: Literal["base", "current"], tmp_path: Path
+) -> None:
+    student = dspy.Predict(Colour)
+    student.set_lm(local_lm(model_folder, max_tokens=64))
+    training = TrainingConfig(learning_rate=5e-3, epochs=2)
+    w = LoRAFinetune(metric, num_samples=1, training=training, start_from=start_from)
+    arguments = {"trainset": things(12), "valset": things(22)[12:], "strategy": "w -> w", "progress": False}
+    program = BetterTogether(metric, w=w).compile(student, run_dir=tmp_path / "run", **arguments)
+    rounds = program.report.rounds
+    assert [record.status for record in rounds] == ["complete"] * 3
+    names = [record.models["self"] for record in rounds]
+    assert len(set(names)) == 3
+    assert [("@r1-" in name, "@r2-" in name) for name in names[1:]] == [
+        (True, False),
+        (start_from == "base", start_from == "current"),
+    ]
+    answers = [
+        [float(metric(each, candidate["program"](thing=each.thing))) for each in arguments["valset"]]
+        for record in rounds
+        for candidate in program.candidate_programs
+        if candidate["strategy"] == record.strategy
+    ]
+    assert answers == [list(record.scores or ()) for record in rounds]
+
+
 def test_base_and_tuned_models_answer_side_by_side_after_compile(compiled: dict[str, Any]) -> None:
     answers = {program(thing="sky 3").colour for program in (compiled["student"], tuned_round(compiled))}
     assert answers <= {"red", "blue"}

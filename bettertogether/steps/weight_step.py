@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -197,7 +197,7 @@ class LoRAFinetune(Step, Teleprompter):
             self._tuned(student, trainable, results),
             (collected.ledger + trained).with_seconds(time.monotonic() - started),
             _details(collected.card, results),
-            _fall_of_loss(results.values()),
+            _fall_of_loss(result for key, result in results.items() if self._improves_what_it_replaces(key, trainable)),
             (*collected.warnings, *collected.card.warnings),
         )
 
@@ -301,6 +301,12 @@ class LoRAFinetune(Step, Teleprompter):
         unique = {(row.example, row.predictor, row.completion): row for row in rows if row.example in held_out}
         return [row for row in rows if row.example not in held_out], list(unique.values())
 
+    def _improves_what_it_replaces(self, key: AdapterKey, trainable: Trainable) -> bool:
+        """Whether an adapter was trained from the model that it takes the place of. From another, the fall of its loss
+        is no gain over the round before."""
+        bases = {MODEL_PREFIX + engine.base_name for engine, _ in trainable.values()}
+        return self.start_from == "current" or key[1] in bases
+
     def _tuned(
         self,
         student: dspy.Module,
@@ -344,7 +350,7 @@ def _details(card: DataCard, results: Mapping[AdapterKey, FinetuneResult]) -> We
     return WeightDetails(card, adapters, history)
 
 
-def _fall_of_loss(results: Collection[FinetuneResult]) -> float | None:
+def _fall_of_loss(results: Iterable[FinetuneResult]) -> float | None:
     """By how much training lowered the held-out loss, where it was measured; the mean of the adapters."""
     losses = [(result.base_validation_loss, result.validation_loss) for result in results]
     falls = [before - after for before, after in losses if before is not None and after is not None]
