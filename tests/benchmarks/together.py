@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from together_results import Cell, Outcome
 from together_tables import load, tables
 
 TASK_NAMES = ("sentiment", "iris", "router", "hops", "arithmetic", "orders")
@@ -83,8 +84,6 @@ def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run(cell: dict[str, Any], folder: Path) -> bool:
     """Run a cell in a process of its own, where it is not done; False when it failed."""
-    from together_cell import Cell, Outcome
-
     asked = Cell(**cell)
     if Outcome(asked, folder).data["done"]:
         return True
@@ -101,7 +100,7 @@ def run(cell: dict[str, Any], folder: Path) -> bool:
 def main() -> None:
     options = arguments().parse_args()
     if options.cell:
-        from together_cell import Cell, run_cell
+        from together_cell import run_cell
 
         run_cell(Cell(**json.loads(options.cell)), options.results)
         return

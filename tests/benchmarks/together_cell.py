@@ -8,15 +8,14 @@ import inspect
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import dspy
+from together_results import Cell, Outcome
 from together_tasks import TASKS, Task
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, default_model, local_lm
-from bettertogether.files import atomic_write, json_text
 from bettertogether.programs.program import model_names, prompts_state, with_prompts
 from bettertogether.records import CELLS
 from bettertogether.rollouts.evaluation import evaluate
@@ -27,62 +26,16 @@ PAPER = ("", "p", "p -> w", "p -> w -> p")
 """The rounds of the paper's strategy, among which "returned" is chosen."""
 STRATEGIES = ["p -> w -> p", "w -> w", "w -> p"]
 """What one compile runs; the common beginnings once."""
-THREADS = 8
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What one process of the benchmark does."""
-
-    task: str
-    seed: int
-    side: str
-    """"ours", "auto" or "theirs"."""
-    model: str = "smollm"
-    """"smollm", "gemma", "fake" or the folder of a model."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """The ablation: option to value, see `steps`. Theirs has none."""
-    limit: int | None = None
-    test: int | None = None
-
-    @property
-    def ablation(self) -> str:
-        """The options as a word."""
-        return "+".join(f"{name}={value}" for name, value in self.options.items()) or "default"
-
-    @property
-    def name(self) -> str:
-        """File name of the result."""
-        return "-".join((self.task, f"s{self.seed}", self.side, self.ablation, Path(self.model).name))
-
-
-class Outcome:
-    """The result file of a cell: what is known so far, on disk after each addition."""
-
-    def __init__(self, cell: Cell, folder: Path) -> None:
-        self.cell = cell
-        self.path = folder / f"{cell.name}.json"
-        asked = dataclasses.asdict(cell) | {"options": dict(cell.options), "ablation": cell.ablation}
-        self.data: dict[str, Any] = {"cell": asked, "done": False, "rounds": {}, "tests": {}}
-        if self.path.exists():
-            self.data = json.loads(self.path.read_text(encoding="utf-8"))
-            if self.data["cell"] != asked:
-                raise SystemExit(f"{self.path} was made with other sizes: {self.data['cell']}. Use another folder.")
-
-    def keep(self, **changes: Any) -> None:
-        """Add to the file."""
-        self.data |= changes
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.path, json_text(self.data))
-
-    def tested(self, program: dspy.Module, task: Task, test: list[dspy.Example]) -> str:
-        """The key of the program's scores on the test, which are measured where no equal program's are known."""
-        state = json.dumps([prompts_state(program), model_names(program)], sort_keys=True, default=str)
-        key = hashlib.sha256(state.encode()).hexdigest()[:16]
-        if key not in self.data["tests"]:
-            self.data["tests"][key] = list(evaluate(program, test, task.metric, num_threads=THREADS).scores)
-            self.keep()
-        return key
+def tested(outcome: Outcome, program: dspy.Module, task: Task, test: list[dspy.Example]) -> str:
+    """The key of the program's scores on the test, which are measured where no equal program's are known."""
+    state = json.dumps([prompts_state(program), model_names(program)], sort_keys=True, default=str)
+    key = hashlib.sha256(state.encode()).hexdigest()[:16]
+    if key not in outcome.data["tests"]:
+        outcome.data["tests"][key] = list(evaluate(program, test, task.metric).scores)
+        outcome.keep()
+    return key
 
 
 class WithoutEarlier(BootstrapFewShotRS):
@@ -127,9 +80,9 @@ def model_lm(model: str, task: Task) -> dspy.LM:
 
         return fake_lm(task)
     if model == "gemma":
-        from together_gemma import gemma_folder
+        from models import gemma_model
 
-        return local_lm(gemma_folder(), max_tokens=task.max_tokens)
+        return local_lm(gemma_model(), max_tokens=task.max_tokens)
     return local_lm(default_model() if model == "smollm" else model, max_tokens=task.max_tokens)
 
 
@@ -161,7 +114,6 @@ def run_ours(outcome: Outcome, task: Task, student: dspy.Module, data: tuple[lis
         valset=val,
         strategy="auto" if cell.side == "auto" else STRATEGIES,
         seed=cell.seed,
-        num_threads=THREADS,
         run_dir=run_dir,
         progress=False,
         on_step_error="raise",
@@ -177,7 +129,7 @@ def run_ours(outcome: Outcome, task: Task, student: dspy.Module, data: tuple[lis
     )
     for record in records:
         started = time.monotonic()
-        key = outcome.tested(programs[record.strategy], task, test)
+        key = tested(outcome, programs[record.strategy], task, test)
         known = outcome.data["rounds"].get(record.strategy, {})
         outcome.data["rounds"][record.strategy] = {
             "val": record.score,
@@ -193,5 +145,5 @@ def run_ours(outcome: Outcome, task: Task, student: dspy.Module, data: tuple[lis
         prompted, tuned = programs["p"], programs["p -> w"]
         square = (student, with_prompts(student, prompted), with_prompts(tuned, student), with_prompts(tuned, prompted))
         outcome.keep(
-            two_by_two={name: outcome.tested(program, task, test) for name, program in zip(CELLS, square, strict=True)}
+            two_by_two={name: tested(outcome, program, task, test) for name, program in zip(CELLS, square, strict=True)}
         )

@@ -2,22 +2,32 @@
 
 Settings are dspy's defaults: 16 demo sets of up to 4 bootstrapped and 16 labelled demos, rows with the demos that the
 prompt has; what the provider trains with is this engine's own defaults, as where a user gives no `train_kwargs`.
-Mended for it, so that it runs at all: unparseable answers are left out of the rows (dspy 3.4.1 counts them as passed,
-and fails), and rows can be written with JSONAdapter, which both sides use.
+Mended for it, so that it runs at all: runs whose answer could not be parsed give no rows (dspy 3.4.1 counts them as
+passed, and fails), failing examples do not end a step, and rows can be written with JSONAdapter, which both sides use.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
+from unittest import mock
 
 import dspy
-from together_cell import THREADS, Outcome
+from dspy.teleprompt.bootstrap_trace import bootstrap_trace_data
+from together_cell import tested
+from together_results import Outcome
 from together_tasks import Task
 
 
 class TolerantFinetune(dspy.BootstrapFinetune):
     """DSPy's, without the runs whose answer could not be parsed."""
+
+    def compile(self, *args: Any, **options: Any) -> dspy.Module:
+        """As dspy's, where an example that failed does not end the step."""
+        tolerant = functools.partial(bootstrap_trace_data, raise_on_error=False)
+        with mock.patch("dspy.teleprompt.bootstrap_finetune.bootstrap_trace_data", tolerant):
+            return super().compile(*args, **options)
 
     def _prepare_finetune_data(self, trace_data: list[dict[str, Any]], *args: Any, **options: Any) -> Any:
         parsed = [data for data in trace_data if isinstance(data["prediction"], dspy.Prediction)]
@@ -34,10 +44,11 @@ def run_theirs(outcome: Outcome, task: Task, student: dspy.Module, data: tuple[l
     """Compile once, and test every round."""
     train, val, test = data
     lm = student.predictors()[0].lm
-    dspy.configure(lm=lm, adapter=RowsWithJSON(), num_threads=THREADS)
+    threads, errors = lm.engine.concurrency, 100 * (len(train) + len(val))
+    dspy.configure(lm=lm, adapter=RowsWithJSON(), num_threads=threads, max_errors=errors)
     optimizers = {
-        "p": dspy.BootstrapFewShotWithRandomSearch(task.metric, num_threads=THREADS),
-        "w": TolerantFinetune(task.metric, num_threads=THREADS),
+        "p": dspy.BootstrapFewShotWithRandomSearch(task.metric, num_threads=threads),
+        "w": TolerantFinetune(task.metric, num_threads=threads),
     }
     started, before = time.monotonic(), lm.engine.counters()["requests"]
     compiled = dspy.BetterTogether(task.metric, **optimizers).compile(
@@ -45,8 +56,8 @@ def run_theirs(outcome: Outcome, task: Task, student: dspy.Module, data: tuple[l
         trainset=train,
         valset=val,
         seed=outcome.cell.seed,
-        num_threads=THREADS,
-        max_errors=len(train) + len(val),
+        num_threads=threads,
+        max_errors=errors,
     )
     outcome.keep(
         minutes=(time.monotonic() - started) / 60,
@@ -56,6 +67,6 @@ def run_theirs(outcome: Outcome, task: Task, student: dspy.Module, data: tuple[l
         sizes=[len(train), len(val), len(test)],
     )
     for candidate in compiled.candidate_programs:
-        key = outcome.tested(candidate["program"], task, test)
+        key = tested(outcome, candidate["program"], task, test)
         outcome.data["rounds"][candidate["strategy"]] = {"val": candidate["score"] / 100, "test": key}
         outcome.keep()

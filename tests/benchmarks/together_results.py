@@ -1,0 +1,58 @@
+"""The result files of the benchmark `together.py`: one JSON file for each cell. No dspy, so that reading is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one process of the benchmark does."""
+
+    task: str
+    seed: int
+    side: str
+    """"ours", "auto" or "theirs"."""
+    model: str = "smollm"
+    """"smollm", "gemma", "fake" or the folder of a model."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The ablation: option to value (together_cell.py). Theirs has none."""
+    limit: int | None = None
+    test: int | None = None
+
+    @property
+    def ablation(self) -> str:
+        """The options as a word."""
+        return "+".join(f"{name}={value}" for name, value in self.options.items()) or "default"
+
+    @property
+    def name(self) -> str:
+        """File name of the result."""
+        return "-".join((self.task, f"s{self.seed}", self.side, self.ablation, Path(self.model).name))
+
+
+class Outcome:
+    """The result file of a cell: what is known so far, on disk after each addition."""
+
+    def __init__(self, cell: Cell, folder: Path) -> None:
+        self.cell = cell
+        self.path = folder / f"{cell.name}.json"
+        asked = dataclasses.asdict(cell) | {"ablation": cell.ablation}
+        self.data: dict[str, Any] = {"cell": asked, "done": False, "rounds": {}, "tests": {}}
+        if self.path.exists():
+            self.data = json.loads(self.path.read_text(encoding="utf-8"))
+            if self.data["cell"] != asked:
+                raise SystemExit(f"{self.path} was made with other sizes: {self.data['cell']}. Use another folder.")
+
+    def keep(self, **changes: Any) -> None:
+        """Add to the file."""
+        from bettertogether.files import atomic_write, json_text
+
+        self.data |= changes
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.path, json_text(self.data))
