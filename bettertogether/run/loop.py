@@ -36,7 +36,7 @@ from .strategy import Steps
 logger = get_logger(__name__)
 
 ENOUGH_FOR_BOTH = 20
-"""Trainset examples from which our prompt step needs no valset of its own."""
+"""Trainset examples from which our prompt step needs no valset, where no weights were trained on them."""
 
 
 class _BudgetWatch(events.Callback):
@@ -187,7 +187,8 @@ class Loop:
         step = as_step(optimizer)
         if step is None:
             return run_any(optimizer, parent, context, given, plan.provide_traceback)
-        if len(context.trainset) >= ENOUGH_FOR_BOTH:
+        # Tuned weights answer the trainset by heart under any prompt, so theirs are chosen on other examples.
+        if len(context.trainset) >= ENOUGH_FOR_BOTH and model_names(parent) == model_names(plan.student):
             context = replace(context, valset=None)
         result = step.last = step.run(parent, context.with_arguments(given))
         drop_results(result.program)

@@ -197,6 +197,12 @@ def test_our_prompt_step_keeps_the_valset_for_selection_when_there_is_enough_dat
     assert few.rounds[1].details.validation_examples == 20
 
 
+def test_prompts_for_tuned_weights_are_chosen_on_examples_that_they_were_not_trained_on(engine: FakeEngine) -> None:
+    report = compile_(engine).report
+    assert report.rounds[1].details.validation_examples == 28
+    assert report.rounds[3].details.validation_examples == len(VAL)
+
+
 def test_the_steps_share_runs_of_the_same_program(engine: FakeEngine) -> None:
     compile_(engine, "p -> w")
     seen = [(r.model, str(r.messages), r.temperature, r.seed) for r in engine.requests]
