@@ -23,6 +23,7 @@ from .loading import read_card
 from .options import EngineOptions, plain
 from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, TrainingRow
 from .rendering import PromptRenderer, messages_of
+from .structured import GrammarCompiler, structured_output_available
 from .training_turn import TrainingTurn
 
 DEFAULT_MAX_TOKENS = 1024
@@ -57,6 +58,7 @@ class BaseEngine:
         template_kwargs = self.options.chat_template_kwargs
         self._renderer = PromptRenderer(self._card.tokenizer, self._card.eos_ids, template_kwargs)
         self._eos_ids = frozenset({*self._card.eos_ids, self._renderer.end_id})
+        self._grammars = GrammarCompiler(self._card.tokenizer, self._card.vocabulary, sorted(self._eos_ids))
         if self._card.unknown_tokens:
             # Those that the chat template itself writes are in every prompt: better said now.
             self.prompt_tokens([{"role": "user", "content": ""}])
@@ -132,6 +134,22 @@ class BaseEngine:
         token_ids = self._renderer.completion_tokens(completion)
         self._card.check_tokens(token_ids)
         return token_ids
+
+    def completion_places(self, completion: str) -> list[tuple[int, int]]:
+        """Where in a completion each token of `completion_tokens` lies, as start and end in characters; empty where the
+        tokenizer can't tell."""
+        return self._renderer.completion_places(completion)
+
+    def forced_tokens(self, completion: str, response_format: Mapping[str, Any] | None) -> list[bool]:
+        """For each token of `completion_tokens`, whether the grammar of a request's `response_format` leaves no other
+        choice. Empty where it leaves one everywhere, does not allow the completion, or llguidance is not installed."""
+        places = self.completion_places(completion)
+        if response_format is None or not places or not structured_output_available():
+            return []
+        begins = self._renderer.answer_start(completion)
+        first = sum(end <= begins for _, end in places[:-1])
+        answer = self._grammars.constraint(response_format).forced_of(self.completion_tokens(completion)[first:])
+        return [False] * first + answer if any(answer) else []
 
     def _rendered(self, request: Request) -> tuple[list[int], int, SamplingOptions]:
         """The prompt's tokens, how many the answer may have at most, and how they are picked.

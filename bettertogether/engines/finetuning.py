@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,10 @@ class Tokenizing(Protocol):
 
     def completion_tokens(self, completion: str) -> list[int]: ...
 
+    def completion_places(self, completion: str) -> list[tuple[int, int]]: ...
+
+    def forced_tokens(self, completion: str, response_format: Mapping[str, Any] | None) -> list[bool]: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
@@ -52,16 +56,39 @@ class TrainingJob:
 
 
 def tokenized(engine: Tokenizing, rows: Sequence[TrainingRow]) -> tuple[list[TokenizedRow], list[tuple[int, str]]]:
-    """Rows as tokens; and those that are too long for the model, as (index, reason)."""
-    kept, skipped = [], []
+    """Rows as tokens; and those that are too long for the model, as (index, reason). Of the others' forms those are
+    left out that are too long."""
+    kept, skipped, long_forms = [], [], 0
     for index, row in enumerate(rows):
         prompt_ids, completion_ids = engine.prompt_tokens(row.messages), engine.completion_tokens(row.completion)
         length = len(prompt_ids) + len(completion_ids)
         if length > engine.max_length:
             skipped.append((index, f"prompt+completion {length} tokens > max_length {engine.max_length}"))
-        else:
-            kept.append(TokenizedRow(prompt_ids, completion_ids))
+            continue
+        forms = [engine.prompt_tokens(form) for form in row.forms]
+        fitting = [form for form in forms if len(form) + len(completion_ids) <= engine.max_length]
+        long_forms += len(forms) - len(fitting)
+        forced = engine.forced_tokens(row.completion, row.response_format)
+        kept.append(TokenizedRow(prompt_ids, completion_ids, fitting, forced, _fields(engine, row)))
+    if long_forms:
+        logger.warning(
+            "Left out of the training: %d of %d prompts with demos, too long for %s (%d tokens).",
+            long_forms,
+            sum(len(row.forms) for row in rows),
+            engine.base_name,
+            engine.max_length,
+        )
     return kept, skipped
+
+
+def _fields(engine: Tokenizing, row: TrainingRow) -> list[str]:
+    """The output field that each completion token has a character of, or ""."""
+    if not row.fields:
+        return []
+    return [
+        next((field.name for field in row.fields if start < field.end and field.start < end), "")
+        for start, end in engine.completion_places(row.completion)
+    ]
 
 
 def prepare(
@@ -118,7 +145,16 @@ def train(
         base_validation_loss=trained.base_validation_loss,
         validation_loss=trained.validation_loss,
         skipped_rows=job.skipped_rows,
+        **_other_losses(trained.base, trained.best),
     )
+
+
+def _other_losses(base: Any, best: Any) -> dict[str, Any]:
+    """What else of a result the held-out losses give."""
+    if base is None:
+        return {}
+    fields = {name: (before, best.fields[name]) for name, before in base.fields.items()}
+    return {"all_tokens_loss": (base.all_tokens, best.all_tokens), "field_losses": fields}
 
 
 def _run(job: TrainingJob, model: Any, source: str, folder: Path, on_progress: ProgressFunction | None) -> Any:
@@ -141,7 +177,7 @@ def _run(job: TrainingJob, model: Any, source: str, folder: Path, on_progress: P
 
 def _digest(job: TrainingJob, base_name: str) -> str:
     """A short name for what a training job asks."""
-    rows = [[row.prompt_ids, row.completion_ids] for row in (*job.rows, *job.validation_rows)]
+    rows = [vars(row) for row in (*job.rows, *job.validation_rows)]
     start_from = None if job.start_from is None else content_hash(job.start_from)
     asked = [base_name, start_from, len(job.rows), job.lora.to_dict(), job.training.to_dict(), rows]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]

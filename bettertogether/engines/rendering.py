@@ -14,7 +14,7 @@ from dspy.lm15 import DataPart, InvalidRequestError, Request, TextPart, Thinking
 from ..errors import ModelError
 from ..printable import get_logger
 from .protocol import ChatMessage
-from .thinking import CLOSE, EMPTY, OPEN
+from .thinking import AFTER, CLOSE, EMPTY, OPEN
 
 logger = get_logger(__name__)
 
@@ -125,15 +125,41 @@ class PromptRenderer:
 
     def completion_tokens(self, completion: str) -> list[int]:
         """Token ids of an answer as it comes after a prompt, ended by the end-of-turn token."""
-        if self.thinks and CLOSE not in completion:
-            completion = EMPTY + completion
-        return [*self.after_prompt(completion), self.end_id]
+        return [*self.after_prompt(self._with_thoughts(completion)), self.end_id]
+
+    def completion_places(self, completion: str) -> list[tuple[int, int]]:
+        """Where in a completion each of its tokens lies, as start and end in characters; equal for one that is added.
+        Empty from a tokenizer that can't tell."""
+        if not self._tokenizer.is_fast:
+            return []
+        text = self._with_thoughts(completion)
+        lead = self._lead(text)
+        with self._lock:
+            encoded = self._tokenizer(lead + text, add_special_tokens=False, return_offsets_mapping=True)
+        places = encoded.offset_mapping[len(self._encode(lead)) :]
+        added = len(lead) + len(text) - len(completion)
+        return [*((max(0, start - added), max(0, end - added)) for start, end in places), (len(completion),) * 2]
+
+    def answer_start(self, completion: str) -> int:
+        """Where in a completion the answer begins, after the thoughts that it may hold."""
+        thoughts, close, _ = completion.partition(CLOSE + AFTER)
+        return len(thoughts + close) if self.thinks and close else 0
+
+    def _with_thoughts(self, completion: str) -> str:
+        return EMPTY + completion if self.thinks and CLOSE not in completion else completion
 
     def after_prompt(self, text: str) -> list[int]:
         """Token ids of a text that is no beginning, before which SentencePiece tokenizers would put a space: under a
         grammar the engine never writes one. None of them reaches into the prompt, whose tokens are there first."""
-        before, whole = self._encode("\n"), self._encode("\n" + text)
-        return whole[len(before) :] if self._prefixes and whole[: len(before)] == before else self._encode(text)
+        lead = self._lead(text)
+        return self._encode(lead + text)[len(self._encode(lead)) :]
+
+    def _lead(self, text: str) -> str:
+        """What has to stand before a text, and is cut off again, so that it is tokenized as no beginning."""
+        if not self._prefixes:
+            return ""
+        before = self._encode("\n")
+        return "\n" if self._encode("\n" + text)[: len(before)] == before else ""
 
     def _encode(self, text: str) -> list[int]:
         with self._lock:

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any
@@ -57,6 +57,20 @@ class GrammarConstraint:
         """Take this token. Raises RuntimeError where the grammar forbids it."""
         if not self._matcher.consume_token(token_id):
             raise RuntimeError(f"token {token_id} breaks the answer's grammar: {self._matcher.get_error()}")
+
+    def forced_of(self, token_ids: Sequence[int]) -> list[bool]:
+        """For each token of an answer, its end included, whether there is no other choice; takes the tokens. Nothing is
+        forced where the grammar doesn't allow the answer as a whole."""
+        *answer, end = token_ids
+        forced: list[bool] = []
+        for token_id in answer:
+            text = self._token_bytes.text(token_id)
+            forced.append(bool(text) and self._matcher.compute_ff_bytes().startswith(text))
+            if not self._matcher.consume_token(token_id):
+                return [False] * len(token_ids)
+        # A grammar that has stopped by itself leaves nothing but the end.
+        stopped = bool(self._matcher.is_stopped())
+        return [*forced, stopped] if stopped or self.allows(end) else [False] * len(token_ids)
 
     def forced(self) -> list[int]:
         """Take the tokens that must come next, as far as there is no choice, and return them."""
@@ -129,9 +143,10 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._ids: dict[bytes, int] = {}
+        self._tokenizer = tokenizer
         for token_id in range(vocabulary):
-            if not tokenizer.is_special_token(token_id):
-                self._ids.setdefault(tokenizer.decode_bytes([token_id]), token_id)
+            if text := self.text(token_id):
+                self._ids.setdefault(text, token_id)
         self._longest = max((len(text) for text in self._ids), default=0)
         self.inside_characters = {token_id for text, token_id in self._ids.items() if text and 0x80 <= text[0] < 0xC0}
         """Tokens that go on with a character."""
@@ -139,6 +154,11 @@ class TokenBytes:
         """Tokens that end a text, a mapping, a list, a line in JSON; None for one that there isn't."""
         self.openers = {token_id for text, token_id in self._ids.items() if any(each in text for each in b'{[",')}
         """Tokens after which more may have to follow than before them."""
+
+    def text(self, token_id: int) -> bytes:
+        """The bytes of a token; none for a special one."""
+        text: bytes = self._tokenizer.decode_bytes([token_id])
+        return b"" if self._tokenizer.is_special_token(token_id) else text
 
     def prefixes_of(self, text: bytes) -> list[int]:
         """Tokens that a text begins with, shortest first."""

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..files import atomic_folder, atomic_write
+from .held_out import HeldOutLosses
 from .packing import TokenizedRow
 from .progress import TrainingProgress
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = "checkpoint"
 
 
@@ -35,8 +36,10 @@ class TrainingState:
     tokens: int = 0
     seconds: float = 0.0
     best_epoch: int = 0
-    best_loss: float | None = None
-    base_validation_loss: float | None = None
+    base: HeldOutLosses | None = None
+    """Held-out losses before training."""
+    best: HeldOutLosses | None = None
+    """Those of the best epoch."""
     history: tuple[TrainingProgress, ...] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Adapter weights by PEFT key."""
@@ -58,7 +61,7 @@ def fingerprint(
     for part in (rows, validation_rows):
         digest.update(f"{len(part)} rows".encode())
         for row in part:
-            digest.update(json.dumps([row.prompt_ids, row.completion_ids]).encode())
+            digest.update(json.dumps(vars(row)).encode())
     return digest.hexdigest()
 
 
@@ -95,6 +98,8 @@ def load_state(folder: Path, run: str) -> TrainingState | None:
             return None
         tensors = load_file(latest / "tensors.safetensors")
         history = tuple(TrainingProgress(**line) for line in values.pop("history"))
+        for name in ("base", "best"):
+            values[name] = values[name] and HeldOutLosses(**values[name])
         parts: dict[str, Any] = {name: {} for name in _TENSORS}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")

@@ -1,7 +1,7 @@
 """Two operations with a backward pass of their own, for the parts of LoRA training that plain autograd does slowly.
 
 `fused_lora` computes a LoRA layer as `y = W x + b`, then `y += s B (A x)` in the same buffer: no scaled copy, no sum,
-and under bfloat16 no casts to and fro. `completion_loss_sum` is cross-entropy whose gradient is made in the forward
+and under bfloat16 no casts to and fro. `completion_losses` is cross-entropy whose gradient is made in the forward
 pass, a few rows at a time while they are in the processor's cache.
 """
 
@@ -95,27 +95,28 @@ class _CompletionLoss(torch.autograd.Function):
     def forward(ctx: Any, logits_N_V: Tensor, labels_N: Tensor) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
         grad_N_V = torch.empty_like(logits_N_V) if needs_grad else None
-        total = logits_N_V.new_zeros((), dtype=torch.float32)
+        losses_N = logits_N_V.new_empty(len(labels_N), dtype=torch.float32)
         step = max(1, CHUNK_ELEMENTS // logits_N_V.shape[1])
         for start in range(0, len(labels_N), step):
             chunk = logits_N_V[start : start + step].float()
             labels = labels_N[start : start + step, None]
             log_sum = torch.logsumexp(chunk, 1, keepdim=True)
-            total += (log_sum - chunk.gather(1, labels)).sum()
+            losses_N[start : start + step] = (log_sum - chunk.gather(1, labels)).squeeze(1)
             if grad_N_V is not None:
                 probabilities = torch.sub(chunk, log_sum).exp_()
                 probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1.0))
                 grad_N_V[start : start + step] = probabilities
         ctx.save_for_backward(grad_N_V)
-        return total
+        return losses_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_N_V,) = ctx.saved_tensors
-        return grad_N_V * grads[0].to(grad_N_V.dtype), None
+        # In place, for want of room for another N x V; autograd refuses a second backward pass over it.
+        return grad_N_V.mul_(grads[0][:, None].to(grad_N_V.dtype)), None
 
 
-def completion_loss_sum(logits_N_V: Tensor, labels_N: Tensor) -> Tensor:
-    """Sum of the cross-entropy in nats of N predictions; computed in float32 whatever the logits are."""
+def completion_losses(logits_N_V: Tensor, labels_N: Tensor) -> Tensor:
+    """Cross-entropy in nats of each of N predictions, in float32 whatever the logits are. Backward runs once."""
     result: Tensor = _CompletionLoss.apply(logits_N_V, labels_N)
     return result

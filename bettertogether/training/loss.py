@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..printable import get_logger
 from ._upstream import attention_name, supports_sdpa
 from .attention import ATTENTION_NAME, PackedLayout, attention_implementation
-from .fused import completion_loss_sum
+from .fused import completion_losses
 from .layers import more_than_attention
 from .packing import MicroBatch, PrefixGroup, TokenizedRow, micro_batches, pack
 
@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RowLoss:
-    """Computes the summed cross-entropy (nats) of the completion tokens of rows."""
+    """Computes the cross-entropy (nats) of the completion tokens of rows."""
 
     model: PreTrainedModel
     packed: bool
@@ -61,14 +61,14 @@ class RowLoss:
         """Tokens of the forward pass, padding included."""
         return batch.tokens if self.packed else len(batch.rows) * max(len(row) for row in batch.rows)
 
-    def loss_sum(self, batch: MicroBatch) -> Tensor:
-        """Summed loss of a micro-batch, a scalar in float32."""
+    def token_losses(self, batch: MicroBatch) -> Tensor:
+        """Losses [N] of the completion tokens of a micro-batch's rows, one row after the other, in float32."""
         device = self.model.device
         # enabled=False is said too, so that an autocast of the caller's does not reach in here.
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             logits_N_V = self._packed_logits(batch) if self.packed else self._padded_logits(batch)
         labels = [token for row in batch.rows for token in row.completion_ids]
-        return completion_loss_sum(logits_N_V, torch.tensor(labels, device=device))
+        return completion_losses(logits_N_V, torch.tensor(labels, device=device))
 
     def _packed_logits(self, batch: MicroBatch) -> Tensor:
         packed, device = pack(batch), self.model.device

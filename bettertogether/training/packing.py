@@ -5,14 +5,19 @@ into batches, as any trainer does. Rows are not sorted by prefix or length acros
 predictor's rows alone would be another gradient estimate. Only inside a batch are rows arranged: those whose prompts
 begin alike form a group, whose prefix is computed once, and groups fill micro-batches up to the token limit. That
 changes the cost and not the result.
+
+Where rows have other prompts of the same call (forms), each optimizer batch draws whether it shows the rows' own
+prompts or a form, and which: one number for the whole batch, so that the demos of the form are a shared prefix.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+
+from ..errors import DataError, NoTrainingDataError
 
 MIN_SHARED_TOKENS = 8
 """A common beginning shorter than this is not worth a group: every chat prompt starts with the same few tokens."""
@@ -33,6 +38,43 @@ class TokenizedRow:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the row under its longest prompt."""
+        return max(map(len, (self.prompt_ids, *self.forms))) + len(self.completion_ids)
+
+    @property
+    def free(self) -> list[bool]:
+        """For each completion token, whether the grammar leaves a choice there."""
+        return [not forced for forced in self.forced] or [True] * len(self.completion_ids)
+
+    def shown(self, form: int) -> TokenizedRow:
+        """The row under form number `form`, counted round; a row without forms as it is."""
+        return replace(self, prompt_ids=self.forms[form % len(self.forms)]) if self.forms else self
+
+
+def check_rows(rows: Sequence[TokenizedRow], validation_rows: Sequence[TokenizedRow]) -> None:
+    """Raises NoTrainingDataError without rows, and DataError for a row that can't be trained on."""
+    if not rows:
+        raise NoTrainingDataError(
+            "There are 0 training rows. Lower the threshold of the metric, sample more answers per example, or give "
+            "more training examples."
+        )
+    for name, part in (("rows", rows), ("validation_rows", validation_rows)):
+        for index, row in enumerate(part):
+            prompts, tokens = [row.prompt_ids, *row.forms], len(row.completion_ids)
+            if not all(prompts) or not tokens:
+                raise DataError(
+                    f"{name}[{index}] has {min(map(len, prompts))} prompt and {tokens} completion tokens: each row "
+                    "needs at least one of both. Leave it out."
+                )
+            for marks in ("forced", "fields"):
+                if (given := len(getattr(row, marks))) not in (0, tokens):
+                    raise DataError(
+                        f"{name}[{index}] has {tokens} completion tokens and {given} {marks}: give one for each, or "
+                        "none."
+                    )
 
 
 @dataclass(frozen=True)
@@ -83,6 +125,13 @@ def epoch_batches(number_of_rows: int, batch_size: int, seed: int, epoch: int) -
     order = list(range(number_of_rows))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return [order[start : start + batch_size] for start in range(0, number_of_rows, batch_size)]
+
+
+def drawn_form(rows: Sequence[TokenizedRow], share: float, seed: int, epoch: int, batch: int) -> int | None:
+    """The form that an optimizer batch shows, None for the rows' own prompts: a form in a share of the batches, each
+    form alike. Drawn by seed, epoch and number of the batch alone."""
+    draw, forms = random.Random(f"{seed}/{epoch}/{batch}"), max(len(row.forms) for row in rows)
+    return draw.randrange(forms) if forms and draw.random() < share else None
 
 
 def micro_batches(rows: Sequence[TokenizedRow], max_tokens: int, max_completion_tokens: int) -> list[MicroBatch]:

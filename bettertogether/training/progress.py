@@ -16,9 +16,10 @@ class TrainingProgress:
     epoch: float
     """Passes over the rows done; 0.5 is half of the first."""
     loss: float | None
-    """Mean loss per completion token of this step's rows; None on a line that only reports `validation_loss`."""
+    """Mean loss of this step's completion tokens, those that the answer's grammar leaves free; None on a line that only
+    reports `validation_loss`."""
     validation_loss: float | None
-    """Mean loss per completion token on the validation rows: at step 0 and at the end of each epoch, else None."""
+    """The same of the validation rows: at step 0 and at the end of each epoch, else None."""
     tokens: int
     """Tokens trained on so far (forward tokens, as packed)."""
     learning_rate: float

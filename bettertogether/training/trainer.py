@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import DataError, NoTrainingDataError, TrainingError
+from ..errors import TrainingError
 from ..printable import get_logger
 from . import checkpoint
 from .adapter import ADAPTER_NAME, TrainableAdapter, save_adapter, training_adapter
@@ -25,13 +25,12 @@ from .auto import resolved
 from .checkpoint import TrainingState
 from .config import LoRAConfig, TrainingConfig
 from .fused import fused_lora
+from .held_out import HeldOutLosses, held_out_losses
 from .loss import RowLoss, row_loss
-from .packing import TokenizedRow, epoch_batches
+from .packing import TokenizedRow, check_rows, drawn_form, epoch_batches
 from .precision import checkpoint_gradients, compute_dtype, four_bit_copy, tokens_in_memory
 from .progress import ProgressFunction, TrainingProgress
-
-EVALUATION_ROWS = 256
-"""Validation rows whose prefixes are sought together; the search is quadratic in them."""
+from .weighting import TokenWeights
 
 logger = get_logger(__name__)
 
@@ -48,10 +47,20 @@ class TrainedAdapter:
     tokens: int
     """Tokens trained on (forward tokens, as packed)."""
     seconds: float
-    base_validation_loss: float | None
-    """Held-out loss before training; None without validation rows."""
-    validation_loss: float | None
-    """Held-out loss of the weights kept."""
+    base: HeldOutLosses | None
+    """Held-out losses before training; None without validation rows."""
+    best: HeldOutLosses | None
+    """Held-out losses of the weights kept."""
+
+    @property
+    def base_validation_loss(self) -> float | None:
+        """Held-out loss of the free tokens before training."""
+        return None if self.base is None else self.base.free
+
+    @property
+    def validation_loss(self) -> float | None:
+        """Held-out loss of the free tokens, of the weights kept."""
+        return None if self.best is None else self.best.free
 
 
 def train_adapter(
@@ -67,17 +76,18 @@ def train_adapter(
 ) -> TrainedAdapter:
     """Train a LoRA adapter over `model` and write it to `folder` as a plain PEFT adapter.
 
-    The loss of an optimizer step is the mean over the completion tokens of its rows. Base weights don't change, other
-    adapters of a PeftModel are kept, and on return, also after an exception, the model is as before. A run that was
-    killed goes on from its last full epoch when it is called again with the same arguments, and gives the same result
-    as an uninterrupted one. `start_from` is the PEFT folder of an adapter to continue from, with its own rank and
-    layers. Under `accelerate launch` the processes share each step's rows.
+    The loss of an optimizer step is the mean over the completion tokens of its rows, in which tokens that the answer's
+    grammar forces count `skeleton_weight`; the loss that is reported is that of the others, the free ones. Base
+    weights don't change, other adapters of a PeftModel are kept, and on return, also after an exception, the model is
+    as before. A run that was killed goes on from its last full epoch when it is called again with the same arguments,
+    and gives the same result as an uninterrupted one. `start_from` is the PEFT folder of an adapter to continue from,
+    with its own rank and layers. Under `accelerate launch` the processes share each step's rows.
 
     Raises NoTrainingDataError without rows, DataError for a row that can't be trained on, ConfigError for options
     that can't be had on this model or machine, ModelError for a `start_from` that is no adapter of this model, and
     TrainingError when the loss stops being a number or memory doesn't suffice.
     """
-    _check_rows(rows, validation_rows)
+    check_rows(rows, validation_rows)
     if training.quantize_base is not None:
         base_model = model.get_base_model() if isinstance(model, PeftModel) else model
         model = four_bit_copy(cast(PreTrainedModel, base_model))
@@ -85,7 +95,7 @@ def train_adapter(
         base = adapter.base
         dtype = compute_dtype(base, training)
         checkpoint_gradients(base, training)
-        longest = max(len(row) for row in [*rows, *validation_rows])
+        longest = max(row.longest for row in [*rows, *validation_rows])
         with row_loss(base, dtype, longest) as loss, fused_lora(base, ADAPTER_NAME, dtype):
             training = resolved(training, base.config.get_text_config().hidden_size, len(rows))
             run = _Run(adapter, loss, rows, validation_rows, training, folder, on_progress)
@@ -107,21 +117,6 @@ def _number(value: float | str) -> float:
     """A number that "auto" has been replaced by."""
     assert not isinstance(value, str)
     return value
-
-
-def _check_rows(rows: Sequence[TokenizedRow], validation_rows: Sequence[TokenizedRow]) -> None:
-    if not rows:
-        raise NoTrainingDataError(
-            "There are 0 training rows. Lower the threshold of the metric, sample more answers per example, or give "
-            "more training examples."
-        )
-    for name, part in (("rows", rows), ("validation_rows", validation_rows)):
-        for index, row in enumerate(part):
-            if not row.prompt_ids or not row.completion_ids:
-                raise DataError(
-                    f"{name}[{index}] has {len(row.prompt_ids)} prompt and {len(row.completion_ids)} completion "
-                    "tokens: each row needs at least one of both. Leave it out."
-                )
 
 
 @contextlib.contextmanager
@@ -170,9 +165,9 @@ class _Run:
         """Run the epochs that are left, and write the adapter."""
         self._resume()
         if self.state.epoch == 0 and self.validation_rows:
-            validation_loss = self._validation_loss()
-            self.state = replace(self.state, base_validation_loss=validation_loss)
-            self._report(None, validation_loss, 0.0)
+            losses = self._held_out_losses()
+            self.state = replace(self.state, base=losses)
+            self._report(None, losses.free, 0.0)
         while self.state.epoch < self.epochs:
             self._epoch(self.state.epoch + 1)
         if self.accelerator.is_main_process:
@@ -186,8 +181,8 @@ class _Run:
             best_epoch=state.best_epoch,
             tokens=state.tokens,
             seconds=state.seconds,
-            base_validation_loss=state.base_validation_loss,
-            validation_loss=state.best_loss,
+            base=state.base,
+            best=state.best,
         )
 
     def _resume(self) -> None:
@@ -203,24 +198,27 @@ class _Run:
     def _epoch(self, epoch: int) -> None:
         seed = f"{self.training.seed}/{epoch}/{self.accelerator.process_index}"
         torch.manual_seed(random.Random(seed).getrandbits(63))
-        for indices in epoch_batches(len(self.rows), self.training.batch_size, self.training.seed, epoch):
-            self._step([self.rows[index] for index in indices])
-        validation_loss = self._validation_loss() if self.validation_rows else None
-        if validation_loss is not None:
-            self._report(None, validation_loss, self.optimizer.param_groups[0]["lr"])
-        self._finish_epoch(epoch, validation_loss)
+        training = self.training
+        for number, indices in enumerate(epoch_batches(len(self.rows), training.batch_size, training.seed, epoch)):
+            rows = [self.rows[index] for index in indices]
+            form = drawn_form(rows, training.form_share, training.seed, epoch, number)
+            self._step(rows if form is None else [row.shown(form) for row in rows])
+        losses = self._held_out_losses() if self.validation_rows else None
+        if losses is not None:
+            self._report(None, losses.free, self.optimizer.param_groups[0]["lr"])
+        self._finish_epoch(epoch, losses)
 
-    def _finish_epoch(self, epoch: int, validation_loss: float | None) -> None:
+    def _finish_epoch(self, epoch: int, losses: HeldOutLosses | None) -> None:
         before, weights = self.state, self.adapter.state()
-        choose = self.training.keep_best and validation_loss is not None and before.best_loss is not None
-        better = not choose or validation_loss < before.best_loss  # type: ignore[operator]
+        choose = self.training.keep_best and losses is not None and before.best is not None
+        better = not choose or losses.free < before.best.free  # type: ignore[union-attr]
         first, second = checkpoint.optimizer_moments(self.optimizer, self.parameters)
         self.state = replace(
             before,
             epoch=epoch,
             seconds=before.seconds + time.perf_counter() - self.started,
             best_epoch=epoch if better else before.best_epoch,
-            best_loss=validation_loss if better else before.best_loss,
+            best=losses if better else before.best,
             weights=weights,
             best_weights={} if better else before.best_weights or before.weights,
             first_moments=first,
@@ -237,8 +235,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.adapter.base.train()
-        completion_tokens = sum(len(row.completion_ids) for row in rows)
-        loss, tokens = self._gradients(self._share(rows), completion_tokens, step)
+        loss, tokens = self._gradients(self._share(rows), TokenWeights.of(rows, self.training.skeleton_weight), step)
         for parameter in self.parameters.values():
             _grad(parameter)
         loss, tokens = self._sum_over_processes(loss, tokens)
@@ -254,17 +251,17 @@ class _Run:
         self.state = replace(self.state, step=step, tokens=self.state.tokens + tokens)
         self._report(loss, None, rate)
 
-    def _gradients(self, rows: Sequence[TokenizedRow], completion_tokens: int, step: int) -> tuple[float, int]:
-        """Add up the gradients of this process's rows; returns their share of the mean loss, and tokens run."""
+    def _gradients(self, rows: Sequence[TokenizedRow], weights: TokenWeights, step: int) -> tuple[float, int]:
+        """Add up the gradients of this process's rows; returns their share of the free tokens' loss, and tokens run."""
         while True:
             self.optimizer.zero_grad(set_to_none=False)
             total = torch.zeros((), device=self.adapter.base.device)
             plan = self.loss.plan(rows, self.max_tokens)
             try:
                 for batch in plan:
-                    loss = self.loss.loss_sum(batch) / completion_tokens
-                    loss.backward()
-                    total += loss.detach()
+                    losses_N, free_N = self.loss.token_losses(batch), weights.free_tokens(batch.rows).to(total.device)
+                    weights.mean(losses_N, free_N).backward()
+                    total += weights.free_mean(losses_N.detach(), free_N)
                 return float(total), sum(self.loss.tokens(batch) for batch in plan)
             except torch.OutOfMemoryError as error:
                 if all(len(batch.rows) == 1 for batch in plan):
@@ -299,24 +296,16 @@ class _Run:
             _grad(parameter).copy_(part.view_as(parameter))
         return float(loss_1), round(float(tokens_1))
 
-    def _validation_loss(self) -> float:
-        """Mean loss per completion token on the validation rows."""
+    def _held_out_losses(self) -> HeldOutLosses:
         self.adapter.base.eval()
-        rows = self._share(self.validation_rows)
-        total = torch.zeros((), dtype=torch.float64)
-        with torch.no_grad():
-            for start in range(0, len(rows), EVALUATION_ROWS):
-                for batch in self.loss.plan(rows[start : start + EVALUATION_ROWS], self.max_tokens):
-                    total += self.loss.loss_sum(batch).double().cpu()
-        if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total.to(self.adapter.base.device), "sum")
-        mean = float(total) / sum(len(row.completion_ids) for row in self.validation_rows)
-        if not math.isfinite(mean):
+        losses = held_out_losses(self.loss, self.validation_rows, self.max_tokens, self.accelerator, self._share)
+        if not losses.finite:
             raise TrainingError(
-                f"After step {self.state.step} of {self.total_steps} the held-out loss is {mean}. Lower the learning "
-                f"rate (now {self.training.learning_rate}), or use dtype='float32'."
+                f"After step {self.state.step} of {self.total_steps} the held-out loss is {losses.free} ("
+                f"{losses.all_tokens} over all tokens). Lower the learning rate (now {self.training.learning_rate}), "
+                "or use dtype='float32'."
             )
-        return mean
+        return losses
 
     def _report(self, loss: float | None, validation_loss: float | None, rate: float) -> None:
         epoch, state = self.state.step / self.steps_per_epoch, self.state

@@ -2,7 +2,7 @@
 
 The spec is JSON: {"model": folder or hub id, "rows": file, "validation_rows": file, "lora": {...}, "training": {...},
 "folder": where the adapter goes, "start_from": adapter folder or null, "progress": file, "result": file}. Rows are
-JSON lines {"prompt_ids": [...], "completion_ids": [...]}; progress and result are written as JSON.
+JSON lines of the fields of `TokenizedRow`; progress and result are written as JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..errors import BetterTogetherError, ConfigError, TrainingError
 from ..files import atomic_write
 from ..processes import WatchedProcess, last_lines
 from .config import LoRAConfig, TrainingConfig
+from .held_out import HeldOutLosses
 from .packing import TokenizedRow
 from .progress import ProgressFunction, TrainingProgress
 from .trainer import TrainedAdapter, train_adapter
@@ -134,11 +135,13 @@ def _result(work: Path, code: int | None, processes: int) -> TrainedAdapter:
             "trains in this process."
         )
     history = tuple(TrainingProgress(**line) for line in values.pop("history"))
+    for name in ("base", "best"):
+        values[name] = values[name] and HeldOutLosses(**values[name])
     return TrainedAdapter(folder=Path(values.pop("folder")), history=history, **values)
 
 
 def _write_rows(path: Path, rows: Sequence[TokenizedRow]) -> str:
-    atomic_write(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    atomic_write(path, "".join(json.dumps(vars(row)) + "\n" for row in rows))
     return str(path)
 
 

@@ -62,7 +62,7 @@ def test_loss_and_gradients_are_those_of_rows_alone(family: tuple[Family, Any]) 
         alone = [_loss_alone(model, row) for row in ROWS]
         alone_grads = torch.autograd.grad(sum(alone), weights)
         with row_loss(model, torch.float32, max(map(len, ROWS))) as loss:
-            together = sum(loss.loss_sum(batch) for batch in loss.plan(ROWS, 10_000))
+            together = sum(loss.token_losses(batch).sum() for batch in loss.plan(ROWS, 10_000))
             grads = torch.autograd.grad(together, weights)
     assert loss.packed == expected.packed
     assert float(together.detach()) == pytest.approx(float(sum(alone).detach()), rel=1e-4)

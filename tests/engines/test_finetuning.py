@@ -12,15 +12,17 @@ import pytest
 import torch
 from dspy.lm15 import Config, Message, Request
 from peft import PeftModel
-from small_models import generated
+from small_models import CHATML, generated, save_model
 from transformers import AutoModelForCausalLM
 
-from bettertogether.engines import FinetuneResult, TrainingProgress, TrainingRow, TransformersEngine
-from bettertogether.engines.finetuning import prepare, train
+from bettertogether.engines import FieldSpan, FinetuneResult, TrainingProgress, TrainingRow, TransformersEngine
+from bettertogether.engines.finetuning import prepare, tokenized, train
+from bettertogether.engines.thinking import with_thoughts
 from bettertogether.errors import NoTrainingDataError, UnknownAdapterError
 from bettertogether.training import fused
 from bettertogether.training.adapter_folder import content_hash
 from bettertogether.training.config import LoRAConfig, TrainingConfig
+from bettertogether.training.packing import TokenizedRow
 
 TRAINING = TrainingConfig(epochs=12, batch_size=4, learning_rate=2e-2, dtype="float32")
 LORA = LoRAConfig(rank=4)
@@ -210,3 +212,86 @@ def test_a_damaged_adapter_makes_room_for_the_one_that_is_trained_again(trained:
         again = engine.finetune(ROWS, lora=LORA, training=SHORT, folder=tmp_path)
         assert (again.model, again.folder) == (first.model, first.folder)
         assert weights.read_bytes() == whole
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"label": {"enum": ["positive", "negative"]}, "reason": {"type": "string"}},
+    "required": ["label", "reason"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "schema": SCHEMA}
+COMPLETION = json.dumps({"label": "negative", "reason": "é no"}, indent=2, ensure_ascii=False)
+SPANS = tuple(
+    FieldSpan(name, COMPLETION.index(value), COMPLETION.index(value) + len(value))
+    for name, value in (("label", "negative"), ("reason", "é no"))
+)
+
+
+def asked(forms: tuple[str, ...] = (), completion: str = COMPLETION, **options: Any) -> TrainingRow:
+    prompts = [({"role": "user", "content": text},) for text in ("What?", *forms)]
+    return TrainingRow(prompts[0], completion, tuple(prompts[1:]), **options)
+
+
+def texts(engine: TransformersEngine, row: TokenizedRow, kept: list[bool]) -> str:
+    ids = [token_id for token_id, keep in zip(row.completion_ids, kept, strict=True) if keep]
+    return str(engine._card.tokenizer.decode(ids))
+
+
+def test_the_tokens_that_a_rows_grammar_leaves_free_and_those_of_its_fields_are_marked(
+    engine: TransformersEngine,
+) -> None:
+    pytest.importorskip("llguidance")
+    (row,), _ = tokenized(engine, [asked(response_format=FORMAT, fields=SPANS)])
+    assert texts(engine, row, row.free) == 'né no"'
+    assert texts(engine, row, [name == "label" for name in row.fields]) == "negative"
+    assert texts(engine, row, [name == "reason" for name in row.fields]) == "é no"
+    assert (row.forced[-1], row.fields[-1]) == (True, "")
+
+
+def test_without_a_schema_or_with_an_answer_that_breaks_it_no_token_is_forced(engine: TransformersEngine) -> None:
+    rows, _ = tokenized(engine, [asked(), asked(completion="negative", response_format=FORMAT)])
+    assert [(row.forced, row.fields) for row in rows] == [([], []), ([], [])]
+
+
+def test_without_llguidance_no_token_is_forced(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bettertogether.engines.base_engine.structured_output_available", lambda: False)
+    (row,), _ = tokenized(engine, [asked(response_format=FORMAT, fields=SPANS)])
+    assert row.forced == []
+    assert set(row.fields) == {"", "label", "reason"}
+
+
+def test_prompts_with_demos_that_are_too_long_are_left_out_and_counted(
+    engine: TransformersEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    (row,), skipped = tokenized(engine, [asked(forms=("short", "x" * 5000, "brief"))])
+    expected = [engine.prompt_tokens([{"role": "user", "content": text}]) for text in ("short", "brief")]
+    assert (row.forms, skipped) == (expected, [])
+    assert "1 of 3 prompts with demos, too long" in caplog.text
+
+
+def test_a_result_has_the_losses_of_free_tokens_all_tokens_and_fields(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    pytest.importorskip("llguidance")
+    rows = [asked(forms=("Which?",), response_format=FORMAT, fields=SPANS)]
+    result = engine.finetune(rows, validation_rows=rows, lora=LORA, training=TRAINING, folder=tmp_path)
+    losses = [
+        (result.base_validation_loss, result.validation_loss),
+        result.all_tokens_loss,
+        *result.field_losses.values(),
+    ]
+    assert list(result.field_losses) == ["label", "reason"]
+    assert len(set(losses)) == 4
+    assert all(before > after > 0 for before, after in losses)
+
+
+def test_the_answer_after_thoughts_is_what_the_grammar_forces(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    template = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    engine = TransformersEngine(save_model(tmp_path / "thinks", template=template))
+    for thoughts in ("", "hm"):
+        completion = with_thoughts(thoughts, COMPLETION) if thoughts else COMPLETION
+        (row,), _ = tokenized(engine, [asked(completion=completion, response_format=FORMAT)])
+        assert texts(engine, row, row.free) == f'{thoughts}\n</think>\n\nné no"'
+    engine.close()

@@ -273,3 +273,33 @@ def test_without_llguidance_the_error_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setattr(structured, "structured_output_available", lambda: False)
     with pytest.raises(MissingExtraError, match=r"pip install 'bettertogether\[structured\]'"):
         GrammarCompiler(TOKENIZER, VOCABULARY, [258]).constraint({"type": "json_object"})
+
+
+LABEL = object_of(label={"enum": ["positive", "negative"]})
+TEXT = object_of(answer={"type": "string"})
+
+
+def free_characters(schema: dict[str, Any], text: str) -> str:
+    """The characters of an answer that the grammar leaves free, "$" for the end, with a token a byte."""
+    token_ids = [*TOKENIZER(text, add_special_tokens=False).input_ids, 258]
+    forced = answer(schema).forced_of(token_ids)
+    return "".join(each for each, is_forced in zip(text + "$", forced, strict=True) if not is_forced)
+
+
+def test_of_a_label_only_the_character_that_tells_it_from_others_is_free() -> None:
+    assert free_characters(LABEL, dumps({"label": "negative"})) == "n"
+
+
+def test_of_a_text_its_characters_and_its_end_are_free() -> None:
+    assert free_characters(TEXT, dumps({"answer": "yes, no"})) == 'yes, no"'
+
+
+def test_the_end_of_an_answer_that_may_go_on_is_free() -> None:
+    assert free_characters({"type": "integer"}, "12") == "12$"
+
+
+@pytest.mark.parametrize(
+    "text", ['{"label": "positive"}', dumps({"label": "neutral"}), '{\n  "label": "pos', "positive"]
+)
+def test_nothing_is_forced_in_an_answer_that_the_grammar_does_not_allow(text: str) -> None:
+    assert free_characters(LABEL, text) == text + "$"

@@ -11,7 +11,7 @@ from tiny import FAMILIES, GEMMA2, SIZES, VOCABULARY, random_rows, tiny_model
 from transformers import GPT2Config, Lfm2Config, LlamaConfig
 
 from bettertogether.training import loss as loss_module
-from bettertogether.training.fused import completion_loss_sum
+from bettertogether.training.fused import completion_losses
 from bettertogether.training.loss import row_loss, why_not_packed
 
 ROWS = [*random_rows(5, shared=20), *random_rows(3, shared=0, seed=1)]
@@ -25,7 +25,7 @@ def test_a_family_with_capped_attention_scores_trains_on_padded_rows_with_the_sa
     expected_grads = torch.autograd.grad(expected, weights)
     with row_loss(model, torch.float32, LONGEST) as loss:
         batches = loss.plan(ROWS, max_tokens=4 * LONGEST)
-        found = sum(loss.loss_sum(batch) for batch in batches)
+        found = sum(loss.token_losses(batch).sum() for batch in batches)
         grads = torch.autograd.grad(found, weights)
     assert not loss.packed
     assert len(batches) > 1
@@ -97,7 +97,7 @@ def test_bfloat16_loss_is_near_the_float32_loss() -> None:
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         with row_loss(model, dtype, LONGEST) as loss, torch.no_grad():
-            losses.append(float(sum(loss.loss_sum(batch) for batch in loss.plan(ROWS, 10_000))))
+            losses.append(float(sum(loss.token_losses(batch).sum() for batch in loss.plan(ROWS, 10_000))))
     assert losses[1] != losses[0]
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
@@ -108,7 +108,7 @@ def test_completion_loss_and_its_gradient_are_cross_entropys(monkeypatch: pytest
     logits_N_V = torch.randn(10, VOCABULARY, requires_grad=True)
     labels_N = torch.randint(VOCABULARY, (10,))
     expected = torch.nn.functional.cross_entropy(logits_N_V, labels_N, reduction="sum")
-    found = completion_loss_sum(logits_N_V, labels_N)
+    found = completion_losses(logits_N_V, labels_N).sum()
     grads = [torch.autograd.grad(x / 7, logits_N_V)[0] for x in (found, expected)]
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     assert relative_error(grads[:1], grads[1:]) < 1e-6

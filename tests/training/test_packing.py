@@ -7,6 +7,7 @@ from bettertogether.training.packing import (
     MicroBatch,
     PrefixGroup,
     TokenizedRow,
+    drawn_form,
     epoch_batches,
     micro_batches,
     pack,
@@ -103,3 +104,24 @@ def test_each_completion_token_is_predicted_at_the_token_before_it() -> None:
         (5, 6),
         (7, 8),
     ]
+
+
+WITH_FORMS = [
+    TokenizedRow([1], [2], forms=[[3], [4], [5]]),
+    TokenizedRow([1], [2], forms=[[6], [7]]),
+    TokenizedRow([1], [2]),
+]
+
+
+def test_a_share_of_the_batches_shows_forms_each_as_often_drawn_by_seed_epoch_and_number() -> None:
+    draws = [drawn_form(WITH_FORMS, 0.6, 5, epoch, batch) for epoch in range(20) for batch in range(100)]
+    assert draws == [drawn_form(WITH_FORMS[:1], 0.6, 5, epoch, batch) for epoch in range(20) for batch in range(100)]
+    assert [round(draws.count(form) / 2000, 1) for form in (None, 0, 1, 2)] == [0.4, 0.2, 0.2, 0.2]
+    assert draws != [drawn_form(WITH_FORMS, 0.6, 6, epoch, batch) for epoch in range(20) for batch in range(100)]
+    assert {drawn_form(WITH_FORMS, 0.0, 5, 1, batch) for batch in range(20)} == {None}
+    assert {drawn_form(WITH_FORMS, 1.0, 5, 1, batch) for batch in range(20)} == {0, 1, 2}
+    assert {drawn_form(WITH_FORMS[2:], 1.0, 5, 1, batch) for batch in range(20)} == {None}
+
+
+def test_a_row_with_fewer_forms_counts_round_and_one_without_shows_its_prompt() -> None:
+    assert [row.shown(2).prompt_ids for row in WITH_FORMS] == [[5], [6], [1]]

@@ -272,14 +272,14 @@ def test_running_out_of_memory_halves_the_passes_and_goes_on(tmp_path: Path, mon
     from bettertogether.training.loss import RowLoss
 
     expected = train(tmp_path / "whole")
-    original = RowLoss.loss_sum
+    original = RowLoss.token_losses
 
-    def loss_sum(self: RowLoss, batch: Any) -> torch.Tensor:
+    def token_losses(self: RowLoss, batch: Any) -> torch.Tensor:
         if batch.tokens > 60:
             raise torch.OutOfMemoryError
         return original(self, batch)
 
-    monkeypatch.setattr(RowLoss, "loss_sum", loss_sum)
+    monkeypatch.setattr(RowLoss, "token_losses", token_losses)
     result = train(tmp_path / "split")
     assert [line.loss for line in result.history] == pytest.approx([line.loss for line in expected.history], rel=1e-4)
 
@@ -287,10 +287,10 @@ def test_running_out_of_memory_halves_the_passes_and_goes_on(tmp_path: Path, mon
 def test_memory_too_small_for_one_row_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bettertogether.training.loss import RowLoss
 
-    def loss_sum(self: RowLoss, batch: Any) -> torch.Tensor:
+    def token_losses(self: RowLoss, batch: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(RowLoss, "loss_sum", loss_sum)
+    monkeypatch.setattr(RowLoss, "token_losses", token_losses)
     with pytest.raises(TrainingError, match="memory doesn't suffice for a single row"):
         train(tmp_path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,27 @@ from tiny import random_rows, tiny_model
 
 from bettertogether.errors import ConfigError, TrainingError
 from bettertogether.training import TrainingConfig
+from bettertogether.training.packing import TokenizedRow
 from bettertogether.training.progress import TrainingProgress
 from bettertogether.training.trainer import train_adapter
 from bettertogether.training.worker import _result, launch
 
-ROWS = random_rows(10, shared=20)
-HELD_OUT = random_rows(3, shared=20)
+
+def marked(rows: list[TokenizedRow]) -> list[TokenizedRow]:
+    """Rows whose first token alone is free, and is field a; with two forms."""
+    return [
+        replace(
+            row,
+            forms=[[*range(3, 19), *row.prompt_ids], [*range(30, 46), *row.prompt_ids]],
+            forced=[False, *[True] * (len(row.completion_ids) - 1)],
+            fields=["a", *[""] * (len(row.completion_ids) - 1)],
+        )
+        for row in rows
+    ]
+
+
+ROWS = marked(random_rows(10, shared=20))
+HELD_OUT = marked(random_rows(3, shared=20))
 
 
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
@@ -40,6 +56,8 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert two.validation_loss == pytest.approx(one.validation_loss, rel=1e-4)
+    assert two.best.all_tokens == pytest.approx(one.best.all_tokens, rel=1e-4)
+    assert two.best.fields == {"a": pytest.approx(one.best.fields["a"], rel=1e-4)}
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-3
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [

@@ -22,7 +22,7 @@ from ..finetuning import TrainingJob, train
 from ..loading import is_out_of_memory, load_model
 from ..protocol import FinetuneResult, TrainingRow
 from ..responses import ResponseWriter
-from ..structured import GrammarCompiler, structured_output_available
+from ..structured import structured_output_available
 from .choice import make_decoder
 from .closing import ClosingConstraint
 from .decoder import Decoder, Row, TokenConstraint
@@ -59,7 +59,6 @@ class TransformersEngine(BaseEngine):
         self.concurrency = self.options.max_batch_size
         self.supports_response_schema = structured_output_available()
         self.supported_params = PARAMS | ({"response_format"} if self.supports_response_schema else frozenset())
-        self._grammars = GrammarCompiler(self._card.tokenizer, self._card.vocabulary, sorted(self._eos_ids))
         self._writer = ResponseWriter(self._card.tokenizer, thinks=self._renderer.thinks)
         self._model: Any = None
         self._shapes: Mapping[str, tuple[int, int]] = {}
