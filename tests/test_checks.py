@@ -33,6 +33,7 @@ WRONG: dict[Any, dict[str, list[Any]]] = {
         "lora": [5, {"r": 8}],
         "training": [None, "fast"],
         "train_prompt": ["best", None],
+        "max_demos": ["3", 0, 1.5, None, True],
         "max_rescue_share": ["x", -0.1, 1.1, None],
         "sample_passing": ["x"],
         "max_traces_per_example": ["2", 0, 1.5],

@@ -113,6 +113,13 @@ class DataCard(Saved):
     samples: tuple[SampleRow, ...]
     """Up to five rows."""
     warnings: tuple[str, ...] = ()
+    rows_with_demos: Count = 0
+    """Rows that are also shown with demos in their prompt."""
+    demo_sets: Mapping[str, Count] = field(default_factory=dict)
+    """Where those demos come from, to how many sets of them there are: "given" (the program's own prompts), "earlier"
+    (those of earlier prompt steps), "traces" and "labels"."""
+    forms_left_out: Mapping[str, Count] = field(default_factory=dict)
+    """Prompts with demos in whose place a row shows the zero-shot prompt, by reason."""
 
 
 @dataclass(frozen=True)

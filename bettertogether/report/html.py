@@ -38,6 +38,8 @@ _CARD_COUNTS = {
     "kept_by_source": "kept, by source",
     "dropped_by_reason": "dropped, by reason",
     "dropped_by_predictor": "dropped, by predictor",
+    "demo_sets": "sets of demos shown, by origin",
+    "forms_left_out": "prompts with demos left out, by reason",
 }
 
 
@@ -238,6 +240,8 @@ def _data_card(card: DataCard) -> str:
     counts = {title: getattr(card, name) for name, title in _CARD_COUNTS.items()}
     groups = "".join(f"<div><h4>{_text(title)}</h4>{bars(each)}</div>" for title, each in counts.items() if each)
     facts = [f"{card.examples_covered} of {card.examples} examples gave rows"]
+    if card.rows_with_demos:
+        facts.append(f"{card.rows_with_demos} rows are shown with demos too")
     for name, spread in (("prompt tokens", card.prompt_tokens), ("completion tokens", card.completion_tokens)):
         if spread:
             facts.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in spread.items()))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..engines.protocol import LocalEngine
 from ..records import DataCard
+from .prompt_forms import PromptForms
 from .rows import Row
 
 
@@ -16,9 +17,11 @@ def make_data_card(
     *,
     dropped: Mapping[tuple[str, str], int],
     examples: int,
+    forms: PromptForms | None = None,
     warnings: Iterable[str] = (),
 ) -> DataCard:
-    """Count the rows; `engines` maps predictor names to engines, `dropped` (predictor, reason) to counts."""
+    """Count the rows; `engines` maps predictor names to engines, `dropped` (predictor, reason) to counts, and
+    `forms` knows the prompts with demos that the rows were given."""
     lengths: dict[str, list[int]] = defaultdict(list)
     for row in rows:
         engine = engines.get(row.predictor) or next(iter(engines.values()))
@@ -40,8 +43,11 @@ def make_data_card(
         examples_covered=len({row.example for row in rows}),
         prompt_tokens=_spread(lengths["prompt"]),
         completion_tokens=_spread(lengths["completion"]),
-        samples=tuple(row.to_json() for row in rows[::step][:5]),
+        samples=tuple(row.sample for row in rows[::step][:5]),
         warnings=tuple(warnings),
+        rows_with_demos=sum(bool(row.forms) for row in rows),
+        demo_sets=dict(forms.count_by_source()) if forms else {},
+        forms_left_out=dict(forms.left_out) if forms else {},
     )
 
 

@@ -16,8 +16,11 @@ from dspy.adapters.decision import resolve_adapter
 from dspy.adapters.utils import annotation_allows_none
 from dspy.lm15 import Request
 
-from ..engines.protocol import ChatMessage, LocalEngine
+from ..engines.protocol import ChatMessage, FieldSpan, LocalEngine
 from ..errors import DataError
+
+PLACEHOLDER = "value-of-the-field"
+"""Stands for a value while it is looked where an adapter writes that."""
 
 
 class RequestTaken(BaseException):
@@ -89,11 +92,7 @@ def render_completion(
 ) -> str:
     """The answer as the adapter in use writes it; where that is not read back as the same outputs, or the adapter
     can't write one, `text`, which is how the LM wrote it. Raises DataError when neither is read back."""
-    signature = predictor.signature
-    lm = predictor.lm
-    adapter = adapter or dspy.settings.adapter or ChatAdapter()
-    adapter = resolve_adapter(lm, adapter, signature, predictor.fields, signature)
-    processed = adapter._call_preprocess(lm, {}, signature, dict(inputs))
+    adapter, processed = _writer(predictor, inputs, adapter)
     missing = [
         name
         for name, info in processed.output_fields.items()
@@ -107,6 +106,46 @@ def render_completion(
         if text is None:
             raise
         return _checked(adapter, processed, outputs, text)
+
+
+def field_spans(
+    predictor: dspy.Predict,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+    completion: str,
+    *,
+    adapter: Any = None,
+) -> tuple[FieldSpan, ...]:
+    """Where the values of the output fields stand in an answer that `render_completion` gave, with the quotes that an
+    adapter writes around one. A field that is empty or can't be located has none: it is found by writing the answer
+    with another value in its place."""
+    adapter, processed = _writer(predictor, inputs, adapter)
+    spans = (_span(adapter, processed, outputs, completion, name) for name in processed.output_fields)
+    return tuple(span for span in spans if span is not None)
+
+
+def _span(
+    adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str, Any], completion: str, name: str
+) -> FieldSpan | None:
+    try:
+        other = _written(adapter, signature, {**outputs, name: PLACEHOLDER})
+    except Exception:  # an adapter of the user's may take values of the field's type alone
+        return None
+    head, found, tail = other.partition(PLACEHOLDER)
+    if head[-1:] == tail[:1] == '"':
+        head, tail = head[:-1], tail[1:]
+    start, end = len(head), len(completion) - len(tail)
+    if not found or not completion.startswith(head) or not completion.endswith(tail) or start >= end:
+        return None
+    return FieldSpan(name, start, end)
+
+
+def _writer(predictor: dspy.Predict, inputs: Mapping[str, Any], adapter: Any) -> tuple[Any, type[dspy.Signature]]:
+    """The adapter that reads and writes the predictor's answers, and the signature as it does."""
+    signature, lm = predictor.signature, predictor.lm
+    adapter = adapter or dspy.settings.adapter or ChatAdapter()
+    adapter = resolve_adapter(lm, adapter, signature, predictor.fields, signature)
+    return adapter, adapter._call_preprocess(lm, {}, signature, dict(inputs))
 
 
 def _written(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engines.protocol import ChatMessage, TrainingRow
+from ..engines.protocol import ChatMessage, FieldSpan, TrainingRow
 from ..errors import DataError
 from ..files import atomic_write
 from ..records import SampleRow
@@ -28,14 +28,33 @@ class Row:
     label: str | None = None
     source: str = "student"
     """"student", "teacher", "sample", "rescue", or "given" for rows of the user's own."""
+    forms: tuple[tuple[ChatMessage, ...], ...] = ()
+    """Prompts with demos that the call is shown with as well; the one of a number has the same demos in all rows of
+    the predictor."""
+    response_format: Mapping[str, Any] | None = None
+    """What the request asks of the answer, as the engine gets it."""
+    fields: tuple[FieldSpan, ...] = ()
+    """Where the values of output fields stand in the completion."""
 
     @property
     def training_row(self) -> TrainingRow:
         """What the engine trains on."""
-        return TrainingRow(self.messages, self.completion)
+        return TrainingRow(self.messages, self.completion, self.forms, self.response_format, self.fields)
 
-    def to_json(self) -> SampleRow:
+    def to_json(self) -> dict[str, Any]:
         """Prompt-completion form that `datasets.load_dataset("json")` and trl read."""
+        # As text, since every schema is of another shape, and a column of a table has one.
+        asked = None if self.response_format is None else json.dumps(self.response_format, ensure_ascii=False)
+        known = {
+            "forms": [list(form) for form in self.forms],
+            "response_format": asked,
+            "fields": [span._asdict() for span in self.fields],
+        }
+        return {**self.sample, **{name: value for name, value in known.items() if value}}
+
+    @property
+    def sample(self) -> SampleRow:
+        """The row as a data card shows it, without its other forms."""
         return {
             "prompt": list(self.messages),
             "completion": [{"role": "assistant", "content": self.completion}],
@@ -49,22 +68,36 @@ class Row:
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         """Inverse of `to_json`. Raises DataError."""
         try:
-            prompt = tuple({"role": m["role"], "content": m["content"]} for m in data["prompt"])
             answer = data["completion"]
             text = answer if isinstance(answer, str) else answer[-1]["content"]
+            asked = data.get("response_format")
             return cls(
-                prompt,  # type: ignore[arg-type]
+                _messages(data["prompt"]),
                 text,
                 data.get("predictor", ""),
                 data.get("example", -1),
                 data.get("label"),
                 data.get("source", "given"),
+                tuple(_messages(form) for form in data.get("forms") or ()),
+                None if asked is None else json.loads(asked),
+                tuple(_span(span, text) for span in data.get("fields") or ()),
             )
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, ValueError) as error:
             raise DataError(
                 f'Not a row: {json.dumps(data, default=str)[:200]} ({error!r}). A row is {{"prompt": [messages], '
                 '"completion": text or [message], "predictor": name}}.'
             ) from error
+
+
+def _messages(turns: Iterable[Mapping[str, str]]) -> tuple[ChatMessage, ...]:
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+
+
+def _span(data: Mapping[str, Any], text: str) -> FieldSpan:
+    span = FieldSpan(data["name"], data["start"], data["end"])
+    if not 0 <= span.start <= span.end <= len(text):
+        raise ValueError(f"{span} lies outside of the completion")
+    return span
 
 
 def balance_labels(labels: Sequence[str | None], wanted: Sequence[str | None], max_repeat: int = 3) -> list[int]:

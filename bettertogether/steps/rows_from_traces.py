@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import dspy
-from dspy.adapters.utils import serialize_for_json
 
 from ..checks import is_number, require_one_of, require_switch, require_whole
 from ..engines.protocol import LocalEngine
@@ -22,7 +21,9 @@ from ..rollouts.labels import label_fields, labels_of, output_names, stratified_
 from ..rollouts.rollout import Call
 from ..rollouts.traces import Trace, TraceSet
 from .data_card import make_data_card
-from .prompt_capture import render_completion, render_prompt
+from .demo_examples import without_example
+from .prompt_capture import field_spans, render_completion, take_request
+from .prompt_forms import PromptForms
 from .rows import Row, balance_labels, write_rows
 
 DOMINANT_SHARE = 0.8
@@ -33,7 +34,7 @@ STRANGER = "call of a predictor that is none of the program's"
 NO_CALLS = "no calls to learn from"
 """Why a passing trace is left out: the program answered by itself, or its calls were not seen."""
 
-TrainPrompt = Literal["vanilla", "optimized", "mixed"]
+TrainPrompt = Literal["varied", "vanilla", "optimized", "mixed"]
 
 Reasoning = Literal["strip", "keep"]
 
@@ -60,8 +61,11 @@ class Collected:
 class RowOptions:
     """Which passing traces become rows, and with what prompt."""
 
-    train_prompt: TrainPrompt = "vanilla"
-    """"vanilla": no demos (the paper's); "optimized": the predictor's demos; "mixed": a row with each."""
+    train_prompt: TrainPrompt = "varied"
+    """"varied": the zero-shot prompt, and up to 8 prompts with demos of other examples as the row's forms; "vanilla":
+    no demos (the paper's); "optimized": the predictor's demos; "mixed": a row with each."""
+    max_demos: int = 3
+    """Demos drawn for a form of a "varied" prompt, at most."""
     max_traces_per_example: int = 2
     """Distinct passing traces kept of one example."""
     max_rescue_share: float = 1.0
@@ -78,6 +82,7 @@ class RowOptions:
         require_one_of("reasoning", self.reasoning, get_args(Reasoning))
         if not is_number(self.max_rescue_share) or not 0 <= self.max_rescue_share <= 1:
             raise ConfigError(f"max_rescue_share={self.max_rescue_share!r} is not allowed: give a number from 0 to 1.")
+        require_whole("max_demos", self.max_demos, 1, meaning="1 or more")
         require_whole("max_traces_per_example", self.max_traces_per_example, 1, meaning="1 or more")
         require_switch("balance", self.balance)
         if not isinstance(self.label_field, str | None):
@@ -85,9 +90,17 @@ class RowOptions:
 
 
 def rows_from_traces(
-    student: dspy.Module, trainset: Sequence[dspy.Example], traces: TraceSet, trainable: Trainable, options: RowOptions
+    student: dspy.Module,
+    trainset: Sequence[dspy.Example],
+    traces: TraceSet,
+    trainable: Trainable,
+    options: RowOptions,
+    *,
+    earlier: Sequence[dspy.Module] = (),
+    seed: int = 0,
 ) -> Collected:
-    """The rows of the passing traces. Raises NoTrainingDataError with the counts when there are none."""
+    """The rows of the passing traces. `earlier` are programs whose prompts "varied" rows are shown too, and `seed`
+    draws the demos. Raises NoTrainingDataError with the counts when there are none."""
     dropped: Counter[tuple[str, str]] = Counter({("", reason): n for reason, n in traces.reasons().items()})
     plain = [trace for trace in traces.traces if not hint_leaks(trace)]
     dropped["", "answer talks about the hint"] += len(traces.traces) - len(plain)
@@ -100,7 +113,10 @@ def rows_from_traces(
     )
     dropped.update({("", reason): count for reason, count in unchosen.items()})
     dropped["", STRANGER] += sum(trace.strangers for trace in chosen)
-    by_trace = [_rows_of(student, trace, trainable, options, dropped) for trace in chosen]
+    forms = None
+    if options.train_prompt == "varied":
+        forms = PromptForms(student, trainset, chosen, earlier=earlier, max_demos=options.max_demos, seed=seed)
+    by_trace = [_rows_of(student, trace, trainable, options, dropped, forms) for trace in chosen]
     usable = [(trace, rows) for trace, rows in zip(chosen, by_trace, strict=True) if rows]
     labels = labels_of(trainset, options.label_field, output_names(student))
     kept_labels = [trace.label for trace, _ in usable]
@@ -111,8 +127,8 @@ def rows_from_traces(
     reasons = +dropped
     if not rows:
         raise NoTrainingDataError(_no_rows(traces, reasons))
-    warnings = [*_label_warnings(rows, labels), *_no_labels(trainset, output_names(student))]
-    card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), warnings=warnings)
+    warnings = [*_label_warnings(rows, labels), *_no_labels(trainset, output_names(student)), *_no_forms(forms)]
+    card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), forms=forms, warnings=warnings)
     return Collected(tuple(rows), card, traces.ledger, traces.warnings)
 
 
@@ -172,38 +188,31 @@ def _rows_of(
     trainable: Trainable,
     options: RowOptions,
     dropped: Counter[tuple[str, str]],
+    forms: PromptForms | None,
 ) -> list[Row]:
     predictors = predictors_of(student)
     rows: list[Row] = []
     for call in trace.calls:
         if call.predictor not in trainable:
             continue
-        origin = {"example": trace.index, "label": trace.label, "source": trace.source}
+        origin: dict[str, Any] = {"example": trace.index, "label": trace.label, "source": trace.source}
         engine = trainable[call.predictor][0]
+        kind: dict[str, Any] = {"train_prompt": options.train_prompt, "reasoning": options.reasoning, "forms": forms}
         try:
-            rows += rows_of_call(
-                predictors[call.predictor], engine, call, options.train_prompt, reasoning=options.reasoning, **origin
-            )
+            rows += rows_of_call(predictors[call.predictor], engine, call, **kind, **origin)
         except DataError as error:
             dropped[call.predictor, str(error)] += 1
     return list({(row.predictor, repr(row.messages), row.completion): row for row in rows}.values())
 
 
-def without_example(demos: Sequence[Any], inputs: Mapping[str, Any]) -> list[Any]:
-    """The demos that don't show these very inputs, so that a row's prompt does not hold its own answer."""
-    # As JSON or text, which is how they are shown: arrays and tables can't be compared.
-    asked = {name: serialize_for_json(value) for name, value in inputs.items()}
-    return [demo for demo in demos if any(serialize_for_json(demo.get(n)) != shown for n, shown in asked.items())]
-
-
 def prompt_variants(predictor: dspy.Predict, call: Call, train_prompt: TrainPrompt) -> list[list[Any]]:
-    """The demos of each prompt that a call gives a row for. Raises DataError for a call with demos of its own that
-    show its very inputs."""
+    """The demos of each prompt that a call gives a row for, forms not among them. Raises DataError for a call with
+    demos of its own that show its very inputs."""
     if call.demos is not None:
         if len(without_example(call.demos, call.inputs)) < len(call.demos):
             raise DataError("the demos that the call was given show its own inputs")
         return [list(call.demos)]
-    if train_prompt == "vanilla":
+    if train_prompt in ("varied", "vanilla"):
         return [[]]
     optimized = without_example(predictor.demos, call.inputs)
     return [optimized] if train_prompt == "optimized" or not optimized else [[], optimized]
@@ -215,25 +224,42 @@ def rows_of_call(
     call: Call,
     train_prompt: TrainPrompt,
     *,
+    example: int,
     reasoning: Reasoning = "strip",
+    forms: PromptForms | None = None,
     **origin: Any,
 ) -> list[Row]:
-    """The rows of one call; `origin` gives example, label and source. Raises DataError with the reason to drop it."""
+    """The rows of one call; `origin` gives label and source. Raises DataError with the reason to drop it."""
     if call.cut or call.unfit:
         raise DataError("cut at max_tokens" if call.cut else call.unfit)
     if call.signature is not None:
         predictor = copy.copy(predictor)
         predictor.signature = call.signature
     completion = render_completion(predictor, call.inputs, call.outputs, adapter=call.adapter, text=call.text)
+    fields = field_spans(predictor, call.inputs, call.outputs, completion, adapter=call.adapter)
     if reasoning == "keep" and call.thoughts:
+        thoughts = len(with_thoughts(call.thoughts, ""))
         completion = with_thoughts(call.thoughts, completion)
+        fields = tuple(span._replace(start=span.start + thoughts, end=span.end + thoughts) for span in fields)
+    room = engine.max_length - len(engine.completion_tokens(completion))
     rows = []
     for demos in prompt_variants(predictor, call, train_prompt):
-        messages = render_prompt(predictor, engine, call.inputs, demos, config=call.config, adapter=call.adapter)
-        length = len(engine.prompt_tokens(messages)) + len(engine.completion_tokens(completion))
-        if length > engine.max_length:
+        request = take_request(predictor, call.inputs, demos, config=call.config, adapter=call.adapter)
+        messages = engine.messages(request)
+        if len(engine.prompt_tokens(messages)) > room:
             raise DataError(f"longer than the model's context of {engine.max_length} tokens")
-        rows.append(Row(messages, completion, call.predictor, **origin))
+        rows.append(
+            Row(
+                messages,
+                completion,
+                call.predictor,
+                example,
+                forms=forms.of_call(call, example, engine, messages, room) if forms else (),
+                response_format=request.config.response_format,
+                fields=fields,
+                **origin,
+            )
+        )
     return rows
 
 
@@ -273,6 +299,17 @@ def _no_labels(trainset: Sequence[dspy.Example], outputs: Collection[str]) -> li
     return [
         f"{answers} of the trainset are declared as inputs, though the program answers them: they are not taken for "
         "labels, so nothing is rescued or balanced. Leave them out of with_inputs(...)."
+    ]
+
+
+def _no_forms(forms: PromptForms | None) -> list[str]:
+    if forms is None or not forms.without_demos:
+        return []
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in forms.left_out.items())
+    return [
+        f"train_prompt='varied': no row of {forms.without_demos} is shown demos, only the zero-shot prompt: "
+        f"{reasons or 'there is no example that can be one'}. Prompts with demos may suit the tuned model less. Give "
+        "more examples, or train_prompt='vanilla'."
     ]
 
 

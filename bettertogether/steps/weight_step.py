@@ -7,7 +7,6 @@ per LM on them (or one per predictor), and put the tuned LM into the predictors.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,24 +24,18 @@ from ..printable import get_logger
 from ..programs.program import as_programs, copy_for_step, predictors_of, require_program, require_reachable
 from ..records import DataCard, HeldOutLoss, Ledger, LossLine, TrainedAdapter, WeightDetails
 from ..rollouts.examples import check_examples
-from ..rollouts.labels import stratified_order
 from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Sampling, collect_traces
 from ..training.config import LoRAConfig, TrainingConfig
+from .adapter_rows import AdapterKey, adapter_key, hold_out, rows_by_adapter
 from .data_card import make_data_card
 from .rows import Row, read_rows, write_rows
 from .rows_from_traces import Collected, Reasoning, RowOptions, Trainable, TrainPrompt, rows_from_traces
 from .step import Step, StepContext, StepResult
 
 logger = get_logger(__name__)
-
-FEWEST_VALIDATION_ROWS = 4
-
-AdapterKey = tuple[int, str, str]
-"""(engine, model name, predictor or ""): what shares one adapter. The engine counts, since two may hold base models of
-one name."""
 
 
 class LoRAFinetune(Step, Teleprompter):
@@ -53,8 +46,11 @@ class LoRAFinetune(Step, Teleprompter):
             the trace. None accepts every run that does not fail.
         lora: Shape of the adapter.
         training: How to train.
-        train_prompt: Prompt of the rows: "vanilla" (the paper's) is the zero-shot prompt, and the tuned program then
-            runs without demos; "optimized" keeps the demos in both; "mixed" trains on both and keeps the demos.
+        train_prompt: Prompts that the rows are shown with: "varied", the zero-shot prompt and prompts with demos of
+            other examples, such as prompt steps search, and the tuned program keeps the prompts it had; "vanilla" (the
+            paper's), the zero-shot prompt alone, and the tuned program runs without demos; "optimized", the program's
+            own demos, which it keeps; "mixed", a row with them and one without.
+        max_demos: Demos that are drawn for a "varied" prompt, at most.
         num_samples: More tries, at `temperature`, for an example whose run failed. 0 turns them off.
         temperature: One number, or several used in turn.
         rescue: Give an example that failed all tries one more, with its label as a hint that no row shows (STaR).
@@ -81,7 +77,8 @@ class LoRAFinetune(Step, Teleprompter):
         *,
         lora: LoRAConfig = LoRAConfig(),
         training: TrainingConfig = TrainingConfig(),
-        train_prompt: TrainPrompt = "vanilla",
+        train_prompt: TrainPrompt = "varied",
+        max_demos: int = 3,
         num_samples: int = 4,
         temperature: float | Sequence[float] = 1.0,
         rescue: bool = True,
@@ -123,6 +120,7 @@ class LoRAFinetune(Step, Teleprompter):
         self.sampling = Sampling(num_samples, temperature, rescue, sample_passing)
         self.rows = RowOptions(
             train_prompt=train_prompt,
+            max_demos=max_demos,
             max_traces_per_example=max_traces_per_example,
             max_rescue_share=max_rescue_share,
             balance=balance,
@@ -141,8 +139,8 @@ class LoRAFinetune(Step, Teleprompter):
 
     @classmethod
     def paper(cls, metric: Metric | None = None, **options: Any) -> Self:
-        """The paper's setting: r 32, alpha 64, query and key only, lr 1e-5, 5 epochs, one run per example, no rescue
-        and no balancing."""
+        """The paper's setting: r 32, alpha 64, query and key only, lr 1e-5, 5 epochs, zero-shot prompts, one run per
+        example, no rescue and no balancing."""
         paper: dict[str, Any] = {
             "lora": LoRAConfig.paper(),
             "training": TrainingConfig.paper(),
@@ -150,6 +148,7 @@ class LoRAFinetune(Step, Teleprompter):
             "rescue": False,
             "balance": False,
             "validation_share": 0.0,
+            "train_prompt": "vanilla",
         }
         return cls(metric, **(paper | options))
 
@@ -184,7 +183,11 @@ class LoRAFinetune(Step, Teleprompter):
         trainable = self.trainable(student)
         if context.rows is None:
             collected = self.collect(
-                student, trainset=context.trainset, teacher=context.teachers, settings=context.settings
+                student,
+                trainset=context.trainset,
+                teacher=context.teachers,
+                earlier=context.earlier,
+                settings=context.settings,
             )
         else:
             collected = self._given(context.rows, trainable)
@@ -223,9 +226,11 @@ class LoRAFinetune(Step, Teleprompter):
         *,
         trainset: Sequence[dspy.Example],
         teacher: dspy.Module | Sequence[dspy.Module] | None = None,
+        earlier: Sequence[dspy.Module] = (),
         settings: RunSettings = RunSettings(),
     ) -> Collected:
-        """The rows that `compile` would train on. Raises NoTrainingDataError with the counts when there are none."""
+        """The rows that `compile` would train on; `earlier` are programs whose prompts they are shown with too. Raises
+        NoTrainingDataError with the counts when there are none."""
         trainable = self.trainable(student)
         if not trainset:
             raise DataError("trainset cannot be empty: give the examples to run the program on.")
@@ -239,7 +244,8 @@ class LoRAFinetune(Step, Teleprompter):
             teachers=as_programs(teacher),
             label_field=self.rows.label_field,
         )
-        return rows_from_traces(student, trainset, traces, trainable, self.rows)
+        seed = settings.seed or 0
+        return rows_from_traces(student, trainset, traces, trainable, self.rows, earlier=earlier, seed=seed)
 
     def _given(self, rows: Sequence[Row] | str | Path, trainable: Trainable) -> Collected:
         if not isinstance(rows, Sequence | Path):
@@ -253,9 +259,6 @@ class LoRAFinetune(Step, Teleprompter):
         engines = {name: engine for name, (engine, _) in trainable.items()}
         return Collected(given, make_data_card(given, engines, dropped={}, examples=0), Ledger())
 
-    def _adapter_key(self, predictor: str, lm: Any) -> AdapterKey:
-        return id(lm.engine), lm.model, "" if self.multitask else predictor
-
     def _train(
         self,
         rows: Sequence[Row],
@@ -263,13 +266,8 @@ class LoRAFinetune(Step, Teleprompter):
         seed: int | None,
         folder: Path | None,
     ) -> dict[AdapterKey, FinetuneResult]:
-        groups: dict[AdapterKey, list[Row]] = defaultdict(list)
-        for row in rows:
-            # Rows given without a predictor's name go to every adapter of a multitask run.
-            names = [row.predictor] if row.predictor in trainable else list(trainable)
-            for key in dict.fromkeys(self._adapter_key(name, trainable[name][1]) for name in names):
-                groups[key].append(row)
-        engines = {self._adapter_key(name, lm): engine for name, (engine, lm) in trainable.items()}
+        groups = rows_by_adapter(rows, trainable, multitask=self.multitask)
+        engines = {adapter_key(name, lm, self.multitask): engine for name, (engine, lm) in trainable.items()}
         training = self.training if seed is None else replace(self.training, seed=seed)
         results: dict[AdapterKey, FinetuneResult] = {}
         for number, (key, group) in enumerate(groups.items(), 1):
@@ -292,14 +290,9 @@ class LoRAFinetune(Step, Teleprompter):
 
     def _split(self, rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
         """Rows to train on and rows held out, by example; none held out where they would be too few."""
-        examples = sorted({row.example for row in rows})
-        count = round(self.validation_share * len(examples))
-        if count < FEWEST_VALIDATION_ROWS or not self.training.keep_best:
+        if not self.training.keep_best:
             return list(rows), []
-        labels = {row.example: row.label for row in rows}
-        held_out = set(stratified_order(examples, [labels[example] for example in examples], seed)[:count])
-        unique = {(row.example, row.predictor, row.completion): row for row in rows if row.example in held_out}
-        return [row for row in rows if row.example not in held_out], list(unique.values())
+        return hold_out(rows, self.validation_share, seed)
 
     def _improves_what_it_replaces(self, key: AdapterKey, trainable: Trainable) -> bool:
         """Whether an adapter was trained from the model that it takes the place of. From another, the fall of its loss
@@ -319,7 +312,7 @@ class LoRAFinetune(Step, Teleprompter):
             if name not in trainable:
                 continue
             lm = trainable[name][1]
-            result = results.get(self._adapter_key(name, lm))
+            result = results.get(adapter_key(name, lm, self.multitask))
             if result is None:
                 continue
             predictor.lm = lms.setdefault((id(lm), result.model), lm.copy(model=result.model))

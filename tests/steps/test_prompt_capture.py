@@ -13,8 +13,9 @@ from pydantic import BaseModel
 
 from bettertogether.errors import DataError
 from bettertogether.rollouts.rollout import run_program
+from bettertogether.steps.demo_examples import without_example
 from bettertogether.steps.prompt_capture import render_completion, take_request
-from bettertogether.steps.rows_from_traces import rows_of_call, without_example
+from bettertogether.steps.rows_from_traces import rows_of_call
 from bettertogether.testing import FakeEngine
 
 

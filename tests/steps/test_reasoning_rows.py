@@ -50,6 +50,16 @@ def test_rows_hold_the_thoughts_too_where_they_are_kept() -> None:
     assert completions(reasoning="keep") == {f"Hm, hm.\n</think>\n\n{ANSWER}"}
 
 
+@pytest.mark.parametrize("reasoning", ["strip", "keep"])
+def test_the_spans_of_a_row_hold_its_values_with_thoughts_and_without(reasoning: Any) -> None:
+    optimizer = LoRAFinetune(parity_match, num_samples=0, rescue=False, reasoning=reasoning)
+    rows = optimizer.collect(parity_program(reasoner()), trainset=numbers(4)).rows
+    for row in rows:
+        ((name, start, end),) = row.fields
+        assert (name, row.completion[start:end]) == ("parity", row.label)
+        assert row.completion.startswith("Hm, hm.") == (reasoning == "keep")
+
+
 def test_another_word_for_what_becomes_of_thoughts_is_an_error() -> None:
     with pytest.raises(ConfigError, match='reasoning=True is not allowed: give "strip" or "keep"'):
         LoRAFinetune(parity_match, reasoning=True)  # type: ignore[arg-type]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bettertogether.engines.protocol import ChatMessage
+from bettertogether.engines.protocol import ChatMessage, FieldSpan, TrainingRow
 from bettertogether.errors import DataError
 from bettertogether.steps.rows import Row, balance_labels, read_rows, write_rows
 
@@ -30,6 +32,59 @@ def test_a_rows_file_is_json_lines_that_datasets_reads(tmp_path: Path) -> None:
     assert table.column_names == ["prompt", "completion", "predictor", "example", "label", "source"]
     assert table[0]["prompt"] == list(PROMPT)
     assert table[1]["completion"] == [{"role": "assistant", "content": "answer 1"}]
+
+
+FORM: tuple[ChatMessage, ...] = ({"role": "user", "content": "demo"}, *PROMPT)
+SCHEMA = {"type": "json_schema", "schema": {"properties": {"b": {"type": "string"}, "a": {"enum": [1, None]}}}}
+WHOLE = Row(
+    PROMPT, "answer", "self", 0, forms=(FORM, PROMPT), response_format=SCHEMA, fields=(FieldSpan("answer", 0, 6),)
+)
+
+
+def test_forms_format_and_fields_are_read_back_as_they_were(tmp_path: Path) -> None:
+    (read,) = read_rows(write_rows([WHOLE], tmp_path / "rows.jsonl"))
+    assert read == WHOLE
+    assert json.dumps(read.response_format) == json.dumps(SCHEMA)
+    assert isinstance(read.fields[0], FieldSpan)
+
+
+def test_a_row_without_forms_format_and_fields_is_written_without_them() -> None:
+    assert row().to_json().keys() == {"prompt", "completion", "predictor", "example", "label", "source"}
+
+
+def test_datasets_reads_a_file_of_rows_with_schemas_of_several_shapes(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    other = replace(WHOLE, response_format={"type": "json_object", "schema": {"properties": ["x"]}})
+    path = write_rows([row(), WHOLE, other], tmp_path / "rows.jsonl")
+    table = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert [turn["content"] for turn in table[1]["prompt"]] == ["s", "ü\n"]
+    assert json.loads(table[2]["response_format"]) == other.response_format
+
+
+def test_the_engine_is_given_all_of_a_row() -> None:
+    assert WHOLE.training_row == TrainingRow(PROMPT, "answer", (FORM, PROMPT), SCHEMA, (FieldSpan("answer", 0, 6),))
+
+
+def test_a_sample_shows_a_row_without_its_other_forms() -> None:
+    assert WHOLE.sample == replace(WHOLE, forms=(), response_format=None, fields=()).to_json()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"forms": [[{"role": "user"}]]},
+        {"forms": 3},
+        {"response_format": "{"},
+        {"response_format": {"type": "json_object"}},
+        {"fields": [{"name": "answer", "start": 0}]},
+        {"fields": [{"name": "answer", "start": 0, "end": 7}]},
+        {"fields": [{"name": "answer", "start": 3, "end": 2}]},
+        {"fields": [{"name": "answer", "start": "0", "end": 2}]},
+    ],
+)
+def test_wrong_forms_format_or_fields_are_an_error(wrong: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="Not a row"):
+        Row.from_json({**WHOLE.to_json(), **wrong})
 
 
 def test_a_row_may_have_its_completion_as_text_and_nothing_else(tmp_path: Path) -> None:

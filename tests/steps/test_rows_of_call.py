@@ -10,8 +10,9 @@ from fakes import Parity, numbers, parity_engine, parity_match, predictor_over
 
 from bettertogether.errors import DataError
 from bettertogether.rollouts.rollout import Call
+from bettertogether.steps.demo_examples import without_example
 from bettertogether.steps.prompt_capture import render_completion, render_prompt
-from bettertogether.steps.rows_from_traces import prompt_variants, rows_of_call, without_example
+from bettertogether.steps.rows_from_traces import prompt_variants, rows_of_call
 from bettertogether.steps.weight_step import LoRAFinetune
 
 

@@ -1,0 +1,45 @@
+"""Which rows an adapter is trained on, and which are held out from it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from ..rollouts.labels import stratified_order
+from .rows import Row
+from .rows_from_traces import Trainable
+
+FEWEST_VALIDATION_ROWS = 4
+
+AdapterKey = tuple[int, str, str]
+"""(engine, model name, predictor or ""): what shares one adapter. The engine counts, since two may hold base models of
+one name."""
+
+
+def adapter_key(predictor: str, lm: Any, multitask: bool) -> AdapterKey:
+    """The adapter that a predictor with this LM is trained with."""
+    return id(lm.engine), lm.model, "" if multitask else predictor
+
+
+def rows_by_adapter(rows: Sequence[Row], trainable: Trainable, multitask: bool) -> dict[AdapterKey, list[Row]]:
+    """The rows of each adapter."""
+    groups: dict[AdapterKey, list[Row]] = defaultdict(list)
+    for row in rows:
+        # Rows given without a predictor's name go to every adapter of a multitask run.
+        names = [row.predictor] if row.predictor in trainable else list(trainable)
+        for key in dict.fromkeys(adapter_key(name, trainable[name][1], multitask) for name in names):
+            groups[key].append(row)
+    return groups
+
+
+def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out, by example; none held out where they would be too few."""
+    examples = sorted({row.example for row in rows})
+    count = round(share * len(examples))
+    if count < FEWEST_VALIDATION_ROWS:
+        return list(rows), []
+    labels = {row.example: row.label for row in rows}
+    held_out = set(stratified_order(examples, [labels[example] for example in examples], seed)[:count])
+    unique = {(row.example, row.predictor, row.completion): row for row in rows if row.example in held_out}
+    return [row for row in rows if row.example not in held_out], list(unique.values())
