@@ -39,7 +39,7 @@ class Ledger(Saved):
     seconds: Annotated[Finite, pydantic.Field(ge=0)] = 0.0
 
     def __add__(self, other: Ledger) -> Ledger:
-        return Ledger(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+        return Ledger(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
     @property
     def tokens(self) -> int:
@@ -89,7 +89,7 @@ class StepRecord(Saved):
     """A valset example with the program's answer, in short, where all scores are equal."""
     step_gain: Number | None = None
     """The step's own evidence of a gain, on data other than the valset (p: validation score over the prompts it was
-    given; w: fall of the held-out loss). Breaks ties of `score`."""
+    given; w: fall of the held-out loss, where training began at the weights before). Breaks ties of `score`."""
     ledger: Ledger = field(default_factory=Ledger)
     details: Details | None = field(default=None, repr=False)
     """What the step did, where a step ran to its end."""

@@ -66,8 +66,8 @@ def render(view: ReportView) -> str:
 
 
 def render_in_notebook(view: ReportView) -> str:
-    """What a notebook shows: the head, the table of rounds and the warnings, without the page's style."""
-    return f"<div>{_summary(view)}{_round_table(view)}{_warnings(view)}</div>"
+    """For a notebook: the head, the rounds with the reasons of "auto", the warnings, without the page's style."""
+    return f"<div>{_summary(view)}{_round_table(view)}{_reasons(view)}{_warnings(view)}</div>"
 
 
 class _Html(str):
