@@ -10,6 +10,9 @@ from typing import Any
 
 from .errors import ConfigError
 
+MOST_STRENGTH = 2
+"""Of an adapter, times what it was trained to be."""
+
 
 def require_whole(
     name: str, value: Any, least: int, *, most: int | None = None, optional: bool = False, meaning: str = ""
@@ -33,6 +36,13 @@ def is_number(value: Any) -> bool:
 def require_number(name: str, value: Any, allowed: str, *, optional: bool = False) -> None:
     """Check for a finite number (or None, where that is allowed). Raises ConfigError, which says what is `allowed`."""
     if not (is_number(value) or (value is None and optional)):
+        raise ConfigError(f"{name}={value!r} is not allowed: give {allowed}.")
+
+
+def require_strength(name: str, value: Any) -> None:
+    """Check for the strength of an adapter. Raises ConfigError."""
+    if not (is_number(value) and 0 < value <= MOST_STRENGTH):
+        allowed = f"a number above 0, {MOST_STRENGTH} at most (1: the adapter as it is)"
         raise ConfigError(f"{name}={value!r} is not allowed: give {allowed}.")
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 from dspy.clients.engines.base import validate_request
 from dspy.lm15 import ContextLengthError, Request, Response
 
+from ..checks import require_strength
 from ..errors import ConfigError, ModelError
 from ..files import cache_folder
 from ..training.config import LoRAConfig, TrainingConfig
@@ -21,8 +22,9 @@ from .finetuning import TrainingJob, prepare
 from .fingerprint import model_hash, short_hash, short_name
 from .loading import read_card
 from .options import EngineOptions, plain
-from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, TrainingRow
+from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, TrainingRow, require_adapter
 from .rendering import PromptRenderer, messages_of
+from .strength import scaled_folder
 from .structured import GrammarCompiler, structured_output_available
 from .training_turn import TrainingTurn
 
@@ -91,6 +93,15 @@ class BaseEngine:
     def adapter_folders(self) -> list[Path]:
         """Folders of all adapters, in the order they were added."""
         raise NotImplementedError
+
+    def scaled(self, model: str, strength: float, folder: Path | None = None) -> str:
+        """Serve an adapter at another strength; see `LocalEngine.scaled`."""
+        require_strength("strength", strength)
+        source = require_adapter(model, self.adapter_folder(model))
+        if strength == 1:
+            return model
+        parent = source.parent if folder is None else Path(folder).expanduser()
+        return self.add_adapter(scaled_folder(source, strength, parent, self.base_name))
 
     @classmethod
     def shared(cls, model: str | Path, *, adapters: Sequence[str | Path] = (), **options: Any) -> Self:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import ModelError, NoTrainingDataError, RunDirectoryError
+from ..errors import NoTrainingDataError, RunDirectoryError
 from ..files import FileLock
 from ..printable import get_logger
-from ..training.adapter_folder import content_hash, write_round
+from ..training.adapter_folder import content_hash, holds_content, write_round
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.packing import TokenizedRow
 from ..training.progress import ProgressFunction
@@ -133,7 +133,7 @@ def train(
         write_round(trained.folder, job.round_number, engine.base_name)
         content = content_hash(trained.folder)
         name = adapter_model_name(engine.base_name, job.round_number, content)
-        target = _move(trained.folder, job.parent / name.partition("/")[2], content)
+        target = move_by_content(trained.folder, job.parent / name.partition("/")[2], content)
         shutil.rmtree(folder, ignore_errors=True)
     return FinetuneResult(
         model=name,
@@ -205,11 +205,11 @@ def _working_folder(job: TrainingJob, base_name: str) -> Iterator[Path]:
         lock.release()
 
 
-def _move(source: Path, target: Path, content: str) -> Path:
+def move_by_content(source: Path, target: Path, content: str) -> Path:
     """Rename a finished folder to its content's name. The same content that is there already stays; what is damaged
     there makes room."""
     if target.exists():
-        if _holds(target, content):
+        if holds_content(target, content):
             shutil.rmtree(source)
             return target
         logger.warning("%s was damaged; the adapter that was trained again takes its place.", target)
@@ -218,14 +218,7 @@ def _move(source: Path, target: Path, content: str) -> Path:
         os.replace(source, target)
     except OSError:
         # Another process was quicker.
-        if not _holds(target, content):
+        if not holds_content(target, content):
             raise
         shutil.rmtree(source)
     return target
-
-
-def _holds(folder: Path, content: str) -> bool:
-    try:
-        return content_hash(folder) == content
-    except (ModelError, OSError):
-        return False

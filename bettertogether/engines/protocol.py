@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 from dspy.lm15 import Request, Response
 
+from ..errors import ConfigError
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.progress import ProgressFunction, TrainingProgress
 from ._upstream import StreamEvent
@@ -156,6 +157,12 @@ class LocalEngine(Protocol):
         """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
         ...
 
+    def scaled(self, model: str, strength: float, folder: Path | None = None) -> str:
+        """Serve an adapter at another strength, 1.0 being as it is; returns the model name, that of an adapter of its
+        own, whose folder is `folder`/<adapter name> (beside the original when None). Scaled twice, strengths
+        multiply. Raises ConfigError for the base and for a strength outside (0, 2], UnknownAdapterError."""
+        ...
+
     def counters(self) -> dict[str, int]:
         """Work done since the engine was made: requests, prompt_tokens, generated_tokens, ..."""
         ...
@@ -175,6 +182,13 @@ class LocalEngine(Protocol):
 
 
 MODEL_PREFIX = "local/"
+
+
+def require_adapter(model: str, folder: Path | None) -> Path:
+    """The folder of an adapter. Raises ConfigError for the base model, which has none."""
+    if folder is None:
+        raise ConfigError(f"{model!r} is a base model, which has no strength: give the name of an adapter over it.")
+    return folder
 
 
 def adapter_model_name(base_name: str, round_number: int, content_hash: str) -> str:

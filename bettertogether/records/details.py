@@ -51,6 +51,10 @@ class RaceResult(Saved):
     confidence: Number
     """Of each stop: that the candidate would not have ended above the leader."""
 
+    def __add__(self, other: RaceResult) -> RaceResult:
+        calls = self.calls_made + other.calls_made, self.calls_saved + other.calls_saved
+        return RaceResult(*calls, self.confidence)
+
 
 @dataclass(frozen=True)
 class TraceCounts(Saved):

@@ -16,7 +16,7 @@ from ..errors import ArtifactError, BetterTogetherError, BudgetExceeded, ConfigE
 from ..printable import get_logger
 from ..programs.copies import drop_results
 from ..programs.program import model_names, prompts_state, same_prompts, with_prompts
-from ..records import CELLS, Ledger, StepRecord
+from ..records import CELLS, Ledger, PromptDetails, StepRecord
 from ..redaction import masked
 from ..rollouts.evaluation import Evaluation, evaluate_many
 from ..rollouts.failures import count_failures, failure_warning, no_difference, round_warnings, scored_example
@@ -167,8 +167,10 @@ class Loop:
         parent = self.programs[strategy.join(steps[:-1])]
         result = self._step(index, steps, parent)
         scored = self._evaluate(result.program, strategy.join(steps))
-        tuned = self.plan.two_by_two and model_names(parent) != model_names(result.program)
-        cells = self._two_by_two(parent, result.program) if tuned and scored is not None else {}
+        # A prompt step may change the strength of adapters, but trains none.
+        tuned = not isinstance(result.details, PromptDetails) and model_names(parent) != model_names(result.program)
+        measured = self.plan.two_by_two and tuned and scored is not None
+        cells = self._two_by_two(parent, result.program) if measured else {}
         self.programs[strategy.join(steps)] = result.program
         self._keep(self._record(index, steps, result, scored, started, cells))
 

@@ -25,7 +25,7 @@ class CandidateScores:
         metric: Metric,
         settings: RunSettings,
     ) -> None:
-        self._candidates = candidates
+        self._candidates = [*candidates]
         self._validation = validation
         self._metric = metric
         self._settings = settings
@@ -33,6 +33,10 @@ class CandidateScores:
         """What the scores cost so far."""
         self.warnings: list[str] = []
         """That most runs failed; said already."""
+
+    def add(self, candidates: Sequence[Candidate]) -> None:
+        """Expect these to be scored, too."""
+        self._candidates += candidates
 
     def __call__(self, running: Sequence[Candidate], positions: Sequence[int]) -> list[tuple[float, ...]]:
         """The scores of each."""

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 import dspy
@@ -18,7 +19,9 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from ..callbacks import events
 from ..checks import require_pass_options, require_switch, require_threshold, require_whole
 from ..errors import DataError
+from ..files import cache_folder
 from ..programs.program import as_programs, copy_for_step, require_program, with_prompts
+from ..records import RaceResult
 from ..rollouts.examples import check_examples
 from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import Metric, require_metric
@@ -28,9 +31,10 @@ from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
 from .candidate_scores import CandidateScores, all_equal
 from .demo_sets import Candidate, DemoSets
 from .outcome import Outcome
-from .race import run_race
+from .race import choose, run_race
 from .rows_from_traces import select_traces, unseen_calls
 from .step import Step, StepContext, StepResult
+from .strengths import at_strengths, checked_strengths
 
 TRAIN_SHARE = 0.3
 """Share of the examples that demos are bootstrapped from; the paper's 100 of 350 and 15 of 50."""
@@ -53,6 +57,8 @@ class BootstrapFewShotRS(Step, Teleprompter):
         threshold: Score from which an example counts as solved; None: 1.0, the full mark.
         restart: Start from the original prompts (`restart_from=` of `compile`), as the paper does, not from the prompts
             given. Those are a candidate either way, so the step never loses what it was given.
+        strengths: Strengths of the program's adapters, where it has any, at which the best prompts are tried as well.
+            Only one that scores better than the adapters as they are (1.0) is taken. (): none.
         race: Stop candidates that a paired bound says can't win; False scores all of them fully.
         num_samples, temperature, rescue: How hard to try for a trace of each example, see `LoRAFinetune`.
         num_threads, max_errors, seed: As in `dspy.Evaluate`; `compile` may be given its own.
@@ -69,6 +75,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         val_size: int | None = None,
         threshold: float | None = None,
         restart: bool = True,
+        strengths: Sequence[float] = (0.5, 0.75),
         race: bool = True,
         num_samples: int = 1,
         temperature: float | Sequence[float] = 1.0,
@@ -98,6 +105,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         self.val_size = val_size
         self.threshold = threshold
         self.restart = restart
+        self.strengths = checked_strengths(strengths)
         self.race = race
         self.sampling = Sampling(num_samples, temperature, rescue)
         self.num_threads = num_threads
@@ -107,8 +115,15 @@ class BootstrapFewShotRS(Step, Teleprompter):
     @classmethod
     def paper(cls, metric: Metric, **options: Any) -> Self:
         """The paper's setting: 6 candidates, at most 3 demos, 100 + 250 examples, one run each, every candidate
-        scored fully. (On Iris the paper took train_size=15, val_size=35.)"""
-        paper = {"train_size": 100, "val_size": 250, "race": False, "num_samples": 0, "rescue": False}
+        scored fully, adapters as they are. (On Iris the paper took train_size=15, val_size=35.)"""
+        paper: dict[str, Any] = {
+            "train_size": 100,
+            "val_size": 250,
+            "strengths": (),
+            "race": False,
+            "num_samples": 0,
+            "rescue": False,
+        }
         return cls(metric, **(paper | options))
 
     def compile(
@@ -154,7 +169,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         sets = DemoSets(start, select_traces(traces.traces), train)
         candidates = self._candidates(student, start, context.earlier, sets, seed)
         scoring = CandidateScores(candidates, validation, self.metric, settings)
-        race = run_race(candidates, len(validation), scoring, race=self.race)
+        candidates, race = self._race(candidates, len(validation), scoring, adapters_folder(context))
         warnings += scoring.warnings or _said(all_equal(candidates, self.threshold))
         outcome = Outcome(candidates, len(validation))
         warnings += _said(*_left_out(sets))
@@ -215,6 +230,18 @@ class BootstrapFewShotRS(Step, Teleprompter):
                 return candidate
         return None
 
+    def _race(
+        self, candidates: list[Candidate], size: int, scoring: CandidateScores, folder: Path
+    ) -> tuple[list[Candidate], RaceResult]:
+        """The race of the prompts, then that of the winner's against themselves at other strengths; with all that
+        took part."""
+        prompts = run_race(candidates, size, scoring, race=self.race)
+        best = choose(candidates, size)
+        scaled = at_strengths(best, self.strengths, folder)
+        scoring.add(scaled)
+        strengths = run_race([best, *scaled], size, scoring, race=self.race)
+        return [*candidates, *scaled], prompts + strengths
+
     def _no_demos(self, traces: TraceSet) -> list[str]:
         """Why no demo comes from a run, where that was to be."""
         if not self.max_bootstrapped_demos or any(trace.calls for trace in traces.passing):
@@ -229,6 +256,11 @@ class BootstrapFewShotRS(Step, Teleprompter):
             f"({reasons}), so no demo comes from a run. Give a threshold= that runs can reach, or a teacher, or "
             "mend the metric."
         ]
+
+
+def adapters_folder(context: StepContext) -> Path:
+    """Where the adapters go that the step makes."""
+    return cache_folder() / "adapters" if context.folder is None else Path(context.folder)
 
 
 def _said(*warnings: str | None) -> list[str]:

@@ -35,16 +35,19 @@ def slices(size: int, race: bool) -> list[range]:
 
 def run_race(candidates: Sequence[Candidate], size: int, score: ScoreFunction, *, race: bool = True) -> RaceResult:
     """Fill the candidates' scores. `score(running, positions)` gives the scores of each of these candidates at these
-    validation positions."""
+    validation positions. A candidate that was fully scored before takes part with the scores it has."""
+    new = [candidate for candidate in candidates if len(candidate.scores) < size]
     calls = 0
     for part in slices(size, race):
-        running = [candidate for candidate in candidates if not candidate.stopped]
+        running = [candidate for candidate in new if not candidate.stopped]
+        if not running:
+            break
         for candidate, scores in zip(running, score(running, part), strict=True):
             candidate.scores.update(zip(part, scores, strict=True))
         calls += len(part) * len(running)
         if part.stop < size:
-            _stop_losers(running, size)
-    return RaceResult(calls, len(candidates) * size - calls, CONFIDENCE)
+            _stop_losers(running, [*(c for c in candidates if c not in new), *running], range(part.stop), size)
+    return RaceResult(calls, len(new) * size - calls, CONFIDENCE)
 
 
 def choose(candidates: Sequence[Candidate], size: int) -> Candidate:
@@ -53,10 +56,10 @@ def choose(candidates: Sequence[Candidate], size: int) -> Candidate:
     return min(finished, key=lambda candidate: (-candidate.mean, candidate.demos))
 
 
-def _stop_losers(running: Sequence[Candidate], size: int) -> None:
-    leader = max(running, key=lambda candidate: candidate.mean)
+def _stop_losers(running: Sequence[Candidate], rivals: Sequence[Candidate], seen: range, size: int) -> None:
+    leader = max(rivals, key=lambda candidate: sum(candidate.scores[i] for i in seen))
     for candidate in running:
-        differences = [candidate.scores[i] - leader.scores[i] for i in candidate.scores]
+        differences = [candidate.scores[i] - leader.scores[i] for i in seen]
         candidate.stopped = candidate is not leader and upper_bound(differences, size, 1 - CONFIDENCE) < 0
 
 

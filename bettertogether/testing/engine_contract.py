@@ -21,13 +21,14 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dspy.lm15 import Config, Message, Request, StreamDeltaEvent, TextDelta
 
 from ..engines.protocol import MODEL_PREFIX, FinetuneResult, LocalEngine, TrainingRow, adapter_round
-from ..errors import NoTrainingDataError, UnknownAdapterError
+from ..errors import ConfigError, NoTrainingDataError, UnknownAdapterError
 from ..lm import engine_lm
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.progress import TrainingProgress
@@ -188,6 +189,32 @@ class EngineContract:
         first = self.finetune(engine, tmp_path).model
         second = self.finetune(engine, tmp_path, "a hue", start_from=first).model
         assert (adapter_round(first), adapter_round(second)) == (1, 2)
+
+    def test_an_adapter_at_another_strength_is_an_adapter_of_its_own(self, engine: LocalEngine, tmp_path: Path) -> None:
+        model = self.finetune(engine, tmp_path, "a tone").model
+        half = engine.scaled(model, 0.5)
+        assert half not in (model, MODEL_PREFIX + engine.base_name)
+        assert adapter_round(half) == adapter_round(model)
+        assert engine.adapter_folder(half) == tmp_path / half.removeprefix(MODEL_PREFIX)
+        assert engine.add_adapter(tmp_path / half.removeprefix(MODEL_PREFIX)) == half
+        self.answer(engine, model=half)
+
+    def test_strengths_multiply_and_one_is_the_adapter_itself(self, engine: LocalEngine, tmp_path: Path) -> None:
+        model = self.finetune(engine, tmp_path).model
+        half = engine.scaled(model, 0.5)
+        assert engine.scaled(half, 0.5) == engine.scaled(model, 0.25) != half
+        assert engine.scaled(half, 2) == engine.scaled(model, 1) == model
+
+    def test_a_scaled_adapter_goes_where_it_is_told(self, engine: LocalEngine, tmp_path: Path) -> None:
+        # Rows of its own: the same content may be held from another folder, which stays the one to name.
+        half = engine.scaled(self.finetune(engine, tmp_path, "a shade").model, 0.5, tmp_path / "elsewhere")
+        assert engine.adapter_folder(half) == tmp_path / "elsewhere" / half.removeprefix(MODEL_PREFIX)
+
+    def test_the_base_has_no_strength_and_a_strength_has_bounds(self, engine: LocalEngine, tmp_path: Path) -> None:
+        assert _raised(lambda: engine.scaled(MODEL_PREFIX + engine.base_name, 0.5)) is ConfigError
+        model = self.finetune(engine, tmp_path).model
+        wrong: list[Any] = [0, -0.5, 2.01, True, None, "0.5", float("nan")]
+        assert {_raised(partial(engine.scaled, model, strength)) for strength in wrong} == {ConfigError}
 
     def test_training_without_rows_is_an_error(self, engine: LocalEngine, tmp_path: Path) -> None:
         assert _raised(lambda: engine.finetune([], folder=tmp_path)) is NoTrainingDataError

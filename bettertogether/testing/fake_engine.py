@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -30,6 +30,7 @@ from dspy.lm15 import (
     Usage,
 )
 
+from ..checks import require_strength
 from ..engines._upstream import StreamEvent
 from ..engines.protocol import (
     MODEL_PREFIX,
@@ -38,6 +39,7 @@ from ..engines.protocol import (
     TrainingRow,
     adapter_model_name,
     adapter_round,
+    require_adapter,
 )
 from ..errors import NoTrainingDataError, UnknownAdapterError
 from ..training.auto import resolved
@@ -65,6 +67,8 @@ class FakeRequest:
     """The answer that this adapter was trained to give to exactly this prompt; None otherwise."""
     trained_on: int
     """Rows this adapter was trained on; 0 for the base."""
+    strength: float
+    """Of this adapter, times what it was trained to be; 1 for the base."""
 
     @property
     def system(self) -> str:
@@ -117,7 +121,7 @@ class FakeEngine:
         """Every request that reached the engine, in order of arrival."""
         self.trainings: list[tuple[TrainingRow, ...]] = []
         """The rows of every training, in order."""
-        self._adapters: dict[str, tuple[Path, dict[str, str]]] = {}
+        self._adapters: dict[str, tuple[Path, _FakeAdapter]] = {}
         self._counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self._lock = threading.Lock()
         self._number = next(_NUMBERS)
@@ -144,15 +148,16 @@ class FakeEngine:
     def complete(self, request: Request) -> Response:
         """Answer with what the function says; mappings become JSON."""
         messages = self.messages(request)
-        memory = self._memory(request.model)
+        adapter = self._adapter(request.model)
         fake = FakeRequest(
             model=request.model,
             messages=messages,
             temperature=request.config.temperature or 0.0,
             seed=request.config.seed,
             schema=(request.config.response_format or {}).get("schema"),
-            learned=memory.get(_key(messages)),
-            trained_on=len(memory),
+            learned=adapter.memory.get(_key(messages)),
+            trained_on=len(adapter.memory),
+            strength=adapter.strength,
         )
         with self._lock:
             self.requests.append(fake)
@@ -207,12 +212,12 @@ class FakeEngine:
         epochs, rate = training.epochs, training.learning_rate
         assert not isinstance(epochs, str)
         assert not isinstance(rate, str)
-        memory = dict(self._memory(start_from)) if start_from else {}
-        memory.update({_key(row.messages): row.completion for row in rows})
+        start = self._adapter(start_from) if start_from else _BASE
+        memory = {**start.memory, **{_key(row.messages): row.completion for row in rows}}
+        trained = _FakeAdapter(start.round + 1, memory, start.strength)
         with self._lock:
             self.trainings.append(tuple(rows))
-        round_number = adapter_round(start_from) + 1 if start_from else 1
-        where = _save_adapter(Path(folder or mkdtemp(prefix="fake-adapters-")), self.base_name, round_number, memory)
+        where = trained.save(Path(folder or mkdtemp(prefix="fake-adapters-")), self.base_name)
         tokens = sum(len(self.prompt_tokens(r.messages)) + len(self.completion_tokens(r.completion)) for r in rows)
         before, after = (2.0, 1.0) if validation_rows else (None, None)
         line = TrainingProgress(
@@ -231,18 +236,26 @@ class FakeEngine:
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter that `finetune` wrote into this folder."""
-        data = json.loads((folder / "fake_adapter.json").read_text())
-        model = _adapter_name(self.base_name, data["round"], data["memory"])
+        adapter = _FakeAdapter.read(folder)
+        model = adapter.name(self.base_name)
         with self._lock:
-            self._adapters[model] = (folder, data["memory"])
+            self._adapters[model] = (folder, adapter)
         return model
 
     def adapter_folder(self, model: str) -> Path | None:
         """Where an adapter lies; None for the base."""
         if model == MODEL_PREFIX + self.base_name:
             return None
-        self._memory(model)
+        self._adapter(model)
         return self._adapters[model][0]
+
+    def scaled(self, model: str, strength: float, folder: Path | None = None) -> str:
+        """The same memory at another strength, which the answer function is told."""
+        require_strength("strength", strength)
+        source = require_adapter(model, self.adapter_folder(model))
+        adapter = self._adapter(model)
+        scaled = replace(adapter, strength=adapter.strength * strength)
+        return model if strength == 1 else self.add_adapter(scaled.save(folder or source.parent, self.base_name))
 
     def counters(self) -> dict[str, int]:
         """Requests and tokens so far."""
@@ -264,15 +277,38 @@ class FakeEngine:
     def close(self) -> None:
         """Nothing to free."""
 
-    def _memory(self, model: str) -> dict[str, str]:
+    def _adapter(self, model: str) -> _FakeAdapter:
         if model == MODEL_PREFIX + self.base_name:
-            return {}
+            return _BASE
         with self._lock:
             if model not in self._adapters:
                 raise UnknownAdapterError(f"{model!r} is not held here; held: {sorted(self._adapters)}")
             return self._adapters[model][1]
 
 
+@dataclass(frozen=True)
+class _FakeAdapter:
+    round: int
+    memory: dict[str, str]
+    strength: float = 1.0
+
+    def name(self, base_name: str) -> str:
+        held = self.memory if self.strength == 1 else [self.memory, self.strength]
+        content = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+        return adapter_model_name(base_name, self.round, content)
+
+    def save(self, parent: Path, base_name: str) -> Path:
+        folder = parent / self.name(base_name).removeprefix(MODEL_PREFIX)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fake_adapter.json").write_text(json.dumps(asdict(self)))
+        return folder
+
+    @classmethod
+    def read(cls, folder: Path) -> _FakeAdapter:
+        return cls(**json.loads((folder / "fake_adapter.json").read_text()))
+
+
+_BASE = _FakeAdapter(0, {})
 _NUMBERS = itertools.count()
 _ENGINES: weakref.WeakValueDictionary[int, FakeEngine] = weakref.WeakValueDictionary()
 
@@ -299,15 +335,3 @@ def _key(messages: Sequence[ChatMessage]) -> str:
 @functools.lru_cache(maxsize=100_000)
 def _word(word: str) -> int:
     return int.from_bytes(hashlib.sha256(word.encode()).digest()[:3], "big") + 1
-
-
-def _adapter_name(base_name: str, round_number: int, memory: Mapping[str, str]) -> str:
-    content = hashlib.sha256(json.dumps(memory, sort_keys=True).encode()).hexdigest()
-    return adapter_model_name(base_name, round_number, content)
-
-
-def _save_adapter(parent: Path, base_name: str, round_number: int, memory: dict[str, str]) -> Path:
-    folder = parent / _adapter_name(base_name, round_number, memory).removeprefix(MODEL_PREFIX)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "fake_adapter.json").write_text(json.dumps({"round": round_number, "memory": memory}))
-    return folder

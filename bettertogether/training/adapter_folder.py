@@ -36,7 +36,11 @@ ROUND_FILE = "bettertogether.json"
 
 def content_hash(folder: Path) -> str:
     """SHA-256 (hex) of an adapter's weights and of the settings that change what they do."""
-    config = read_adapter_config(folder)
+    return content_hash_with(folder, read_adapter_config(folder))
+
+
+def content_hash_with(folder: Path, config: Mapping[str, Any]) -> str:
+    """`content_hash` of the weights in a folder with other settings than those that lie there."""
     relevant = {field: config[field] for field in CONTENT_FIELDS if config.get(field)}
     if isinstance(relevant.get("target_modules"), list):
         relevant["target_modules"] = sorted(relevant["target_modules"])
@@ -45,6 +49,14 @@ def content_hash(folder: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def holds_content(folder: Path, content: str) -> bool:
+    """Whether a folder holds the adapter with this `content_hash`."""
+    try:
+        return content_hash(folder) == content
+    except (ModelError, OSError):
+        return False
 
 
 def write_round(folder: Path, round_number: int, base_name: str) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_models import tiny_model
 
 from bettertogether.engines.adapters import AdapterBank, linear_shapes
-from bettertogether.engines.finetuning import _move
+from bettertogether.engines.finetuning import move_by_content
 from bettertogether.errors import ModelError
 from bettertogether.training.adapter import read_adapter
 from bettertogether.training.adapter_folder import content_hash, write_round
@@ -142,7 +142,7 @@ def test_a_file_without_weights_is_refused(folder: Path, shapes: dict[str, tuple
 def test_a_new_adapter_takes_the_place_of_a_damaged_one_of_its_name(whole: Path, folder: Path, tmp_path: Path) -> None:
     target = Path(shutil.copytree(whole, tmp_path / "r1-0000"))
     (target / "adapter_model.safetensors").write_bytes(b"")
-    assert _move(folder, target, content_hash(folder)) == target
+    assert move_by_content(folder, target, content_hash(folder)) == target
     assert (target / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
     assert not folder.exists()
 
@@ -150,6 +150,6 @@ def test_a_new_adapter_takes_the_place_of_a_damaged_one_of_its_name(whole: Path,
 def test_an_adapter_that_is_there_already_stays(whole: Path, folder: Path, tmp_path: Path) -> None:
     target = Path(shutil.copytree(whole, tmp_path / "r1-0000"))
     (target / "README.md").write_text("mine")
-    assert _move(folder, target, content_hash(folder)) == target
+    assert move_by_content(folder, target, content_hash(folder)) == target
     assert (target / "README.md").read_text() == "mine"
     assert not folder.exists()

@@ -122,3 +122,20 @@ def test_the_bound_scales_with_the_metrics_unit() -> None:
 
 def test_a_few_lost_examples_in_a_row_do_not_stop_a_candidate() -> None:
     assert upper_bound([-1.0, 0.0, 0.0, 0.0, 0.0, 0.0], 100, 0.05) > 0
+
+
+def test_one_that_was_scored_before_takes_part_with_its_scores_and_costs_nothing() -> None:
+    table = {"known": [1.0] * 50 + [0.0] * 50, "loser": [0.0] * 100, "winner": [1.0] * 100}
+    known, *others = candidates(table)
+    known.scores = dict(enumerate(table["known"]))
+    calls: list[tuple[str, int]] = []
+    result = run_race([known, *others], 100, scorer(table, calls))
+    assert {name for name, _ in calls} == {"loser", "winner"}
+    assert (result.calls_made, result.calls_saved) == (len(calls), 200 - len(calls))
+    assert [candidate.stopped for candidate in (known, *others)] == [False, True, False]
+
+
+def test_with_all_scores_there_is_no_race() -> None:
+    known = Candidate("known", dspy.Module(), scores={0: 1.0, 1: 0.0})
+    result = run_race([known], 2, scorer({}))
+    assert (result.calls_made, result.calls_saved) == (0, 0)

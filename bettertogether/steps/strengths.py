@@ -1,0 +1,53 @@
+"""The strength of a program's adapters, as one more dimension of the prompt step's race."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import dspy
+
+from ..checks import require_strength
+from ..errors import ConfigError
+from ..lm import local_engine
+from ..programs.program import copy_for_step
+from .demo_sets import Candidate
+
+
+def checked_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
+    """The strengths to try, as a tuple. Raises ConfigError."""
+    if isinstance(strengths, str) or not isinstance(strengths, Sequence):
+        raise ConfigError(f"strengths={strengths!r} is not allowed: give numbers such as (0.5, 0.75), or ().")
+    for strength in strengths:
+        require_strength("strengths", strength)
+    return tuple(strengths)
+
+
+def at_strengths(candidate: Candidate, strengths: Sequence[float], folder: Path) -> list[Candidate]:
+    """The same prompts with each of the program's adapters at each of the strengths; none where it has no adapter.
+    The adapters' folders go under `folder`."""
+    if not any(_has_adapter(predictor.lm) for predictor in candidate.program.predictors()):
+        return []
+    return [
+        Candidate(f"{candidate.name}, strength {strength:g}", scaled_program(candidate.program, strength, folder))
+        for strength in dict.fromkeys(strengths)
+        if strength != 1
+    ]
+
+
+def scaled_program(program: dspy.Module, strength: float, folder: Path) -> dspy.Module:
+    """A copy whose local LMs run their adapters at another strength; LMs without one stay."""
+    copied = copy_for_step(program)
+    lms: dict[int, dspy.LM] = {}
+    for predictor in copied.predictors():
+        lm = predictor.lm
+        if _has_adapter(lm):
+            if id(lm) not in lms:
+                lms[id(lm)] = lm.copy(model=lm.engine.scaled(lm.model, strength, folder))
+            predictor.lm = lms[id(lm)]
+    return copied
+
+
+def _has_adapter(lm: dspy.LM) -> bool:
+    engine = local_engine(lm)
+    return engine is not None and engine.adapter_folder(lm.model) is not None

@@ -1,0 +1,176 @@
+"""The prompt step tries its best prompts with the adapters at other strengths, and takes one that scores better."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from fakes import api_lm, numbers, parity_engine, parity_match, parity_program, plain_lm, reply, two_step_program
+
+from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
+from bettertogether.artifact import load, save
+from bettertogether.engines.protocol import TrainingRow
+from bettertogether.errors import ConfigError
+from bettertogether.records import PromptDetails
+from bettertogether.steps.step import StepContext, StepResult
+from bettertogether.steps.strengths import scaled_program
+from bettertogether.testing import FakeEngine, FakeRequest
+
+
+def knows_half(request: FakeRequest, number: int) -> bool:
+    """An adapter at half its strength knows all, as it is a half, else a third."""
+    return request.strength == 0.5 or number % (2 if request.trained_on else 3) == 0
+
+
+def tuned(engine: FakeEngine, text: str = "x") -> str:
+    row = TrainingRow(({"role": "user", "content": text},), "y")
+    return engine.finetune([row]).model
+
+
+def run(program: dspy.Module, folder: Path | None = None, **options: Any) -> StepResult:
+    options = {"num_samples": 0, "rescue": False, "num_candidates": 1, "train_size": 10, **options}
+    return BootstrapFewShotRS(parity_match, **options).run(program, StepContext(numbers(50), folder=folder))
+
+
+def tried(result: StepResult) -> list[tuple[str, float | None]]:
+    assert isinstance(result.details, PromptDetails)
+    return [(c.name, c.score) for c in result.details.candidates if "strength" in c.name]
+
+
+def test_the_best_prompts_with_a_better_strength_are_taken(tmp_path: Path) -> None:
+    engine = parity_engine(knows_half)
+    model = tuned(engine)
+    result = run(parity_program(engine, model=model), tmp_path, race=False)
+    half = result.program.lm.model
+    assert engine.adapter_folder(half) == tmp_path / half.removeprefix("local/")
+    assert engine.scaled(model, 0.5) == half
+    assert tried(result) == [("current, strength 0.5", 1.0), ("current, strength 0.75", 0.5)]
+    assert result.details.chosen == "current, strength 0.5"
+    assert result.step_gain == 0.5
+    assert result.program.candidate_programs[0]["program"].lm.model == half
+
+
+def test_scores_of_the_adapter_as_it_is_are_used_again_and_the_calls_are_counted() -> None:
+    engine = parity_engine(knows_half)
+    result = run(parity_program(engine, model=tuned(engine)), race=False)
+    made = len(result.details.candidates)
+    assert len(engine.requests) == 10 + 40 * made
+    assert (result.details.race.calls_made, result.details.race.calls_saved) == (40 * made, 0)
+    assert result.ledger.metric_calls == len(engine.requests)
+
+
+def test_a_strength_that_can_not_win_leaves_the_race() -> None:
+    engine = parity_engine(lambda request, number: request.strength == 1 or number % 7 == 0)
+    result = run(parity_program(engine, model=tuned(engine)))
+    stopped = {c.name: (c.scored_on, c.stopped) for c in result.details.candidates}
+    assert stopped["current, strength 0.5"] == stopped["current, strength 0.75"] == (8, True)
+    assert stopped["current"] == (40, False)
+    assert result.details.chosen == "current"
+
+
+def test_an_equal_strength_changes_nothing() -> None:
+    engine = parity_engine(lambda request, number: number % 2 == 0)
+    program = parity_program(engine, model=tuned(engine))
+    result = run(program)
+    assert result.details.chosen == "current"
+    assert result.program.lm.model == program.lm.model
+
+
+def test_the_chosen_prompts_are_those_that_are_scaled() -> None:
+    engine = parity_engine(lambda request, number: request.demos > 0 and (request.strength < 1 or number % 2 == 0))
+    result = run(parity_program(engine, model=tuned(engine)), strengths=[0.25, 1])
+    (name, score), *others = tried(result)
+    assert (name.removesuffix(", strength 0.25"), score, others) == (result.details.candidates[1].name, 1.0, [])
+    assert result.details.chosen == name
+    assert len(result.program.demos) > 0
+
+
+@pytest.mark.parametrize("strengths", [(), (1,)])
+def test_without_other_strengths_none_are_tried(strengths: tuple[float, ...]) -> None:
+    engine = parity_engine(knows_half)
+    assert tried(run(parity_program(engine, model=tuned(engine)), strengths=strengths)) == []
+
+
+def test_a_base_model_and_a_model_elsewhere_have_no_strength() -> None:
+    assert tried(run(parity_program(parity_engine(knows_half)))) == []
+    program = parity_program(parity_engine(knows_half))
+    program.set_lm(api_lm(lambda request: reply(request, parity="odd")))
+    assert tried(run(program)) == []
+
+
+def test_all_adapters_of_a_program_are_scaled_alike_and_other_models_stay(tmp_path: Path) -> None:
+    engine = parity_engine(knows_half)
+    one, two = tuned(engine, "one"), tuned(engine, "two")
+    program = two_step_program(engine)
+    program.remark.lm, program.decide.lm = plain_lm(engine, one), plain_lm(engine, two, max_tokens=7)
+    scaled = scaled_program(program, 0.5, tmp_path)
+    names = [predictor.lm.model for predictor in scaled.predictors()]
+    assert names == [engine.scaled(one, 0.5), engine.scaled(two, 0.5)]
+    assert scaled.decide.lm.kwargs["max_tokens"] == 7
+    assert program.remark.lm.model == one
+    program.decide.lm = plain_lm(engine)
+    assert scaled_program(program, 0.5, tmp_path).decide.lm is program.decide.lm
+
+
+def test_predictors_that_share_an_lm_share_the_scaled_one(tmp_path: Path) -> None:
+    engine = parity_engine(knows_half)
+    scaled = scaled_program(two_step_program(engine, model=tuned(engine)), 0.5, tmp_path)
+    assert scaled.remark.lm is scaled.decide.lm
+
+
+@pytest.mark.parametrize("strengths", [(0,), (0.5, 3), ("0.5",), [True], [float("nan")], 0.5, "0.5", None])
+def test_strengths_are_checked(strengths: Any) -> None:
+    with pytest.raises(ConfigError, match=r"strengths=.* is not allowed: give "):
+        BootstrapFewShotRS(parity_match, strengths=strengths)
+
+
+def test_the_paper_leaves_adapters_as_they_are() -> None:
+    assert BootstrapFewShotRS.paper(parity_match).strengths == ()
+
+
+def compiled(engine: FakeEngine, run_dir: Path) -> dspy.Module:
+    steps = {
+        "p": BootstrapFewShotRS(parity_match, num_candidates=2, num_samples=0, rescue=False),
+        "w": LoRAFinetune(parity_match, num_samples=0, rescue=False),
+    }
+    return BetterTogether(parity_match, **steps).compile(
+        parity_program(engine),
+        trainset=numbers(60, start=40),
+        valset=numbers(20),
+        strategy="p -> w -> p",
+        run_dir=run_dir,
+        two_by_two=True,
+        progress=False,
+    )
+
+
+def knows_with_demos(request: FakeRequest, number: int) -> bool:
+    return request.strength == 0.5 or number % 2 == 0 or (request.demos > 0 and number % 3 == 0)
+
+
+def test_a_strength_is_part_of_a_run_and_no_tuning_of_its_own(tmp_path: Path) -> None:
+    report = compiled(parity_engine(knows_with_demos), tmp_path / "run").report
+    _, p, w, last = report.rounds
+    assert last.details.chosen.endswith(", strength 0.5")
+    assert last.score == 1.0
+    assert w.models != last.models
+    assert (p.two_by_two, last.two_by_two) == (None, None)
+    assert w.two_by_two is not None
+    ((model, folder),) = last.adapter_folders.items()
+    assert Path(folder) == tmp_path / "run" / "adapters" / model.removeprefix("local/")
+
+
+def test_a_run_with_a_strength_goes_on_elsewhere_and_its_program_is_saved(tmp_path: Path) -> None:
+    first = compiled(parity_engine(knows_with_demos), tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    engine = parity_engine(knows_with_demos)
+    second = compiled(engine, tmp_path / "moved")
+    assert engine.requests == []
+    assert second.lm.model == first.lm.model == next(iter(first.report.rounds[3].adapter_folders))
+    save(second, tmp_path / "saved")
+    other = parity_engine(knows_with_demos)
+    loaded = load(tmp_path / "saved", base_model=other)
+    assert loaded(number=3).parity == "odd"
+    assert (other.requests[-1].model, other.requests[-1].strength) == (first.lm.model, 0.5)
