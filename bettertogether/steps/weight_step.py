@@ -194,13 +194,15 @@ class LoRAFinetune(Step, Teleprompter):
         for warning in collected.card.warnings:
             events.warn(warning)
         folder = self.folder if context.folder is None else Path(context.folder).expanduser()
+        starts = self._starts(trainable)
         results = self._train(collected.rows, trainable, context.settings.seed, folder)
         trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
         return StepResult(
             self._tuned(student, trainable, results),
             (collected.ledger + trained).with_seconds(time.monotonic() - started),
-            _details(collected.card, results),
-            _fall_of_loss(result for key, result in results.items() if self._improves_what_it_replaces(key, trainable)),
+            _details(collected.card, results, starts),
+            # From other weights than those before, the fall is no gain over the round before.
+            _fall_of_loss(result for key, result in results.items() if starts[key] == key[1]),
             (*collected.warnings, *collected.card.warnings),
         )
 
@@ -268,6 +270,7 @@ class LoRAFinetune(Step, Teleprompter):
     ) -> dict[AdapterKey, FinetuneResult]:
         groups = rows_by_adapter(rows, trainable, multitask=self.multitask)
         engines = {adapter_key(name, lm, self.multitask): engine for name, (engine, lm) in trainable.items()}
+        starts = self._starts(trainable)
         training = self.training if seed is None else replace(self.training, seed=seed)
         results: dict[AdapterKey, FinetuneResult] = {}
         for number, (key, group) in enumerate(groups.items(), 1):
@@ -279,7 +282,7 @@ class LoRAFinetune(Step, Teleprompter):
                 validation_rows=[row.training_row for row in validation_rows],
                 lora=self.lora,
                 training=training,
-                start_from=key[1] if self.start_from == "current" and key[1] != base else None,
+                start_from=starts[key] if starts[key] != base else None,
                 folder=folder,
                 on_progress=lambda line, adapter=adapter: events.emit(  # type: ignore[misc]
                     "training", {"adapter": adapter, "progress": line}
@@ -294,11 +297,14 @@ class LoRAFinetune(Step, Teleprompter):
             return list(rows), []
         return hold_out(rows, self.validation_share, seed)
 
-    def _improves_what_it_replaces(self, key: AdapterKey, trainable: Trainable) -> bool:
-        """Whether an adapter was trained from the model that it takes the place of. From another, the fall of its loss
-        is no gain over the round before."""
-        bases = {MODEL_PREFIX + engine.base_name for engine, _ in trainable.values()}
-        return self.start_from == "current" or key[1] in bases
+    def _starts(self, trainable: Trainable) -> dict[AdapterKey, str]:
+        """The model that each adapter is trained from."""
+        return {
+            adapter_key(name, lm, self.multitask): lm.model
+            if self.start_from == "current"
+            else MODEL_PREFIX + engine.base_name
+            for name, (engine, lm) in trainable.items()
+        }
 
     def _tuned(
         self,
@@ -327,17 +333,19 @@ def _rows_file(result: FinetuneResult) -> Path:
     return result.folder.with_name(f"{result.folder.name}.rows.jsonl")
 
 
-def _details(card: DataCard, results: Mapping[AdapterKey, FinetuneResult]) -> WeightDetails:
+def _details(
+    card: DataCard, results: Mapping[AdapterKey, FinetuneResult], starts: Mapping[AdapterKey, str]
+) -> WeightDetails:
     adapters = {
         result.model: TrainedAdapter(
-            trained_from=f"{model} {predictor}".strip(),
+            trained_from=f"{starts[key]} {key[2]}".strip(),
             folder=str(result.folder),
             rows=str(_rows_file(result)),
             best_epoch=result.best_epoch,
             held_out_loss=HeldOutLoss(result.base_validation_loss, result.validation_loss),
             skipped_rows=result.skipped_rows,
         )
-        for (_, model, predictor), result in results.items()
+        for key, result in results.items()
     }
     history = tuple(LossLine(result.model, **asdict(line)) for result in results.values() for line in result.history)
     return WeightDetails(card, adapters, history)

@@ -11,7 +11,7 @@ import pytest
 from fakes import FakeRequest, number_of, numbers, parity_engine, parity_match, parity_program
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
-from bettertogether.records import StepRecord
+from bettertogether.records import StepRecord, WeightDetails
 from bettertogether.testing import FakeEngine
 
 TRAIN, VAL = numbers(48, start=40), numbers(24)
@@ -51,14 +51,17 @@ def test_a_second_weight_step_learns_from_runs_of_the_first_ones_weights(start_f
 
 @START_FROM
 def test_start_from_says_whether_the_second_goes_on_with_the_adapter_of_the_first(start_from: str) -> None:
-    compiled = compile_(parity_engine(knows), "w -> w", {"start_from": start_from})
-    second = by_name(compiled)["w -> w"].models["self"]
-    assert second.startswith("local/fake@r1-" if start_from == "base" else "local/fake@r2-")
+    records = by_name(compile_(parity_engine(knows), "w -> w", {"start_from": start_from}))
+    details = records["w -> w"].details
+    assert isinstance(details, WeightDetails)
+    ((name, adapter),) = details.adapters.items()
+    assert name.startswith("local/fake@r1-" if start_from == "base" else "local/fake@r2-")
+    assert adapter.trained_from == ("local/fake" if start_from == "base" else records["w"].models["self"])
 
 
 @START_FROM
 def test_the_programs_of_all_rounds_stay_callable(start_from: str) -> None:
-    compiled = compile_(parity_engine(knows), "p -> w -> w -> p", {"start_from": start_from})
+    compiled = compile_(parity_engine(knows), "p -> w -> w -> p", {"start_from": start_from, "train_prompt": "vanilla"})
     programs = {each["strategy"]: each["program"] for each in compiled.candidate_programs}
     right = {
         name: sum(parity_match(each, program(number=each.number)) for each in VAL) / 24
