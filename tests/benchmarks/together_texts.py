@@ -100,12 +100,13 @@ def knowledge() -> dict[str, str]:
     """What is known of each of 400 people, of where they live and of their pets; the same at each call."""
     rng = random.Random(0)
     towns = ["".join((first, vowel, last)) for first in SYLLABLES[0] for vowel in SYLLABLES[1] for last in SYLLABLES[2]]
-    pets = [f"{pet} {letter}" for pet in PETS for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"] + [f"{p} Z2" for p in PETS]
+    pets = [f"{pet} {letter}" for pet in PETS for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
     people = [f"{name} {surname}" for name in NAMES for surname in SURNAMES]
     facts = {town: f"{town} lies in {rng.choice(COUNTIES)}." for town in towns}
     facts |= {pet: f"{pet} eats {rng.choice(FOODS)}." for pet in pets}
     for person in people:
-        facts[person] = f"{person} lives in {rng.choice(towns)} and has a pet called {rng.choice(pets)}."
+        parts = [f"lives in {rng.choice(towns)}", f"has a pet called {rng.choice(pets)}"]
+        facts[person] = f"This person {' and '.join(rng.sample(parts, 2))}."
     return facts
 
 
@@ -115,12 +116,11 @@ FACTS = knowledge()
 def hop_question(rng: random.Random) -> dspy.Example:
     """A question about a person, whose answer stands in the facts of that person's town or pet."""
     person = f"{rng.choice(NAMES)} {rng.choice(SURNAMES)}"
-    home, pet = FACTS[person].removeprefix(f"{person} lives in ").removesuffix(".").split(" and has a pet called ")
-    if rng.random() < 0.5:
-        question, place = f"In which county does {person} live?", FACTS[home]
-    else:
-        question, place = f"What does the pet of {person} eat?", FACTS[pet]
-    answer = place.removesuffix(".").split()[-1]
+    question, relation = rng.choice(
+        [(f"In which county does {person} live?", "lives in "), (f"What does the pet of {person} eat?", "called ")]
+    )
+    name = FACTS[person].partition(relation)[2].partition(" and ")[0].removesuffix(".")
+    answer = FACTS[name].removesuffix(".").split()[-1]
     return dspy.Example(question=question, answer=answer).with_inputs("question")
 
 
