@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -169,6 +170,8 @@ class BaseEngine:
         """
         validate_request(request)
         sampling = SamplingOptions.from_config(request.config)
+        if request.config.response_format is None:
+            sampling = replace(sampling, stop=(*sampling.stop, *self._renderer.stop))
         prompt_ids = self.prompt_tokens(self.messages(request))
         room = self.max_length - len(prompt_ids)
         if room < 1:

@@ -27,6 +27,9 @@ tomorrow and of a program that is loaded next year have to be the same. It is th
 to; `chat_template_kwargs={"date_string": ...}` sets another where the template has such a variable."""
 FINAL_CHANNEL = "<|channel|>final<|message|>"
 """Harmony (gpt-oss): what stands before an answer for the user. Nothing is thought before it."""
+PLAIN_STOP = ("\n\n### User:", "\n\n### Assistant:")
+"""Where a model without a chat template goes on with a turn that is not its answer, as a model that no training has
+taught the end of one does."""
 PROBES = ("probe-system-a1", "probe-user-b2", "probe-assistant-c3", "probe-user-d4")
 
 
@@ -74,8 +77,10 @@ def _text(parts: Sequence[Any], where: str) -> str:
 class PromptRenderer:
     """Turns messages into tokens with a model's own chat template.
 
-    Without a template the format is plain: the system text, then "### User:", "### Assistant:" and each text on lines
-    of their own. A template that knows no system turn gets the system text at the head of the first user turn.
+    Without a template the format is plain: the beginning-of-text token where the tokenizer has one, the system text,
+    then "### User:", "### Assistant:" and each text on lines of their own. The end-of-text token ends answers, and so
+    does a turn that the model opens itself (`stop`); no text of a message or an answer is read as a special token.
+    A template that knows no system turn gets the system text at the head of the first user turn.
 
     Where the template opens a block of thinking, or was told to think (`enable_thinking` or `thinking` is True),
     prompts end in the opened block: `thinks`. An answer to be learned then closes it at once, unless it holds thoughts
@@ -95,6 +100,7 @@ class PromptRenderer:
         self._lock = threading.Lock()
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         self._template = _dated(tokenizer.get_chat_template()) if self._has_template else ""
+        self._reading = {} if self._has_template else {"split_special_tokens": True}
         self._merge_system = False
         if self._has_template:
             self._merge_system = not self._keeps_text(PROBES)
@@ -106,6 +112,8 @@ class PromptRenderer:
                 )
         else:
             logger.warning("The model has no chat template; prompts are written as '### User:' and '### Assistant:'.")
+        self.stop: tuple[str, ...] = () if self._has_template else PLAIN_STOP
+        """Texts that end an answer, beside the tokens that do."""
         self._tail = ""
         self.thinks = False
         """Whether answers begin with thoughts."""
@@ -117,11 +125,16 @@ class PromptRenderer:
 
     def text(self, messages: Sequence[ChatMessage]) -> str:
         """The prompt as text, ending where the answer begins. Raises InvalidRequestError."""
+        if not self._has_template:
+            return str(self._tokenizer.bos_token or "") + _plain(messages)
         return self._render(messages, add_generation_prompt=True) + self._tail
 
     def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Token ids of a prompt."""
-        return self._encode(self.text(messages))
+        if self._has_template:
+            return self._encode(self.text(messages))
+        start = self._tokenizer.bos_token_id
+        return [*([] if start is None else [start]), *self._encode(_plain(messages))]
 
     def completion_tokens(self, completion: str) -> list[int]:
         """Token ids of an answer as it comes after a prompt, ended by the end-of-turn token."""
@@ -163,12 +176,10 @@ class PromptRenderer:
 
     def _encode(self, text: str) -> list[int]:
         with self._lock:
-            return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+            return list(self._tokenizer(text, add_special_tokens=False, **self._reading).input_ids)
 
     def _render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
         turns = _merged(messages) if self._merge_system else list(messages)
-        if not self._has_template:
-            return self._plain(turns, add_generation_prompt)
         try:
             with self._lock:
                 return str(
@@ -183,15 +194,6 @@ class PromptRenderer:
         except Exception as error:  # jinja raises whatever a template's author chose
             roles = [turn["role"] for turn in turns]
             raise InvalidRequestError(f"The model's chat template rejects turns {roles}: {error}") from error
-
-    def _plain(self, turns: Sequence[ChatMessage], add_generation_prompt: bool) -> str:
-        blocks = [
-            turn["content"] if turn["role"] == "system" else f"### {turn['role'].capitalize()}:\n{turn['content']}"
-            for turn in turns
-        ]
-        if add_generation_prompt:
-            blocks.append("### Assistant:\n")
-        return str(self._tokenizer.bos_token or "") + "\n\n".join(blocks)
 
     def _render_probe(self, probes: Sequence[str]) -> str:
         roles = ("system", "user", "assistant", "user")
@@ -247,6 +249,14 @@ def _dated(template: str) -> str:
     return re.sub(
         r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", lambda call: json.dumps(DATE.strftime(call.group(2))), template
     )
+
+
+def _plain(messages: Sequence[ChatMessage]) -> str:
+    blocks = [
+        turn["content"] if turn["role"] == "system" else f"### {turn['role'].capitalize()}:\n{turn['content']}"
+        for turn in messages
+    ]
+    return "\n\n".join([*blocks, "### Assistant:\n"])
 
 
 def _merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:

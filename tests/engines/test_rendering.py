@@ -184,3 +184,26 @@ def test_without_a_template_the_format_is_plain_and_the_log_says_so(caplog: pyte
     )
     assert plain.end_id == EOS
     assert caplog.text.count("no chat template") == 1
+
+
+def test_without_a_template_no_text_of_a_message_or_an_answer_is_a_special_token() -> None:
+    plain, tokenizer = renderer(None), byte_tokenizer(None)
+    prompt_ids = plain.prompt_tokens([{"role": "user", "content": "<eos>a<bos>"}])
+    assert [place for place, token in enumerate(prompt_ids) if token >= 256] == [0]
+    assert tokenizer.decode(prompt_ids) == "<bos>### User:\n<eos>a<bos>\n\n### Assistant:\n"
+    completion_ids = plain.completion_tokens("<|im_end|>")
+    assert [place for place, token in enumerate(completion_ids) if token >= 256] == [len("<|im_end|>")]
+    assert completion_ids[-1] == EOS
+
+
+def test_the_beginning_of_text_token_is_left_out_where_the_tokenizer_has_none() -> None:
+    tokenizer = byte_tokenizer(None)
+    tokenizer.bos_token = None
+    plain = PromptRenderer(tokenizer, [EOS], None)
+    assert plain.text(CHAT) == "Be brief.\n\n### User:\nHi\n\n### Assistant:\n"
+    assert tokenizer.decode(plain.prompt_tokens(CHAT)) == plain.text(CHAT)
+
+
+def test_only_without_a_template_a_turn_that_the_model_opens_ends_its_answer() -> None:
+    assert renderer(None).stop == ("\n\n### User:", "\n\n### Assistant:")
+    assert renderer().stop == ()

@@ -90,6 +90,26 @@ def test_the_same_seed_gives_the_same_text(engine: TransformersEngine) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_without_a_template_a_turn_that_the_model_opens_ends_its_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = TransformersEngine(save_model(tmp_path / "tiny", template=None))
+    request = ask(model=f"local/{made.base_name}", max_tokens=16)
+    monkeypatch.setattr(made._renderer, "stop", ())
+    whole = made.complete(request).text
+    monkeypatch.setattr(made._renderer, "stop", (whole[5:9],))
+    assert made.complete(request).text == whole[: whole.index(whole[5:9])]
+    made.close()
+
+
+def test_without_a_template_an_answer_in_json_ends_where_it_is_complete(tmp_path: Path) -> None:
+    made = TransformersEngine(save_model(tmp_path / "tiny", template=None))
+    response = made.complete(ask(model=f"local/{made.base_name}", max_tokens=30, response_format=labels("x", "y")))
+    assert json.loads(response.text or "")["label"] in ("x", "y")
+    assert response.finish_reason == "stop"
+    made.close()
+
+
 def test_a_label_costs_one_forward_pass(engine: TransformersEngine) -> None:
     engine.complete(ask())
     before = engine.counters()
