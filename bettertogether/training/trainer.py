@@ -26,6 +26,7 @@ from .checkpoint import TrainingState
 from .config import LoRAConfig, TrainingConfig
 from .fused import fused_lora
 from .held_out import HeldOutLosses, held_out_losses
+from .length import RunLength
 from .loss import RowLoss, row_loss
 from .packing import TokenizedRow, check_rows, drawn_form, epoch_batches
 from .precision import checkpoint_gradients, compute_dtype, four_bit_copy, tokens_in_memory
@@ -97,7 +98,6 @@ def train_adapter(
         checkpoint_gradients(base, training)
         longest = max(row.longest for row in [*rows, *validation_rows])
         with row_loss(base, dtype, longest) as loss, fused_lora(base, ADAPTER_NAME, dtype):
-            training = resolved(training, base.config.get_text_config().hidden_size, len(rows))
             run = _Run(adapter, loss, rows, validation_rows, training, folder, on_progress)
             return run.train()
 
@@ -139,20 +139,20 @@ class _Run:
         folder: Path,
         on_progress: ProgressFunction | None,
     ) -> None:
-        self.adapter, self.loss, self.training, self.folder = adapter, loss, training, folder
+        self.adapter, self.loss, self.folder = adapter, loss, folder
+        self.training = resolved(training, adapter.base.config.get_text_config().hidden_size, len(rows))
         self.rows, self.validation_rows, self.on_progress = rows, validation_rows, on_progress
         self.accelerator = Accelerator()
         self.parameters = adapter.parameters
-        self.steps_per_epoch = math.ceil(len(rows) / training.batch_size)
-        self.epochs = int(_number(training.epochs))
-        self.total_steps = self.steps_per_epoch * self.epochs
+        self.length = RunLength(training, int(_number(self.training.epochs)), len(rows), bool(validation_rows))
+        self.total_steps = self.length.total_steps
         self.max_tokens = min(training.max_tokens_per_batch, tokens_in_memory(adapter.base, loss.dtype))
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=_number(training.learning_rate), weight_decay=training.weight_decay
+            self.parameters.values(), lr=_number(self.training.learning_rate), weight_decay=training.weight_decay
         )
         self.started = time.perf_counter()
         options: dict[str, object] = {
-            "training": training.to_dict(),
+            "training": [training.to_dict(), self.training.to_dict()],
             "base": adapter.base.config.to_json_string(),
             "dtype": str(loss.dtype),
         }
@@ -164,11 +164,13 @@ class _Run:
     def train(self) -> TrainedAdapter:
         """Run the epochs that are left, and write the adapter."""
         self._resume()
+        if self.accelerator.is_main_process:
+            self.length.announce()
         if self.state.epoch == 0 and self.validation_rows:
             losses = self._held_out_losses()
             self.state = replace(self.state, base=losses)
             self._report(None, losses.free, 0.0)
-        while self.state.epoch < self.epochs:
+        while self.state.epoch < self.length.epochs and not self._ends_early():
             self._epoch(self.state.epoch + 1)
         if self.accelerator.is_main_process:
             save_adapter(self.folder, self.adapter.config, self.state.best_weights or self.state.weights)
@@ -190,10 +192,33 @@ class _Run:
         # Nobody may write the first checkpoint before everybody has looked for the last one.
         self.accelerator.wait_for_everyone()
         if state is not None:
-            logger.info("Going on after epoch %d of %d in %s.", state.epoch, self.epochs, self.folder)
+            logger.info("Going on after epoch %d of %d in %s.", state.epoch, self.length.epochs, self.folder)
             self.adapter.load(state.weights, self.folder)
             checkpoint.restore_optimizer(self.optimizer, self.parameters, state)
             self.state, self.history = state, list(state.history)
+
+    @property
+    def _seconds(self) -> float:
+        """Of the whole run until now."""
+        return self.state.seconds + time.perf_counter() - self.started
+
+    def _ends_early(self) -> bool:
+        """Whether no epoch should follow the one that is done."""
+        epoch, best_epoch = self.state.epoch, self.state.best_epoch
+        if epoch == 0:
+            return False
+        too_long = self._agreed(self.length.next_too_long(epoch, self._seconds))
+        ends = too_long or self.length.lost_patience(epoch, best_epoch)
+        if ends and self.accelerator.is_main_process:
+            self.length.say_why(epoch, best_epoch, self.state.step)
+        return ends
+
+    def _agreed(self, over: bool) -> bool:
+        """Whether the time is over by the clock of any process."""
+        if self.accelerator.num_processes == 1 or self.training.max_minutes is None:
+            return over
+        votes = torch.tensor(float(over), device=self.adapter.base.device)
+        return float(self.accelerator.reduce(votes, "sum")) > 0
 
     def _epoch(self, epoch: int) -> None:
         seed = f"{self.training.seed}/{epoch}/{self.accelerator.process_index}"
@@ -203,6 +228,8 @@ class _Run:
             rows = [self.rows[index] for index in indices]
             form = drawn_form(rows, training.form_share, training.seed, epoch, number)
             self._step(rows if form is None else [row.shown(form) for row in rows])
+            if epoch == 1 and self._agreed(self.length.too_long(self._seconds)):
+                break
         losses = self._held_out_losses() if self.validation_rows else None
         if losses is not None:
             self._report(None, losses.free, self.optimizer.param_groups[0]["lr"])
@@ -216,7 +243,7 @@ class _Run:
         self.state = replace(
             before,
             epoch=epoch,
-            seconds=before.seconds + time.perf_counter() - self.started,
+            seconds=self._seconds,
             best_epoch=epoch if better else before.best_epoch,
             best=losses if better else before.best,
             weights=weights,
@@ -250,6 +277,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=False)
         self.state = replace(self.state, step=step, tokens=self.state.tokens + tokens)
         self._report(loss, None, rate)
+        if self.accelerator.is_main_process:
+            self.length.step_done(step, self._seconds)
 
     def _gradients(self, rows: Sequence[TokenizedRow], weights: TokenWeights, step: int) -> tuple[float, int]:
         """Add up the gradients of this process's rows; returns their share of the free tokens' loss, and tokens run."""
@@ -298,7 +327,9 @@ class _Run:
 
     def _held_out_losses(self) -> HeldOutLosses:
         self.adapter.base.eval()
+        started = time.perf_counter()
         losses = held_out_losses(self.loss, self.validation_rows, self.max_tokens, self.accelerator, self._share)
+        self.length.held_out_seconds = time.perf_counter() - started
         if not losses.finite:
             raise TrainingError(
                 f"After step {self.state.step} of {self.total_steps} the held-out loss is {losses.free} ("
@@ -308,7 +339,7 @@ class _Run:
         return losses
 
     def _report(self, loss: float | None, validation_loss: float | None, rate: float) -> None:
-        epoch, state = self.state.step / self.steps_per_epoch, self.state
+        epoch, state = self.state.step / self.length.steps_per_epoch, self.state
         line = TrainingProgress(
             step=state.step,
             total_steps=self.total_steps,

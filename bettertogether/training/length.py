@@ -1,0 +1,79 @@
+"""How long a training run may take, said before it begins, and why it ends."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from ..printable import get_logger
+from .config import TrainingConfig
+
+TIMED_STEPS = 4
+"""Optimizer steps after which the time of the whole run is foretold; the first is slower than the others."""
+
+logger = get_logger(__name__)
+
+
+class RunLength:
+    """The bounds of a run. `asked` is the configuration as it was given, with "auto" in it; `epochs` the bound."""
+
+    def __init__(self, asked: TrainingConfig, epochs: int, rows: int, held_out: bool) -> None:
+        self.epochs = epochs
+        self.steps_per_epoch = math.ceil(rows / asked.batch_size)
+        self.total_steps = self.steps_per_epoch * epochs
+        self.held_out_seconds = 0.0
+        """What measuring the held-out loss took."""
+        self._rows, self._max_minutes = rows, asked.max_minutes
+        self._patience = asked.patience if asked.epochs == "auto" and asked.keep_best and held_out else None
+        self._steps, self._first_step_done = 0, 0.0
+
+    def announce(self) -> None:
+        """Say what the run takes at most, before it begins."""
+        minutes = "" if self._max_minutes is None else f", {self._max_minutes:g} minutes"
+        patience = ""
+        if self._patience is not None:
+            patience = f"; ends after {self._patience} epochs without a lower held-out loss"
+        logger.info(
+            "Training on %d rows: at most %d epochs, %d steps%s%s.",
+            self._rows,
+            self.epochs,
+            self.total_steps,
+            minutes,
+            patience,
+        )
+
+    def step_done(self, step: int, seconds: float) -> None:
+        """After each step of this sitting; `seconds` since the run began. Says, once, how long it will take at most."""
+        self._steps, now = self._steps + 1, time.perf_counter()
+        if self._steps == 1:
+            self._first_step_done = now
+        if self._steps != TIMED_STEPS:
+            return
+        per_step = (now - self._first_step_done) / (TIMED_STEPS - 1)
+        measures = self.epochs - (step - 1) // self.steps_per_epoch
+        expected = seconds + per_step * (self.total_steps - step) + measures * self.held_out_seconds
+        if self._max_minutes is not None:
+            expected = min(expected, 60 * self._max_minutes)
+        logger.info("The training takes about %.1f minutes at most (%.2f s a step).", expected / 60, per_step)
+
+    def too_long(self, seconds: float) -> bool:
+        """Whether the time is over."""
+        return self._max_minutes is not None and seconds > 60 * self._max_minutes
+
+    def next_too_long(self, epoch: int, seconds: float) -> bool:
+        """Whether another epoch, as long as the `epoch` before it, would end after the time is over."""
+        return self.too_long(seconds * (epoch + 1) / epoch)
+
+    def lost_patience(self, epoch: int, best_epoch: int) -> bool:
+        """Whether the held-out loss has had no new low for too long."""
+        return self._patience is not None and epoch - best_epoch >= self._patience
+
+    def say_why(self, epoch: int, best_epoch: int, step: int) -> None:
+        """Say why the run has ended before its last epoch."""
+        if self.lost_patience(epoch, best_epoch):
+            reason = f"no lower held-out loss since epoch {best_epoch}"
+        elif step < epoch * self.steps_per_epoch:
+            reason = f"max_minutes={self._max_minutes:g} are over, within the first epoch"
+        else:
+            reason = f"another epoch would pass max_minutes={self._max_minutes:g}"
+        logger.info("Training ends after %d of %d steps: %s.", step, self.total_steps, reason)

@@ -1,0 +1,141 @@
+"""Learning rate and length are chosen by model and rows, bounded, and the bounds are said."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import random_rows, tiny_model
+
+from bettertogether.training import TrainingConfig
+from bettertogether.training import length as length_module
+from bettertogether.training import trainer as trainer_module
+from bettertogether.training.auto import auto_epochs, auto_learning_rate, resolved
+from bettertogether.training.progress import TrainingProgress
+from bettertogether.training.trainer import TrainedAdapter, train_adapter
+
+ROWS = random_rows(20, shared=20)
+HELD_OUT = random_rows(6, shared=20, seed=9)
+
+
+@pytest.mark.parametrize(("hidden_size", "rate"), [(576, 1.32e-3), (2000, 5e-4), (4096, 2.86e-4)])
+def test_the_learning_rate_falls_with_a_power_of_the_width(hidden_size: int, rate: float) -> None:
+    assert auto_learning_rate(hidden_size) == pytest.approx(rate, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs"), [(1, 12), (40, 12), (50, 9), (64, 8), (200, 3), (300, 2), (7992, 2), (7993, 1), (100_000, 1)]
+)
+def test_few_rows_are_seen_often_and_many_once(rows: int, epochs: int) -> None:
+    assert auto_epochs(rows, batch_size=8) == epochs
+
+
+def test_numbers_stay_as_they_are() -> None:
+    assert resolved(TrainingConfig.paper(), 576, 1000) == TrainingConfig.paper()
+    assert (TrainingConfig.paper().learning_rate, TrainingConfig.paper().epochs) == (1e-5, 5)
+    assert resolved(TrainingConfig(), 2000, 64) == TrainingConfig(learning_rate=5e-4, epochs=8)
+
+
+def train(folder: Path, lines: list[TrainingProgress] | None = None, on_progress: Any = None, **options: Any) -> Any:
+    training = TrainingConfig(**{"dtype": "float32", "batch_size": 8, **options})
+    report = (lambda line: lines.append(line)) if lines is not None else on_progress
+    result: TrainedAdapter = train_adapter(
+        tiny_model(), ROWS, validation_rows=HELD_OUT, training=training, folder=folder, on_progress=report
+    )
+    return result
+
+
+def losses(result: TrainedAdapter) -> list[float]:
+    return [line.validation_loss for line in result.history if line.validation_loss is not None][1:]
+
+
+OVERFITTING = {"learning_rate": 0.03, "scheduler": "constant"}
+
+
+def test_auto_stops_when_the_held_out_loss_has_had_no_new_low_for_as_long_as_the_patience(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", **OVERFITTING, epochs=12)
+    result = train(tmp_path / "auto", **OVERFITTING, patience=2)
+    best = losses(whole).index(min(losses(whole)[: len(losses(result))])) + 1
+    assert result.best_epoch == best
+    assert len(losses(result)) == best + 2 < 12
+    assert losses(result) == losses(whole)[: best + 2]
+    assert {line.total_steps for line in result.history} == {36}
+
+
+def test_a_number_of_epochs_is_run_whatever_the_held_out_loss_says(tmp_path: Path) -> None:
+    assert len(losses(train(tmp_path, **OVERFITTING, epochs=7, patience=1))) == 7
+
+
+def test_without_keep_best_auto_runs_to_its_bound(tmp_path: Path) -> None:
+    result = train(tmp_path, **OVERFITTING, patience=1, keep_best=False)
+    assert (len(losses(result)), result.best_epoch) == (12, 12)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_auto_run_ends_where_a_whole_one_does(tmp_path: Path) -> None:
+    def kill(line: TrainingProgress) -> None:
+        if line.step == expected.history[-1].step and line.loss is not None:
+            raise Killed
+
+    expected = train(tmp_path / "whole", **OVERFITTING, patience=2)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", on_progress=kill, **OVERFITTING, patience=2)
+    result = train(tmp_path / "killed", **OVERFITTING, patience=2)
+    assert (result.history, result.best_epoch) == (expected.history, expected.best_epoch)
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds, in which nothing takes any but what a test adds."""
+    now = [0.0]
+    for module in (trainer_module, length_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(8.9, 6), (9.0, 9), (6.0, 6), (4.0, 3), (3.0, 3), (2.0, 3), (1.5, 2)])
+def test_max_minutes_ends_the_run_before_the_epoch_that_would_pass_them(
+    tmp_path: Path, clock: list[float], minutes: float, steps: int
+) -> None:
+    def a_minute(line: TrainingProgress) -> None:
+        clock[0] += 60 * (line.loss is not None)
+
+    result = train(tmp_path, on_progress=a_minute, learning_rate=1e-3, epochs=3, max_minutes=minutes)
+    assert result.history[-1].step == steps
+    assert result.history[-1].validation_loss is not None
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_the_bounds_are_said_before_and_the_time_after_the_first_steps(
+    tmp_path: Path, clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    def report(line: TrainingProgress) -> None:
+        messages.setdefault(line.step, [record.getMessage() for record in caplog.records])
+        clock[0] += 30 * (line.loss is not None)
+
+    messages: dict[int, list[str]] = {}
+    with caplog.at_level(logging.INFO, "bettertogether"):
+        train(tmp_path, on_progress=report, learning_rate=1e-3, max_minutes=30)
+    patience = "ends after 3 epochs without a lower held-out loss"
+    assert messages[0] == [f"Training on 20 rows: at most 12 epochs, 36 steps, 30 minutes; {patience}."]
+    assert messages[5][1:] == ["The training takes about 18.0 minutes at most (30.00 s a step)."]
+
+
+def test_why_a_run_ended_early_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "bettertogether"):
+        result = train(tmp_path / "patience", **OVERFITTING, patience=1)
+        train(tmp_path / "minutes", **OVERFITTING, max_minutes=1e-9)
+    ends = [record.getMessage() for record in caplog.records if "ends after" in record.getMessage()]
+    step = result.history[-1].step
+    assert f"Training ends after {step} of 36 steps: no lower held-out loss since epoch {result.best_epoch}." in ends
+    assert "Training ends after 1 of 36 steps: max_minutes=1e-09 are over, within the first epoch." in ends
