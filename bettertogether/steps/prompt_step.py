@@ -177,7 +177,8 @@ class BootstrapFewShotRS(Step, Teleprompter):
             outcome.program(),
             (traces.ledger + scoring.ledger).with_seconds(time.monotonic() - started),
             outcome.details(traces, race, sets),
-            outcome.gain(),
+            # On a valset a gain is in the round's score; it is no evidence besides.
+            None if context.valset else outcome.gain(),
             tuple(warnings),
         )
 

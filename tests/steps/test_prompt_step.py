@@ -245,6 +245,13 @@ def test_the_step_gain_is_the_rise_of_the_validation_score() -> None:
     assert optimizer.step_gain == 1.0
 
 
+def test_a_rise_on_a_valset_is_no_evidence_besides_the_score_there() -> None:
+    optimizer = step(race=False)
+    program = parity_program(parity_engine(lambda request, _: request.demos > 0))
+    optimizer.compile(program, trainset=numbers(30), valset=numbers(12, start=30))
+    assert optimizer.step_gain is None
+
+
 def test_of_equal_candidates_the_one_with_fewer_demos_wins() -> None:
     compiled = step().compile(parity_program(parity_engine(lambda *_: True)), trainset=numbers(40))
     assert compiled.demos == []
