@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -98,6 +99,8 @@ def run(cell: dict[str, Any], folder: Path) -> bool:
 
 
 def main() -> None:
+    # A run that is killed takes the cell's process with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = arguments().parse_args()
     if options.cell:
         from together_cell import run_cell

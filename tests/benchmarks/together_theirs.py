@@ -1,7 +1,8 @@
 """The side of dspy in `together.py`: `dspy.BetterTogether` with dspy's own optimizers, over the same engine.
 
-Settings are dspy's defaults: 16 demo sets of up to 4 bootstrapped and 16 labelled demos, rows with the demos that the
-prompt has; what the provider trains with is this engine's own defaults, as where a user gives no `train_kwargs`.
+It tries as many demo sets as ours, of as many demos (dspy's own defaults, 16 sets with 16 labelled demos each, take
+many times as long on two cores); rows have the demos that the prompt has, as is dspy's default; the provider trains
+with this engine's defaults, as where a user gives no `train_kwargs`.
 Mended for it, so that it runs at all: runs whose answer could not be parsed give no rows (dspy 3.4.1 counts them as
 passed, and fails), failing examples do not end a step, and rows can be written with JSONAdapter, which both sides use.
 """
@@ -20,14 +21,18 @@ from together_results import Outcome
 from together_tasks import Task
 
 
+DEMO_SETS, DEMOS = 6, 3
+"""The defaults of `BootstrapFewShotRS`. One of dspy's sets is the first traces in order, on top of those drawn."""
+
+
 class TolerantFinetune(dspy.BootstrapFinetune):
     """DSPy's, without the runs whose answer could not be parsed."""
 
-    def compile(self, *args: Any, **options: Any) -> dspy.Module:
+    def compile(self, student: dspy.Module, trainset: list[dspy.Example], teacher: Any = None) -> dspy.Module:
         """As dspy's, where an example that failed does not end the step."""
         tolerant = functools.partial(bootstrap_trace_data, raise_on_error=False)
         with mock.patch("dspy.teleprompt.bootstrap_finetune.bootstrap_trace_data", tolerant):
-            return super().compile(*args, **options)
+            return super().compile(student, trainset, teacher)
 
     def _prepare_finetune_data(self, trace_data: list[dict[str, Any]], *args: Any, **options: Any) -> Any:
         parsed = [data for data in trace_data if isinstance(data["prediction"], dspy.Prediction)]
@@ -47,7 +52,13 @@ def run_theirs(outcome: Outcome, task: Task, student: dspy.Module, data: tuple[l
     threads, errors = lm.engine.concurrency, 100 * (len(train) + len(val))
     dspy.configure(lm=lm, adapter=RowsWithJSON(), num_threads=threads, max_errors=errors)
     optimizers = {
-        "p": dspy.BootstrapFewShotWithRandomSearch(task.metric, num_threads=threads),
+        "p": dspy.BootstrapFewShotWithRandomSearch(
+            task.metric,
+            max_bootstrapped_demos=DEMOS,
+            max_labeled_demos=DEMOS,
+            num_candidate_programs=DEMO_SETS - 1,
+            num_threads=threads,
+        ),
         "w": TolerantFinetune(task.metric, num_threads=threads),
     }
     started, before = time.monotonic(), lm.engine.counters()["requests"]
