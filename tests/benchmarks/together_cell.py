@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import dspy
+from models import MODELS
 from together_results import Cell, Outcome
 from together_tasks import TASKS, Task
 
-from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, default_model, local_lm
+from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, local_lm
 from bettertogether.programs.program import model_names, prompts_state, with_prompts
 from bettertogether.records import CELLS
 from bettertogether.rollouts.evaluation import evaluate
@@ -79,11 +80,7 @@ def model_lm(model: str, task: Task) -> dspy.LM:
         from together_fake import fake_lm
 
         return fake_lm(task)
-    if model == "gemma":
-        from models import gemma_model
-
-        return local_lm(gemma_model(), max_tokens=task.max_tokens)
-    return local_lm(default_model() if model == "smollm" else model, max_tokens=task.max_tokens)
+    return local_lm(MODELS[model]() if model in MODELS else model, max_tokens=task.max_tokens)
 
 
 def run_cell(cell: Cell, folder: Path) -> None:

@@ -20,7 +20,6 @@ from together_cell import tested
 from together_results import Outcome
 from together_tasks import Task
 
-
 DEMO_SETS, DEMOS = 6, 3
 """The defaults of `BootstrapFewShotRS`. One of dspy's sets is the first traces in order, on top of those drawn."""
 
