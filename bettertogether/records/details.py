@@ -148,7 +148,7 @@ class LossLine(Saved):
 
 @dataclass(frozen=True)
 class HeldOutLoss(Saved):
-    """Loss per completion token of the rows held out; None where none were."""
+    """Mean loss per token of the rows held out, before training and of the weights kept; None where none were."""
 
     before: Number | None
     after: Number | None
@@ -166,8 +166,12 @@ class TrainedAdapter(Saved):
     best_epoch: Count
     """The epoch whose weights were kept, from 1."""
     held_out_loss: HeldOutLoss
+    """Of the completion tokens that the answer's grammar leaves free; of all where it leaves none or there is none."""
     skipped_rows: tuple[tuple[Whole, str], ...]
     """Rows left out, as (index, reason)."""
+    all_tokens_loss: HeldOutLoss = HeldOutLoss(None, None)
+    field_losses: Mapping[str, HeldOutLoss] = field(default_factory=dict)
+    """Of the free tokens in the values of each output field."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ..records import (
     PromptDetails,
     SampleRow,
     StepRecord,
+    TrainedAdapter,
     WeightDetails,
 )
 from .charts import Curve, ForestRow, Point, bars, escaped, forest_plot, line_chart, ticks
@@ -202,7 +203,7 @@ def _did(details: Details | None) -> tuple[str, ...]:
         case PromptDetails():
             return (_candidates(details),)
         case WeightDetails():
-            return _losses(details.history), _data_card(details.data_card)
+            return _losses(details.history), _held_out(details.adapters), _data_card(details.data_card)
         case _:
             return ()
 
@@ -230,6 +231,19 @@ def _losses(history: Sequence[LossLine]) -> str:
         curves += [Curve("held out", held_out, _COLORS[0], dots=True)] if held_out else []
         charts.append(line_chart(curves, "optimizer steps", f"Loss per token, {adapter}"))
     return "".join(charts)
+
+
+def _held_out(adapters: Mapping[str, TrainedAdapter]) -> str:
+    rows = []
+    for adapter in adapters.values():
+        losses = {"free tokens": adapter.held_out_loss, "all tokens": adapter.all_tokens_loss, **adapter.field_losses}
+        measured = [(what, loss) for what, loss in losses.items() if loss.before is not None and loss.after is not None]
+        rows += [[adapter.trained_from, what, f"{loss.before:.3f}", f"{loss.after:.3f}"] for what, loss in measured]
+    return (
+        _fold("Loss per token of rows held out", _table(("trained from", "of", "before", "after"), rows))
+        if rows
+        else ""
+    )
 
 
 def _points(pairs: Iterable[tuple[int, float | None]]) -> tuple[Point, ...]:

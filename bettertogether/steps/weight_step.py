@@ -344,6 +344,8 @@ def _details(
             best_epoch=result.best_epoch,
             held_out_loss=HeldOutLoss(result.base_validation_loss, result.validation_loss),
             skipped_rows=result.skipped_rows,
+            all_tokens_loss=HeldOutLoss(*result.all_tokens_loss),
+            field_losses={name: HeldOutLoss(*losses) for name, losses in result.field_losses.items()},
         )
         for key, result in results.items()
     }

@@ -87,9 +87,10 @@ def full_report(text: str) -> CompileReport:
     state = {"demos": [{"question": text, "n": [1]}], "signature": {"instructions": text, "fields": []}}
     row: SampleRow = {"prompt": [{"role": text, "content": text}], "completion": text, "predictor": text, "label": text}
     counts = {text: 3}
-    card = DataCard(counts, {}, counts, counts, counts, 4, 3, {text: 7}, {text: 7}, samples=(row,), warnings=(text,))
+    card = DataCard(counts, {}, counts, counts, counts, 4, 3, {text: 7}, {text: 7}, (row,), (text,), 3, counts, counts)
     history = tuple(loss_line(text, step, 1 / (step + 1), 0.5 if step % 2 else None) for step in range(4))
-    adapter = TrainedAdapter(text, text, text, 1, HeldOutLoss(2.0, None), ((0, text),))
+    losses = HeldOutLoss(2.0, 1.0)
+    adapter = TrainedAdapter(text, text, text, 1, losses, ((0, text),), HeldOutLoss(2.0, None), {text: losses})
     candidates = (CandidateScore(text, 0.5, scored_on=4, stopped=True, demos=2),)
     traces = TraceCounts(4, 3, {text: 1})
     race, left_out = RaceResult(4, 0, 0.95), {text: {text: 1}}

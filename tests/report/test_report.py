@@ -195,13 +195,23 @@ def test_the_page_has_a_section_for_each_thing_there_is() -> None:
         "Weights or prompts?",
         "Prompt candidates (1)",
         "Loss per token, T",
+        "Loss per token of rows held out",
         "Training rows",
+        "3 rows are shown with demos too",
+        "sets of demos shown, by origin",
+        "prompts with demos left out, by reason",
         "Sample row 1: T, T",
         "Prompts of the selected program",
         "demo 1",
         "Cost",
     ):
         assert title in text
+
+
+def test_the_page_has_the_loss_of_free_tokens_and_of_each_field_where_both_were_measured() -> None:
+    text = Page(page_of(full_report("T"))).text
+    after = text.partition("Loss per token of rows held out")[2]
+    assert after.startswith("trained fromofbeforeafterTfree tokens2.0001.000TT2.0001.000Training rows")
 
 
 def test_the_page_of_a_run_without_scores_or_details_has_rounds_and_cost_only() -> None:

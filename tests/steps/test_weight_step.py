@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fakes import (
 )
 
 from bettertogether.callbacks import Callback, TrainingEvent, listening
+from bettertogether.engines.protocol import FinetuneResult
 from bettertogether.errors import (
     ConfigError,
     DataError,
@@ -365,6 +366,21 @@ def test_the_details_hold_the_data_card_the_adapters_and_the_losses_as_json() ->
     assert adapter["held_out_loss"] == {"before": 2.0, "after": 1.0}
     assert Path(adapter["folder"]).is_dir()
     assert [line["adapter"] for line in details["history"]] == [compiled.lm.model]
+
+
+def test_the_details_hold_the_losses_of_all_tokens_and_of_each_field() -> None:
+    class Measuring(FakeEngine):
+        def finetune(self, *args: Any, **options: Any) -> FinetuneResult:
+            result = super().finetune(*args, **options)
+            return replace(result, all_tokens_loss=(1.0, 0.5), field_losses={"parity": (3.0, None)})
+
+    optimizer = step(validation_share=0.2)
+    compiled = optimizer.compile(parity_program(Measuring(parity_engine(lambda *_: True).answer)), trainset=numbers(40))
+    adapter = json.loads(json.dumps(optimizer.details))["adapters"][compiled.lm.model]
+    assert adapter["held_out_loss"] == {"before": 2.0, "after": 1.0}
+    assert adapter["all_tokens_loss"] == {"before": 1.0, "after": 0.5}
+    assert adapter["field_losses"] == {"parity": {"before": 3.0, "after": None}}
+    assert optimizer.step_gain == 1.0
 
 
 def test_the_rows_trained_on_are_kept_beside_the_adapter(tmp_path: Path) -> None:
