@@ -148,7 +148,10 @@ class _Run:
         self.total_steps = self.length.total_steps
         self.max_tokens = min(training.max_tokens_per_batch, tokens_in_memory(adapter.base, loss.dtype))
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=_number(self.training.learning_rate), weight_decay=training.weight_decay
+            self.parameters.values(),
+            lr=_number(self.training.learning_rate),
+            betas=(0.9, training.adam_beta2),
+            weight_decay=training.weight_decay,
         )
         self.started = time.perf_counter()
         options: dict[str, object] = {

@@ -37,7 +37,9 @@ def test_few_rows_are_seen_often_and_many_once(rows: int, epochs: int) -> None:
 
 def test_numbers_stay_as_they_are() -> None:
     assert resolved(TrainingConfig.paper(), 576, 1000) == TrainingConfig.paper()
-    assert (TrainingConfig.paper().learning_rate, TrainingConfig.paper().epochs) == (1e-5, 5)
+    paper = TrainingConfig.paper()
+    assert (paper.learning_rate, paper.epochs) == (1e-5, 5)
+    assert (paper.skeleton_weight, paper.adam_beta2) == (1.0, 0.999)
     assert resolved(TrainingConfig(), 2000, 64) == TrainingConfig(learning_rate=5e-4, epochs=8)
 
 

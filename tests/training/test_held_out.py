@@ -106,7 +106,7 @@ def test_a_step_follows_the_gradient_of_the_weighted_mean(tmp_path: Path) -> Non
         forced_N = torch.tensor([each for row in rows for each in row.forced])
         weights_N = torch.ones(len(losses_N)).masked_fill(forced_N, 0.3)
         parameters = adapter.parameters
-        optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
         ((losses_N * weights_N).sum() / weights_N.sum()).backward()
         optimizer.step()
         expected = adapter.state()

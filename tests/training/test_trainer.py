@@ -47,7 +47,8 @@ def reference_training(lora: LoRAConfig, training: TrainingConfig) -> tuple[list
     model = tiny_model()
     with training_adapter(model, lora, training.seed) as adapter:
         parameters = list(adapter.parameters.values())
-        optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+        betas, decay = (0.9, training.adam_beta2), training.weight_decay
+        optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=betas, weight_decay=decay)
         losses, step = [], 0
         steps = training.epochs * math.ceil(len(ROWS) / training.batch_size)
         for epoch in range(1, training.epochs + 1):
