@@ -62,7 +62,14 @@ WEIGHTS = WeightDetails(
     data_card=CARD,
     adapters={
         "local/m@r1-1f": TrainedAdapter(
-            "local/m", "/runs/r1-1f", "/runs/r1-1f.rows.jsonl", 2, HeldOutLoss(2.0, 1.0), ((1, "too long"),)
+            "local/m",
+            "/runs/r1-1f",
+            "/runs/r1-1f.rows.jsonl",
+            2,
+            HeldOutLoss(2.0, 1.0),
+            ((1, "too long"),),
+            HeldOutLoss(1.5, 0.5),
+            {"answer": HeldOutLoss(3.0, 1.0)},
         )
     },
     history=(LossLine("local/m@r1-1f", 1, 2, 0.5, 2.0, None, 100, 1e-4),),
@@ -193,3 +200,11 @@ def test_a_run_directory_of_schema_1_goes_on_after_its_last_round(tmp_path: Path
         (each.name, each.status, each.score) for each in report.rounds
     ]
     assert 0 < requests_of_the_rest < requests
+
+
+def test_an_adapter_of_a_record_without_the_losses_of_all_tokens_and_fields_is_read() -> None:
+    data = as_json(RECORDS["weight"])
+    for adapter in data["details"]["adapters"].values():
+        del adapter["all_tokens_loss"], adapter["field_losses"]
+    (adapter,) = StepRecord.from_dict(data).details.adapters.values()  # type: ignore[union-attr]
+    assert (adapter.all_tokens_loss, adapter.field_losses) == (HeldOutLoss(None, None), {})

@@ -27,6 +27,9 @@ def render(view: ReportView) -> str:
             lines += ["", *_candidates(view, each.name, each.record.details)]
     if view.two_by_two is not None:
         lines += _two_by_two(view.two_by_two)
+    losses = [f"{each.name}: {text}" for each in view.rounds for text in each.losses]
+    if losses:
+        lines += ["", *_wrapped(losses)]
     lines += _wrapped((*_failed(view), *(f"Warning: {warning}" for warning in view.report.warnings)))
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..records import StepRecord, failure_text
+from ..records import HeldOutLoss, StepRecord, TrainedAdapter, WeightDetails, failure_text
 from .data import ReportData
 from .intervals import Effect, Interval
 
@@ -45,6 +45,8 @@ class RoundView:
     failures: str
     """Examples that failed, counted by kind."""
     seconds: str
+    losses: tuple[str, ...]
+    """Of each adapter that it trained: the held-out losses."""
 
     @property
     def name(self) -> str:
@@ -117,7 +119,16 @@ def _round(report: ReportData, position: int) -> RoundView:
         examples="-" if record.scores is None else str(len(record.scores)),
         failures=failure_text(record.failures),
         seconds=seconds_text(record.ledger.seconds),
+        losses=_losses(record),
     )
+
+
+def _losses(record: StepRecord) -> tuple[str, ...]:
+    if not isinstance(record.details, WeightDetails):
+        return ()
+    texts = {name: loss_text(adapter) for name, adapter in record.details.adapters.items()}
+    several = len(texts) > 1
+    return tuple(f"{name}: {text}" if several else text for name, text in texts.items() if text)
 
 
 def _gain(report: ReportData, effect: Effect) -> GainView:
@@ -137,6 +148,25 @@ def _two_by_two(report: ReportData) -> TwoByTwoView | None:
         both=_gain(report, split.interaction),
         total=_gain(report, split.total),
     )
+
+
+def loss_text(adapter: TrainedAdapter) -> str:
+    """The held-out losses of an adapter, before and after its training; "" where they were not measured."""
+    free, everything = _fall(adapter.held_out_loss), _fall(adapter.all_tokens_loss)
+    if not free or not everything or adapter.held_out_loss == adapter.all_tokens_loss:
+        return free and f"held-out loss of all tokens {free}{_by_field(adapter)}"
+    return f"held-out loss of the free tokens {free}{_by_field(adapter)}; all tokens {everything}"
+
+
+def _by_field(adapter: TrainedAdapter) -> str:
+    falls = [f"{name} {_fall(loss)}" for name, loss in adapter.field_losses.items() if _fall(loss)]
+    return f"; by field: {', '.join(falls)}" if falls else ""
+
+
+def _fall(loss: HeldOutLoss) -> str:
+    if loss.before is None or loss.after is None:
+        return ""
+    return f"{loss.before:.2f} -> {loss.after:.2f}"
 
 
 def seconds_text(seconds: float) -> str:

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -155,7 +155,7 @@ class FakeEngine:
             temperature=request.config.temperature or 0.0,
             seed=request.config.seed,
             schema=(request.config.response_format or {}).get("schema"),
-            learned=adapter.memory.get(_key(messages)),
+            learned=(adapter.forms | adapter.memory).get(_key(messages)),
             trained_on=len(adapter.memory),
             strength=adapter.strength,
         )
@@ -205,7 +205,8 @@ class FakeEngine:
         folder: Path | None = None,
         on_progress: ProgressFunction | None = None,
     ) -> FinetuneResult:
-        """Remember every row; the held-out loss falls by a half where there are validation rows."""
+        """Remember every row under each of its prompts; the held-out loss falls by a half where there are validation
+        rows, and so does that of each of their fields."""
         if not rows:
             raise NoTrainingDataError("no rows")
         training = resolved(training, FAKE_WIDTH, len(rows))
@@ -214,12 +215,14 @@ class FakeEngine:
         assert not isinstance(rate, str)
         start = self._adapter(start_from) if start_from else _BASE
         memory = {**start.memory, **{_key(row.messages): row.completion for row in rows}}
-        trained = _FakeAdapter(start.round + 1, memory, start.strength)
+        forms = {**start.forms, **{_key(form): row.completion for row in rows for form in row.forms}}
+        trained = _FakeAdapter(start.round + 1, memory, start.strength, forms)
         with self._lock:
             self.trainings.append(tuple(rows))
         where = trained.save(Path(folder or mkdtemp(prefix="fake-adapters-")), self.base_name)
         tokens = sum(len(self.prompt_tokens(r.messages)) + len(self.completion_tokens(r.completion)) for r in rows)
-        before, after = (2.0, 1.0) if validation_rows else (None, None)
+        before, after = losses = (2.0, 1.0) if validation_rows else (None, None)
+        fields = {span.name: losses for row in validation_rows for span in row.fields}
         line = TrainingProgress(
             step=1,
             total_steps=1,
@@ -232,7 +235,7 @@ class FakeEngine:
         if on_progress:
             on_progress(line)
         model = self.add_adapter(where)
-        return FinetuneResult(model, where, (line,), epochs, line.tokens, 0.0, before, after)
+        return FinetuneResult(model, where, (line,), epochs, line.tokens, 0.0, before, after, (), losses, fields)
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter that `finetune` wrote into this folder."""
@@ -291,9 +294,11 @@ class _FakeAdapter:
     round: int
     memory: dict[str, str]
     strength: float = 1.0
+    forms: dict[str, str] = field(default_factory=dict)
+    """The answers to the rows' other prompts."""
 
     def name(self, base_name: str) -> str:
-        held = self.memory if self.strength == 1 else [self.memory, self.strength]
+        held = [self.memory, self.strength, self.forms]
         content = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
         return adapter_model_name(base_name, self.round, content)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from bettertogether.errors import DataError
 from bettertogether.records import (
     CandidateScore,
     DataCard,
+    HeldOutLoss,
     PromptDetails,
     RaceResult,
     TraceCounts,
+    TrainedAdapter,
     WeightDetails,
 )
 from bettertogether.report import CompileReport
@@ -231,3 +234,13 @@ def test_a_loss_that_is_not_finite_leaves_a_gap_and_a_page(tmp_path: Path) -> No
     page = (tmp_path / "report.html").read_text()
     assert '<polyline points="0.00,0.00 100.00,83.33"' in page
     assert "nan" not in page
+
+
+def test_the_held_out_losses_of_a_weight_step_are_under_the_table() -> None:
+    details = full_report("t").rounds[2].details
+    assert isinstance(details, WeightDetails)
+    adapter = TrainedAdapter("m", "f", "r", 1, HeldOutLoss(0.7, 0.12), (), HeldOutLoss(1.15, 0.11))
+    rounds = (record(0, "", (0.0,)), record(1, "w", (1.0,), details=replace(details, adapters={"a": adapter})))
+    found = report(rounds=rounds, selected=1)
+    text = "held-out loss of the free tokens 0.70 -> 0.12; all tokens 1.15 -> 0.11"
+    assert f"w: {text}" in str(found).splitlines()

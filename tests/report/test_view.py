@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from reports import COST, record, report
 
-from bettertogether.records import Failure
+from bettertogether.records import Failure, HeldOutLoss, TrainedAdapter
 from bettertogether.report.intervals import paired_interval
-from bettertogether.report.view import view_of
+from bettertogether.report.view import loss_text, view_of
 
 
 def test_a_round_has_its_numbers_as_text() -> None:
@@ -84,3 +84,27 @@ def test_the_gain_of_a_round_is_computed_once_for_table_page_and_notebook(
     assert result._repr_html_()
     result.to_html(tmp_path / "report.html")
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("everything", "fields", "text"),
+    [
+        (HeldOutLoss(None, None), {}, "held-out loss of all tokens 0.70 -> 0.12"),
+        (HeldOutLoss(0.7, 0.12), {}, "held-out loss of all tokens 0.70 -> 0.12"),
+        (HeldOutLoss(1.15, 0.11), {}, "held-out loss of the free tokens 0.70 -> 0.12; all tokens 1.15 -> 0.11"),
+        (
+            HeldOutLoss(1.15, 0.11),
+            {"sentiment": HeldOutLoss(0.69, 0.1), "why": HeldOutLoss(2, 1.5)},
+            "held-out loss of the free tokens 0.70 -> 0.12; by field: sentiment 0.69 -> 0.10, why 2.00 -> 1.50; "
+            "all tokens 1.15 -> 0.11",
+        ),
+    ],
+)
+def test_the_held_out_loss_says_of_which_tokens_it_is(
+    everything: HeldOutLoss, fields: dict[str, HeldOutLoss], text: str
+) -> None:
+    assert loss_text(TrainedAdapter("m", "f", "r", 1, HeldOutLoss(0.7, 0.12), (), everything, fields)) == text
+
+
+def test_a_held_out_loss_that_was_not_measured_is_not_shown() -> None:
+    assert loss_text(TrainedAdapter("m", "f", "r", 1, HeldOutLoss(None, None), ())) == ""
