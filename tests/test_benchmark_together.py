@@ -65,6 +65,18 @@ def test_means_are_over_seeds_and_then_over_tasks(tmp_path: Path) -> None:
     assert lines[3][:4] == ["all", "tasks", "0.000", "0.375"]
 
 
+def test_what_is_repeated_comes_from_a_cell_of_its_own_and_is_left_out_where_there_is_none(tmp_path: Path) -> None:
+    short, more = cell(), cell(side="repeats", tests={"k9": [1.0, 1.0, 1.0, 0.0]})
+    more["rounds"] = {"w -> w": {**short["rounds"].pop("w -> w"), "test": "k9"}}
+    del short["rounds"]["w -> p"]
+
+    first = means_table(load(write(tmp_path, short))["smollm", "default"]).splitlines()
+    assert "w -> w" not in first[0]
+    second = means_table(load(write(tmp_path, short, more))["smollm", "default"]).splitlines()
+    assert second[0].index("w -> w") > 0
+    assert second[1].split()[:7] == ["iris", "1", "4", "0.000", "0.250", "0.500", "0.750"]
+
+
 def test_an_interval_resamples_within_each_task_and_seed_and_weighs_tasks_alike() -> None:
     certain = {"a": [np.full(4, 1.0), np.full(2, 0.0)], "b": [np.full(100, 0.0)]}
     noisy = {"a": [np.array([1.0, 0.0] * 50)], "b": [np.full(100, 0.0)]}
@@ -157,6 +169,7 @@ def run(*arguments: str) -> str:
 
 def test_the_command_runs_two_tasks_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     asked = ["--results", str(tmp_path), "--model", "fake", "--seeds", "0", "--limit", "8", "--test", "6"]
+    of_compile = {"", "p", "w", "p -> w", "p -> w -> p"}
     tasks = ["--tasks", "orders", "arithmetic"]
 
     first = run(*asked, *tasks)
@@ -164,7 +177,7 @@ def test_the_command_runs_two_tasks_and_goes_on_where_it_was_stopped(tmp_path: P
     results = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert set(results) == {"orders-s0-ours-default-fake.json", "arithmetic-s0-ours-default-fake.json"}
     for data in results.values():
-        assert set(data["rounds"]) == set(STRATEGIES)
+        assert set(data["rounds"]) == of_compile
         assert {len(scores) for scores in data["tests"].values()} == {6}
         assert data["sizes"] == [8, 8, 6]
 

@@ -2,12 +2,12 @@
 
     pip install scikit-learn
     python tests/benchmarks/together.py --results FOLDER [--tasks sentiment iris router hops arithmetic orders]
-        [--seeds 0 1 2] [--model smollm|gemma|fake|FOLDER] [--auto] [--theirs] [--limit 50] [--test 150]
+        [--seeds 0 1 2] [--model smollm|gemma|fake|FOLDER] [--repeats] [--auto] [--theirs] [--limit 50] [--test 150]
     python tests/benchmarks/together.py --results FOLDER --train-prompt vanilla      # an ablation, beside the default
     python tests/benchmarks/together.py --results FOLDER --table                     # print what is there
 
-For each task and seed one `BetterTogether.compile` runs "p -> w -> p", "w -> w" and "w -> p" (their common beginnings
-once); each round is then scored on the test. `--auto` adds a compile with strategy="auto", `--theirs` one of
+For each task and seed one `BetterTogether.compile` runs "p -> w -> p" and "w"; each round is then scored on the test.
+`--repeats` adds a compile of "w -> w" and "w -> p", `--auto` one with strategy="auto", `--theirs` one of
 `dspy.BetterTogether` with dspy's own optimizers over the same engine (together_theirs.py). Ablations, one flag each:
 `--train-prompt vanilla|optimized|mixed|varied`, `--skeleton-weight X`, `--learning-rate X|auto`, `--epochs N|auto`,
 `--strengths none|0.5,1`, `--no-earlier`. Every cell (task, seed, side, ablation, model) runs in a process of its own,
@@ -54,9 +54,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=list(TASK_NAMES), choices=TASK_NAMES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", default="smollm", help="smollm, gemma, fake or the folder of a model")
+    parser.add_argument("--repeats", action="store_true", help='also "w -> w" and "w -> p"')
     parser.add_argument("--auto", action="store_true", help='also strategy="auto"')
     parser.add_argument("--theirs", action="store_true", help="also dspy.BetterTogether")
-    parser.add_argument("--only", nargs="+", choices=["ours", "auto", "theirs"], help="these sides alone")
+    parser.add_argument("--only", nargs="+", choices=["ours", "repeats", "auto", "theirs"], help="these sides alone")
     parser.add_argument("--limit", type=int, help="examples to train and to choose on, at most")
     parser.add_argument("--test", type=int, help="examples of the test, at most")
     parser.add_argument("--table", action="store_true", help="print the tables alone")
@@ -73,7 +74,8 @@ def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What is asked for: seed by seed, so that a stopped run has all tasks."""
     names = ("train_prompt", "skeleton_weight", "learning_rate", "epochs", "strengths", "earlier")
     ablation = {name: value for name in names if (value := getattr(options, name)) is not None}
-    sides = options.only or ["ours", *(["auto"] if options.auto else []), *(["theirs"] if options.theirs else [])]
+    more = {"repeats": options.repeats, "auto": options.auto, "theirs": options.theirs}
+    sides = options.only or ["ours", *(side for side, wanted in more.items() if wanted)]
     common = {"model": options.model, "limit": options.limit, "test": options.test}
     return [
         {"task": task, "seed": seed, "side": side, "options": {} if side == "theirs" else ablation, **common}

@@ -25,8 +25,8 @@ from bettertogether.steps.step import StepContext, StepResult
 
 PAPER = ("", "p", "p -> w", "p -> w -> p")
 """The rounds of the paper's strategy, among which "returned" is chosen."""
-STRATEGIES = ["p -> w -> p", "w -> w", "w -> p"]
-"""What one compile runs; the common beginnings once."""
+STRATEGIES = {"ours": ["p -> w -> p", "w"], "repeats": ["w -> w", "w -> p"], "auto": "auto"}
+"""What one compile of a side runs; the common beginnings once."""
 
 
 def tested(outcome: Outcome, program: dspy.Module, task: Task, test: list[dspy.Example]) -> str:
@@ -109,7 +109,7 @@ def run_ours(outcome: Outcome, task: Task, student: dspy.Module, data: tuple[lis
         student,
         trainset=train,
         valset=val,
-        strategy="auto" if cell.side == "auto" else STRATEGIES,
+        strategy=STRATEGIES[cell.side],
         seed=cell.seed,
         run_dir=run_dir,
         progress=False,
@@ -117,7 +117,7 @@ def run_ours(outcome: Outcome, task: Task, student: dspy.Module, data: tuple[lis
     )
     programs = {candidate["strategy"]: candidate["program"] for candidate in compiled.candidate_programs}
     records = compiled.report.rounds
-    of_paper = [record for record in records if cell.side == "auto" or record.strategy in PAPER]
+    of_paper = [record for record in records if cell.side != "ours" or record.strategy in PAPER]
     outcome.keep(
         returned=of_paper[select(of_paper)].strategy,
         returned_of_all=records[select(records)].strategy,

@@ -72,6 +72,8 @@ def load(folder: Path) -> Groups:
         if side == "ours":
             auto = done.get(("auto", model, ablation, task, seed))
             theirs = done.get(("theirs", model, "default", task, seed))
+            more = done.get(("repeats", model, ablation, task, seed), {"rounds": {}, "tests": {}})
+            data = {**data, **{name: more[name] | data[name] for name in ("rounds", "tests")}}
             groups.setdefault((model, ablation), []).append(Result(task, seed, data, auto, theirs))
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "default", item[0][1])))
 
@@ -157,7 +159,7 @@ def _columns(results: Sequence[Result]) -> dict[str, Callable[[Result], float | 
         return lambda r: None if (scores := r.returned(side)) is None else float(scores.mean())
 
     columns: dict[str, Callable[[Result], float | None]] = {
-        strategy or "untouched": lambda r, s=strategy: float(r.test(s).mean())  # type: ignore[misc]
+        strategy or "untouched": lambda r, s=strategy: float(r.test(s).mean()) if s in r.ours["rounds"] else None  # type: ignore[misc]
         for strategy in STRATEGIES
     }
     columns["returned"] = of_side("ours")
@@ -219,7 +221,7 @@ def costs_table(results: Sequence[Result]) -> str:
 
     for task in dict.fromkeys(result.task for result in results):
         of_task = [result for result in results if result.task == task]
-        rounds = [[r.ours["rounds"][strategy] for r in of_task] for strategy in STRATEGIES]
+        rounds = [[found for r in of_task if (found := r.ours["rounds"].get(each))] for each in STRATEGIES]
         costs = [shown([(each["minutes"], each["lm_calls"]) for each in seeds]) for seeds in rounds]
         others = [shown([total(d) for r in of_task if (d := getattr(r, side))]) for side in ("auto", "theirs")]
         rows.append([task, *costs, *others])
