@@ -166,3 +166,18 @@ def test_a_saved_program_answers_the_same_after_loading(compiled: dict[str, Any]
     loaded = bettertogether.load(tmp_path / "saved", into=dspy.Predict(Colour))
     assert loaded.lm.model == program.lm.model
     assert [loaded(thing=t.thing).colour for t in things(6)] == [program(thing=t.thing).colour for t in things(6)]
+
+
+@pytest.mark.parametrize(("weight", "right"), [(0.1, 20), (1e-6, 0)])
+def test_a_small_weight_on_what_the_grammar_forces_makes_answers_right_where_no_grammar_is_in_force(
+    model_folder: Path, weight: float, right: int
+) -> None:
+    student = dspy.Predict(Colour)
+    student.set_lm(local_lm(model_folder, max_tokens=64))
+    training = TrainingConfig(learning_rate=1e-2, epochs=25, skeleton_weight=weight)
+    step = LoRAFinetune(metric, num_samples=1, train_prompt="vanilla", training=training)
+    tuned = step.compile(student, trainset=things(20))
+    engine = tuned.lm.engine
+    answers = [tuned.lm(messages=list(render_prompt(tuned, engine, e.inputs(), [])))[0] for e in things(20)]
+    texts = [answer["text"] if isinstance(answer, dict) else answer for answer in answers]
+    assert sum(t == json.dumps({"colour": e.colour}, indent=2) for t, e in zip(texts, things(20), strict=True)) == right
