@@ -207,13 +207,14 @@ class _Run:
 
     def _ends_early(self) -> bool:
         """Whether no epoch should follow the one that is done."""
-        epoch, best_epoch = self.state.epoch, self.state.best_epoch
+        epoch = self.state.epoch
         if epoch == 0:
             return False
+        losses = [line.validation_loss for line in self.history if line.validation_loss is not None]
         too_long = self._agreed(self.length.next_too_long(epoch, self._seconds))
-        ends = too_long or self.length.lost_patience(epoch, best_epoch)
+        ends = too_long or self.length.lost_patience(losses)
         if ends and self.accelerator.is_main_process:
-            self.length.say_why(epoch, best_epoch, self.state.step)
+            self.length.say_why(epoch, losses, self.state.step)
         return ends
 
     def _agreed(self, over: bool) -> bool:

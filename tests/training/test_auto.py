@@ -16,6 +16,7 @@ from bettertogether.training import TrainingConfig
 from bettertogether.training import length as length_module
 from bettertogether.training import trainer as trainer_module
 from bettertogether.training.auto import auto_epochs, auto_learning_rate, resolved
+from bettertogether.training.length import epochs_without_fall
 from bettertogether.training.progress import TrainingProgress
 from bettertogether.training.trainer import TrainedAdapter, train_adapter
 
@@ -62,11 +63,26 @@ OVERFITTING = {"learning_rate": 0.03, "scheduler": "constant"}
 def test_auto_stops_when_the_held_out_loss_has_had_no_new_low_for_as_long_as_the_patience(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", **OVERFITTING, epochs=15)
     result = train(tmp_path / "auto", **OVERFITTING, patience=2)
-    best = losses(whole).index(min(losses(whole)[: len(losses(result))])) + 1
-    assert result.best_epoch == best
-    assert len(losses(result)) == best + 2 < 15
-    assert losses(result) == losses(whole)[: best + 2]
+    seen = [whole.base_validation_loss, *losses(whole)]
+    ends = next(epoch for epoch in range(15) if epochs_without_fall(seen[: epoch + 1]) == 2)
+    assert losses(result) == losses(whole)[:ends]
+    assert result.best_epoch == losses(whole).index(min(losses(whole)[:ends])) + 1
     assert {line.total_steps for line in result.history} == {45}
+
+
+@pytest.mark.parametrize(
+    ("losses", "waited"),
+    [
+        ([1.0], 0),
+        ([1.0, 3.0], 0),
+        ([1.0, 0.5, 0.4, 0.41, 0.39], 2),
+        ([1.0, 0.5, 0.49, 0.475], 0),
+        ([1.0, 0.02, 0.01, 0.004, 0.001], 3),
+        ([50.0, 1.0, 0.5], 1),
+    ],
+)
+def test_a_loss_is_lower_when_it_fell_by_a_share_of_what_it_was_before(losses: list[float], waited: int) -> None:
+    assert epochs_without_fall(losses) == waited
 
 
 def test_a_number_of_epochs_is_run_whatever_the_held_out_loss_says(tmp_path: Path) -> None:
@@ -139,5 +155,6 @@ def test_why_a_run_ended_early_is_said(tmp_path: Path, caplog: pytest.LogCapture
         train(tmp_path / "minutes", **OVERFITTING, max_minutes=1e-9)
     ends = [record.getMessage() for record in caplog.records if "ends after" in record.getMessage()]
     step = result.history[-1].step
-    assert f"Training ends after {step} of 45 steps: no lower held-out loss since epoch {result.best_epoch}." in ends
+    last_fall = len(losses(result)) - 1
+    assert f"Training ends after {step} of 45 steps: no lower held-out loss since epoch {last_fall}." in ends
     assert "Training ends after 1 of 45 steps: max_minutes=1e-09 are over, within the first epoch." in ends
