@@ -39,6 +39,8 @@ from .strengths import at_strengths, checked_strengths
 TRAIN_SHARE = 0.3
 """Share of the examples that demos are bootstrapped from; the paper's 100 of 350 and 15 of 50."""
 MOST_TRAIN, MOST_VALIDATION = 100, 250
+FEWEST_NEW = 2
+"""Demo sets that are sampled, at least, however many earlier rounds found."""
 SAMPLING_TRIES = 5
 """How often a demo set that was sampled before is sampled again."""
 
@@ -48,8 +50,8 @@ class BootstrapFewShotRS(Step, Teleprompter):
 
     Args:
         metric: `(example, prediction, trace=None)` to a bool, a number or `Prediction(score, feedback)`.
-        num_candidates: Demo sets to try, besides the prompts given, the zero-shot prompt, the labels alone and the
-            best that earlier rounds of a strategy found.
+        num_candidates: Demo sets to try, the best that earlier rounds of a strategy found among them, besides the
+            prompts given, the zero-shot prompt and the labels alone.
         max_bootstrapped_demos: Demos of a set that come from traces, at most.
         max_labeled_demos: Demos of a set in all, filled up with labelled examples of the trainset.
         train_size: Examples to bootstrap from; None: 30% of the trainset, at most 100.
@@ -216,8 +218,10 @@ class BootstrapFewShotRS(Step, Teleprompter):
         found = [sets.of("current", copy_for_step(student)), sets.of("zero-shot", start)]
         if self.max_labeled_demos:
             found.append(sets.candidate("labels", 0, self.max_labeled_demos, seed))
-        found += [sets.earlier(f"earlier {n}", with_prompts(student, each)) for n, each in enumerate(earlier, 1)]
-        found += [self._sampled(sets, number, seed) for number in range(1, self.num_candidates + 1)]
+        again = [sets.earlier(f"earlier {n}", with_prompts(student, each)) for n, each in enumerate(earlier, 1)]
+        known = sum(candidate is not None for candidate in again)
+        new = min(self.num_candidates, max(FEWEST_NEW, self.num_candidates - known))
+        found += [*again, *(self._sampled(sets, number, seed) for number in range(1, new + 1))]
         return [candidate for candidate in found if candidate is not None]
 
     def _sampled(self, sets: DemoSets, number: int, seed: int) -> Candidate | None:

@@ -55,6 +55,15 @@ def test_candidates_are_told_apart_by_content_and_those_of_before_come_on_top_of
     assert names == ["current", "zero-shot", "labels", "earlier 3", "earlier 5", "demos 1", "demos 2"]
 
 
+def test_those_of_before_count_among_the_candidates_and_some_are_always_new() -> None:
+    engine = parity_engine(learner)
+    earlier = [with_demos(engine, 91), with_demos(engine, 92), with_demos(engine, 93)]
+    tried = [c.name for c in looked_at_again(earlier, with_demos(engine, 95), num_candidates=6).details.candidates]
+    assert [name for name in tried if name[-1].isdigit()] == [
+        "earlier 1", "earlier 2", "earlier 3", "demos 1", "demos 2", "demos 3"
+    ]  # fmt: skip
+
+
 def test_of_equal_prompts_with_as_many_demos_the_current_ones_stay() -> None:
     engine = parity_engine(lambda request, _: request.demos == 1)
     result = looked_at_again([with_demos(engine, 96)], with_demos(engine, 95))
