@@ -74,6 +74,9 @@ class TrainingConfig:
     skeleton_weight: float = 0.1
     """Weight in the training loss of the tokens that the answer's grammar forces (JSON around the values); 1.0: all
     alike. Above 0, so that a tuned model answers in form where no grammar is in force."""
+    balance_fields: bool = True
+    """Each output field of a row counts alike, so that a label of one token is not drowned by a text of fifty; False:
+    each token."""
     form_share: float = 0.5
     """Share of the optimizer batches that show prompts with demos, where rows have such forms."""
     batch_size: int = 8
@@ -119,6 +122,7 @@ class TrainingConfig:
         _require(minutes is None or _is_positive(minutes), "max_minutes", minutes, "None or a number above 0")
         require_whole("seed", self.seed, 0)
         require_switch("keep_best", self.keep_best)
+        require_switch("balance_fields", self.balance_fields)
         schedulers = ("cosine", "linear", "constant")
         _require(self.scheduler in schedulers, "scheduler", self.scheduler, f"one of {schedulers}")
         _require(is_number(warmup) and 0 <= warmup < 1, "warmup_ratio", warmup, "a number in [0, 1)")
@@ -145,6 +149,7 @@ class TrainingConfig:
             warmup_ratio=0.0,
             keep_best=False,
             skeleton_weight=1.0,
+            balance_fields=False,
             adam_beta2=0.999,
         )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .loss import RowLoss
 from .packing import TokenizedRow
+from .weighting import free_weights, knows_fields
 
 ROWS_AT_ONCE = 256
 """Rows whose prefixes are sought together; the search is quadratic in them."""
@@ -26,7 +27,8 @@ class HeldOutLosses:
     """Mean losses per completion token, in nats."""
 
     free: float
-    """Of the tokens that the grammar leaves free; of all, where it leaves none."""
+    """Of the tokens that the grammar leaves free, each output field of a row with the same weight where that is asked
+    for; of all, where it leaves none."""
     all_tokens: float
     fields: Mapping[str, float] = field(default_factory=dict)
     """By output field, of the free tokens of its values."""
@@ -43,11 +45,13 @@ def held_out_losses(
     max_tokens: int,
     accelerator: Accelerator,
     share: Callable[[Sequence[TokenizedRow]], Sequence[TokenizedRow]],
+    by_field: bool,
 ) -> HeldOutLosses:
     """The losses of rows, a row with forms under its own prompt and under its first form, with half the weight each.
 
     Each process runs its share of the rows; all get the result.
     """
+    by_field = by_field and knows_fields(rows)
     names = sorted({name for row in rows for name in row.fields if name})
     shown = [each for row in rows for each in ((row, row.shown(0)) if row.forms else (row,))]
     mine = share(shown)
@@ -55,21 +59,22 @@ def held_out_losses(
     with torch.no_grad():
         for start in range(0, len(mine), ROWS_AT_ONCE):
             for batch in loss.plan(mine[start : start + ROWS_AT_ONCE], max_tokens):
-                sums_K += _weights(batch.rows, names) @ loss.token_losses(batch).double().cpu()
+                sums_K += _weights(batch.rows, names, by_field) @ loss.token_losses(batch).double().cpu()
     if accelerator.num_processes > 1:
         sums_K = accelerator.reduce(sums_K.to(loss.model.device), "sum").cpu()
-    counts_K = _weights(shown, names).sum(1)
+    counts_K = _weights(shown, names, by_field).sum(1)
     free, all_tokens, *by_field = (sums_K / counts_K).tolist()
     measured = {name: mean for name, mean, count in zip(names, by_field, counts_K[2:], strict=True) if count > 0}
     return HeldOutLosses(free if counts_K[0] > 0 else all_tokens, all_tokens, measured)
 
 
-def _weights(rows: Iterable[TokenizedRow], names: Sequence[str]) -> Tensor:
+def _weights(rows: Iterable[TokenizedRow], names: Sequence[str], by_field: bool) -> Tensor:
     """How much each completion token of the rows counts [K, N], to the K means: free, all, and each field."""
     columns: list[list[float]] = []
     for row in rows:
         weight = 0.5 if row.forms else 1.0
         fields = row.fields or [""] * len(row.completion_ids)
-        for free, name in zip(row.free, fields, strict=True):
-            columns.append([weight * free, weight, *(weight * (free and name == each) for each in names)])
+        for counted, free, name in zip(free_weights(row, by_field), row.free, fields, strict=True):
+            of_fields = [weight * (free and name == each) for each in names]
+            columns.append([weight * counted, weight, *of_fields])
     return torch.tensor(columns, dtype=torch.float64).T

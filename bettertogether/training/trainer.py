@@ -77,12 +77,13 @@ def train_adapter(
 ) -> TrainedAdapter:
     """Train a LoRA adapter over `model` and write it to `folder` as a plain PEFT adapter.
 
-    The loss of an optimizer step is the mean over the completion tokens of its rows, in which tokens that the answer's
-    grammar forces count `skeleton_weight`; the loss that is reported is that of the others, the free ones. Base
-    weights don't change, other adapters of a PeftModel are kept, and on return, also after an exception, the model is
-    as before. A run that was killed goes on from its last full epoch when it is called again with the same arguments,
-    and gives the same result as an uninterrupted one. `start_from` is the PEFT folder of an adapter to continue from,
-    with its own rank and layers. Under `accelerate launch` the processes share each step's rows.
+    The loss of an optimizer step is the mean over the completion tokens of its rows, in which each output field of a
+    row counts alike (`balance_fields`) and tokens that the answer's grammar forces count `skeleton_weight`; the loss
+    that is reported is that of the others, the free ones. Base weights don't change, other adapters of a PeftModel are
+    kept, and on return, also after an exception, the model is as before. A run that was killed goes on from its last
+    full epoch when it is called again with the same arguments, and gives the same result as an uninterrupted one.
+    `start_from` is the PEFT folder of an adapter to continue from, with its own rank and layers. Under `accelerate
+    launch` the processes share each step's rows.
 
     Raises NoTrainingDataError without rows, DataError for a row that can't be trained on, ConfigError for options
     that can't be had on this model or machine, ModelError for a `start_from` that is no adapter of this model, and
@@ -266,7 +267,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.adapter.base.train()
-        loss, tokens = self._gradients(self._share(rows), TokenWeights.of(rows, self.training.skeleton_weight), step)
+        weights = TokenWeights.of(rows, self.training.skeleton_weight, self.training.balance_fields)
+        loss, tokens = self._gradients(self._share(rows), weights, step)
         for parameter in self.parameters.values():
             _grad(parameter)
         loss, tokens = self._sum_over_processes(loss, tokens)
@@ -292,9 +294,10 @@ class _Run:
             plan = self.loss.plan(rows, self.max_tokens)
             try:
                 for batch in plan:
-                    losses_N, free_N = self.loss.token_losses(batch), weights.free_tokens(batch.rows).to(total.device)
-                    weights.mean(losses_N, free_N).backward()
-                    total += weights.free_mean(losses_N.detach(), free_N)
+                    losses_N = self.loss.token_losses(batch)
+                    weights_N, free_N = (each.to(total.device) for each in weights.of_tokens(batch.rows))
+                    weights.mean(losses_N, weights_N).backward()
+                    total += weights.free_mean(losses_N.detach(), weights_N, free_N)
                 return float(total), sum(self.loss.tokens(batch) for batch in plan)
             except torch.OutOfMemoryError as error:
                 if all(len(batch.rows) == 1 for batch in plan):
@@ -332,7 +335,10 @@ class _Run:
     def _held_out_losses(self) -> HeldOutLosses:
         self.adapter.base.eval()
         started = time.perf_counter()
-        losses = held_out_losses(self.loss, self.validation_rows, self.max_tokens, self.accelerator, self._share)
+        by_field = self.training.balance_fields
+        losses = held_out_losses(
+            self.loss, self.validation_rows, self.max_tokens, self.accelerator, self._share, by_field
+        )
         self.length.held_out_seconds = time.perf_counter() - started
         if not losses.finite:
             raise TrainingError(

@@ -1,7 +1,8 @@
-"""How much each completion token of an optimizer step counts."""
+"""How much each completion token of some rows counts."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,35 +12,59 @@ from torch import Tensor
 from .packing import TokenizedRow
 
 
+def knows_fields(rows: Iterable[TokenizedRow]) -> bool:
+    """Whether all rows tell which tokens belong to which output field."""
+    return all(row.fields for row in rows)
+
+
+def free_weights(row: TokenizedRow, by_field: bool) -> list[float]:
+    """The weight of each token of a row that is free, 0 for the others: 1 a token, or 1 an output field."""
+    if not by_field:
+        return [float(free) for free in row.free]
+    counts = Counter(name for free, name in zip(row.free, row.fields, strict=True) if free)
+    return [1 / counts[name] if free else 0.0 for free, name in zip(row.free, row.fields, strict=True)]
+
+
 @dataclass(frozen=True)
 class TokenWeights:
-    """1 for a token that the answer's grammar leaves free, `skeleton` for one that it forces.
+    """The weights of a step: what the answer's grammar forces counts `skeleton` of what a free token of its row does.
 
     Means are over all tokens of the step, of which a forward pass has a part: the parts add up to them. In a step
     without any free token all tokens count alike.
     """
 
     skeleton: float
+    by_field: bool
+    """Each output field of a row counts alike, however many free tokens it has; else each free token."""
     total: float
     """Weight of all tokens of the step."""
-    free: int
-    """Number of its free tokens; 0: there are none, and all are taken for free."""
+    free: float
+    """Weight of its free tokens; 0: there are none, and all are taken for free."""
 
     @classmethod
-    def of(cls, rows: Sequence[TokenizedRow], skeleton: float) -> TokenWeights:
+    def of(cls, rows: Sequence[TokenizedRow], skeleton: float, by_field: bool) -> TokenWeights:
         """The weights of a step over these rows."""
-        tokens = sum(len(row.completion_ids) for row in rows)
-        free = sum(map(sum, (row.free for row in rows)))
-        return cls(skeleton, free + skeleton * (tokens - free) if free else tokens, free)
+        by_field = by_field and knows_fields(rows)
+        free = sum(sum(free_weights(row, by_field)) for row in rows)
+        if not free:
+            return cls(1.0, False, sum(len(row.completion_ids) for row in rows), 0.0)
+        weights = cls(skeleton, by_field, 0.0, free)
+        return cls(skeleton, by_field, sum(sum(weights._of(row)) for row in rows), free)
 
-    def free_tokens(self, rows: Iterable[TokenizedRow]) -> Tensor:
-        """Which completion tokens of some rows of the step are free, N booleans."""
-        return torch.tensor([free or not self.free for row in rows for free in row.free])
+    def _of(self, row: TokenizedRow) -> list[float]:
+        free = free_weights(row, self.by_field)
+        usual = sum(free) / sum(row.free) if any(row.free) else 1 / len(free) if self.by_field else 1.0
+        return [weight or self.skeleton * usual for weight in free]
 
-    def mean(self, losses_N: Tensor, free_N: Tensor) -> Tensor:
+    def of_tokens(self, rows: Iterable[TokenizedRow]) -> tuple[Tensor, Tensor]:
+        """The weights of the completion tokens of some rows of the step, and which of them are free: N each."""
+        pairs = [(w, free or not self.free) for row in rows for w, free in zip(self._of(row), row.free, strict=True)]
+        return torch.tensor([weight for weight, _ in pairs]), torch.tensor([free for _, free in pairs])
+
+    def mean(self, losses_N: Tensor, weights_N: Tensor) -> Tensor:
         """The part of the weighted mean, a scalar."""
-        return losses_N.where(free_N, losses_N * self.skeleton).sum() / self.total
+        return (losses_N * weights_N).sum() / self.total
 
-    def free_mean(self, losses_N: Tensor, free_N: Tensor) -> Tensor:
+    def free_mean(self, losses_N: Tensor, weights_N: Tensor, free_N: Tensor) -> Tensor:
         """The part of the mean over the free tokens, a scalar."""
-        return losses_N[free_N].sum() / (self.free or self.total)
+        return (losses_N * weights_N)[free_N].sum() / (self.free or self.total)

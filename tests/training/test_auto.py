@@ -40,7 +40,7 @@ def test_numbers_stay_as_they_are() -> None:
     assert resolved(TrainingConfig.paper(), 576, 1000) == TrainingConfig.paper()
     paper = TrainingConfig.paper()
     assert (paper.learning_rate, paper.epochs) == (1e-5, 5)
-    assert (paper.skeleton_weight, paper.adam_beta2) == (1.0, 0.999)
+    assert (paper.skeleton_weight, paper.balance_fields, paper.adam_beta2) == (1.0, False, 0.999)
     assert resolved(TrainingConfig(), 2000, 64) == TrainingConfig(learning_rate=5e-4, epochs=13)
 
 

@@ -22,6 +22,7 @@ from bettertogether.training.held_out import HeldOutLosses, held_out_losses
 from bettertogether.training.loss import row_loss
 from bettertogether.training.packing import TokenizedRow
 from bettertogether.training.trainer import TrainedAdapter, train_adapter
+from bettertogether.training.weighting import TokenWeights
 
 FAST = TrainingConfig(learning_rate=1e-2, epochs=2, dtype="float32", batch_size=4)
 
@@ -50,9 +51,9 @@ def token_losses(model: PreTrainedModel, prompt_ids: list[int], row: TokenizedRo
     return torch.nn.functional.cross_entropy(logits[len(prompt_ids) - 1 : -1], labels, reduction="none")
 
 
-def measured(model: PreTrainedModel, rows: list[TokenizedRow]) -> HeldOutLosses:
+def measured(model: PreTrainedModel, rows: list[TokenizedRow], by_field: bool = False) -> HeldOutLosses:
     with row_loss(model, torch.float32, max(row.longest for row in rows)) as loss:
-        return held_out_losses(loss, rows, 10_000, Accelerator(), lambda rows: rows)
+        return held_out_losses(loss, rows, 10_000, Accelerator(), lambda rows: rows, by_field)
 
 
 def expected_mean(model: PreTrainedModel, rows: list[TokenizedRow], field: str | None, everything: bool) -> float:
@@ -94,11 +95,44 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+def test_the_held_out_loss_of_balanced_fields_is_the_mean_over_the_fields_of_the_rows() -> None:
+    model = tiny_model()
+    rows = [replace(row, forms=[]) for row in HELD_OUT]
+    with torch.no_grad():
+        means = [
+            losses_T[[free and name == field for free, name in zip(row.free, row.fields, strict=True)]].mean()
+            for row in rows
+            for losses_T in [token_losses(model, row.prompt_ids, row)]
+            for field in sorted({name for free, name in zip(row.free, row.fields, strict=True) if free})
+        ]
+    assert len(means) > len(rows)
+    assert measured(model, rows, by_field=True).free == pytest.approx(float(sum(means) / len(means)), rel=1e-5)
+
+
+def test_a_label_of_one_token_counts_as_much_as_a_long_text_and_forced_tokens_a_share_of_the_usual_one() -> None:
+    text = TokenizedRow([1], [2, 3, 4, 5, 6], forced=[True, False, False, False, False], fields=["", *["text"] * 4])
+    label = TokenizedRow([1], [2, 3, 4], forced=[True, False, True], fields=["", "label", "label"])
+    both = TokenizedRow([1], [2, 3, 4], forced=[True, False, False], fields=["", "text", "label"])
+    weights = TokenWeights.of([text, label, both], 0.1, by_field=True)
+    weights_N, free_N = weights.of_tokens([text, label, both])
+    expected = [0.025, 0.25, 0.25, 0.25, 0.25, 0.1, 1.0, 0.1, 0.1, 1.0, 1.0]
+    assert weights_N.tolist() == pytest.approx(expected)
+    assert (weights.total, weights.free) == (pytest.approx(sum(expected)), 4.0)
+    assert free_N.tolist() == [weight >= 0.25 for weight in expected]
+    plain, _ = TokenWeights.of([text, label], 0.1, by_field=False).of_tokens([text, label])
+    assert plain.tolist() == pytest.approx([0.1, 1.0, 1.0, 1.0, 1.0, 0.1, 1.0, 0.1])
+
+
+def test_rows_that_do_not_know_their_fields_count_by_token() -> None:
+    rows = [TokenizedRow([1], [2, 3], fields=["a", "a"]), TokenizedRow([1], [2, 3, 4])]
+    assert TokenWeights.of(rows, 0.1, by_field=True) == TokenWeights.of(rows, 0.1, by_field=False)
+
+
 def test_a_step_follows_the_gradient_of_the_weighted_mean(tmp_path: Path) -> None:
     rows = marked(random_rows(4, shared=20))
     training = TrainingConfig(
         learning_rate=1e-2, epochs=1, batch_size=4, scheduler="constant", warmup_ratio=0.0, dtype="float32",
-        skeleton_weight=0.3, max_grad_norm=0, max_tokens_per_batch=60,
+        skeleton_weight=0.3, balance_fields=False, max_grad_norm=0, max_tokens_per_batch=60,
     )  # fmt: skip
     model = tiny_model()
     with training_adapter(model, LoRAConfig(), training.seed) as adapter:
@@ -119,7 +153,7 @@ def test_a_step_follows_the_gradient_of_the_weighted_mean(tmp_path: Path) -> Non
 def test_the_skeleton_weight_decides_the_result_only_where_tokens_are_forced(tmp_path: Path) -> None:
     plain = [replace(row, forced=[]) for row in ROWS]
     for name, rows, weight in (("a", ROWS, 0.1), ("b", ROWS, 1.0), ("c", plain, 0.1), ("d", plain, 1.0)):
-        train(tmp_path / name, TrainingConfig(**{**FAST.to_dict(), "skeleton_weight": weight}), rows)
+        train(tmp_path / name, replace(FAST, skeleton_weight=weight, balance_fields=False), rows)
     first, *others = (weights(tmp_path / name) for name in "abcd")
     assert any(not torch.equal(first[key], others[0][key]) for key in first)
     for other in others[1:]:
