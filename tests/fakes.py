@@ -114,7 +114,7 @@ def two_step_engine(knows: Callable[[FakeRequest, int], bool], **options: Any) -
 
     def answer(request: FakeRequest) -> Answer:
         number = number_of(request)
-        if "`parity`" not in request.system:
+        if "1. `parity`" not in request.system:
             return reply(request, remark=f"{number} ends in {number % 10}")
         return reply(request, parity=right(number) if knows(request, number) else wrong(number))
 

@@ -1,10 +1,15 @@
-"""Rescue (STaR's rationalization, arXiv 2203.14465): one more try with the label as a hint that no row shows."""
+"""Rescue (STaR's rationalization, arXiv 2203.14465): one more try with the label as a hint that no row shows.
+
+Where other predictors come before those that answer the label, they alone are given the hint at first: what they write
+is worth learning when it leads the others, who don't know the label, to it. Only then is the label given to those that
+answer it, whatever came before.
+"""
 
 from __future__ import annotations
 
 import enum
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 import dspy
@@ -14,15 +19,31 @@ from pydantic.errors import PydanticUserError
 from ..programs.program import predictors_of
 
 
+def answering(program: dspy.Module, labels: Collection[str]) -> set[str]:
+    """The predictors that answer one of the label fields."""
+    return {n for n, p in predictors_of(program).items() if set(labels) & p.signature.output_fields.keys()}
+
+
+def hint_before_the_answer(program: dspy.Module, labels: Mapping[str, Any]) -> None:
+    """Give the label as a hint to all predictors but those that answer it."""
+    hit = answering(program, labels)
+    for name, predictor in predictors_of(program).items():
+        if name not in hit:
+            predictor.signature = _with_hint(predictor.signature, labels)
+
+
+def _with_hint(signature: Any, labels: Mapping[str, Any]) -> Any:
+    return signature.with_instructions(f"{signature.instructions}\n\n{hint_of(labels)}")
+
+
 def narrow_signatures(program: dspy.Module, labels: Mapping[str, Any]) -> None:
     """Let the answer fields accept the label alone, and say so in the prompt.
 
     An engine that constrains its output to the schema can then write nothing else; any other model reads the hint.
     Predictors without one of the label fields get the hint as text when no predictor has one.
     """
-    predictors = predictors_of(program)
-    hit = {name for name, p in predictors.items() if labels.keys() & p.signature.output_fields.keys()}
-    for name, predictor in predictors.items():
+    hit = answering(program, labels)
+    for name, predictor in predictors_of(program).items():
         if hit and name not in hit:
             continue
         signature = predictor.signature
@@ -33,7 +54,7 @@ def narrow_signatures(program: dspy.Module, labels: Mapping[str, Any]) -> None:
             # A Literal of another type has no schema, or is not read back as a value of the field's.
             if type(value) in (str, int, bool) and _is_of_type(value, annotation):
                 signature = signature.with_updated_fields(label_field, type_=_only(value, labels[label_field]))
-        predictor.signature = signature.with_instructions(f"{signature.instructions}\n\n{hint_of(known)}")
+        predictor.signature = _with_hint(signature, known)
 
 
 def _only(value: Any, label: Any) -> Any:

@@ -19,7 +19,7 @@ from ..programs.copies import Copier
 from ..programs.program import modules_of, predictors_of
 from ..records import Ledger
 from .attribution import Attribution
-from .rescue import HINT, as_field, narrow_signatures
+from .rescue import HINT, as_field, hint_before_the_answer, narrow_signatures
 from .watching import Record, Seen, Watch, run_async_part, snapshot, watched_lm
 
 FailureKind = Literal["parse failure", "prompt too long", "timeout", "program error"]
@@ -82,11 +82,13 @@ class Attempt:
     """None leaves the LM's own."""
     narrow: Mapping[str, Any] = field(default_factory=dict)
     """Rescue: label field to the value that the answer must have."""
+    leads: bool = False
+    """Rescue: the label is a hint for the predictors before those that answer it, which have to find it themselves."""
 
     @property
     def key(self) -> str:
         """What tells one attempt from another."""
-        return fingerprint([self.number, self.temperature, by_name(self.narrow)])
+        return fingerprint([self.number, self.temperature, by_name(self.narrow), *([True] if self.leads else [])])
 
 
 def stable_seed(*parts: object) -> int:
@@ -233,7 +235,9 @@ class _Copy:
             if lm is not None and key not in lms:
                 lms[key] = watched_lm(_sampling_lm(lm, attempt, seed)) if sampled else self._watched(lm)
             predictor.lm = lms.get(key)
-        if attempt.narrow:
+        if attempt.leads:
+            hint_before_the_answer(self._program, attempt.narrow)
+        elif attempt.narrow:
             narrow_signatures(self._program, attempt.narrow)
         self._basis = {n: _Basis(p.signature, tuple(p.demos), p.lm) for n, p in self._by_name.items()}
 

@@ -15,11 +15,13 @@ import dspy
 from ..callbacks import events
 from ..checks import is_number, require_switch, require_threshold, require_whole
 from ..errors import BetterTogetherError, ConfigError, TooManyErrors
+from ..programs.program import predictors_of
 from ..records import Ledger
 from .failures import count_failures, error_text, failure_warning
 from .labels import label_fields, labels_of, output_names
 from .metrics import Metric, Verdict, judge, require_metric
 from .parallel import parallel_map, thread_count
+from .rescue import answering
 from .rollout import Attempt, Call, Rollout, Runner, Source
 from .settings import RunSettings
 
@@ -264,8 +266,11 @@ def collect_traces(
         attempt = Attempt("sample", number, sampling.temperature_of(number))
         wave(sampler, again, lambda _, attempt=attempt: attempt)  # type: ignore[misc]
     if sampling.rescue:
-        hints = {index: _hint(examples[index], known) for index in unsolved()}
-        wave(sampler, [i for i, hint in hints.items() if hint], lambda i: Attempt("rescue", 1, None, hints[i]))
+        hints = {index: hint for index in unsolved() if (hint := _hint(examples[index], known))}
+        if 0 < len(answering(sampler, known)) < len(predictors_of(sampler)):
+            wave(sampler, hints, lambda i: Attempt("rescue", 1, None, hints[i], leads=True))
+        failed = set(unsolved())
+        wave(sampler, [i for i in hints if i in failed], lambda i: Attempt("rescue", 1, None, hints[i]))
     traces.sort(key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
     ledger = sum((trace.ledger for trace in traces), Ledger())
     return TraceSet(tuple(traces), ledger, len(examples), (warning,) if warning else ())

@@ -53,7 +53,9 @@ class LoRAFinetune(Step, Teleprompter):
         max_demos: Demos that are drawn for a "varied" prompt, at most.
         num_samples: More tries, at `temperature`, for an example whose run failed. 0 turns them off.
         temperature: One number, or several used in turn.
-        rescue: Give an example that failed all tries one more, with its label as a hint that no row shows (STaR).
+        rescue: Give an example that failed all tries one more, with its label as a hint that no row shows (STaR). Where
+            predictors come before those that answer the label, they alone get the hint first, so that what they
+            write is learned when it leads to the answer; only then those that answer it.
         max_rescue_share: Rescued traces are at most this share of all (below 1: none for a student that solves nothing
             by itself).
         sample_passing: Sample examples that passed as well, for more distinct traces (RFT).

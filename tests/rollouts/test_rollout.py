@@ -426,6 +426,11 @@ def test_rescue_hints_at_the_predictors_that_answer_the_label_alone(engine: Fake
     assert ["result is known" in request.system for request in engine.requests] == [False, True]
 
 
+def test_a_rescue_that_leads_hints_at_the_predictors_before_the_answer_alone(engine: FakeEngine) -> None:
+    Runner(two_step_program(engine)).run(ONE, Attempt("rescue", 1, None, {"parity": "odd"}, leads=True))
+    assert ["`parity` = 'odd'" in request.system for request in engine.requests] == [True, False]
+
+
 def test_rescue_hints_at_all_predictors_when_none_answers_the_label(engine: FakeEngine) -> None:
     Runner(two_step_program(engine)).run(ONE, Attempt("rescue", 1, None, {"total": 3}))
     assert ["`total` = 3" in request.system for request in engine.requests] == [True, True]

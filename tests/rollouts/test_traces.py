@@ -13,12 +13,17 @@ import dspy
 import pytest
 from fakes import (
     TwoSteps,
+    number_of,
     numbers,
     parity_engine,
     parity_match,
     parity_program,
     plain_lm,
+    reply,
+    right,
     two_step_engine,
+    two_step_program,
+    wrong,
 )
 
 from bettertogether.callbacks import Callback, ProgressEvent, listening
@@ -156,7 +161,7 @@ def test_without_max_errors_dspys_setting_holds() -> None:
 def test_an_example_that_raises_on_every_try_counts_once_for_max_errors() -> None:
     sampling = Sampling(num_samples=4)
     traces = collect_traces(raising_program(), numbers(3), at_most(1), sampling=sampling)
-    assert traces.reasons() == {"program error: ValueError: can't do 0": 6}
+    assert traces.reasons() == {"program error: ValueError: can't do 0": 7}
 
 
 def test_an_error_of_the_configuration_is_raised_at_once() -> None:
@@ -256,6 +261,24 @@ def test_rescue_tries_once_more_with_the_label_as_a_hint() -> None:
     traces = collect(engine, 2, Sampling(num_samples=1))
     assert attempts(traces)[:3] == [(0, "student", 0, False), (0, "sample", 1, False), (0, "rescue", 1, True)]
     assert sum("is known" in request.system for request in engine.requests) == 2
+
+
+def test_what_comes_before_the_answer_is_led_to_it_first_and_the_answer_given_only_where_that_fails() -> None:
+    def answer(request: FakeRequest) -> str:
+        told, number = "is known" in request.system, number_of(request)
+        if "1. `parity`" not in request.system:
+            return reply(request, remark="good" if told and number == 1 else "bad")
+        return reply(request, parity=right(number) if told or "good" in request.user else wrong(number))
+
+    program = two_step_program(FakeEngine(answer))
+    traces = collect_traces(program, numbers(3, start=1), ExamplePass(parity_match), sampling=Sampling(0))
+    passed = {trace.index: [call.outputs for call in trace.calls] for trace in traces.passing}
+    assert passed == {
+        0: [{"remark": "good"}, {"parity": "odd"}],
+        1: [{"remark": "bad"}, {"parity": "even"}],
+        2: [{"remark": "bad"}, {"parity": "odd"}],
+    }
+    assert [t.source for t in traces.traces] == ["student", "rescue", *["student", "rescue", "rescue"] * 2]
 
 
 def test_rescue_false_never_hints() -> None:
