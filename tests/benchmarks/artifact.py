@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     dspy.configure_cache(enable_disk_cache=False)
     dspy.configure(adapter=dspy.JSONAdapter())
-    test = sentiment_data(60, 60, 200, arguments.seed)[2]
+    test = sentiment_data(32, 40, 200, arguments.seed)[2]
     for file in sorted(arguments.folder.rglob("*")):
         if file.is_file():
             print(f"{file.stat().st_size / 2**20:8.2f} MiB  {file.relative_to(arguments.folder)}")
