@@ -10,7 +10,10 @@ from ..rollouts.labels import stratified_order
 from .rows import Row
 from .rows_from_traces import Trainable
 
-FEWEST_VALIDATION_ROWS = 4
+FEWEST_HELD_OUT = 4
+"""Examples below which a held-out loss says too little."""
+MOST_SHARE = 0.2
+"""Of few examples more than the share asked for are held out, to have `FEWEST_HELD_OUT`; at most this share."""
 
 AdapterKey = tuple[int, str, str]
 """(engine, model name, predictor or ""): what shares one adapter. The engine counts, since two may hold base models of
@@ -36,8 +39,8 @@ def rows_by_adapter(rows: Sequence[Row], trainable: Trainable, multitask: bool) 
 def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Rows to train on and rows held out, by example; none held out where they would be too few."""
     examples = sorted({row.example for row in rows})
-    count = round(share * len(examples))
-    if count < FEWEST_VALIDATION_ROWS:
+    count = max(round(share * len(examples)), FEWEST_HELD_OUT)
+    if not share or count > max(share, MOST_SHARE) * len(examples):
         return list(rows), []
     labels = {row.example: row.label for row in rows}
     held_out = set(stratified_order(examples, [labels[example] for example in examples], seed)[:count])

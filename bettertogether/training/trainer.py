@@ -141,7 +141,8 @@ class _Run:
         on_progress: ProgressFunction | None,
     ) -> None:
         self.adapter, self.loss, self.folder = adapter, loss, folder
-        self.training = resolved(training, adapter.base.config.get_text_config().hidden_size, len(rows))
+        width, watched = adapter.base.config.get_text_config().hidden_size, bool(validation_rows)
+        self.training = resolved(training, width, len(rows), watched)
         self.rows, self.validation_rows, self.on_progress = rows, validation_rows, on_progress
         self.accelerator = Accelerator()
         self.parameters = adapter.parameters

@@ -324,9 +324,10 @@ def test_a_share_of_the_examples_is_held_out_to_choose_the_epoch() -> None:
     assert not train & rest
 
 
-def test_with_too_few_examples_none_is_held_out() -> None:
-    train, rest = held_out(parity_engine(lambda *_: True), 0.1, count=30)
-    assert (len(train), len(rest)) == (30, 0)
+@pytest.mark.parametrize(("count", "kept", "rest"), [(39, 35, 4), (20, 16, 4), (19, 19, 0)])
+def test_of_few_examples_a_larger_share_is_held_out_and_of_too_few_none(count: int, kept: int, rest: int) -> None:
+    train, others = held_out(parity_engine(lambda *_: True), 0.1, count=count)
+    assert (len(train), len(others)) == (kept, rest)
 
 
 def test_without_keep_best_none_is_held_out() -> None:

@@ -33,15 +33,19 @@ def test_the_learning_rate_falls_with_a_power_of_the_width(hidden_size: int, rat
     ("rows", "epochs"), [(1, 15), (40, 15), (64, 13), (200, 4), (300, 3), (800, 2), (7992, 2), (7993, 1), (100_000, 1)]
 )
 def test_few_rows_are_seen_often_and_many_once(rows: int, epochs: int) -> None:
-    assert auto_epochs(rows, batch_size=8) == epochs
+    assert auto_epochs(rows, batch_size=8, watched=True) == epochs
+
+
+def test_without_a_held_out_loss_few_rows_are_seen_less_often() -> None:
+    assert [auto_epochs(rows, batch_size=8, watched=False) for rows in (1, 40, 64, 300, 8000)] == [15, 6, 4, 2, 1]
 
 
 def test_numbers_stay_as_they_are() -> None:
-    assert resolved(TrainingConfig.paper(), 576, 1000) == TrainingConfig.paper()
+    assert resolved(TrainingConfig.paper(), 576, 1000, watched=True) == TrainingConfig.paper()
     paper = TrainingConfig.paper()
     assert (paper.learning_rate, paper.epochs) == (1e-5, 5)
     assert (paper.skeleton_weight, paper.balance_fields, paper.adam_beta2) == (1.0, False, 0.999)
-    assert resolved(TrainingConfig(), 2000, 64) == TrainingConfig(learning_rate=5e-4, epochs=13)
+    assert resolved(TrainingConfig(), 2000, 64, watched=True) == TrainingConfig(learning_rate=5e-4, epochs=13)
 
 
 def train(folder: Path, lines: list[TrainingProgress] | None = None, on_progress: Any = None, **options: Any) -> Any:
