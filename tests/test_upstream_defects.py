@@ -145,7 +145,7 @@ def test_the_prompt_step_after_a_weight_step_runs_on_the_tuned_lm() -> None:
     with dspy.context(lm=plain_lm(other)):
         tuned = weights().compile(parity_program(engine), trainset=numbers(9))
         engine.requests.clear()
-        compiled = BootstrapFewShotRS(parity_match).compile(tuned, trainset=numbers(20))
+        compiled = BootstrapFewShotRS(parity_match, strengths=()).compile(tuned, trainset=numbers(20))
     assert models(engine.requests) == {tuned.lm.model} == {compiled.lm.model}
     assert other.requests == []
 

@@ -104,7 +104,9 @@ def test_the_fall_of_the_loss_is_evidence_where_training_began_at_the_weights_be
 
 
 def test_a_second_weight_step_with_nothing_new_to_learn_trains_the_same_adapter_and_the_run_goes_on() -> None:
-    compiled = compile_(parity_engine(lambda request, number: number % 3 == 0), "w -> w -> p", {})
+    compiled = compile_(
+        parity_engine(lambda request, number: number % 3 == 0), "w -> w -> p", {"train_prompt": "vanilla"}
+    )
     records = by_name(compiled)
     assert records["w"].models == records["w -> w"].models
     assert [record.status for record in compiled.report.rounds] == ["complete"] * 4
