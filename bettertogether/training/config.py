@@ -66,7 +66,7 @@ class TrainingConfig:
     epochs: int | Literal["auto"] = "auto"
     """Passes over the rows. "auto": as many as the rows need, at most what `training/auto.py` says, and fewer where the
     held-out loss stops falling (see `patience`). The best of them is kept, see `keep_best`."""
-    patience: int = 2
+    patience: int = 3
     """With epochs="auto", `keep_best` and validation rows: epochs without a lower held-out loss after which to stop."""
     max_minutes: float | None = None
     """Stop at the end of the epoch after which the next would take longer than this (within the first epoch: after the

@@ -141,8 +141,7 @@ class _Run:
         on_progress: ProgressFunction | None,
     ) -> None:
         self.adapter, self.loss, self.folder = adapter, loss, folder
-        width, watched = adapter.base.config.get_text_config().hidden_size, bool(validation_rows)
-        self.training = resolved(training, width, len(rows), watched)
+        self.training = resolved(training, adapter.base.config.get_text_config().hidden_size, len(rows))
         self.rows, self.validation_rows, self.on_progress = rows, validation_rows, on_progress
         self.accelerator = Accelerator()
         self.parameters = adapter.parameters
