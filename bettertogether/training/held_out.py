@@ -63,8 +63,8 @@ def held_out_losses(
     if accelerator.num_processes > 1:
         sums_K = accelerator.reduce(sums_K.to(loss.model.device), "sum").cpu()
     counts_K = _weights(shown, names, by_field).sum(1)
-    free, all_tokens, *by_field = (sums_K / counts_K).tolist()
-    measured = {name: mean for name, mean, count in zip(names, by_field, counts_K[2:], strict=True) if count > 0}
+    free, all_tokens, *means = (sums_K / counts_K).tolist()
+    measured = {name: mean for name, mean, count in zip(names, means, counts_K[2:], strict=True) if count > 0}
     return HeldOutLosses(free if counts_K[0] > 0 else all_tokens, all_tokens, measured)
 
 
