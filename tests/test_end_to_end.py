@@ -168,13 +168,13 @@ def test_a_saved_program_answers_the_same_after_loading(compiled: dict[str, Any]
     assert [loaded(thing=t.thing).colour for t in things(6)] == [program(thing=t.thing).colour for t in things(6)]
 
 
-@pytest.mark.parametrize(("weight", "right"), [(0.1, 20), (1e-6, 0)])
+@pytest.mark.parametrize(("weight", "epochs", "right"), [(0.1, 25, 20), (1e-6, 5, 0)])
 def test_a_small_weight_on_what_the_grammar_forces_makes_answers_right_where_no_grammar_is_in_force(
-    model_folder: Path, weight: float, right: int
+    model_folder: Path, weight: float, epochs: int, right: int
 ) -> None:
     student = dspy.Predict(Colour)
     student.set_lm(local_lm(model_folder, max_tokens=64))
-    training = TrainingConfig(learning_rate=1e-2, epochs=25, skeleton_weight=weight)
+    training = TrainingConfig(learning_rate=1e-2, epochs=epochs, skeleton_weight=weight)
     step = LoRAFinetune(metric, num_samples=1, train_prompt="vanilla", training=training)
     tuned = step.compile(student, trainset=things(20))
     engine = tuned.lm.engine
