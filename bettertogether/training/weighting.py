@@ -25,6 +25,13 @@ def free_weights(row: TokenizedRow, by_field: bool) -> list[float]:
     return [1 / counts[name] if free else 0.0 for free, name in zip(row.free, row.fields, strict=True)]
 
 
+def token_weights(row: TokenizedRow, skeleton: float, by_field: bool) -> list[float]:
+    """The weight of each token of a row: a forced one counts `skeleton` of what a free one of its row does."""
+    free = free_weights(row, by_field)
+    usual = sum(free) / sum(row.free) if any(row.free) else 1 / len(free) if by_field else 1.0
+    return [weight or skeleton * usual for weight in free]
+
+
 @dataclass(frozen=True)
 class TokenWeights:
     """The weights of a step: what the answer's grammar forces counts `skeleton` of what a free token of its row does.
@@ -48,18 +55,13 @@ class TokenWeights:
         free = sum(sum(free_weights(row, by_field)) for row in rows)
         if not free:
             return cls(1.0, False, sum(len(row.completion_ids) for row in rows), 0.0)
-        weights = cls(skeleton, by_field, 0.0, free)
-        return cls(skeleton, by_field, sum(sum(weights._of(row)) for row in rows), free)
-
-    def _of(self, row: TokenizedRow) -> list[float]:
-        free = free_weights(row, self.by_field)
-        usual = sum(free) / sum(row.free) if any(row.free) else 1 / len(free) if self.by_field else 1.0
-        return [weight or self.skeleton * usual for weight in free]
+        return cls(skeleton, by_field, sum(sum(token_weights(row, skeleton, by_field)) for row in rows), free)
 
     def of_tokens(self, rows: Iterable[TokenizedRow]) -> tuple[Tensor, Tensor]:
         """The weights of the completion tokens of some rows of the step, and which of them are free: N each."""
-        pairs = [(w, free or not self.free) for row in rows for w, free in zip(self._of(row), row.free, strict=True)]
-        return torch.tensor([weight for weight, _ in pairs]), torch.tensor([free for _, free in pairs])
+        rows = list(rows)
+        weights = [weight for row in rows for weight in token_weights(row, self.skeleton, self.by_field)]
+        return torch.tensor(weights), torch.tensor([free or not self.free for row in rows for free in row.free])
 
     def mean(self, losses_N: Tensor, weights_N: Tensor) -> Tensor:
         """The part of the weighted mean, a scalar."""

@@ -44,9 +44,7 @@ class WithoutEarlier(BootstrapFewShotRS):
 
     def run(self, student: dspy.Module, context: StepContext) -> StepResult:
         """As `BootstrapFewShotRS.run`."""
-        if hasattr(context, "earlier"):
-            context = dataclasses.replace(context, earlier=())
-        return super().run(student, context)
+        return super().run(student, dataclasses.replace(context, earlier=()))
 
 
 def accepted(kind: Any, options: Mapping[str, Any]) -> dict[str, Any]:
