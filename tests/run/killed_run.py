@@ -1,8 +1,10 @@
-"""The child process of `test_kill.py`: a compile of about two seconds, in a run directory given.
+"""The child processes of `test_kill.py`: each compiles for about two seconds, in a run directory given.
 
-    python tests/run/killed_run.py RUN_DIR
+    python tests/run/killed_run.py
 
-Prints "started" when the work begins, and what the run ended with, as JSON, when it is done.
+reads one run directory a line and forks for each, so that the imports, most of such a run, are made once. A child
+prints "started" and its number when its work begins; when it is done, what it ended with is in RUN_DIR.json. Then the
+line is "ended" and its exit code.
 """
 
 from __future__ import annotations
@@ -42,10 +44,14 @@ class SlowEngine(FakeEngine):
         return result
 
 
+def say(event: str, number: int) -> None:
+    sys.stdout.write(f"{event} {number}\n")
+    sys.stdout.flush()
+
+
 class Started(Callback):
     def on_run_start(self, event: Any) -> None:
-        sys.stdout.write("started\n")
-        sys.stdout.flush()
+        say("started", os.getpid())
 
 
 def slow_fsync(handle: int, fsync: Any = os.fsync) -> None:
@@ -62,11 +68,8 @@ def outcome(compiled: dspy.Module, run_dir: Path) -> dict[str, Any]:
     return {"report": report, "prompts": prompts_state(compiled), "model": compiled.lm.model}
 
 
-def main() -> None:
-    logging.disable(logging.CRITICAL)
-    run_dir = Path(sys.argv[1])
+def run(run_dir: Path) -> None:
     os.fsync = slow_fsync
-    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
     engine = SlowEngine(answer, delay_s=lambda request: CALL_S)
     optimizer = BetterTogether(
         parity_match,
@@ -83,7 +86,18 @@ def main() -> None:
         callbacks=[Started()],
         progress=False,
     )
-    sys.stdout.write(json.dumps(outcome(compiled, run_dir)))
+    Path(f"{run_dir}.json").write_text(json.dumps(outcome(compiled, run_dir)))
+
+
+def main() -> None:
+    logging.disable(logging.CRITICAL)
+    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            run(Path(line.strip()))
+            return
+        say("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 if __name__ == "__main__":

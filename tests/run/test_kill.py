@@ -2,63 +2,94 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 KILLS, LATEST_S = 10, 1.2
 
 
-def start(run_dir: Path) -> subprocess.Popen[str]:
-    """The run in a process of its own, at the moment when its work begins."""
+class Runs:
+    """Runs in processes of their own, one at a time: see `killed_run.py`."""
+
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        self._server = server
+
+    def start(self, run_dir: Path) -> int:
+        """The number of a process, at the moment when its work begins."""
+        assert self._server.stdin is not None
+        self._server.stdin.write(f"{run_dir}\n")
+        self._server.stdin.flush()
+        return self._next("started")
+
+    def exit_code(self) -> int:
+        return self._next("ended")
+
+    def _next(self, event: str) -> int:
+        assert self._server.stdout is not None
+        said, number = self._server.stdout.readline().split()
+        assert said == event, number
+        return int(number)
+
+
+@pytest.fixture
+def runs() -> Iterator[Runs]:
     tests = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
-    process = subprocess.Popen(
-        [sys.executable, str(tests / "run" / "killed_run.py"), str(run_dir)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "started\n", process.communicate()[1]
-    return process
+    command = [sys.executable, str(tests / "run" / "killed_run.py")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as server:
+        yield Runs(server)
+        os.killpg(server.pid, signal.SIGKILL)
 
 
-def ended(process: subprocess.Popen[str]) -> Any:
-    """What the run ended with."""
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    return json.loads(out)
+def whole(runs: Runs, run_dir: Path) -> Any:
+    """What a run ends with that nobody kills."""
+    runs.start(run_dir)
+    assert runs.exit_code() == 0
+    return ended(run_dir)
 
 
-def killed(process: subprocess.Popen[str], after_s: float) -> bool:
+def ended(run_dir: Path) -> Any:
+    return json.loads(Path(f"{run_dir}.json").read_text())
+
+
+def killed(runs: Runs, run_dir: Path, after_s: float) -> bool:
     """Whether the process was still there to be killed."""
+    process = runs.start(run_dir)
     time.sleep(after_s)
-    if process.poll() is not None:
-        return False
-    process.kill()
-    process.communicate()
-    return process.returncode == -9
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+    code = runs.exit_code()
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
-def test_a_run_killed_at_ten_random_moments_ends_with_the_report_of_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_run_killed_at_ten_random_moments_ends_with_the_report_of_an_uninterrupted_one(
+    runs: Runs, tmp_path: Path
+) -> None:
     started = time.monotonic()
-    whole = ended(start(tmp_path / "whole"))
-    assert [record["strategy"] for record in whole["report"]["rounds"]] == ["", "p", "p -> w", "p -> w -> p"]
+    expected = whole(runs, tmp_path / "whole")
+    assert [record["strategy"] for record in expected["report"]["rounds"]] == ["", "p", "p -> w", "p -> w -> p"]
     rng = random.Random(32)
-    runs = kills = 0
+    done = kills = 0
     while kills < KILLS:
-        process = start(tmp_path / f"run {runs}")
-        if killed(process, rng.uniform(0, LATEST_S)):
+        run_dir = tmp_path / f"run {done}"
+        if killed(runs, run_dir, rng.uniform(0, LATEST_S)):
             kills += 1
         else:
-            assert ended(process) == whole
-            runs += 1
-    assert ended(start(tmp_path / f"run {runs}")) == whole
+            assert ended(run_dir) == expected
+            done += 1
+    assert whole(runs, tmp_path / f"run {done}") == expected
     assert time.monotonic() - started < 120
