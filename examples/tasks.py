@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+from pathlib import Path
 from typing import Literal
 
 import dspy
@@ -86,3 +87,29 @@ def iris_data(seed: int) -> Split:
 def iris_match(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> bool:
     """Exact match, as in the paper."""
     return bool(example.answer == prediction.answer)
+
+
+class Route(dspy.Signature):
+    """Which team should answer this message?"""
+
+    text: str = dspy.InputField()
+    team: Literal["billing", "technical", "shipping"] = dspy.OutputField()
+
+
+def ticket_data(limit: int | None = None) -> Split:
+    """Messages to a shop (written for these examples) in three parts of one size, teams spread evenly. Each has its
+    `team`, and whether it is `urgent`."""
+    with (Path(__file__).parent / "data" / "tickets.csv").open(encoding="utf-8", newline="") as file:
+        examples = [
+            dspy.Example(text=row["text"], team=row["team"], urgent=row["urgent"] == "yes").with_inputs("text")
+            for row in csv.DictReader(file)
+        ]
+    third = min(limit or len(examples), len(examples)) // 3
+    train, rest = stratified_split(examples, third, seed=0)
+    val, rest = stratified_split(rest, third, seed=0)
+    return train, val, stratified_split(rest, third, seed=0)[0]
+
+
+def team_match(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> bool:
+    """Whether the message goes to its team."""
+    return bool(example.team == prediction.team)

@@ -1,0 +1,65 @@
+"""A text classifier from a CSV file: one column holds the texts, another their classes.
+
+    python examples/classifier_from_csv.py
+    python examples/classifier_from_csv.py --csv my.csv --text review --label stars --save my-classifier
+
+Shows how rows become examples, how classes become the only answers that are possible, and how data is split so that the
+test says something. Hardware: two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Literal
+
+import dspy
+
+from bettertogether import BetterTogether, compare, default_model, evaluate, local_lm, save, stratified_split
+
+TICKETS = Path(__file__).parent / "data" / "tickets.csv"
+
+
+def match(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> bool:
+    return bool(example.label == prediction.label)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", default=TICKETS, help="file with a header line")
+    parser.add_argument("--text", default="text", help="column of the texts")
+    parser.add_argument("--label", default="team", help="column of the classes")
+    parser.add_argument("--task", default="Which team should answer this message?")
+    parser.add_argument("--model", help="folder or hub id of another model")
+    parser.add_argument("--limit", type=int, help="rows to use at most")
+    parser.add_argument("--save", help="folder for the compiled classifier")
+    arguments = parser.parse_args()
+
+    with open(arguments.csv, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    examples = [dspy.Example(text=row[arguments.text], label=row[arguments.label]).with_inputs("text") for row in rows]
+    # Each part has every class in the same share.
+    examples, _ = stratified_split(examples, min(arguments.limit or len(examples), len(examples)), seed=0)
+    third = len(examples) // 3
+    trainset, rest = stratified_split(examples, third, seed=0)
+    valset, testset = stratified_split(rest, third, seed=0)
+
+    classes = tuple(sorted({example.label for example in examples}))
+    signature = dspy.Signature("text -> label", arguments.task).with_updated_fields("label", type_=Literal[classes])
+    classifier = dspy.Predict(signature)
+    classifier.set_lm(local_lm(arguments.model or default_model(), max_tokens=64))
+    # With JSONAdapter, an answer that is none of the classes can't be given.
+    dspy.configure(adapter=dspy.JSONAdapter())
+
+    before = evaluate(classifier, testset, match)
+    compiled = BetterTogether(match).compile(classifier, trainset=trainset, valset=valset)
+    after = evaluate(compiled, testset, match)
+    print(compiled.report)
+    print(f"\nOn {len(testset)} rows that no step has seen:\n{compare({'untouched': before, 'compiled': after})}")
+    if arguments.save:
+        save(compiled, arguments.save)
+
+
+if __name__ == "__main__":
+    main()

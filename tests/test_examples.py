@@ -1,0 +1,197 @@
+"""The scripts that users copy from, run as they are, on fakes whose best answer is known."""
+
+from __future__ import annotations
+
+import contextvars
+import csv
+import json
+import re
+import runpy
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from fakes import field_of, outputs_of, plain_lm
+
+import bettertogether
+from bettertogether.testing import Answer, FakeEngine, FakeRequest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+Run = Callable[..., str]
+Serve = Callable[..., None]
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (EXAMPLES / "data" / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+TICKETS = {row["text"]: row for row in rows_of("tickets.csv")}
+ANSWERS = {row["question"]: row for row in rows_of("handbook.csv")}
+
+
+def in_context(function: Callable[[], Any]) -> Any:
+    """Call it where the settings of the test's own context don't win over what it configures."""
+    return contextvars.Context().run(function)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a script as `python examples/NAME ARGUMENTS` does; returns what it prints."""
+
+    def run_script(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        capsys.readouterr()
+        in_context(lambda: runpy.run_path(str(EXAMPLES / name), run_name="__main__"))
+        return capsys.readouterr().out
+
+    return run_script
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
+    """Lets `local_lm(NAME)` answer from the fake engine of that name."""
+
+    def serve_fakes(**engines: FakeEngine) -> None:
+        def fake_lm(model: str, **options: Any) -> dspy.LM:
+            return plain_lm(engines[model], **options)
+
+        monkeypatch.setattr(bettertogether, "local_lm", fake_lm)
+
+    return serve_fakes
+
+
+def knows(request: FakeRequest, text: str) -> bool:
+    """A third of the texts; all of them after training."""
+    return request.trained_on > 0 or len(text) % 3 == 0
+
+
+def trained_fields(engine: FakeEngine) -> set[tuple[str, ...]]:
+    """The output fields of the rows of all trainings: a tuple for each predictor."""
+    return {tuple(json.loads(row.completion)) for rows in engine.trainings for row in rows}
+
+
+def score(printed: str, name: str) -> float:
+    """The mean in the line of `compare` that has this name."""
+    return float(re.findall(rf"^{name} +([\d.]+) \[", printed, re.MULTILINE)[0])
+
+
+def test_a_classifier_is_made_from_the_rows_of_a_csv(run: Run, serve: Serve, tmp_path: Path) -> None:
+    table = tmp_path / "reviews.csv"
+    table.write_text("id,review,stars\n" + "".join(f'{n},"number {n}",{n % 2 + 4}\n' for n in range(30)))
+
+    def answer(request: FakeRequest) -> Answer:
+        number = int(field_of(request, "text").split()[1])
+        return {"label": str(number % 2 + 4) if request.trained_on or number < 10 else "4"}
+
+    serve(tiny=FakeEngine(answer))
+    columns = ("--csv", table, "--text", "review", "--label", "stars")
+    printed = run("classifier_from_csv.py", "--model", "tiny", *columns)
+    assert "On 10 rows" in printed
+    assert score(printed, "untouched") < score(printed, "compiled") == 1
+
+
+def test_orders_are_read_into_a_pydantic_model(run: Run, serve: Serve) -> None:
+    namespace = runpy.run_path(str(EXAMPLES / "extraction.py"))
+    orders = {example.message: example.order for seed in range(3) for example in namespace["orders"](9, seed)}
+
+    def answer(request: FakeRequest) -> Answer:
+        message = field_of(request, "message")
+        order = orders[message].model_dump()
+        return {"order": order if knows(request, message) else {**order, "quantity": 1}}
+
+    engine = FakeEngine(answer)
+    serve(tiny=engine)
+    printed = run("extraction.py", "--model", "tiny", "--limit", 9)
+    assert 0.75 <= score(printed, "untouched") < score(printed, "compiled") == 1
+    assert all('quantity": 1,' not in row.completion for rows in engine.trainings for row in rows)
+
+
+def test_both_modules_of_the_rag_are_trained_on_right_answers(run: Run, serve: Serve) -> None:
+    def answer(request: FakeRequest) -> Answer:
+        question = field_of(request, "question")
+        if "search_words" in outputs_of(request):
+            return {"search_words": question if knows(request, question) else "weather"}
+        row = ANSWERS[question]
+        return {"answer": row["answer"] if row["passage"] in field_of(request, "passages") else "unknown"}
+
+    engine = FakeEngine(answer)
+    serve(tiny=engine)
+    printed = run("rag.py", "--model", "tiny")
+    assert score(printed, "untouched") < score(printed, "compiled") == 1
+    assert trained_fields(engine) == {("search_words",), ("answer",)}
+
+
+def test_the_agent_learns_every_turn_of_the_runs_that_were_right(run: Run, serve: Serve) -> None:
+    engine = FakeEngine(agent)
+    serve(tiny=engine)
+    printed = run("react_agent.py", "--model", "tiny", "--limit", 6)
+    assert score(printed, "untouched") < score(printed, "compiled") == 1
+    turns = [json.loads(row.completion) for rows in engine.trainings for row in rows]
+    assert {turn.get("next_tool_name") for turn in turns} == {"price", "multiply", "finish", None}
+    assert "tool_name_2: finish" in printed
+
+
+def agent(request: FakeRequest) -> Mapping[str, Any]:
+    """Asks for the price, multiplies, finishes; or finishes at once where it does not know better."""
+    count, item = re.findall(r"do (\d+) pieces of (\w+)", field_of(request, "question"))[0]
+    observations = re.findall(r"\[\[ ## observation_\d ## \]\]\n(\d+)", request.user)
+    if "cost" in outputs_of(request):
+        return {"reasoning": "As observed.", "cost": int(observations[-1]) if observations else 0}
+    steps = [("price", {"item": item}), ("multiply", {"a": int(count), "b": int((observations or [0])[0])})]
+    at_once = not request.trained_on and int(count) % 3
+    name, arguments = ("finish", {}) if at_once else [*steps, ("finish", {})][len(observations)]
+    return {"next_thought": "Go on.", "next_tool_name": name, "next_tool_args": arguments}
+
+
+def test_the_student_learns_what_the_teacher_wrote(run: Run, serve: Serve) -> None:
+    def answer(request: FakeRequest) -> Answer:
+        right = TICKETS[field_of(request, "text")]["team"]
+        big = request.model == "local/big"
+        return {"reasoning": "The teacher's." if big else "Mine.", "team": right if big or request.trained_on else "?"}
+
+    small, big = (FakeEngine(answer, base_name=name) for name in ("small", "big"))
+    serve(small=small, big=big)
+    printed = run("teacher_student.py", "--model", "small", "--teacher", "big", "--limit", 24)
+    assert [score(printed, name) for name in ("teacher", "student", "taught student")] == [1, 0, 1]
+    assert {json.loads(row.completion)["reasoning"] for rows in small.trainings for row in rows} == {"The teacher's."}
+    assert big.trainings == []
+
+
+def test_the_frozen_model_is_asked_and_not_trained(run: Run, serve: Serve) -> None:
+    def answer(request: FakeRequest) -> Answer:
+        if "problem" in outputs_of(request):
+            return {"problem": field_of(request, "message")}
+        text = field_of(request, "text")
+        return {"team": TICKETS[text]["team"] if knows(request, text) else "shipping"}
+
+    small, big = (FakeEngine(answer, base_name=name) for name in ("small", "big"))
+    serve(small=small, big=big)
+    printed = run("several_lms.py", "--model", "small", "--big", "big", "--limit", 24)
+    assert score(printed, "untouched") < score(printed, "compiled") == 1
+    assert "summarise: local/big\nroute: local/small@" in printed
+    assert (trained_fields(small), big.trainings) == ({("team",)}, [])
+
+
+def test_each_module_has_an_adapter_of_its_own(run: Run, serve: Serve) -> None:
+    def answer(request: FakeRequest) -> Answer:
+        ticket = TICKETS[field_of(request, "text")]
+        known = knows(request, ticket["text"])
+        if "team" in outputs_of(request):
+            return {"team": ticket["team"] if known else "shipping"}
+        return {"urgent": (ticket["urgent"] == "yes") == known}
+
+    engine = FakeEngine(answer)
+    serve(tiny=engine)
+    printed = run("adapter_per_module.py", "--model", "tiny", "--limit", 24)
+    assert score(printed, "untouched") < score(printed, "compiled") == 1
+    assert [{tuple(json.loads(row.completion)) for row in rows} for rows in engine.trainings] == [
+        {("team",)},
+        {("urgent",)},
+    ]
+    assert len(set(re.findall(r"^(?:route|hurry): (\S+@\S+)", printed, re.MULTILINE))) == 2
