@@ -20,7 +20,7 @@ PACKAGE = Path(bettertogether.__file__).parent
 ROOT = Path(__file__).parents[1]
 
 WINGS = {
-    "ground": "checks errors files printable processes programs records redaction",
+    "ground": "checks errors files printable processes programs records redaction versions",
     "training": "training",
     "engines": "engines",
     "lm": "lm downloads",
@@ -226,7 +226,7 @@ def test_the_kinds_of_engine_know_nothing_of_each_other() -> None:
 
 
 def test_only_the_packages_own_names_are_taken_from_its_root() -> None:
-    assert {one.source for one in IMPORTS if one.target == ""} <= {"run.asked"}, "the version goes into run.json"
+    assert {one.source for one in IMPORTS if one.target == ""} <= {"versions"}, "it is noted in runs and artifacts"
 
 
 def test_no_modules_import_one_another_in_a_circle() -> None:

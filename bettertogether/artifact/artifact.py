@@ -8,7 +8,6 @@ report.json              the CompileReport, where the program has one
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,7 +21,9 @@ from ..engines.protocol import LocalEngine
 from ..errors import ArtifactError, ModelError, RunDirectoryError
 from ..files import atomic_folder, atomic_write, now
 from ..printable import get_logger
+from ..programs.program import parameters_of
 from ..report.report import CompileReport
+from ..versions import versions
 from .folder import (
     MANIFEST,
     check_files,
@@ -37,12 +38,11 @@ from .folder import (
 from .manifest import SCHEMA, checked_manifest
 from .saved_lm import BaseModel, compare_base, dump_lm, load_lm, require_content
 from .saved_options import check_options
-from .saved_program import class_path, dump_parameter, load_prompts, parameters_of, rebuild
+from .saved_program import class_path, dump_parameter, load_parameters, rebuild
 
 logger = get_logger(__name__)
 
 _ADAPTER_FILES = (".json", ".safetensors", ".md", ".txt")
-_PACKAGES = ("bettertogether", "dspy", "torch", "transformers", "peft")
 
 
 def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
@@ -98,7 +98,7 @@ def load(
         raise ArtifactError(f"base_model={base_model!r:.100}: give a folder, a hub id or an engine.")
     for name, entry in saved.items():
         check_options(entry["config"] or {}, f"{root / MANIFEST}: the predictor {name!r}", allow=allow_unsafe_lm_state)
-    program = load_prompts(rebuild(manifest["program"], saved) if into is None else into, saved)
+    program = load_parameters(rebuild(manifest["program"], saved) if into is None else into, saved)
 
     @functools.cache
     def saved_lm(key: str) -> dspy.LM:
@@ -113,7 +113,7 @@ def load(
     report = load_report(root)
     if report is not None:
         program.report = report
-    _compare_adapter(root, manifest["adapter"])
+    _compare_prompt_adapter(root, manifest["adapter"])
     return program
 
 
@@ -209,10 +209,10 @@ def _write(program: dspy.Module, work: Path) -> None:
         "schema": SCHEMA,
         "created": now(),
         "program": class_path(program),
-        "adapter": _adapter_name(),
+        "adapter": _prompt_adapter(),
         "predictors": predictors,
         "lms": lms,
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **versions()},
         "files": file_hashes(work),
     }
     atomic_write(work / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
@@ -235,31 +235,21 @@ def _copy_adapter(source: Path, model: str, work: Path) -> str:
     return str(relative)
 
 
-def _adapter_name() -> str:
+def _prompt_adapter() -> str:
     adapter = dspy.settings.adapter
     return type(adapter).__name__ if adapter is not None else "ChatAdapter"
 
 
-def _compare_adapter(root: Path, saved: str) -> None:
-    if saved != _adapter_name():
+def _compare_prompt_adapter(root: Path, saved: str) -> None:
+    if saved != _prompt_adapter():
         logger.warning(
             "%s was saved under %s and is loaded under %s: to get the prompts it was tuned with, use "
             "dspy.configure(adapter=dspy.%s()).",
             root,
             saved,
-            _adapter_name(),
+            _prompt_adapter(),
             saved,
         )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

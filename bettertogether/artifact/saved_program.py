@@ -9,7 +9,7 @@ import operator
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from dspy.predict.parameter import Parameter
 from ..errors import ArtifactError
 from ..printable import get_logger
 from ..programs.copies import copy_program
-from ..programs.program import load_prompt, prompt_state
+from ..programs.program import load_prompt, parameters_of, prompt_state
 from ..redaction import split_secrets
 
 logger = get_logger(__name__)
@@ -31,33 +31,6 @@ _NAMES: dict[str, Any] = {
     **{"Any": Any, "Literal": typing.Literal, "Optional": typing.Optional, "Union": typing.Union},
 }
 """The types that a plain Predict or ChainOfThought is rebuilt with."""
-
-
-def parameters_of(program: dspy.Module) -> dict[str, Parameter]:
-    """Name to predictor (or other DSPy parameter), named as in `named_parameters`; frozen sub-modules' too."""
-    found: dict[str, Parameter] = {}
-    seen: set[int] = set()
-    for name, parameter in _walk("", program):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            found[name] = parameter
-    return found
-
-
-def _walk(prefix: str, value: Any) -> Iterator[tuple[str, Parameter]]:
-    if isinstance(value, Parameter):
-        yield prefix or "self", value
-    elif isinstance(value, dspy.Module):
-        for name, inner in value.__dict__.items():
-            path = f"{prefix}.{name}" if prefix else name
-            if isinstance(inner, list | tuple):
-                for index, item in enumerate(inner):
-                    yield from _walk(f"{path}[{index}]", item)
-            elif isinstance(inner, dict):
-                for key, item in inner.items():
-                    yield from _walk(f"{path}['{key}']", item)
-            else:
-                yield from _walk(path, inner)
 
 
 def dump_parameter(name: str, parameter: Parameter) -> dict[str, Any]:
@@ -148,7 +121,7 @@ def _fields_text(fields: list[dict[str, Any]]) -> str:
     return ", ".join(f"{field['kind']} {field['name']}: {field['type']}" for field in fields)
 
 
-def load_prompts(program: dspy.Module, saved: Mapping[str, Mapping[str, Any]]) -> dspy.Module:
+def load_parameters(program: dspy.Module, saved: Mapping[str, Mapping[str, Any]]) -> dspy.Module:
     """A copy of `program` with the saved prompts, demos and options; its LMs stay. Raises ArtifactError."""
     check_structure(program, saved)
     copied = copy_program(program)

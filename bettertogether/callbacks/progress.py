@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..printable import one_line
-from ..records import STUDENT, StepRecord
+from ..records import ARROW, STUDENT, StepRecord
 from .events import (
     CandidateEvent,
     ProgressEvent,
@@ -136,7 +136,7 @@ class ProgressState:
         for record in self._finished:
             timed.setdefault(record.step, []).append(record.ledger.seconds)
         current = self._current["step"]
-        later = [name.split(" -> ")[-1] for name in self._rounds[self._current["index"] + 1 :]]
+        later = [name.split(ARROW)[-1] for name in self._rounds[self._current["index"] + 1 :]]
         if not all(step in timed for step in (current, *later)):
             return []
         means = {step: sum(seconds) / len(seconds) for step, seconds in timed.items()}

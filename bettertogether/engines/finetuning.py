@@ -69,7 +69,8 @@ def tokenized(engine: Tokenizing, rows: Sequence[TrainingRow]) -> tuple[list[Tok
         fitting = [form for form in forms if len(form) + len(completion_ids) <= engine.max_length]
         long_forms += len(forms) - len(fitting)
         forced = engine.forced_tokens(row.completion, row.response_format)
-        kept.append(TokenizedRow(prompt_ids, completion_ids, fitting, forced, _fields(engine, row)))
+        fields = _fields(engine, row)
+        kept.append(TokenizedRow(prompt_ids, completion_ids, forms=fitting, forced=forced, fields=fields))
     if long_forms:
         logger.warning(
             "Left out of the training: %d of %d prompts with demos, too long for %s (%d tokens).",

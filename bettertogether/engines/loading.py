@@ -93,7 +93,14 @@ def read_card(source: str | Path) -> ModelCard:
     if architectures and all(name.endswith(NO_TEXT) for name in architectures):
         raise ModelError(f"{str(source)!r} is a {architectures[0]}, which writes no text. Give a causal LM.")
     unknown = _unknown_tokens(source, tokenizer, int(config.get_text_config().vocab_size))
-    return ModelCard(str(source), config, tokenizer, _eos_ids(source, config), _max_length(config), unknown)
+    return ModelCard(
+        source=str(source),
+        config=config,
+        tokenizer=tokenizer,
+        eos_ids=_eos_ids(source, config),
+        max_length=_max_length(config),
+        unknown_tokens=unknown,
+    )
 
 
 def _unknown_tokens(source: str | Path, tokenizer: Any, vocabulary: int) -> dict[int, str]:

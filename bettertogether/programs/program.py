@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import dspy
+from dspy.predict.parameter import Parameter
 
 from ..errors import ArtifactError, ProgramError
 from .copies import RESULTS, copy_program
@@ -35,6 +36,34 @@ def modules_of(program: dspy.Module) -> list[tuple[str, dspy.Module]]:
             # A corpus of a million texts needs no names.
             queue.extend((f"{name}[{k!r}]", v) for k, v in list(items) if not isinstance(v, str | int | float))
     return found
+
+
+def parameters_of(program: dspy.Module) -> dict[str, Parameter]:
+    """Name to predictor (or other DSPy parameter): named and looked for as by `named_parameters`, whose names users and
+    saved files have, but in frozen sub-modules, too."""
+    found: dict[str, Parameter] = {}
+    seen: set[int] = set()
+    for name, parameter in _parameters("", program):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            found[name] = parameter
+    return found
+
+
+def _parameters(prefix: str, value: Any) -> Iterator[tuple[str, Parameter]]:
+    if isinstance(value, Parameter):
+        yield prefix or "self", value
+    elif isinstance(value, dspy.Module):
+        for name, inner in value.__dict__.items():
+            path = f"{prefix}.{name}" if prefix else name
+            if isinstance(inner, list | tuple):
+                for index, item in enumerate(inner):
+                    yield from _parameters(f"{path}[{index}]", item)
+            elif isinstance(inner, dict):
+                for key, item in inner.items():
+                    yield from _parameters(f"{path}['{key}']", item)
+            else:
+                yield from _parameters(path, inner)
 
 
 def copy_for_step(program: dspy.Module) -> dspy.Module:

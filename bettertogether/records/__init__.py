@@ -15,11 +15,12 @@ from .details import (
     TrainedAdapter,
     WeightDetails,
 )
-from .record import CELLS, STUDENT, Failure, Ledger, SavedRecord, StepRecord, StepStatus, failure_text
+from .record import ARROW, CELLS, STUDENT, Failure, Ledger, SavedRecord, StepRecord, StepStatus, failure_text
 from .saved import SCHEMA, SHOWN, Saved, Whole, read
 from .schema_1 import report_of_schema_1
 
 __all__ = [
+    "ARROW",
     "CELLS",
     "SCHEMA",
     "SHOWN",

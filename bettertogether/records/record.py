@@ -17,6 +17,9 @@ StepStatus = Literal["complete", "failed", "skipped"]
 STUDENT = "student"
 """How the untouched student, whose strategy is "", is called."""
 
+ARROW = " -> "
+"""What stands between the steps of a record's strategy."""
+
 CELLS = ("base_old", "base_new", "tuned_old", "tuned_new")
 """The 2x2 of weights (base, tuned) and prompts (old: the student's, new: the selected program's)."""
 

@@ -148,7 +148,7 @@ def _forest_row(each: RoundView) -> ForestRow:
     text = f"{each.score}  ({each.gain.number})" if each.gain_text and each.gain is not None else each.score
     if each.record.status != "complete":
         text = str(each.record.status)
-    return ForestRow(each.name, each.record.score, *each.interval, text, each.selected)
+    return ForestRow(each.name, each.record.score, *each.interval, text, marked=each.selected)
 
 
 def _round_table(view: ReportView) -> str:
@@ -184,7 +184,7 @@ def _two_by_two(view: ReportView) -> str:
     values = [value for effect in effects for value in (effect.gain, effect.low, effect.high, 0.0)]
     marks = {tick: view.report.number(tick, sign=True) for tick in ticks(values)}
     rows = [
-        ForestRow(name, gain.effect.gain, gain.effect.low, gain.effect.high, gain.text, name == "total")
+        ForestRow(name, gain.effect.gain, gain.effect.low, gain.effect.high, gain.text, marked=name == "total")
         for name, gain in gains.items()
     ]
     return _section("Weights or prompts?", table, forest_plot(rows, 0.0, marks))

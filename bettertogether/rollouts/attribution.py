@@ -13,7 +13,7 @@ FROZEN = ""
 """Name of every predictor of frozen (compiled) sub-modules, whose calls belong to nobody."""
 
 
-class Attribution:
+class CallAttribution:
     """Knows the predictors that a program's runs call, whichever copy of them is called.
 
     `mark` gives each predictor of a copy of the program a mark, which further deep copies of it keep (`dspy.BestOfN`

@@ -84,7 +84,7 @@ def evaluate_many(
             raise ProgramError(f"program={program!r:.100} is not allowed: give a dspy.Module.")
     require_metric(metric)
     examples = check_examples(examples, "examples")
-    options = ExamplePass(metric, settings=settings, phase=phase, judge_with_trace=False, judge_passes=False)
+    options = ExamplePass(metric, settings=settings, phase=phase, judge_with_trace=False, needs_verdict=False)
     size = len(examples)
     jobs = [(number, index, Attempt()) for number in range(len(programs)) for index in range(size)]
     traces = options.over_many(programs, examples, jobs) if jobs else []

@@ -30,8 +30,6 @@ class Verdict:
     passed: bool
     reason: str | None = None
     """Why it did not pass, in a word or two."""
-    feedback: str | None = None
-    """Text of a metric that returns `Prediction(score=, feedback=)`."""
 
 
 def call_metric(metric: Metric, example: dspy.Example, prediction: Any, trace: list[Any] | None) -> Any:
@@ -67,19 +65,18 @@ def _arity(metric: Metric) -> int:
     return 5 if len(positional) >= 5 else min(len(positional), 3)
 
 
-def score_of(value: Any) -> tuple[float, str | None]:
-    """Score and feedback of what a metric returned: bool, number, `Prediction(score, feedback)` or a mapping.
+def score_of(value: Any) -> float:
+    """The score of what a metric returned: bool, number, `Prediction(score, feedback)` or a mapping.
 
     Raises TypeError for anything else (None among them).
     """
-    feedback = None
-    if isinstance(value, Mapping | dspy.Example) or hasattr(value, "score"):
-        holder = value if isinstance(value, Mapping) else {k: getattr(value, k, None) for k in ("score", "feedback")}
-        feedback = holder.get("feedback")
-        value = holder.get("score")
+    if isinstance(value, Mapping):
+        value = value.get("score")
+    elif isinstance(value, dspy.Example) or hasattr(value, "score"):
+        value = getattr(value, "score", None)
     if isinstance(value, str) or value is None:
         raise TypeError(f"the metric must return a bool, a number or Prediction(score=...), it returned {value!r}")
-    return float(value), None if feedback is None else str(feedback)
+    return float(value)
 
 
 def judge(
@@ -96,13 +93,13 @@ def judge(
     """
     if metric is None:
         return Verdict(FULL_MARK, True)
-    score, feedback = score_of(call_metric(metric, example, prediction, trace))
+    score = score_of(call_metric(metric, example, prediction, trace))
     if not math.isfinite(score):
-        return Verdict(0.0, False, f"metric returned {'NaN' if math.isnan(score) else score}", feedback)
+        return Verdict(0.0, False, f"metric returned {'NaN' if math.isnan(score) else score}")
     if threshold is None and score > FULL_MARK:
         raise ConfigError(
             f"The metric returned {score:g}. Without a threshold, 1.0 is taken as its full mark: give threshold=... "
             "(the score from which an example counts as solved), or return a score from 0 to 1."
         )
     passed = score >= (FULL_MARK if threshold is None else threshold)
-    return Verdict(score, passed, None if passed else BELOW_THRESHOLD, feedback)
+    return Verdict(score, passed, None if passed else BELOW_THRESHOLD)

@@ -18,7 +18,7 @@ from ..programs.content import by_name, example_content, fingerprint
 from ..programs.copies import Copier
 from ..programs.program import modules_of, predictors_of
 from ..records import Ledger
-from .attribution import Attribution
+from .attribution import CallAttribution
 from .rescue import HINT, as_field, hint_before_the_answer, narrow_signatures
 from .watching import Record, Seen, Watch, run_async_part, snapshot, watched_lm
 
@@ -131,7 +131,7 @@ class Runner:
         self._key = program_key(program)
         self._store = store if self._key is not None else None
         self._needs_seeds = any(_needs_seed(predictor.lm) for predictor in program.predictors())
-        self._attribution = Attribution(program)
+        self._attribution = CallAttribution(program)
         self._lock = threading.Lock()
         self._copier: Copier | None = None
         self._spare: list[_Copy] = []
@@ -180,7 +180,7 @@ class _Basis:
 class _Copy:
     """A copy of a program that serves one run at a time, and is watched."""
 
-    def __init__(self, program: dspy.Module, copied: dspy.Module, attribution: Attribution) -> None:
+    def __init__(self, program: dspy.Module, copied: dspy.Module, attribution: CallAttribution) -> None:
         self._attribution = attribution
         self._program = copied
         attribution.mark(self._program)

@@ -118,7 +118,7 @@ class TraceSet:
 
 @dataclass
 class ExamplePass:
-    """Options that every pass over examples shares, and the count of examples that raised."""
+    """Options that every pass over examples shares."""
 
     metric: Metric | None
     threshold: float | None = None
@@ -126,8 +126,8 @@ class ExamplePass:
     phase: str = "run"
     judge_with_trace: bool = True
     """Give the metric the trace (bootstrapping) or None (evaluation), as DSPy does."""
-    judge_passes: bool = True
-    """Evaluation needs no verdict, only the score."""
+    needs_verdict: bool = True
+    """Evaluation needs only the score."""
     _runners: dict[int, Runner] = field(default_factory=dict, init=False, repr=False, compare=False)
     """By the id of their program, which they keep alive: what a program holds is looked through once."""
 
@@ -208,7 +208,7 @@ class ExamplePass:
             return Verdict(0.0, False, run.failure), False
         if run.error is not None:
             return Verdict(0.0, False, f"{run.failure}: {error_text(run.error)}"), True
-        threshold = self.threshold if self.judge_passes else float("-inf")
+        threshold = self.threshold if self.needs_verdict else float("-inf")
         try:
             trace = list(run.raw_trace) if self.judge_with_trace else None
             return judge(self.metric, example, run.prediction, trace, threshold), False
@@ -268,9 +268,9 @@ def collect_traces(
     if sampling.rescue:
         hints = {index: hint for index in unsolved() if (hint := _hint(examples[index], known))}
         if 0 < len(answering(sampler, known)) < len(predictors_of(sampler)):
-            wave(sampler, hints, lambda i: Attempt("rescue", 1, None, hints[i], leads=True))
+            wave(sampler, hints, lambda i: Attempt("rescue", 1, narrow=hints[i], leads=True))
         failed = set(unsolved())
-        wave(sampler, [i for i in hints if i in failed], lambda i: Attempt("rescue", 1, None, hints[i]))
+        wave(sampler, [i for i in hints if i in failed], lambda i: Attempt("rescue", 1, narrow=hints[i]))
     traces.sort(key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
     ledger = sum((trace.ledger for trace in traces), Ledger())
     return TraceSet(tuple(traces), ledger, len(examples), (warning,) if warning else ())

@@ -16,7 +16,6 @@ import os
 import platform
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ import dspy
 from dspy.clients.base_lm import BaseLM
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from .. import __version__
 from ..programs.behaviour import NOISE, BehaviourWalk, class_parts, is_own, lm_parts, named_values, signature_parts
 from ..programs.content import cell_content, dataset_hash
 from ..programs.program import model_names, modules_of, predictors_of
 from ..redaction import is_secret, is_secret_name, masked, split_secrets
+from ..versions import versions
 from .plan import Plan
 
 FORM = 2
@@ -204,17 +203,6 @@ def as_before(now: Any, before: Any, after: Any) -> Any:
         return before if now == after else now
     merged = {name: as_before(now.get(name), before.get(name), after.get(name)) for name in [*now, *before]}
     return {name: value for name, value in merged.items() if value is not None}
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that a result may depend on."""
-    found = {"bettertogether": __version__}
-    for package in ("dspy", "torch", "transformers", "peft", "accelerate"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def machine() -> dict[str, str]:

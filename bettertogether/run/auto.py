@@ -176,7 +176,7 @@ class _Auto:
     @property
     def _mark(self) -> float:
         """From which score weight steps learn from a run."""
-        marks = [getattr(o, "threshold", None) for o in self.optimizers.values() if kind_of(o) == "weight"]
+        marks = [step.threshold for step in self.optimizers.values() if isinstance(step, LoRAFinetune)]
         return min([mark for mark in marks if mark is not None], default=FULL_MARK)
 
     def _kind(self, key: str) -> Kind:

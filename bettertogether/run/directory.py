@@ -111,27 +111,16 @@ class RunDirectory:
                 atomic_write(folder / "run.json", _pretty(header))
             _remove_temporary(folder)
             with disk_errors(folder):
-                for name in ("adapters", "programs"):
-                    (folder / name).mkdir(exist_ok=True)
+                (folder / "adapters").mkdir(exist_ok=True)
         except BaseException:
             lock.release()
             raise
         return cls(folder, lock, header, records)
 
     @property
-    def run(self) -> Mapping[str, Any]:
-        """What was asked when the directory was made."""
-        return self._header["run"]
-
-    @property
     def adapters(self) -> Path:
         """Folder for trained adapters."""
         return self.path / "adapters"
-
-    @property
-    def programs(self) -> Path:
-        """Folder for saved programs."""
-        return self.path / "programs"
 
     @property
     def report(self) -> Path:

@@ -132,7 +132,7 @@ class Loop:
 
     def _check_scale(self) -> None:
         scores = self.records[0].scores or ()
-        unset = [key for key, o in self.plan.optimizers.items() if getattr(o, "threshold", ...) is None]
+        unset = [key for key, threshold in self.plan.thresholds.items() if threshold is None]
         if unset and max(scores, default=0.0) > FULL_MARK:
             raise ConfigError(
                 f"The metric gave {max(scores):g} on the valset, but the steps {unset} take 1.0 as its full mark: give "
@@ -293,8 +293,7 @@ class Loop:
         events.warn(text)
 
     def _full_mark(self) -> float:
-        thresholds = [getattr(optimizer, "threshold", None) for optimizer in self.plan.optimizers.values()]
-        return max([FULL_MARK, *(threshold for threshold in thresholds if isinstance(threshold, int | float))])
+        return max([FULL_MARK, *(each for each in self.plan.thresholds.values() if each is not None)])
 
     def _end(
         self,
@@ -308,7 +307,15 @@ class Loop:
         name = strategy.join(steps)
         seconds = time.monotonic() - started
         ledger = Ledger(seconds=seconds)
-        record = StepRecord(index, steps[-1], name, status, why=self._why, error=masked(text), ledger=ledger)
+        record = StepRecord(
+            index=index,
+            step=steps[-1],
+            strategy=name,
+            status=status,
+            why=self._why,
+            error=masked(text),
+            ledger=ledger,
+        )
         self.error = error
         kind = type(error).__name__
         reason = masked(f"{kind}: {error}") if str(error) else kind

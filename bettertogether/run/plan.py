@@ -15,6 +15,7 @@ from ..programs.program import as_programs, predictors_of, require_program
 from ..rollouts.metrics import Metric
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.settings import RunSettings
+from ..steps.step import Step
 from ..steps.weight_step import LoRAFinetune
 from . import strategy as strategies
 from .arguments import check_compile_args, check_options
@@ -52,6 +53,11 @@ class Plan:
     def seed(self) -> int:
         """The seed of the run."""
         return self.settings.seed or 0
+
+    @property
+    def thresholds(self) -> dict[str, float | None]:
+        """Key to the score from which an example counts as solved, of the steps that are ours; None: the full mark."""
+        return {key: step.threshold for key, step in self.optimizers.items() if isinstance(step, Step)}
 
     @property
     def strategy(self) -> str:

@@ -13,8 +13,9 @@ from ..programs.program import copy_for_step
 from ..records import Ledger
 from ..report.report import CompileReport
 from ..rollouts.failures import all_raised
+from ..versions import versions
 from . import strategy
-from .asked import machine, versions
+from .asked import machine
 from .budget import Budget
 from .directory import RunDirectory
 from .loop import Loop

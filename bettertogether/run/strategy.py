@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection, Sequence
 
 from ..errors import StrategyError
+from ..records import ARROW
 
-ARROW = " -> "
 AUTO = "auto"
 
 Steps = tuple[str, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..rollouts.labels import stratified_order
 from .rows import Row
@@ -15,14 +15,20 @@ FEWEST_HELD_OUT = 4
 MOST_SHARE = 0.2
 """Of few examples more than the share asked for are held out, to have `FEWEST_HELD_OUT`; at most this share."""
 
-AdapterKey = tuple[int, str, str]
-"""(engine, model name, predictor or ""): what shares one adapter. The engine counts, since two may hold base models of
-one name."""
+
+class AdapterKey(NamedTuple):
+    """What shares one adapter."""
+
+    engine: int
+    """Its `id`: two engines may hold base models of one name."""
+    model: str
+    predictor: str
+    """"": the adapter is fed by all that use the model."""
 
 
 def adapter_key(predictor: str, lm: Any, multitask: bool) -> AdapterKey:
     """The adapter that a predictor with this LM is trained with."""
-    return id(lm.engine), lm.model, "" if multitask else predictor
+    return AdapterKey(id(lm.engine), lm.model, "" if multitask else predictor)
 
 
 def rows_by_adapter(rows: Sequence[Row], trainable: Trainable, multitask: bool) -> dict[AdapterKey, list[Row]]:
@@ -31,7 +37,7 @@ def rows_by_adapter(rows: Sequence[Row], trainable: Trainable, multitask: bool) 
     for row in rows:
         # Rows given without a predictor's name go to every adapter of a multitask run.
         names = [row.predictor] if row.predictor in trainable else list(trainable)
-        for key in dict.fromkeys(adapter_key(name, trainable[name][1], multitask) for name in names):
+        for key in dict.fromkeys(adapter_key(name, trainable[name].lm, multitask) for name in names):
             groups[key].append(row)
     return groups
 

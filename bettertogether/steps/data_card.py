@@ -10,6 +10,9 @@ from ..records import DataCard
 from .prompt_forms import PromptForms
 from .rows import Row
 
+WHOLE_TRACE = ""
+"""Stands where a predictor's name would: all calls of a trace were left out."""
+
 
 def make_data_card(
     rows: Sequence[Row],
@@ -20,8 +23,8 @@ def make_data_card(
     forms: PromptForms | None = None,
     warnings: Iterable[str] = (),
 ) -> DataCard:
-    """Count the rows; `engines` maps predictor names to engines, `dropped` (predictor, reason) to counts, and
-    `forms` knows the prompts with demos that the rows were given."""
+    """Count the rows; `engines` maps predictor names to engines, `dropped` (predictor or `WHOLE_TRACE`, reason) to
+    counts, and `forms` knows the prompts with demos that the rows were given."""
     lengths: dict[str, list[int]] = defaultdict(list)
     for row in rows:
         engine = engines.get(row.predictor) or next(iter(engines.values()))

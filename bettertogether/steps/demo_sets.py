@@ -24,8 +24,6 @@ class Candidate:
 
     name: str
     program: dspy.Module
-    dropped_demos: int = 0
-    """Demos left out because the prompt would not have fitted the model's context, or could not be made."""
     scores: dict[int, float] = field(default_factory=dict)
     """Position in the validation examples to score."""
     stopped: bool = False
@@ -104,7 +102,6 @@ class DemoSets:
         shown = self._pick_traces(traces, seed)
         used = {trace.index for trace in shown}
         extra = self._pick_labelled(seed, used)
-        before = sum(self.dropped.values())
         for predictor_name, predictor in predictors_of(program).items():
             fit, labelled_demos = self._fits[predictor_name], self._of_example[predictor_name]
             made = [self._of_trace[id(trace)] for trace in shown]
@@ -113,27 +110,26 @@ class DemoSets:
             fills = [demo for demo in known if fit.usable(demo)][: max(0, labelled - len(demos))]
             predictor.demos = fit.fitting([*demos, *fills])
             self.dropped += Counter({predictor_name: len(demos) + len(fills) - len(predictor.demos)})
-        candidate = self.of(name, program, sum(self.dropped.values()) - before)
+        candidate = self.of(name, program)
         return candidate if candidate is not None and candidate.demos else None
 
     def earlier(self, name: str, program: dspy.Module) -> Candidate | None:
         """A candidate with a program's own prompts, less the demos that don't fit. None for prompts that were made
         before."""
         program = copy_for_step(program)
-        before = sum(self.dropped.values())
         for predictor_name, predictor in predictors_of(program).items():
             demos = predictor.demos
             predictor.demos = self._fit(predictor_name, predictor).fitting(demos)
             self.dropped += Counter({predictor_name: len(demos) - len(predictor.demos)})
-        return self.of(name, program, sum(self.dropped.values()) - before)
+        return self.of(name, program)
 
-    def of(self, name: str, program: dspy.Module, dropped: int = 0) -> Candidate | None:
+    def of(self, name: str, program: dspy.Module) -> Candidate | None:
         """The program as a candidate; None for prompts that were made before."""
         content = _shown(program)
         if content in self._seen:
             return None
         self._seen.add(content)
-        return Candidate(name, program, dropped)
+        return Candidate(name, program)
 
     def _pick_traces(self, count: int, seed: int) -> list[Trace]:
         order = stratified_order(self._traces, [trace.label for trace in self._traces], seed)

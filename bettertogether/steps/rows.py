@@ -39,7 +39,13 @@ class Row:
     @property
     def training_row(self) -> TrainingRow:
         """What the engine trains on."""
-        return TrainingRow(self.messages, self.completion, self.forms, self.response_format, self.fields)
+        return TrainingRow(
+            self.messages,
+            self.completion,
+            forms=self.forms,
+            response_format=self.response_format,
+            fields=self.fields,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Prompt-completion form that `datasets.load_dataset("json")` and trl read."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import dspy
 
@@ -20,7 +20,7 @@ from ..records import DataCard, Ledger
 from ..rollouts.labels import label_fields, labels_of, output_names, stratified_order
 from ..rollouts.rollout import Call
 from ..rollouts.traces import Trace, TraceSet
-from .data_card import make_data_card
+from .data_card import WHOLE_TRACE, make_data_card
 from .demo_examples import without_example
 from .prompt_capture import field_spans, render_completion, take_request
 from .prompt_forms import PromptForms
@@ -38,8 +38,16 @@ TrainPrompt = Literal["varied", "vanilla", "optimized", "mixed"]
 
 Reasoning = Literal["strip", "keep"]
 
-Trainable = Mapping[str, tuple[LocalEngine, Any]]
-"""Predictor name to the engine that trains it and its LM."""
+
+class LocalModel(NamedTuple):
+    """What answers for a predictor, and can be trained."""
+
+    engine: LocalEngine
+    lm: Any
+
+
+Trainable = Mapping[str, LocalModel]
+"""By predictor name."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +109,9 @@ def rows_from_traces(
 ) -> Collected:
     """The rows of the passing traces. `earlier` are programs whose prompts "varied" rows are shown too, and `seed`
     draws the demos. Raises NoTrainingDataError with the counts when there are none."""
-    dropped: Counter[tuple[str, str]] = Counter({("", reason): n for reason, n in traces.reasons().items()})
+    dropped: Counter[tuple[str, str]] = Counter({(WHOLE_TRACE, reason): n for reason, n in traces.reasons().items()})
     plain = [trace for trace in traces.traces if not hint_leaks(trace)]
-    dropped["", "answer talks about the hint"] += len(traces.traces) - len(plain)
+    dropped[WHOLE_TRACE, "answer talks about the hint"] += len(traces.traces) - len(plain)
     unchosen: Counter[str] = Counter()
     chosen = select_traces(
         plain,
@@ -111,8 +119,8 @@ def rows_from_traces(
         max_rescue_share=options.max_rescue_share,
         dropped=unchosen,
     )
-    dropped.update({("", reason): count for reason, count in unchosen.items()})
-    dropped["", STRANGER] += sum(trace.strangers for trace in chosen)
+    dropped.update({(WHOLE_TRACE, reason): count for reason, count in unchosen.items()})
+    dropped[WHOLE_TRACE, STRANGER] += sum(trace.strangers for trace in chosen)
     forms = None
     if options.train_prompt == "varied":
         forms = PromptForms(student, trainset, chosen, earlier=earlier, max_demos=options.max_demos, seed=seed)
@@ -121,15 +129,15 @@ def rows_from_traces(
     labels = labels_of(trainset, options.label_field, output_names(student))
     kept_labels = [trace.label for trace, _ in usable]
     order = balance_labels(kept_labels, labels) if options.balance else range(len(usable))
-    dropped["", "left out by balance"] += len(usable) - len(set(order))
+    dropped[WHOLE_TRACE, "left out by balance"] += len(usable) - len(set(order))
     rows = [row for position in order for row in usable[position][1]]
-    engines = {name: engine for name, (engine, _) in trainable.items()}
+    engines = {name: model.engine for name, model in trainable.items()}
     reasons = +dropped
     if not rows:
         raise NoTrainingDataError(_no_rows(traces, reasons))
     warnings = [*_label_warnings(rows, labels), *_no_labels(trainset, output_names(student)), *_no_forms(forms)]
     card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), forms=forms, warnings=warnings)
-    return Collected(tuple(rows), card, traces.ledger, traces.warnings)
+    return Collected(tuple(rows), card, traces.ledger, warnings=traces.warnings)
 
 
 def select_traces(
@@ -196,7 +204,7 @@ def _rows_of(
         if call.predictor not in trainable:
             continue
         origin: dict[str, Any] = {"example": trace.index, "label": trace.label, "source": trace.source}
-        engine = trainable[call.predictor][0]
+        engine = trainable[call.predictor].engine
         kind: dict[str, Any] = {"train_prompt": options.train_prompt, "reasoning": options.reasoning, "forms": forms}
         try:
             rows += rows_of_call(predictors[call.predictor], engine, call, **kind, **origin)
@@ -314,9 +322,9 @@ def _no_forms(forms: PromptForms | None) -> list[str]:
 
 
 def _no_rows(traces: TraceSet, dropped: Mapping[tuple[str, str], int]) -> str:
-    others = {key: count for key, count in dropped.items() if key != ("", NO_CALLS)}
+    others = {key: count for key, count in dropped.items() if key != (WHOLE_TRACE, NO_CALLS)}
     reasons = "; ".join(f"{count} x {reason}" for (_, reason), count in others.items()) or NO_CALLS
-    runs = dropped.get(("", NO_CALLS))
+    runs = dropped.get((WHOLE_TRACE, NO_CALLS))
     unseen = f" {unseen_calls(runs)}" if runs else ""
     return (
         f"No training rows: {len(traces.traces)} runs on {traces.examples} examples, {len(traces.passing)} passed. "

@@ -71,6 +71,8 @@ class StepResult:
 class Step(ABC):
     """A step of ours: what `BetterTogether` runs without going through `compile`."""
 
+    threshold: float | None = None
+    """Score from which an example counts as solved; None: the full mark."""
     last: StepResult | None = None
     """What the last `compile`, or the last step of a `BetterTogether`, gave."""
 

@@ -32,7 +32,7 @@ from ..training.config import LoRAConfig, TrainingConfig
 from .adapter_rows import AdapterKey, adapter_key, hold_out, rows_by_adapter
 from .data_card import make_data_card
 from .rows import Row, read_rows, write_rows
-from .rows_from_traces import Collected, Reasoning, RowOptions, Trainable, TrainPrompt, rows_from_traces
+from .rows_from_traces import Collected, LocalModel, Reasoning, RowOptions, Trainable, TrainPrompt, rows_from_traces
 from .step import Step, StepContext, StepResult
 
 logger = get_logger(__name__)
@@ -119,7 +119,7 @@ class LoRAFinetune(Step, Teleprompter):
         self.metric = metric
         self.lora = lora
         self.training = training
-        self.sampling = Sampling(num_samples, temperature, rescue, sample_passing)
+        self.sampling = Sampling(num_samples, temperature, rescue, sample_passing=sample_passing)
         self.rows = RowOptions(
             train_prompt=train_prompt,
             max_demos=max_demos,
@@ -200,22 +200,22 @@ class LoRAFinetune(Step, Teleprompter):
         results = self._train(collected.rows, trainable, context.settings.seed, folder)
         trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
         return StepResult(
-            self._tuned(student, trainable, results),
-            (collected.ledger + trained).with_seconds(time.monotonic() - started),
-            _details(collected.card, results, starts),
+            program=self._tuned(student, trainable, results),
+            ledger=(collected.ledger + trained).with_seconds(time.monotonic() - started),
+            details=_details(collected.card, results, starts),
             # From other weights than those before, the fall is no gain over the round before.
-            _fall_of_loss(result for key, result in results.items() if starts[key] == key[1]),
-            (*collected.warnings, *collected.card.warnings),
+            step_gain=_fall_of_loss(result for key, result in results.items() if starts[key] == key.model),
+            warnings=(*collected.warnings, *collected.card.warnings),
         )
 
     def trainable(self, student: dspy.Module) -> Trainable:
-        """Predictor name to (engine, LM) for those to train. Raises NotTrainableError and ConfigError."""
+        """By predictor name, what is to be trained. Raises NotTrainableError and ConfigError."""
         predictors = predictors_of(student)
         unknown = sorted(set(self.frozen) - predictors.keys())
         if unknown:
             raise ConfigError(f"frozen={unknown} are not predictors of the program: it has {sorted(predictors)}.")
         active = {name: p for name, p in predictors.items() if name not in self.frozen}
-        found = {n: (engine, p.lm) for n, p in active.items() if (engine := local_engine(p.lm)) is not None}
+        found = {n: LocalModel(engine, p.lm) for n, p in active.items() if (engine := local_engine(p.lm)) is not None}
         if not found and active:
             require_engine(*next((p.lm, name) for name, p in active.items()))
         if not found:
@@ -260,7 +260,7 @@ class LoRAFinetune(Step, Teleprompter):
         unknown = sorted({row.predictor for row in given} - trainable.keys()) if not self.multitask else []
         if unknown:
             raise DataError(f"rows= are for {unknown}; with multitask=False they must be for {sorted(trainable)}.")
-        engines = {name: engine for name, (engine, _) in trainable.items()}
+        engines = {name: model.engine for name, model in trainable.items()}
         return Collected(given, make_data_card(given, engines, dropped={}, examples=0), Ledger())
 
     def _train(
@@ -319,7 +319,7 @@ class LoRAFinetune(Step, Teleprompter):
         for name, predictor in predictors_of(tuned).items():
             if name not in trainable:
                 continue
-            lm = trainable[name][1]
+            lm = trainable[name].lm
             result = results.get(adapter_key(name, lm, self.multitask))
             if result is None:
                 continue
@@ -340,7 +340,7 @@ def _details(
 ) -> WeightDetails:
     adapters = {
         result.model: TrainedAdapter(
-            trained_from=f"{starts[key]} {key[2]}".strip(),
+            trained_from=f"{starts[key]} {key.predictor}".strip(),
             folder=str(result.folder),
             rows=str(_rows_file(result)),
             best_epoch=result.best_epoch,

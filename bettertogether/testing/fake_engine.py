@@ -216,7 +216,7 @@ class FakeEngine:
         start = self._adapter(start_from) if start_from else _BASE
         memory = {**start.memory, **{_key(row.messages): row.completion for row in rows}}
         forms = {**start.forms, **{_key(form): row.completion for row in rows for form in row.forms}}
-        trained = _FakeAdapter(start.round + 1, memory, start.strength, forms)
+        trained = _FakeAdapter(start.round + 1, memory, strength=start.strength, forms=forms)
         with self._lock:
             self.trainings.append(tuple(rows))
         where = trained.save(Path(folder or mkdtemp(prefix="fake-adapters-")), self.base_name)
@@ -235,7 +235,18 @@ class FakeEngine:
         if on_progress:
             on_progress(line)
         model = self.add_adapter(where)
-        return FinetuneResult(model, where, (line,), epochs, line.tokens, 0.0, before, after, (), losses, fields)
+        return FinetuneResult(
+            model=model,
+            folder=where,
+            history=(line,),
+            best_epoch=epochs,
+            tokens=line.tokens,
+            seconds=0.0,
+            base_validation_loss=before,
+            validation_loss=after,
+            all_tokens_loss=losses,
+            field_losses=fields,
+        )
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter that `finetune` wrote into this folder."""

@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
 from ._upstream import attention_names, cpu_attention, cpu_attention_backward, restore_attention
+from .layers import register_attention
 from .packing import PackedRow
 
-ATTENTION_NAME = "bettertogether_training"
+TRAINING_ATTENTION = "bettertogether_training"
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class PackedLayout:
         return self._masks[window]
 
 
-def packed_attention(
+def training_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -140,8 +139,7 @@ def packed_attention(
     return out.to(value.dtype).transpose(1, 2), None
 
 
-AttentionInterface.register(ATTENTION_NAME, packed_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+register_attention(TRAINING_ATTENTION, training_attention)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:

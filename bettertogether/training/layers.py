@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 
 from ._upstream import is_stateful
 
@@ -23,3 +25,10 @@ def more_than_attention(model: Any) -> str | None:
 
 class LinearUnderAutograd(nn.Linear):
     """Base of a linear layer that is a plain `nn.Linear` wherever gradients may be asked for."""
+
+
+def register_attention(name: str, function: Any) -> None:
+    """Give transformers an attention function under a name. It is given no mask: by the layout of the tokens it knows
+    what each may attend to."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)

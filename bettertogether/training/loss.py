@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..printable import get_logger
 from ._upstream import attention_name, supports_sdpa
-from .attention import ATTENTION_NAME, PackedLayout, attention_implementation
+from .attention import TRAINING_ATTENTION, PackedLayout, attention_implementation
 from .fused import completion_losses
 from .layers import more_than_attention
 from .packing import MicroBatch, PrefixGroup, TokenizedRow, micro_batches, pack
@@ -118,7 +118,7 @@ def row_loss(model: PreTrainedModel, dtype: torch.dtype, longest: int) -> Iterat
     reason = why_not_packed(model, longest)
     if reason:
         _say_once(type(model).__name__, reason)
-    with attention_implementation(model, plain_attention(model) if reason else ATTENTION_NAME):
+    with attention_implementation(model, plain_attention(model) if reason else TRAINING_ATTENTION):
         yield RowLoss(model, packed=reason is None, dtype=dtype)
 
 
@@ -169,7 +169,7 @@ class _Probe:
     def run(self) -> str | None:
         """Why the rows can't be packed. Raises NotImplementedError where attention can't be computed."""
         self.model.train()
-        with attention_implementation(self.model, ATTENTION_NAME):
+        with attention_implementation(self.model, TRAINING_ATTENTION):
             self._packed(self.rows)  # asks for the dropout that training has
             self.model.eval()
             packed_R_N_V = self._packed(self.rows)

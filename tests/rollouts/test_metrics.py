@@ -59,9 +59,9 @@ def test_none_and_text_are_type_errors_that_show_the_value(value: Any) -> None:
         verdict(value)
 
 
-def test_feedback_is_kept() -> None:
-    assert verdict(dspy.Prediction(score=0.2, feedback="too short")).feedback == "too short"
-    assert verdict({"score": 1.0, "feedback": 7}).feedback == "7"
+def test_feedback_beside_a_score_changes_nothing() -> None:
+    assert verdict(dspy.Prediction(score=0.2, feedback="too short")) == verdict(0.2)
+    assert verdict({"score": 1.0, "feedback": 7}) == verdict(1.0)
 
 
 def test_a_score_above_one_without_a_threshold_is_an_error_that_asks_for_one() -> None:
@@ -124,9 +124,9 @@ def test_a_metric_that_takes_too_few_or_too_many_is_an_error(metric: Any) -> Non
 def test_score_of_numpy_and_torch_like_numbers_is_their_float() -> None:
     import numpy as np
 
-    assert score_of(np.float32(0.5)) == (0.5, None)
-    assert score_of(np.bool_(True)) == (1.0, None)
+    assert score_of(np.float32(0.5)) == 0.5
+    assert score_of(np.bool_(True)) == 1.0
 
 
-def test_semantic_f1_style_metric_returning_a_prediction_with_only_score_has_no_feedback() -> None:
-    assert score_of(dspy.Prediction(score=0.75)) == (0.75, None)
+def test_score_of_a_prediction_with_a_score_alone_is_that_score() -> None:
+    assert score_of(dspy.Prediction(score=0.75)) == 0.75

@@ -70,12 +70,12 @@ def test_records_come_back_as_they_were_appended(tmp_path: Path) -> None:
         assert directory.records() == tuple(written)
 
 
-def test_a_new_directory_has_its_folders_and_says_what_was_asked(tmp_path: Path) -> None:
+def test_a_new_directory_has_a_folder_for_adapters_and_says_what_was_asked(tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path / "a" / "run", RUN) as directory:
         assert directory.adapters.is_dir()
-        assert directory.programs.is_dir()
-        assert directory.run == RUN
-        assert json.loads((directory.path / "run.json").read_text())["schema"] == 1
+        header = json.loads((directory.path / "run.json").read_text())
+        assert (header["schema"], header["run"]) == (1, RUN)
+        assert sorted(path.name for path in directory.path.iterdir() if path.is_dir()) == ["adapters"]
 
 
 def test_finish_is_remembered(tmp_path: Path) -> None:

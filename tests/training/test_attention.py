@@ -7,7 +7,7 @@ import torch
 from reference import padded_loss_sum, relative_error
 from tiny import FAMILIES, random_rows, tiny_model
 
-from bettertogether.training.attention import ATTENTION_NAME, PackedLayout, _attention_by_row, packed_attention
+from bettertogether.training.attention import TRAINING_ATTENTION, PackedLayout, _attention_by_row, training_attention
 from bettertogether.training.loss import row_loss
 from bettertogether.training.packing import MicroBatch, PackedRow, PrefixGroup, pack, prefix_groups
 
@@ -70,7 +70,7 @@ def test_the_mask_of_a_window_counts_positions_in_the_row() -> None:
 def test_block_attention_equals_attention_under_a_dense_mask() -> None:
     rows = layout()
     q, k, v = random_qkv(len(rows.packed.input_ids))
-    out, _ = packed_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, packed_layout=rows)
+    out, _ = training_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, packed_layout=rows)
     expected = dense(q, k, v, rows.mask(None))
     weight = torch.randn_like(expected)
     grads = torch.autograd.grad((out.transpose(1, 2) * weight).sum(), (q, k, v))
@@ -91,13 +91,13 @@ def test_the_attention_of_other_devices_equals_attention_under_a_dense_mask() ->
 def test_attention_refuses_what_it_can_not_compute_exactly() -> None:
     q, k, v = random_qkv(len(layout().packed.input_ids))
     with pytest.raises(NotImplementedError, match="softcap"):
-        packed_attention(torch.nn.Module(), q, k, v, None, packed_layout=layout(), softcap=5.0)
+        training_attention(torch.nn.Module(), q, k, v, None, packed_layout=layout(), softcap=5.0)
 
 
 def test_a_prefix_shared_by_one_row_only_is_attended_like_any_other() -> None:
     rows = PackedLayout(pack(MicroBatch((PrefixGroup(10, (ROWS[0],)),))), torch.device("cpu"))
     q, k, v = random_qkv(len(ROWS[0]))
-    out, _ = packed_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, packed_layout=rows)
+    out, _ = training_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, packed_layout=rows)
     causal = torch.ones(len(ROWS[0]), len(ROWS[0]), dtype=torch.bool).tril()
     assert relative_error([out.transpose(1, 2)], [dense(q, k, v, causal)]) < 1e-5
 
@@ -105,5 +105,5 @@ def test_a_prefix_shared_by_one_row_only_is_attended_like_any_other() -> None:
 def test_the_models_own_attention_is_back_afterwards() -> None:
     model = tiny_model()
     with row_loss(model, torch.float32, 40):
-        assert model.config._attn_implementation == ATTENTION_NAME
+        assert model.config._attn_implementation == TRAINING_ATTENTION
     assert model.config._attn_implementation == "sdpa"

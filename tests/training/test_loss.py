@@ -59,9 +59,9 @@ def test_a_model_that_another_attention_serves_is_still_checked_against_transfor
     import bettertogether.engines.local.packed_attention as serving
 
     model = tiny_model()
-    model.set_attn_implementation(serving.ATTENTION_NAME)
+    model.set_attn_implementation(serving.PACKED_ATTENTION)
     assert why_not_packed(model, 40) is None
-    assert model.config._attn_implementation == serving.ATTENTION_NAME
+    assert model.config._attn_implementation == serving.PACKED_ATTENTION
 
 
 def test_the_padded_path_is_announced_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

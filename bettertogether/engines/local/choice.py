@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 def make_decoder(model: Any, adapters: AdapterBank, cache_bytes: int) -> Decoder:
     """The packed decoder, or the plain one where packing does not give this model's own logits (said in the log)."""
-    reason = why_not_packed(model, adapters)
+    reason = why_not_packed_decoder(model, adapters)
     if reason is None:
         return PackedDecoder(model, adapters, cache_bytes=cache_bytes)
     logger.warning("%s answers in padded batches, without shared prefixes: %s.", type(model).__name__, reason)
@@ -34,7 +34,7 @@ def _pads_exactly(model: Any, adapters: AdapterBank) -> bool:
     return bool((padded_V - alone_V).norm() <= (1e-3 if model.dtype == torch.float32 else 2e-2) * alone_V.norm())
 
 
-def why_not_packed(model: Any, adapters: AdapterBank) -> str | None:
+def why_not_packed_decoder(model: Any, adapters: AdapterBank) -> str | None:
     """Why packed attention can't serve a model; None where a short text gets the same logits with it."""
     return more_than_attention(model) or _differs(model, adapters)
 

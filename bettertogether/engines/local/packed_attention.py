@@ -12,12 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
 from ...training._upstream import cpu_attention
+from ...training.layers import register_attention
 
-ATTENTION_NAME = "bettertogether_packed"
+PACKED_ATTENTION = "bettertogether_packed"
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ def packed_attention(
     return packed.attend(layer, query[0], key[0], value[0], kind)[None], None
 
 
-AttentionInterface.register(ATTENTION_NAME, packed_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+register_attention(PACKED_ATTENTION, packed_attention)
 
 
 def partial_attention(

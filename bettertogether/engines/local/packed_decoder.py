@@ -16,7 +16,7 @@ from torch import Tensor
 from ...training._upstream import attention_name, name_attention
 from ..adapters import AdaptedSpan, AdapterBank
 from .decoder import Decision, Row
-from .packed_attention import ATTENTION_NAME, PackedPass, PrefixPass, PrefixTensors
+from .packed_attention import PACKED_ATTENTION, PackedPass, PrefixPass, PrefixTensors
 from .sampling import decide
 from .shared_prefix import SLACK, Cluster, Prefix, PrefixCache, Tokens, common_length, shared_clusters
 from .slots import SlotPass, Slots, SlotTokens
@@ -208,8 +208,13 @@ class PackedDecoder:
 
     def _slot_tokens(self, row: Row, count: int) -> SlotTokens:
         seat = self._seats[row]
-        prefix = seat.prefix.data if seat.prefix else None
-        return SlotTokens(seat.slot, row.computed - seat.prefix_length, count, prefix, seat.prefix_length)
+        return SlotTokens(
+            slot=seat.slot,
+            stored=row.computed - seat.prefix_length,
+            count=count,
+            prefix=seat.prefix.data if seat.prefix else None,
+            prefix_length=seat.prefix_length,
+        )
 
     def _keep_prompt(self, row: Row) -> None:
         """Copy a computed prompt that shares little with the cache into it."""
@@ -275,7 +280,7 @@ class PackedDecoder:
 def packed_attention_on(model: Any) -> Iterator[None]:
     """Run the model with packed attention inside the block, and with its own attention after it."""
     before = attention_name(model)
-    name_attention(model, ATTENTION_NAME)
+    name_attention(model, PACKED_ATTENTION)
     try:
         yield
     finally:

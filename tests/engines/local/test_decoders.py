@@ -10,7 +10,7 @@ from small_models import PACKED, bank, decode, generated, prompts, tiny_model
 from transformers import GptOssConfig, LlamaConfig
 
 from bettertogether.engines.answers import SamplingOptions
-from bettertogether.engines.local.choice import make_decoder, why_not_packed
+from bettertogether.engines.local.choice import make_decoder, why_not_packed_decoder
 from bettertogether.engines.local.decoder import Decision, Row
 from bettertogether.engines.local.packed_decoder import LONG_ROW, PackedDecoder
 from bettertogether.engines.local.plain_decoder import PlainDecoder
@@ -42,7 +42,7 @@ def mixed_rows() -> list[Row]:
 def test_packed_passes_answer_as_generate_does(family: str) -> None:
     model = tiny_model(PACKED[family])
     rows = mixed_rows()
-    assert why_not_packed(model, bank(model)) is None
+    assert why_not_packed_decoder(model, bank(model)) is None
     assert answers(packed(model), rows) == [generated(model, row.prompt_ids, row.max_new_tokens) for row in rows]
 
 
