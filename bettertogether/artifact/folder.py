@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from ..errors import ArtifactError
+from ..files import sha256_of
 from ..printable import get_logger
 
 logger = get_logger(__name__)
@@ -86,7 +86,7 @@ def _check_depth(data: Any) -> None:
 def file_hashes(folder: Path) -> dict[str, str]:
     """Path to SHA-256 (hex) of each file in an artifact but its manifest."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST)
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 
 
 def check_files(root: Path, hashes: Mapping[str, str]) -> None:
@@ -96,7 +96,7 @@ def check_files(root: Path, hashes: Mapping[str, str]) -> None:
         if not path.is_file():
             raise ArtifactError(f"{path} was saved with the program and is not there: copy the whole folder again.")
         try:
-            found = _sha256(path)
+            found = sha256_of(path)
         except OSError as error:
             raise ArtifactError(f"{path} can't be read: {error.strerror or error}.") from error
         if found != expected:
@@ -104,11 +104,6 @@ def check_files(root: Path, hashes: Mapping[str, str]) -> None:
                 f"{path} is not the file that was saved (SHA-256 {found[:12]}..., saved {expected[:12]}...): it was "
                 "damaged or changed. Copy the folder again, or save the program again."
             )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_foreign(target: Path) -> None:

@@ -109,3 +109,23 @@ def test_the_end_of_a_run_is_told_once_before_callbacks_are_closed(
     assert str(end["error"]).startswith(str(ending.error))
     assert watch.closed_after == 1
     assert [call for call in mlflow.calls if call[0] == "end_run"] == [("end_run", ending.status)]
+
+
+def test_the_end_is_told_where_another_callback_raises_before_any_round(tmp_path: Path) -> None:
+    class Strict(Callback):
+        def on_warning(self, event: Any) -> None:
+            raise ValueError(event["text"])
+
+    watch = Watch()
+    with pytest.raises(ValueError, match="The valset has 2 examples"):
+        BetterTogether(parity_match, s=Step()).compile(
+            parity_program(parity_engine(learner)),
+            trainset=numbers(4),
+            valset=numbers(2, start=40),
+            strategy="s",
+            run_dir=tmp_path / "run",
+            callbacks=[watch, Strict()],
+            progress=False,
+        )
+    (end,) = watch.ends
+    assert (end["report"], watch.closed_after) == (None, 1)
