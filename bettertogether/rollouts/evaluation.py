@@ -79,17 +79,31 @@ def evaluate_many(
     phase: str = "evaluate",
 ) -> list[Evaluation]:
     """`evaluate` for several programs at once: their calls share the engine's batches."""
-    for program in programs:
-        if not isinstance(program, dspy.Module):
-            raise ProgramError(f"program={program!r:.100} is not allowed: give a dspy.Module.")
-    require_metric(metric)
-    examples = check_examples(examples, "examples")
-    options = ExamplePass(metric, settings=settings, phase=phase, judge_with_trace=False, needs_verdict=False)
-    size = len(examples)
-    jobs = [(number, index, Attempt()) for number in range(len(programs)) for index in range(size)]
-    traces = options.over_many(programs, examples, jobs) if jobs else []
-    parts = [tuple(traces[size * number : size * (number + 1)]) for number in range(len(programs))]
-    return [_evaluation(part) for part in parts]
+    return Evaluator(metric, settings).evaluate(programs, examples, phase)
+
+
+class Evaluator:
+    """`evaluate_many` for programs that are evaluated again, on further examples: each is looked through and copied
+    for its threads once. The programs must not change meanwhile."""
+
+    def __init__(self, metric: Metric, settings: RunSettings) -> None:
+        require_metric(metric)
+        self._pass = ExamplePass(metric, settings=settings, judge_with_trace=False, needs_verdict=False)
+
+    def evaluate(
+        self, programs: Sequence[dspy.Module], examples: Sequence[dspy.Example], phase: str
+    ) -> list[Evaluation]:
+        """The evaluation of each program. Raises as `evaluate` does."""
+        for program in programs:
+            if not isinstance(program, dspy.Module):
+                raise ProgramError(f"program={program!r:.100} is not allowed: give a dspy.Module.")
+        examples = check_examples(examples, "examples")
+        self._pass.phase = phase
+        size, attempt = len(examples), Attempt()
+        jobs = [(number, index, attempt) for number in range(len(programs)) for index in range(size)]
+        traces = self._pass.over_many(programs, examples, jobs) if jobs else []
+        parts = [tuple(traces[size * number : size * (number + 1)]) for number in range(len(programs))]
+        return [_evaluation(part) for part in parts]
 
 
 def _evaluation(traces: tuple[Trace, ...]) -> Evaluation:

@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import dspy
@@ -85,7 +86,7 @@ class Attempt:
     leads: bool = False
     """Rescue: the label is a hint for the predictors before those that answer it, which have to find it themselves."""
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What tells one attempt from another."""
         return fingerprint([self.number, self.temperature, by_name(self.narrow), *([True] if self.leads else [])])
@@ -139,22 +140,29 @@ class Runner:
 
     def run(self, example: dspy.Example, attempt: Attempt = Attempt()) -> Rollout:
         """Run the program on one example. Never raises for what the program does; see `Rollout.failure`."""
+        changed = self._is_changed(attempt)
+        if self._store is None and not changed:
+            return self._anew(example, attempt, None)
         content, all_seen = example_content(example)
         store = self._store if all_seen else None
-        key = (self._key or "", content, f"{self._seed if self._is_changed(attempt) else ''}|{attempt.key}")
+        key = (self._key or "", content, f"{self._seed if changed else ''}|{attempt.key}")
         if store and (known := store.get(key)):
             return replace(known, ledger=Ledger())
+        run = self._anew(example, attempt, stable_seed(self._seed, content, attempt.number) if changed else None)
+        if store:
+            store.put(key, run)
+        return run
+
+    def _anew(self, example: dspy.Example, attempt: Attempt, seed: int | None) -> Rollout:
+        """A run by a copy that no other thread is using."""
         try:
             copied = self._spare.pop()
         except IndexError:
             with self._lock:
                 self._copier = self._copier or Copier(self._program, shares_state=True)
             copied = _Copy(self._program, self._copier.copy(), self._attribution)
-        seed = stable_seed(self._seed, content, attempt.number) if self._is_changed(attempt) else None
         run = copied.run(example, attempt, seed)
         self._spare.append(copied)
-        if store:
-            store.put(key, run)
         return run
 
     def _is_changed(self, attempt: Attempt) -> bool:

@@ -255,8 +255,9 @@ def collect_traces(
         return [index for index in range(len(examples)) if index not in solved]
 
     source: Source = "teacher" if teachers else "student"
+    first_attempt = Attempt(source)
     for first in teachers or (program,):
-        wave(first, range(len(examples)), lambda _: Attempt(source))
+        wave(first, range(len(examples)), lambda _: first_attempt)
     warning = failure_warning(count_failures(traces), len(traces), options.phase, "runs")
     if warning:
         events.warn(warning)

@@ -8,7 +8,7 @@ import dspy
 
 from ..callbacks import events
 from ..records import Ledger
-from ..rollouts.evaluation import Evaluation, evaluate_many
+from ..rollouts.evaluation import Evaluation, Evaluator
 from ..rollouts.failures import count_failures, failure_warning
 from ..rollouts.metrics import FULL_MARK, Metric
 from ..rollouts.settings import RunSettings
@@ -27,8 +27,7 @@ class CandidateScores:
     ) -> None:
         self._candidates = [*candidates]
         self._validation = validation
-        self._metric = metric
-        self._settings = settings
+        self._evaluator = Evaluator(metric, settings)
         self.ledger = Ledger()
         """What the scores cost so far."""
         self.warnings: list[str] = []
@@ -41,12 +40,10 @@ class CandidateScores:
     def __call__(self, running: Sequence[Candidate], positions: Sequence[int]) -> list[tuple[float, ...]]:
         """The scores of each."""
         total = len(self._candidates)
-        results = evaluate_many(
+        results = self._evaluator.evaluate(
             [candidate.program for candidate in running],
             [self._validation[position] for position in positions],
-            self._metric,
-            self._settings,
-            phase=f"{len(running)} of {total} candidates, to {positions[-1] + 1} of {len(self._validation)}",
+            f"{len(running)} of {total} candidates, to {positions[-1] + 1} of {len(self._validation)}",
         )
         best = max(result.mean for result in results)
         for candidate, result in zip(running, results, strict=True):
