@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import dspy
 import pytest
+
+# Before torch is imported: tiny models are fastest on one thread, and tests run beside one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest.register_assert_rewrite("bettertogether.testing.engine_contract")
 

@@ -42,8 +42,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     student = dspy.Predict(Colour)
     student.set_lm(local_lm(model_folder, max_tokens=64))
     run_dir = tmp_path_factory.mktemp("run") / "first"
@@ -56,7 +54,6 @@ def compiled(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
             student, trainset=things(20), valset=things(30)[20:], strategy="w -> p", run_dir=run_dir, progress=False
         )
         yield {"student": student, "program": program, "run_dir": run_dir, "model": model_folder}
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""A tiny model and an engine for it. Tiny models are fastest on one thread: others only wait for one another."""
+"""A tiny model and an engine for it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from small_models import save_model
 
 from bettertogether.engines import TransformersEngine
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -31,11 +31,6 @@ def engine() -> Iterator[TransformersEngine]:
     made.close()
 
 
-@pytest.fixture(autouse=True)
-def _all_threads(_one_thread: None) -> None:
-    torch.set_num_threads(os.cpu_count() or 1)
-
-
 def test_greedy_answers_are_those_of_generate(engine: TransformersEngine) -> None:
     model = AutoModelForCausalLM.from_pretrained(Path(FOLDER or ""), dtype=torch.float32)
     lm = engine_lm(engine, max_tokens=24, cache=False)

@@ -222,7 +222,7 @@ SAME: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", SAME, ids=str)
+@pytest.mark.parametrize("options", SAME, ids=lambda options: " ".join(options) or "nothing")
 def test_the_same_call_made_anew_goes_on(tmp_path: Path, options: dict[str, Any]) -> None:
     base = {"strategy": "s"} if "strategy" in options else {}
     first = call(tmp_path / "run", **(options | base))

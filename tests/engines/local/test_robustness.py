@@ -206,7 +206,6 @@ def test_closing_an_engine_ends_its_training_at_the_next_step(engine: Transforme
 
 SCRIPT = """
 import sys, threading, time
-import torch; torch.set_num_threads(1)
 from dspy.lm15 import Config, Message, Request
 from bettertogether import LoRAConfig, TrainingConfig
 from bettertogether.engines import TrainingRow, TransformersEngine
@@ -217,13 +216,14 @@ engine.complete(ask("warm", 1))
 rows = [TrainingRow(engine.messages(ask(f"q{{n}}", 1)), "x" * 50) for n in range(16)]
 def train():
     engine.finetune(rows, training=TrainingConfig(epochs=400, dtype="float32"), lora=LoRAConfig(rank=2))
-def later(work):
-    threading.Thread(target=work, daemon=True).start(); time.sleep(0.5)
+def later(*works):
+    for work in works: threading.Thread(target=work, daemon=True).start()
+    time.sleep(0.5)
 print("READY", flush=True)
 {body}
 """
 BODIES = {
-    "plain": ("for n in range(8): later(lambda: engine.complete(ask(str(n), 3500)))", 0),
+    "plain": ("later(*[lambda n=n: engine.complete(ask(str(n), 3500)) for n in range(8)])", 0),
     "error": ("later(lambda: engine.complete(ask('q', 3500))); raise ValueError('mine')", 1),
     "training": ("later(train)", 0),
 }

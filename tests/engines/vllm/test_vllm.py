@@ -384,8 +384,7 @@ def test_a_model_whose_rotary_factors_change_with_the_length_is_served_at_the_le
         {"engine_options": {"colour": "red"}}, {"engine_options": 5},
     ],
 )  # fmt: skip
-def test_arguments_that_can_not_be_are_refused_at_once(tmp_path: Path, options: dict[str, Any]) -> None:
-    folder = save_model(tmp_path / "model")
+def test_arguments_that_can_not_be_are_refused_at_once(folder: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         vllm_lm(folder, **options)
 
