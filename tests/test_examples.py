@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import csv
+import importlib
 import json
 import re
 import runpy
@@ -20,6 +21,7 @@ import bettertogether
 from bettertogether.testing import Answer, FakeEngine, FakeRequest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOK = runpy.run_path(str(Path(__file__).parent / "benchmarks" / "notebook.py"))
 
 Run = Callable[..., str]
 Serve = Callable[..., None]
@@ -149,6 +151,22 @@ def agent(request: FakeRequest) -> Mapping[str, Any]:
     return {"next_thought": "Go on.", "next_tool_name": name, "next_tool_args": arguments}
 
 
+def test_gepa_s_instructions_are_kept_by_the_weight_step(run: Run, serve: Serve) -> None:
+    def answer(request: FakeRequest) -> Answer:
+        text = field_of(request, "text")
+        told = "money" in request.system and len(text) % 2 == 0
+        return {"team": TICKETS[text]["team"] if told or knows(request, text) else "shipping"}
+
+    small = FakeEngine(answer, base_name="small")
+    big = FakeEngine(lambda request: {"new_instruction": "Where money is meant, billing."}, base_name="big")
+    serve(small=small, big=big)
+    printed = run("gepa_then_lora.py", "--model", "small", "--reflector", "big", "--limit", 36, "--calls", 60)
+    assert "Instructions: Where money is meant, billing." in printed
+    assert score(printed, "untouched") < score(printed, "compiled") == 1
+    assert any("belongs to" in request.user for request in big.requests)
+    assert (len(small.trainings), len(big.trainings)) == (1, 0)
+
+
 def test_the_student_learns_what_the_teacher_wrote(run: Run, serve: Serve) -> None:
     def answer(request: FakeRequest) -> Answer:
         right = TICKETS[field_of(request, "text")]["team"]
@@ -195,3 +213,36 @@ def test_each_module_has_an_adapter_of_its_own(run: Run, serve: Serve) -> None:
         {("urgent",)},
     ]
     assert len(set(re.findall(r"^(?:route|hurry): (\S+@\S+)", printed, re.MULTILINE))) == 2
+
+
+def test_the_quickstart_s_notebook_runs_from_top_to_bottom(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def texts(*sizes: int, seed: int) -> list[list[dspy.Example]]:
+        return [
+            [
+                dspy.Example(text=f"{place} {size} {n}", sentiment=("positive", "negative")[n % 2]).with_inputs("text")
+                for n in range(size)
+            ]
+            for place, size in zip(("train", "val", "test"), sizes, strict=True)
+        ]
+
+    def answer(request: FakeRequest) -> Answer:
+        number = field_of(request, "text").split()[-1]
+        return {"sentiment": "negative" if request.trained_on and number in "13579" else "positive"}
+
+    serve(tiny=FakeEngine(answer))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(importlib.import_module("tasks"), "sentiment_data", texts)
+    code = [cell.text for cell in NOTEBOOK["cells"]('model, sizes = "tiny", (8, 10, 6)') if cell.kind == "code"]
+    in_context(lambda: exec("\n".join(code), {}))
+    assert score(capsys.readouterr().out, "compiled") == 1
+
+
+@pytest.mark.skipif(not NOTEBOOK["NOTEBOOK"].exists(), reason="the notebook was not written yet")
+def test_the_notebook_has_the_cells_of_its_script_each_run_in_order() -> None:
+    written = json.loads(NOTEBOOK["NOTEBOOK"].read_text(encoding="utf-8"))["cells"]
+    cells = [("".join(cell["source"]), cell["cell_type"]) for cell in written]
+    assert cells == [(cell.text, cell.kind) for cell in NOTEBOOK["cells"]()]
+    counts = [cell["execution_count"] for cell in written if cell["cell_type"] == "code"]
+    assert counts == list(range(1, len(counts) + 1))
