@@ -135,7 +135,7 @@ def training_attention(
         q, k, v = query.float(), key.float(), value.float()
         out = _BlockAttention.apply(q, k, v, scale, packed_layout.groups)
     else:
-        out = _attention_by_row(query.to(value.dtype), key.to(value.dtype), value, scale, packed_layout)
+        out = attention_by_row(query.to(value.dtype), key.to(value.dtype), value, scale, packed_layout)
     return out.to(value.dtype).transpose(1, 2), None
 
 
@@ -212,8 +212,9 @@ class _BlockAttention(torch.autograd.Function):
         return grad_q, grad_k.view(by_head).sum(2), grad_v.view(by_head).sum(2), None, None
 
 
-def _attention_by_row(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: PackedLayout) -> Tensor:
-    """The same with plain SDPA calls, for other devices: rows padded to the group's longest, prefix keys repeated."""
+def attention_by_row(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: PackedLayout) -> Tensor:
+    """`training_attention` with plain SDPA calls, for other devices: rows padded to the group's longest, prefix keys
+    repeated."""
     parts = []
     for group in layout.groups:
         prefix = group.prefix.tokens

@@ -61,7 +61,7 @@ def fused_lora(model: nn.Module, adapter: str, dtype: torch.dtype) -> Iterator[N
     try:
         for module in patched:
             weight = cast(Tensor, module.get_base_layer().weight)
-            module.forward = partial(_forward, module, adapter, weight.detach().to(dtype))  # type: ignore[method-assign]
+            module.forward = partial(fused_forward, module, adapter, weight.detach().to(dtype))  # type: ignore[method-assign]
         yield
     finally:
         for module in patched:
@@ -83,7 +83,8 @@ def _can_fuse(module: LoRALinear, adapter: str) -> bool:
     )
 
 
-def _forward(module: Any, adapter: str, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def fused_forward(module: Any, adapter: str, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What a layer of peft computes with one adapter, in one step: `x` [..., in] to [..., out]."""
     a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     bias, scale = module.get_base_layer().bias, module.scaling[adapter]
     result: Tensor = _FusedLoRA.apply(x, weight, bias, a, b, scale)

@@ -75,7 +75,7 @@ def launch(
             _follow(process, work / "progress.jsonl", on_progress)
         finally:
             process.stop()
-        return _result(work, process.exit_code, training.num_processes)
+        return result_of(work, process.exit_code, training.num_processes)
 
 
 def _environment(processes: int) -> dict[str, str]:
@@ -122,7 +122,9 @@ def _whole_lines(file: IO[str]) -> Iterator[str | None]:
             yield None
 
 
-def _result(work: Path, code: int | None, processes: int) -> TrainedAdapter:
+def result_of(work: Path, code: int | None, processes: int) -> TrainedAdapter:
+    """What processes that ended with an exit code left in their folder. Raises the error they met, TrainingError where
+    it is none of ours."""
     path = work / "result.json"
     values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if values.get("error"):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from bettertogether.training.packing import TokenizedRow
 
 
-def padded_loss_sum(model: PreTrainedModel, rows: Sequence[TokenizedRow]) -> Tensor:
+def padded_loss_sum(model: nn.Module, rows: Sequence[TokenizedRow]) -> Tensor:
     """Summed cross-entropy of the completion tokens."""
     longest = max(len(row) for row in rows)
     ids_B_T = torch.zeros(len(rows), longest, dtype=torch.long)

@@ -63,7 +63,7 @@ def test_an_adapter_that_was_switched_off_stays_off() -> None:
     model = peft_model()
     with model.disable_adapter():
         before = fingerprint(model)
-        layer = model.get_base_model().model.layers[0].self_attn.q_proj
+        layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
         with training_adapter(model, LoRAConfig(), seed=0):
             assert not layer.disable_adapters
         assert layer.disable_adapters
@@ -99,7 +99,7 @@ def test_initial_weights_depend_on_the_seed_alone_and_the_random_state_is_kept()
 
 
 def test_adapter_weights_are_float32_over_a_bfloat16_base() -> None:
-    with training_adapter(tiny_model().to(torch.bfloat16), LoRAConfig(), seed=0) as adapter:
+    with training_adapter(tiny_model().bfloat16(), LoRAConfig(), seed=0) as adapter:
         assert {parameter.dtype for parameter in adapter.parameters.values()} == {torch.float32}
 
 

@@ -7,7 +7,7 @@ import torch
 from reference import padded_loss_sum, relative_error
 from tiny import FAMILIES, random_rows, tiny_model
 
-from bettertogether.training.attention import TRAINING_ATTENTION, PackedLayout, _attention_by_row, training_attention
+from bettertogether.training.attention import TRAINING_ATTENTION, PackedLayout, attention_by_row, training_attention
 from bettertogether.training.loss import row_loss
 from bettertogether.training.packing import MicroBatch, PackedRow, PrefixGroup, pack, prefix_groups
 
@@ -81,7 +81,7 @@ def test_block_attention_equals_attention_under_a_dense_mask() -> None:
 def test_the_attention_of_other_devices_equals_attention_under_a_dense_mask() -> None:
     rows = layout()
     q, k, v = random_qkv(len(rows.packed.input_ids))
-    out, expected = _attention_by_row(q, k, v, 0.3, rows), dense(q, k, v, rows.mask(None))
+    out, expected = attention_by_row(q, k, v, 0.3, rows), dense(q, k, v, rows.mask(None))
     weight = torch.randn_like(expected)
     grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
     expected_grads = torch.autograd.grad((expected * weight).sum(), (q, k, v))

@@ -57,7 +57,7 @@ def losses(result: TrainedAdapter) -> list[float]:
     return [line.validation_loss for line in result.history if line.validation_loss is not None][1:]
 
 
-OVERFITTING = {"learning_rate": 0.03, "scheduler": "constant"}
+OVERFITTING: dict[str, Any] = {"learning_rate": 0.03, "scheduler": "constant"}
 
 
 def test_auto_stops_when_the_held_out_loss_has_had_no_new_low_for_as_long_as_the_patience(tmp_path: Path) -> None:

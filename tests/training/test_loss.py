@@ -25,7 +25,7 @@ def test_a_family_with_capped_attention_scores_trains_on_padded_rows_with_the_sa
     expected_grads = torch.autograd.grad(expected, weights)
     with row_loss(model, torch.float32, LONGEST) as loss:
         batches = loss.plan(ROWS, max_tokens=4 * LONGEST)
-        found = sum(loss.token_losses(batch).sum() for batch in batches)
+        found = torch.stack([loss.token_losses(batch).sum() for batch in batches]).sum()
         grads = torch.autograd.grad(found, weights)
     assert not loss.packed
     assert len(batches) > 1
@@ -40,7 +40,7 @@ def test_a_family_whose_layers_are_more_than_attention_by_its_config_is_not_pack
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_that_mix_tokens_outside_attention_are_found_out_by_their_logits(dtype: torch.dtype) -> None:
-    model = tiny_model().to(dtype)
+    model = tiny_model().type(dtype)
     model.model.layers[0].mlp.register_forward_hook(lambda _, inputs, output: output + 0.02 * output.roll(1, 1))
     assert "with their place among packed rows" in str(why_not_packed(model, 40))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from tiny import SIZES, tiny_model
 from transformers import LlamaConfig
 
 from bettertogether.errors import ConfigError
-from bettertogether.training import TrainingConfig, precision
+from bettertogether.training import TrainingConfig
 from bettertogether.training.precision import checkpoint_gradients, compute_dtype, tokens_in_memory
 
 
@@ -44,7 +45,7 @@ def test_checkpointing_of_a_family_without_it_is_refused(monkeypatch: pytest.Mon
 
 
 def test_passes_on_the_processor_are_bounded_by_half_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: SimpleNamespace(total=2 * 10**9))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2 * 10**9))
     model = tiny_model(LlamaConfig(**SIZES))
     a_token = 2 * (14 * 64 + 6 * 96) * 4
     assert tokens_in_memory(model, torch.float32) == 10**9 // a_token

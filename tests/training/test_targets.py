@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import SIZES, tiny_model
@@ -21,7 +23,7 @@ from bettertogether.training.targets import chosen_layers
 
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 NO_HEAD_DIM = {name: value for name, value in SIZES.items() if name != "head_dim"}
-EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_local_experts": 4}
 TOWER = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
@@ -60,7 +62,7 @@ def test_layers_that_state_space_kernels_bypass_are_left_out() -> None:
 
 
 def test_layers_that_the_model_bypasses_in_training_are_left_out() -> None:
-    options = {"laurel_rank": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
+    options: dict[str, Any] = {"laurel_rank": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
     config = Gemma3nTextConfig(
         **SIZES, **options, altup_num_inputs=2, num_kv_shared_layers=0, activation_sparsity_pattern=None
     )

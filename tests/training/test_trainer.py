@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ def train(folder: Path, training: TrainingConfig = FAST, rows: Any = ROWS, **opt
     return train_adapter(model, rows, folder=folder, training=training, **options)
 
 
+def held_out_losses(result: TrainedAdapter) -> tuple[float, float]:
+    """Before training, and of the weights kept."""
+    assert result.base_validation_loss is not None
+    assert result.validation_loss is not None
+    return result.base_validation_loss, result.validation_loss
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
@@ -44,14 +52,16 @@ def difference(first: Path, second: Path) -> float:
 
 def reference_training(lora: LoRAConfig, training: TrainingConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same training written plainly: padded batches, peft's own layers, torch's AdamW."""
-    model = tiny_model()
+    model, rate, epochs = tiny_model(), training.learning_rate, training.epochs
+    assert isinstance(rate, float)
+    assert isinstance(epochs, int)
     with training_adapter(model, lora, training.seed) as adapter:
         parameters = list(adapter.parameters.values())
         betas, decay = (0.9, training.adam_beta2), training.weight_decay
-        optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=betas, weight_decay=decay)
+        optimizer = torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay)
         losses, step = [], 0
-        steps = training.epochs * math.ceil(len(ROWS) / training.batch_size)
-        for epoch in range(1, training.epochs + 1):
+        steps = epochs * math.ceil(len(ROWS) / training.batch_size)
+        for epoch in range(1, epochs + 1):
             for indices in epoch_batches(len(ROWS), training.batch_size, training.seed, epoch):
                 step += 1
                 optimizer.param_groups[0]["lr"] = learning_rate(step, steps, training)
@@ -77,7 +87,7 @@ def test_training_equals_a_plain_loop_over_padded_batches(tmp_path: Path) -> Non
 
 def test_splitting_a_batch_changes_nothing(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole")
-    split = train(tmp_path / "split", TrainingConfig(**{**FAST.to_dict(), "max_tokens_per_batch": 60}))
+    split = train(tmp_path / "split", replace(FAST, max_tokens_per_batch=60))
     assert split.tokens > whole.tokens
     assert [line.loss for line in split.history] == pytest.approx([line.loss for line in whole.history], rel=1e-4)
     assert difference(tmp_path / "whole", tmp_path / "split") < 1e-3
@@ -87,20 +97,20 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: 
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         random.seed(name)
         torch.manual_seed(len(name))
-        train(tmp_path / name, TrainingConfig(**{**FAST.to_dict(), "seed": seed}))
+        train(tmp_path / name, replace(FAST, seed=seed))
     assert difference(tmp_path / "a", tmp_path / "b") == 0
     assert difference(tmp_path / "a", tmp_path / "c") > 1e-3
 
 
 def test_the_adapter_that_is_written_has_the_held_out_loss_that_is_reported(tmp_path: Path) -> None:
-    result = train(tmp_path, validation_rows=HELD_OUT)
+    base, found = held_out_losses(train(tmp_path, validation_rows=HELD_OUT))
     loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path))
     tokens = sum(len(row.completion_ids) for row in HELD_OUT)
     with torch.no_grad():
-        assert float(padded_loss_sum(loaded, HELD_OUT)) / tokens == pytest.approx(result.validation_loss, rel=1e-5)
+        assert float(padded_loss_sum(loaded, HELD_OUT)) / tokens == pytest.approx(found, rel=1e-5)
         base_loss = float(padded_loss_sum(tiny_model(), HELD_OUT)) / tokens
-    assert result.base_validation_loss == pytest.approx(base_loss, rel=1e-5)
-    assert result.validation_loss < base_loss
+    assert base == pytest.approx(base_loss, rel=1e-5)
+    assert found < base_loss
 
 
 def test_history_has_a_line_per_step_and_one_per_held_out_loss(tmp_path: Path) -> None:
@@ -152,7 +162,7 @@ def kill_at(step: int) -> Any:
 
 @pytest.mark.parametrize(("step", "first_step"), [(1, 0), (5, 5), (7, 5), (9, 9)])
 def test_a_killed_run_goes_on_and_gives_the_same_result(tmp_path: Path, step: int, first_step: int) -> None:
-    training = TrainingConfig(**{**FAST.to_dict(), "batch_size": 5})
+    training = replace(FAST, batch_size=5)
     lora = LoRAConfig(dropout=0.2)
     expected = train(tmp_path / "whole", training, lora=lora, validation_rows=HELD_OUT)
     with pytest.raises(Killed):
@@ -174,7 +184,7 @@ def test_weights_that_no_gradient_reaches_have_zero_moments_and_a_killed_run_goe
         model.model.layers[0].mlp.register_forward_hook(lambda _, inputs, output: output.detach())
         return model
 
-    options = {"training": TrainingConfig(**{**FAST.to_dict(), "epochs": 2}), "rows": ROWS[:8]}
+    options: dict[str, Any] = {"training": replace(FAST, epochs=2), "rows": ROWS[:8]}
     train(tmp_path / "whole", model=cut(), **options)
     with pytest.raises(Killed):
         train(tmp_path / "killed", model=cut(), on_progress=kill_at(2), **options)
@@ -218,7 +228,7 @@ def test_the_model_is_as_before_and_base_and_other_adapters_are_untouched(tmp_pa
 def test_the_model_is_as_before_when_the_callback_raises(tmp_path: Path) -> None:
     model = tiny_model()
     before, attention = fingerprint(model), model.config._attn_implementation
-    training = TrainingConfig(**{**FAST.to_dict(), "gradient_checkpointing": True})
+    training = replace(FAST, gradient_checkpointing=True)
     with pytest.raises(Killed):
         train(tmp_path, training, model=model, on_progress=kill_at(1))
     assert fingerprint(model) == before
@@ -227,18 +237,19 @@ def test_the_model_is_as_before_when_the_callback_raises(tmp_path: Path) -> None
 
 def test_gradient_checkpointing_changes_nothing_in_the_result(tmp_path: Path) -> None:
     train(tmp_path / "plain")
-    train(tmp_path / "checkpointed", TrainingConfig(**{**FAST.to_dict(), "gradient_checkpointing": True}))
+    train(tmp_path / "checkpointed", replace(FAST, gradient_checkpointing=True))
     assert difference(tmp_path / "plain", tmp_path / "checkpointed") < 1e-5
 
 
 def test_a_model_that_can_not_be_packed_trains_too(tmp_path: Path) -> None:
     result = train(tmp_path, model=tiny_model(GEMMA2), validation_rows=HELD_OUT)
-    assert result.validation_loss < result.base_validation_loss
+    before, after = held_out_losses(result)
+    assert after < before
 
 
 def test_bfloat16_training_is_near_float32_training(tmp_path: Path) -> None:
     exact = train(tmp_path / "float32", validation_rows=HELD_OUT)
-    training = TrainingConfig(**{**FAST.to_dict(), "dtype": "bfloat16"})
+    training = replace(FAST, dtype="bfloat16")
     result = train(tmp_path / "bfloat16", training, validation_rows=HELD_OUT)
     assert {tensor.dtype for tensor in weights(tmp_path / "bfloat16").values()} == {torch.float32}
     assert result.validation_loss != exact.validation_loss
@@ -298,7 +309,7 @@ def test_memory_too_small_for_one_row_is_an_error(tmp_path: Path, monkeypatch: p
 
 def test_float32_over_a_bfloat16_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="load it in float32"):
-        train(tmp_path, model=tiny_model().to(torch.bfloat16))
+        train(tmp_path, model=tiny_model().bfloat16())
 
 
 def test_a_4_bit_base_needs_cuda(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from bettertogether.training import TrainingConfig
 from bettertogether.training.packing import TokenizedRow
 from bettertogether.training.progress import TrainingProgress
 from bettertogether.training.trainer import train_adapter
-from bettertogether.training.worker import _result, launch
+from bettertogether.training.worker import launch, result_of
 
 
 def marked(rows: list[TokenizedRow]) -> list[TokenizedRow]:
@@ -38,7 +39,7 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
     # An odd batch, so that the processes have different numbers of rows and of completion tokens.
-    options = {"learning_rate": 1e-2, "dtype": "float32", "batch_size": 7, "epochs": 2}
+    options: dict[str, Any] = {"learning_rate": 1e-2, "dtype": "float32", "batch_size": 7, "epochs": 2}
     lines: list[TrainingProgress] = []
     one = train_adapter(
         model, ROWS, validation_rows=HELD_OUT, training=TrainingConfig(**options), folder=tmp_path / "one"
@@ -56,6 +57,8 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert two.validation_loss == pytest.approx(one.validation_loss, rel=1e-4)
+    assert one.best is not None
+    assert two.best is not None
     assert two.best.all_tokens == pytest.approx(one.best.all_tokens, rel=1e-4)
     assert two.best.fields == {"a": pytest.approx(one.best.fields["a"], rel=1e-4)}
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
@@ -69,17 +72,17 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
 def test_an_error_of_the_librarys_own_is_raised_as_in_one_process(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"error": "ConfigError", "message": "what came"}')
     with pytest.raises(ConfigError, match="what came"):
-        _result(tmp_path, 1, processes=2)
+        result_of(tmp_path, 1, processes=2)
 
 
 def test_any_other_failure_is_a_training_error_with_the_traceback(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"error": null, "message": "Traceback ...\\nOSError: no such model"}')
     with pytest.raises(TrainingError, match=r"2 processes ended with code 1(.|\n)*OSError: no such model"):
-        _result(tmp_path, 1, processes=2)
+        result_of(tmp_path, 1, processes=2)
 
 
 def test_a_process_that_was_killed_is_a_training_error_with_the_end_of_the_log(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("\n".join(f"line {number}" for number in range(100)))
     with pytest.raises(TrainingError, match="line 99") as error:
-        _result(tmp_path, -9, processes=2)
+        result_of(tmp_path, -9, processes=2)
     assert "line 69" not in str(error.value)

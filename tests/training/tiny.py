@@ -23,7 +23,7 @@ from transformers import (
 from bettertogether.training.packing import TokenizedRow
 
 VOCABULARY = 97
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -36,7 +36,7 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-WINDOWED = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+WINDOWED: dict[str, Any] = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
