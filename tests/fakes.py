@@ -7,13 +7,15 @@ import re
 import threading
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import dspy
 from dspy.lm15 import Request, Response
 
 from bettertogether.lm import LocalLM, engine_lm
+from bettertogether.records import PromptDetails, StepRecord
+from bettertogether.steps.step import StepResult
 from bettertogether.testing import Answer, FakeEngine, FakeRequest
 
 
@@ -142,7 +144,7 @@ def api_lm(answer: Callable[[FakeRequest], Answer]) -> dspy.LM:
     return dspy.LM("local/api", engine=OtherEngine(answer), cache=False)
 
 
-def models(requests: Sequence[FakeRequest]) -> set[str]:
+def models(requests: Iterable[FakeRequest]) -> set[str]:
     return {request.model for request in requests}
 
 
@@ -178,6 +180,13 @@ def proposing_engine(knows: Callable[[FakeRequest, int], bool], **options: Any) 
 def careful(request: FakeRequest, number: int) -> bool:
     """What `learner` knows, and every number below 20 with the instructions of a proposal."""
     return learner(request, number) or ("carefully" in request.system and number < 20)
+
+
+def prompt_details(done: StepResult | StepRecord | None) -> PromptDetails:
+    """What a prompt step did, by its result or its record."""
+    assert done is not None
+    assert isinstance(done.details, PromptDetails)
+    return done.details
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:

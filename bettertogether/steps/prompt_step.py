@@ -163,7 +163,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
             require_program(context.original, "restart_from")
         settings = self._settings(context.settings)
         seed = settings.seed or 0
-        train, validation = self._split(context.trainset, context.valset, seed)
+        train, validation = self.split(context.trainset, context.valset, seed)
         start = self._start(student, context.original)
         options = ExamplePass(self.metric, self.threshold, settings, phase="bootstrap demos")
         traces = collect_traces(start, train, options, sampling=self.sampling, teachers=context.teachers)
@@ -189,9 +189,11 @@ class BootstrapFewShotRS(Step, Teleprompter):
         # What is run twice, such as the prompts given, is then answered once.
         return own if own.store is not None else replace(own, store=RolloutStore())
 
-    def _split(
+    def split(
         self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example] | None, seed: int
     ) -> tuple[list[dspy.Example], list[dspy.Example]]:
+        """The examples that demos come from and those that candidates are scored on. Raises DataError where they are
+        too few."""
         if not trainset:
             raise DataError("trainset cannot be empty: give the examples to bootstrap demos from.")
         if valset:

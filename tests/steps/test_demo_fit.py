@@ -6,7 +6,7 @@ from typing import Any
 
 import dspy
 import pytest
-from fakes import api_lm, numbers, parity_engine, parity_match, plain_lm, right
+from fakes import api_lm, numbers, parity_engine, parity_match, plain_lm, prompt_details, right
 
 from bettertogether import BootstrapFewShotRS
 from bettertogether.steps.demo_fit import DemoFit
@@ -132,7 +132,7 @@ def test_the_prompt_step_says_what_it_left_out_and_why(caplog: pytest.LogCapture
     step = BootstrapFewShotRS(parity_match, max_errors=5, max_labeled_demos=12, rescue=False, num_samples=0)
     compiled = step.compile(program, trainset=trainset, valset=[example(n, "text") for n in range(20, 28)])
     unicode_reason = "its text is not valid Unicode (half of an emoji, for example)"
-    assert step.last.details.left_out == {
+    assert prompt_details(step.last).left_out == {
         "self": {
             unicode_reason: 1,
             "too long for the model's context": 1,
@@ -140,7 +140,7 @@ def test_the_prompt_step_says_what_it_left_out_and_why(caplog: pytest.LogCapture
         }
     }
     assert f"demos of predictor 'self': 1 x {unicode_reason}; 1 x too long for the model's context" in caplog.text
-    assert len([c for c in step.last.details.candidates if c.demos]) > 0
+    assert len([c for c in prompt_details(step.last).candidates if c.demos]) > 0
     assert compiled is not None
 
 
@@ -149,5 +149,5 @@ def test_nothing_is_said_where_nothing_was_left_out(caplog: pytest.LogCaptureFix
     program.set_lm(plain_lm(parity_engine(lambda *_: True)))
     step = BootstrapFewShotRS(parity_match)
     step.compile(program, trainset=numbers(20))
-    assert step.last.details.left_out == {}
+    assert prompt_details(step.last).left_out == {}
     assert "can be demos" not in caplog.text

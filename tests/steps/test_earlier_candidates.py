@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import dspy
-from fakes import learner, numbers, parity_engine, parity_match, parity_program
+from fakes import learner, numbers, parity_engine, parity_match, parity_program, prompt_details
 
 from bettertogether.steps.prompt_capture import render_prompt
 from bettertogether.steps.prompt_step import BootstrapFewShotRS
@@ -31,9 +31,9 @@ def test_what_earlier_rounds_found_is_ranked_anew_and_wins_where_it_is_best() ->
     engine = parity_engine(lambda request, number: any("80" in m["content"] for m in request.messages[1:-1]))
     earlier = [with_demos(engine, 90, 91), with_demos(engine, 80, 91)]
     result = looked_at_again(earlier, with_demos(engine, 95))
-    names = [candidate.name for candidate in result.details.candidates]
+    names = [candidate.name for candidate in prompt_details(result).candidates]
     assert names == ["current", "zero-shot", "labels", "earlier 1", "earlier 2", "demos 1", "demos 2"]
-    assert result.details.chosen == "earlier 2"
+    assert prompt_details(result).chosen == "earlier 2"
     assert [demo.number for demo in result.program.demos] == [80, 91]
     assert result.step_gain == 1.0
 
@@ -41,7 +41,7 @@ def test_what_earlier_rounds_found_is_ranked_anew_and_wins_where_it_is_best() ->
 def test_earlier_prompts_with_other_instructions_are_no_duplicates_and_keep_them_in_a_restart() -> None:
     engine = parity_engine(lambda request, _: "SECRET" in request.system and request.demos > 0)
     result = looked_at_again([with_demos(engine, 95, instructions="SECRET")], with_demos(engine, 95))
-    assert result.details.chosen == "earlier 1"
+    assert prompt_details(result).chosen == "earlier 1"
     assert result.program.signature.instructions == "SECRET"
 
 
@@ -51,14 +51,15 @@ def test_candidates_are_told_apart_by_content_and_those_of_before_come_on_top_of
     before = looked_at_again([], current)
     sampled = next(c["program"] for c in before.program.candidate_programs if c["name"] == "demos 1")
     earlier = [parity_program(engine), with_demos(engine, 95), with_demos(engine, 96), with_demos(engine, 96), sampled]
-    names = [candidate.name for candidate in looked_at_again(earlier, current).details.candidates]
+    names = [candidate.name for candidate in prompt_details(looked_at_again(earlier, current)).candidates]
     assert names == ["current", "zero-shot", "labels", "earlier 3", "earlier 5", "demos 1", "demos 2"]
 
 
 def test_those_of_before_count_among_the_candidates_and_some_are_always_new() -> None:
     engine = parity_engine(learner)
     earlier = [with_demos(engine, 91), with_demos(engine, 92), with_demos(engine, 93)]
-    tried = [c.name for c in looked_at_again(earlier, with_demos(engine, 95), num_candidates=6).details.candidates]
+    result = looked_at_again(earlier, with_demos(engine, 95), num_candidates=6)
+    tried = [c.name for c in prompt_details(result).candidates]
     assert [name for name in tried if name[-1].isdigit()] == [
         "earlier 1", "earlier 2", "earlier 3", "demos 1", "demos 2", "demos 3"
     ]  # fmt: skip
@@ -67,7 +68,7 @@ def test_those_of_before_count_among_the_candidates_and_some_are_always_new() ->
 def test_of_equal_prompts_with_as_many_demos_the_current_ones_stay() -> None:
     engine = parity_engine(lambda request, _: request.demos == 1)
     result = looked_at_again([with_demos(engine, 96)], with_demos(engine, 95))
-    assert result.details.chosen == "current"
+    assert prompt_details(result).chosen == "current"
     assert result.step_gain == 0.0
 
 
@@ -76,5 +77,5 @@ def test_earlier_demos_that_do_not_fit_the_context_are_dropped_and_counted() -> 
     program = parity_program(engine)
     engine.max_length = len(engine.prompt_tokens(render_prompt(program, engine, {"number": 0}, numbers(1)))) + 256
     result = looked_at_again([with_demos(engine, 95, 96)], program, max_labeled_demos=0, max_bootstrapped_demos=0)
-    assert [(c.name, c.demos) for c in result.details.candidates] == [("current", 0), ("earlier 1", 1)]
-    assert result.details.dropped_demos == {"self": 1}
+    assert [(c.name, c.demos) for c in prompt_details(result).candidates] == [("current", 0), ("earlier 1", 1)]
+    assert prompt_details(result).dropped_demos == {"self": 1}

@@ -16,12 +16,14 @@ from fakes import (
     parity_match,
     parity_program,
     plain_lm,
+    prompt_details,
     two_step_engine,
     two_step_program,
 )
 
 from bettertogether.callbacks import Callback, CandidateEvent, listening
 from bettertogether.errors import ConfigError, DataError, ProgramError, TooManyErrors
+from bettertogether.records import PromptDetails
 from bettertogether.rollouts.rollout import RolloutStore
 from bettertogether.steps.prompt_capture import render_prompt
 from bettertogether.steps.prompt_step import BootstrapFewShotRS
@@ -54,7 +56,7 @@ def test_traces_are_bootstrapped_once_and_every_candidate_scored_once() -> None:
     engine = parity_engine(learner)
     optimizer = step(train_size=10, val_size=12, race=False, num_candidates=4)
     optimizer.compile(parity_program(engine), trainset=numbers(60))
-    made = len(optimizer.last.details.candidates)
+    made = len(prompt_details(optimizer.last).candidates)
     assert made == 1 + 1 + 4  # current (which is zero-shot), labels, four demo sets
     assert len(engine.requests) == 10 + 12 * made
     assert optimizer.ledger.metric_calls == len(engine.requests)
@@ -82,7 +84,7 @@ def test_the_examples_bootstrapped_from_are_not_scored_on() -> None:
     ],
 )
 def test_the_trainset_is_split_without_overlap(options: dict[str, int], count: int, sizes: tuple[int, int]) -> None:
-    train, validation = step(**options)._split(numbers(count), None, seed=0)
+    train, validation = step(**options).split(numbers(count), None, seed=0)
     assert (len(train), len(validation)) == sizes
     assert not {e.number for e in train} & {e.number for e in validation}
 
@@ -100,7 +102,7 @@ def test_paper_options_may_be_overridden() -> None:
 
 
 def test_both_parts_of_the_split_have_the_trainsets_labels() -> None:
-    train, validation = step()._split(sorted(numbers(40), key=lambda e: e.parity), None, seed=0)
+    train, validation = step().split(sorted(numbers(40), key=lambda e: e.parity), None, seed=0)
     assert Counter(e.parity for e in train) == {"even": 6, "odd": 6}
     assert Counter(e.parity for e in validation) == {"even": 14, "odd": 14}
 
@@ -109,8 +111,8 @@ def test_with_a_valset_candidates_are_scored_on_it_and_demos_come_from_the_train
     engine = parity_engine(learner)
     optimizer = step()
     compiled = optimizer.compile(parity_program(engine), trainset=numbers(12), valset=numbers(12, start=100))
-    assert optimizer.last.details.validation_examples == 12
-    assert optimizer.last.details.traces.examples == 12
+    assert prompt_details(optimizer.last).validation_examples == 12
+    assert prompt_details(optimizer.last).traces.examples == 12
     assert {demo.number for demo in compiled.demos} <= set(range(12))
 
 
@@ -174,7 +176,7 @@ def test_a_race_saves_calls_and_finds_the_same_winner_on_separable_data() -> Non
         compiled = optimizer.compile(parity_program(engine), trainset=numbers(200))
         chosen.append([demo.number for demo in compiled.demos])
         calls.append(len(engine.requests))
-        race_result = optimizer.last.details.race
+        race_result = prompt_details(optimizer.last).race
         assert race_result.calls_made + 10 == len(engine.requests)
         assert (race_result.calls_saved > 0) is race
     assert chosen[0] == chosen[1]
@@ -204,7 +206,7 @@ def test_demos_that_do_not_fit_the_context_are_dropped_by_token_count() -> None:
     optimizer = step()
     compiled = optimizer.compile(program, trainset=numbers(40))
     assert max(len(candidate["program"].demos) for candidate in compiled.candidate_programs) == 1
-    assert optimizer.last.details.dropped_demos["self"] > 0
+    assert prompt_details(optimizer.last).dropped_demos["self"] > 0
 
 
 def test_the_programs_own_lm_answers_whatever_dspy_settings_lm_is() -> None:
@@ -222,15 +224,15 @@ def test_a_teacher_makes_the_demos_and_the_student_is_scored() -> None:
     optimizer = step(train_size=10, val_size=12)
     optimizer.compile(parity_program(student), trainset=numbers(22), teacher=parity_program(teacher))
     assert len(teacher.requests) == 10
-    assert len(student.requests) == optimizer.last.details.race.calls_made
-    assert optimizer.last.details.traces.solved == 10
+    assert len(student.requests) == prompt_details(optimizer.last).race.calls_made
+    assert prompt_details(optimizer.last).traces.solved == 10
 
 
 def test_an_example_that_failed_is_tried_again_for_a_demo() -> None:
     engine = parity_engine(lambda request, number: request.temperature > 0)
     optimizer = BootstrapFewShotRS(parity_match, num_samples=2, rescue=False, train_size=4, val_size=4)
     optimizer.compile(parity_program(engine), trainset=numbers(8))
-    assert optimizer.last.details.traces.solved == 4
+    assert prompt_details(optimizer.last).traces.solved == 4
 
 
 def test_a_step_that_solves_nothing_returns_the_current_prompts() -> None:
@@ -267,11 +269,11 @@ def test_the_same_seed_gives_the_same_program_and_another_seed_another() -> None
 
 
 def test_the_result_does_not_depend_on_timing() -> None:
-    def details(factor: float) -> Any:
+    def details(factor: float) -> PromptDetails:
         engine = parity_engine(learner, delay_s=lambda r: factor * (hash((r.user, factor)) % 5) / 2000)
         optimizer = step(val_size=20)
         optimizer.compile(parity_program(engine), trainset=numbers(40), num_threads=4)
-        return optimizer.last.details
+        return prompt_details(optimizer.last)
 
     assert details(0.0) == details(1.0) == details(2.0)
 
@@ -296,7 +298,8 @@ def test_a_candidate_event_is_sent_for_every_score() -> None:
     optimizer = step(race=False)
     with listening([watch]):
         optimizer.compile(parity_program(parity_engine(learner)), trainset=numbers(40))
-    assert [event["number"] for event in watch.events] == list(range(1, len(optimizer.last.details.candidates) + 1))
+    candidates = prompt_details(optimizer.last).candidates
+    assert [event["number"] for event in watch.events] == list(range(1, len(candidates) + 1))
     assert max(event["score"] for event in watch.events) == watch.events[-1]["best_score"]
 
 

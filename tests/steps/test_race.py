@@ -67,7 +67,8 @@ def test_losers_stop_after_the_first_slice_and_the_calls_saved_are_counted() -> 
 
 
 def test_no_position_is_scored_twice() -> None:
-    table, calls = separable(100, 2, 4), []
+    table = separable(100, 2, 4)
+    calls: list[tuple[str, int]] = []
     run_race(candidates(table), 100, scorer(table, calls))
     assert len(calls) == len(set(calls))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def test_a_line_that_is_no_row_is_an_error_that_names_it(tmp_path: Path, line: s
         read_rows(path)
 
 
-def shares(labels: list[str | None], wanted: list[str | None]) -> dict[str | None, int]:
+def shares(labels: Sequence[str | None], wanted: Sequence[str | None]) -> dict[str | None, int]:
     chosen = balance_labels(labels, wanted)
     assert chosen == sorted(chosen)
     counts: dict[str | None, int] = {}
@@ -138,7 +139,7 @@ def test_balance_aims_at_the_skew_of_the_trainset() -> None:
 
 
 def test_balance_never_repeats_a_row_more_than_three_times() -> None:
-    labels: list[str | None] = ["a"] * 50 + ["b"]
+    labels = ["a"] * 50 + ["b"]
     chosen = balance_labels(labels, ["a", "b"] * 25)
     assert max(chosen.count(position) for position in chosen) == 3
 

@@ -23,10 +23,7 @@ def call(number: int) -> Call:
 def test_vanilla_shows_no_demos_optimized_all_and_mixed_both() -> None:
     engine = parity_engine(lambda *_: True)
     program = predictor_over(engine, Parity, numbers(2))
-    rows = {
-        kind: rows_of_call(program, engine, call(5), kind, example=0)  # type: ignore[arg-type]
-        for kind in ("vanilla", "optimized", "mixed")
-    }
+    rows = {kind: rows_of_call(program, engine, call(5), kind, example=0) for kind in ("vanilla", "optimized", "mixed")}
     assert {kind: [len(row.messages) for row in found] for kind, found in rows.items()} == {
         "vanilla": [2],
         "optimized": [6],
@@ -60,7 +57,7 @@ def test_rows_of_a_compiled_program_equal_what_it_sends_for_every_train_prompt(a
     for kind in ("vanilla", "optimized", "mixed"):
         engine = parity_engine(lambda *_: True)
         program = predictor_over(engine, Parity, numbers(2, start=100))
-        optimizer = LoRAFinetune(parity_match, train_prompt=kind, validation_share=0)  # type: ignore[arg-type]
+        optimizer = LoRAFinetune(parity_match, train_prompt=kind, validation_share=0)
         compiled = optimizer.compile(program, trainset=numbers(4))
         trained = {row.messages for row in map(_hashable, engine.trainings[0])}
         engine.requests.clear()

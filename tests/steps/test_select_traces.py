@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from fakes import (
-    numbers,
-)
+from fakes import numbers
 
 from bettertogether.rollouts.metrics import Verdict
-from bettertogether.rollouts.rollout import Call
-from bettertogether.rollouts.traces import (
-    Trace,
-)
+from bettertogether.rollouts.rollout import Call, Source
+from bettertogether.rollouts.traces import Trace
 from bettertogether.steps.rows_from_traces import hint_leaks, select_traces
 
 
-def trace(index: int, answer: str = "x", *, source: str = "student", attempt: int = 0, passed: bool = True) -> Trace:
+def trace(index: int, answer: str = "x", *, source: Source = "student", attempt: int = 0, passed: bool = True) -> Trace:
     call = Call("self", {"number": index}, {"parity": answer})
     example = numbers(1, start=index)[0]
     return Trace(index, example, None, (call,), Verdict(float(passed), passed), source, attempt)

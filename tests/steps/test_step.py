@@ -31,8 +31,7 @@ def test_run_gives_what_compile_gives_and_keeps(kind: Any) -> None:
     program, store = parity_program(parity_engine(careful)), RolloutStore()
     optimizer = kind(parity_match)
     result = optimizer.run(program, StepContext(TRAIN, settings=RunSettings(seed=3, store=store)))
-    assert optimizer.last is None
-    assert (optimizer.ledger, optimizer.step_gain) == (Ledger(), None)
+    assert (optimizer.last, optimizer.ledger, optimizer.step_gain) == (None, Ledger(), None)
     compiled = optimizer.compile(program, trainset=TRAIN, seed=3, store=RolloutStore())
     assert compiled is optimizer.last.program
     assert (optimizer.ledger, optimizer.details) == (optimizer.last.ledger, asdict(optimizer.last.details))
@@ -82,7 +81,7 @@ def test_wrong_settings_are_an_error_when_they_are_made() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_subclass_that_overrides_compile_is_run_by_it_like_any_optimizer(kind: Any) -> None:
-    class Counted(kind):  # type: ignore[misc]
+    class Counted(kind):
         times = 0
 
         def compile(self, student: dspy.Module, **arguments: Any) -> dspy.Module:
@@ -90,7 +89,7 @@ def test_a_subclass_that_overrides_compile_is_run_by_it_like_any_optimizer(kind:
             assert sorted(arguments) == ["trainset", "valset"]
             return super().compile(student, trainset=arguments["trainset"])
 
-    class Options(kind):  # type: ignore[misc]
+    class Options(kind):
         """Only other options."""
 
     assert as_step(Counted(parity_match)) is None

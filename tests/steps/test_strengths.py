@@ -7,13 +7,22 @@ from typing import Any
 
 import dspy
 import pytest
-from fakes import api_lm, numbers, parity_engine, parity_match, parity_program, plain_lm, reply, two_step_program
+from fakes import (
+    api_lm,
+    numbers,
+    parity_engine,
+    parity_match,
+    parity_program,
+    plain_lm,
+    prompt_details,
+    reply,
+    two_step_program,
+)
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
 from bettertogether.artifact import load, save
 from bettertogether.engines.protocol import TrainingRow
 from bettertogether.errors import ConfigError
-from bettertogether.records import PromptDetails
 from bettertogether.steps.step import StepContext, StepResult
 from bettertogether.steps.strengths import scaled_program
 from bettertogether.testing import FakeEngine, FakeRequest
@@ -35,8 +44,7 @@ def run(program: dspy.Module, folder: Path | None = None, **options: Any) -> Ste
 
 
 def tried(result: StepResult) -> list[tuple[str, float | None]]:
-    assert isinstance(result.details, PromptDetails)
-    return [(c.name, c.score) for c in result.details.candidates if "strength" in c.name]
+    return [(c.name, c.score) for c in prompt_details(result).candidates if "strength" in c.name]
 
 
 def test_the_best_prompts_with_a_better_strength_are_taken(tmp_path: Path) -> None:
@@ -47,7 +55,7 @@ def test_the_best_prompts_with_a_better_strength_are_taken(tmp_path: Path) -> No
     assert engine.adapter_folder(half) == tmp_path / half.removeprefix("local/")
     assert engine.scaled(model, 0.5) == half
     assert tried(result) == [("current, strength 0.5", 1.0), ("current, strength 0.75", 0.5)]
-    assert result.details.chosen == "current, strength 0.5"
+    assert prompt_details(result).chosen == "current, strength 0.5"
     assert result.step_gain == 0.5
     assert result.program.candidate_programs[0]["program"].lm.model == half
 
@@ -55,26 +63,26 @@ def test_the_best_prompts_with_a_better_strength_are_taken(tmp_path: Path) -> No
 def test_scores_of_the_adapter_as_it_is_are_used_again_and_the_calls_are_counted() -> None:
     engine = parity_engine(knows_half)
     result = run(parity_program(engine, model=tuned(engine)), race=False)
-    made = len(result.details.candidates)
+    made = len(prompt_details(result).candidates)
     assert len(engine.requests) == 10 + 40 * made
-    assert (result.details.race.calls_made, result.details.race.calls_saved) == (40 * made, 0)
+    assert (prompt_details(result).race.calls_made, prompt_details(result).race.calls_saved) == (40 * made, 0)
     assert result.ledger.metric_calls == len(engine.requests)
 
 
 def test_a_strength_that_can_not_win_leaves_the_race() -> None:
     engine = parity_engine(lambda request, number: request.strength == 1 or number % 7 == 0)
     result = run(parity_program(engine, model=tuned(engine)))
-    stopped = {c.name: (c.scored_on, c.stopped) for c in result.details.candidates}
+    stopped = {c.name: (c.scored_on, c.stopped) for c in prompt_details(result).candidates}
     assert stopped["current, strength 0.5"] == stopped["current, strength 0.75"] == (8, True)
     assert stopped["current"] == (40, False)
-    assert result.details.chosen == "current"
+    assert prompt_details(result).chosen == "current"
 
 
 def test_an_equal_strength_changes_nothing() -> None:
     engine = parity_engine(lambda request, number: number % 2 == 0)
     program = parity_program(engine, model=tuned(engine))
     result = run(program)
-    assert result.details.chosen == "current"
+    assert prompt_details(result).chosen == "current"
     assert result.program.lm.model == program.lm.model
 
 
@@ -82,8 +90,8 @@ def test_the_chosen_prompts_are_those_that_are_scaled() -> None:
     engine = parity_engine(lambda request, number: request.demos > 0 and (request.strength < 1 or number % 2 == 0))
     result = run(parity_program(engine, model=tuned(engine)), strengths=[0.25, 1])
     (name, score), *others = tried(result)
-    assert (name.removesuffix(", strength 0.25"), score, others) == (result.details.candidates[1].name, 1.0, [])
-    assert result.details.chosen == name
+    assert (name.removesuffix(", strength 0.25"), score, others) == (prompt_details(result).candidates[1].name, 1.0, [])
+    assert prompt_details(result).chosen == name
     assert len(result.program.demos) > 0
 
 

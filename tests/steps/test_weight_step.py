@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from bettertogether.errors import (
     TooManyErrors,
 )
 from bettertogether.programs.program import prompts_state
+from bettertogether.records import WeightDetails
+from bettertogether.steps.adapter_rows import hold_out
 from bettertogether.steps.rows import Row, read_rows, write_rows
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeEngine
@@ -341,9 +343,9 @@ def test_the_rows_of_one_example_are_never_on_both_sides() -> None:
     program = parity_program(engine)
     program.demos = numbers(1, start=99)
     rows = program_rows.collect(program, trainset=numbers(60)).rows
-    train, rest = program_rows._split(rows, seed=0)
+    train, rest = hold_out(rows, 0, seed=0)
     assert len(train) == 120
-    halves = step(train_prompt="mixed", validation_share=0.2)._split(rows, seed=0)
+    halves = hold_out(rows, 0.2, seed=0)
     assert not {row.example for row in halves[0]} & {row.example for row in halves[1]}
     assert rest == []
 
@@ -360,7 +362,7 @@ def test_the_step_gain_is_the_fall_of_the_held_out_loss() -> None:
 def test_the_details_hold_the_data_card_the_adapters_and_the_losses_as_json() -> None:
     optimizer = step(validation_share=0.2)
     compiled = optimizer.compile(parity_program(parity_engine(lambda *_: True)), trainset=numbers(40))
-    details = json.loads(json.dumps(asdict(optimizer.last.details)))
+    details = json.loads(json.dumps(optimizer.details))
     assert details["data_card"]["examples"] == 40
     adapter = details["adapters"][compiled.lm.model]
     assert adapter["trained_from"] == "local/fake"
@@ -388,6 +390,8 @@ def test_the_rows_trained_on_are_kept_beside_the_adapter(tmp_path: Path) -> None
     engine = parity_engine(lambda *_: True)
     optimizer = step(folder=tmp_path)
     compiled = optimizer.compile(parity_program(engine), trainset=numbers(4))
+    assert optimizer.last is not None
+    assert isinstance(optimizer.last.details, WeightDetails)
     adapter = optimizer.last.details.adapters[compiled.lm.model]
     rows = read_rows(Path(adapter.rows))
     assert Path(adapter.rows).parent == tmp_path
