@@ -36,7 +36,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "artifact.json").read_text())
 
 
-def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     manifest = manifest_of(folder)
     edit(manifest)
     (folder / "artifact.json").write_text(json.dumps(manifest))

@@ -155,9 +155,10 @@ def test_examples_are_the_same_by_seed_and_no_input_is_in_two_parts(name: str) -
 def test_the_answer_of_two_hops_stands_at_the_end_of_the_second_fact() -> None:
     for example in TASKS["hops"].data(0)[0]:
         person = next(name for name in FACTS if name in example.question)
-        home, pet = re.search("lives in (\\w+)", FACTS[person]), re.search("called (\\w+ \\w+)", FACTS[person])
-        name = (home if "county" in example.question else pet)[1]
-        assert FACTS[name].endswith(f" {example.answer}.")
+        home_or_pet = "lives in (\\w+)" if "county" in example.question else "called (\\w+ \\w+)"
+        name = re.search(home_or_pet, FACTS[person])
+        assert name is not None
+        assert FACTS[name[1]].endswith(f" {example.answer}.")
 
 
 def run(*arguments: str) -> str:

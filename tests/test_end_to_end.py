@@ -89,8 +89,8 @@ def test_a_second_weight_step_trains_on_and_every_rounds_model_stays_callable(
     student.set_lm(local_lm(model_folder, max_tokens=64))
     training = TrainingConfig(learning_rate=5e-3, epochs=2)
     w = LoRAFinetune(metric, num_samples=1, training=training, start_from=start_from)
-    arguments = {"trainset": things(12), "valset": things(22)[12:], "strategy": "w -> w", "progress": False}
-    program = BetterTogether(metric, w=w).compile(student, run_dir=tmp_path / "run", **arguments)
+    arguments: dict[str, Any] = {"trainset": things(12), "valset": things(22)[12:], "strategy": "w -> w"}
+    program = BetterTogether(metric, w=w).compile(student, run_dir=tmp_path / "run", progress=False, **arguments)
     rounds = program.report.rounds
     assert [record.status for record in rounds] == ["complete"] * 3
     names = [record.models["self"] for record in rounds]

@@ -46,7 +46,7 @@ class Same(Teleprompter):
 
 
 def compile_(engine: FakeEngine, optimizers: dict[str, Teleprompter] | None = None, **options: Any) -> dspy.Module:
-    arguments = {"trainset": TRAIN, "valset": VAL, "strategy": "s", "progress": False} | options
+    arguments: dict[str, Any] = {"trainset": TRAIN, "valset": VAL, "strategy": "s", "progress": False} | options
     student = arguments.pop("student", None) or parity_program(engine)
     return BetterTogether(parity_match, **(optimizers or {"s": Same()})).compile(student, **arguments)
 
@@ -156,11 +156,10 @@ def test_a_run_directory_of_another_call_is_refused_with_what_differs(
 ) -> None:
     compile_(engine, run_dir=tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    options = dict(change)
+    options = {"trainset": TRAIN, "valset": VAL, "strategy": "s", "run_dir": tmp_path / "run", **change}
     optimizer = BetterTogether(options.pop("metric", parity_match), **options.pop("optimizers", {"s": Same()}))
-    arguments = {"trainset": TRAIN, "valset": VAL, "strategy": "s", "progress": False, "run_dir": tmp_path / "run"}
     with pytest.raises(RunDirectoryError, match=f"holds another run.*\n.*{named}"):
-        optimizer.compile(parity_program(engine), **(arguments | options))
+        optimizer.compile(parity_program(engine), progress=False, **options)
     after = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     assert {p: c for p, c in after.items() if p.name != "lock"} == {p: c for p, c in before.items() if p.name != "lock"}
 
@@ -227,7 +226,7 @@ def test_a_compiled_program_is_optimized_further_when_its_mark_is_taken_off(engi
         compile_(engine, student=first)
     first._compiled = False
     second = compile_(engine, student=first)
-    assert second.report.rounds[0].program["self"]["demos"]  # type: ignore[index]
+    assert second.report.rounds[0].program["self"]["demos"]
 
 
 def test_a_program_with_a_frozen_sub_module_is_compiled_without_touching_it() -> None:

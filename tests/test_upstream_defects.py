@@ -108,7 +108,11 @@ def test_a_score_below_the_full_mark_is_no_success(score: Any) -> None:
 def test_the_metric_is_given_the_trace() -> None:
     """Defect 6: the metric always gets `trace=None`."""
     lengths: list[int] = []
-    metric = lambda e, p, trace=None: lengths.append(len(trace)) or True  # noqa: E731
+
+    def metric(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+        lengths.append(len(trace))
+        return True
+
     weights(metric).compile(two_step_program(two_step_engine(lambda *_: True)), trainset=numbers(2))
     assert lengths == [2, 2]
 

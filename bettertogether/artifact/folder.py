@@ -128,7 +128,7 @@ def put_in_place(work: Path, target: Path) -> None:
     if not target.exists():
         os.rename(work, target)
         return
-    if _exchange(work, target):
+    if exchange(work, target):
         return
     old = Path(tempfile.mkdtemp(prefix=_aside(target), suffix=".tmp", dir=target.parent))
     try:
@@ -157,7 +157,7 @@ def _aside(target: Path) -> str:
     return f".{target.name}.old."
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange(one: Path, other: Path) -> bool:
     """Swap two folders in one step; False where the system or the file system can't."""
     name, arguments = ("renamex_np", ()) if sys.platform == "darwin" else ("renameat2", (-100,))
     with contextlib.suppress(OSError, AttributeError):

@@ -13,7 +13,6 @@ import pytest
 from fakes import TwoSteps, learner, parity_engine, parity_program, plain_lm, two_step_program
 from saved import edit_manifest, fresh_engine, tuned, tuned_program
 
-from bettertogether import files
 from bettertogether.artifact import load, merge, save
 from bettertogether.errors import ArtifactError
 
@@ -130,7 +129,7 @@ def test_a_failed_save_leaves_the_earlier_artifact(tmp_path: Path, monkeypatch: 
     def full(_: int) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ArtifactError, match="No space left on device"):
         save(dspy.Predict("a -> b"), tmp_path / "a")
     monkeypatch.undo()

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +110,16 @@ def test_loading_imports_no_module_that_a_file_names(
     assert not (tmp_path / "ran").exists()
 
 
+def set_program(path: str, manifest: dict[str, Any]) -> None:
+    manifest["program"] = path
+
+
 def test_loading_computes_no_attribute_that_a_file_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lazy = type(sys)("lazy_module")
     lazy.__dict__["__getattr__"] = lambda name: pytest.fail(f"computed {name}")
     monkeypatch.setitem(sys.modules, "lazy_module", lazy)
     for path in ("lazy_module:Program", "lazy_module:__doc__.upper", "lazy_module", ":", "fakes:dspy.LM"):
-        edit_manifest(folder, lambda manifest, path=path: manifest.update(program=path))
+        edit_manifest(folder, partial(set_program, path))
         with pytest.raises(ArtifactError, match="into=program"):
             load(folder)
 
@@ -173,7 +179,7 @@ def killed_while_saving(target: Path, how: str) -> None:
             raise KeyboardInterrupt
         replace(source, to)
 
-    os.replace = end
+    os.replace = end  # type: ignore[assignment]
     try:
         save(dspy.Predict("a -> c"), target)
     finally:
@@ -191,7 +197,7 @@ def test_saving_over_an_artifact_is_one_step(folder: Path, how: str) -> None:
 def test_where_folders_cant_be_exchanged_ctrl_c_leaves_the_earlier_artifact(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact_files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(artifact_files, "exchange", lambda one, other: False)
     killed_while_saving(folder, "Ctrl-C")
     assert list(load(folder).signature.output_fields) == ["b"]
     assert [path.name for path in folder.parent.iterdir()] == ["a"]
@@ -203,7 +209,7 @@ def test_where_folders_cant_be_exchanged_ctrl_c_leaves_the_earlier_artifact(
 def test_where_folders_cant_be_exchanged_a_load_after_a_kill_brings_the_earlier_artifact_back(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(artifact_files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(artifact_files, "exchange", lambda one, other: False)
     killed_while_saving(folder, "kill")
     assert not folder.exists()
     assert list(load(folder).signature.output_fields) == ["b"]
@@ -231,8 +237,12 @@ def test_an_artifact_without_hashes_loads_with_a_warning(tmp_path: Path, caplog:
 
 def test_a_lost_adapter_entry_is_no_base_model(tmp_path: Path) -> None:
     saved = save(tuned_program(parity_engine(learner)), tmp_path / "a")
-    for edit in (lambda lm: lm.pop("adapter"), lambda lm: lm.update(adapter=None)):
-        edit_manifest(saved, lambda manifest, edit=edit: edit(manifest["lms"]["lm0"]))
+    edits: list[Callable[[dict[str, Any]], object]] = [
+        lambda manifest: manifest["lms"]["lm0"].pop("adapter"),
+        lambda manifest: manifest["lms"]["lm0"].update(adapter=None),
+    ]
+    for edit in edits:
+        edit_manifest(saved, edit)
         with pytest.raises(ArtifactError, match="adapter"):
             load(saved, base_model=fresh_engine())
 

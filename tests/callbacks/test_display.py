@@ -60,7 +60,8 @@ def test_a_stream_that_breaks_turns_the_display_off_with_one_warning(
     error: Exception, writes: int, terminal: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
-    standard, died = (sys.stdout, sys.stderr), []
+    standard = sys.stdout, sys.stderr
+    died: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", died.append)
     with listening([ProgressDisplay(file=BreaksAfter(writes, error, terminal), interval_s=0)]):
         events()

@@ -155,7 +155,7 @@ EXACT: list[tuple[Any, Any]] = [
     (Part, Part(partName="a", color=Color.BLUE, made=DAY)),
     (Box, Box(parts={"a": [Part(partName="b")]}, shape=(1, 2))),
     (list[Box | None], [Box(), None]),
-    (Open, Open(size=2, other={"day": DAY})),
+    (Open, Open.model_validate({"size": 2, "other": {"day": DAY}})),
     (Many, Many([Color.RED])),
     (Line, Line(Point(1, DAY), frozenset({Color.RED}))),
     (dict[str, Line], {"a": Line(Point(1, DAY))}),

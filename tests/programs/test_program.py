@@ -107,7 +107,7 @@ def test_a_tool_that_cannot_be_copied_is_shared(engine: FakeEngine) -> None:
 def test_a_bound_method_of_a_copy_is_bound_to_the_copy(engine: FakeEngine) -> None:
     program = two_step_program(engine)
     program.lock = threading.Lock()
-    program.forward = types.MethodType(TwoSteps.forward, program)
+    program.forward = types.MethodType(TwoSteps.forward, program)  # type: ignore[method-assign]
     assert copy_program(program).forward.__self__ is not program
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
-from typing import Any
+from typing import Any, cast
 
 from bettertogether.records import (
     CandidateScore,
@@ -12,6 +12,7 @@ from bettertogether.records import (
     Ledger,
     LossLine,
     PromptDetails,
+    PromptState,
     RaceResult,
     SampleRow,
     StepRecord,
@@ -84,7 +85,8 @@ def loss_line(adapter: str, step: int, loss: float | None, validation_loss: floa
 
 def full_report(text: str) -> CompileReport:
     """A report with everything in it, and `text` wherever text can be."""
-    state = {"demos": [{"question": text, "n": [1]}], "signature": {"instructions": text, "fields": []}}
+    shown = {"demos": [{"question": text, "n": [1]}], "signature": {"instructions": text, "fields": []}}
+    state = cast(PromptState, shown)
     row: SampleRow = {"prompt": [{"role": text, "content": text}], "completion": text, "predictor": text, "label": text}
     counts = {text: 3}
     card = DataCard(counts, {}, counts, counts, counts, 4, 3, {text: 7}, {text: 7}, (row,), (text,), 3, counts, counts)

@@ -88,7 +88,7 @@ def test_a_score_that_is_not_finite_is_refused_with_its_place() -> None:
 @pytest.mark.parametrize("options", [{"confidence": 95}, {"resamples": 0}])
 def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
-        mean_interval([0, 1], **options)  # type: ignore[arg-type]
+        mean_interval([0, 1], **options)
 
 
 def test_attribution_splits_a_gain_into_parts_that_add_up() -> None:

@@ -51,7 +51,8 @@ class AsyncHolder(Holder):
 def runs_within(seconds: float, program: dspy.Module, count: int) -> list[Rollout]:
     """Runs of a program in six threads; none of them may last longer."""
     program.set_lm(plain_lm(parity_engine(lambda *_: True)))
-    runner, runs = Runner(program), []
+    runner = Runner(program)
+    runs: list[Rollout] = []
 
     def work() -> None:
         with ThreadPoolExecutor(6) as pool:

@@ -33,7 +33,12 @@ def test_every_example_is_run_and_scored_once() -> None:
 def test_the_metric_is_given_no_trace() -> None:
     seen: list[Any] = []
     program = parity_program(parity_engine(lambda *_: True))
-    evaluate(program, numbers(2), lambda e, p, trace="?": seen.append(trace) or 1)
+
+    def metric(example: dspy.Example, prediction: dspy.Prediction, trace: Any = "?") -> float:
+        seen.append(trace)
+        return 1.0
+
+    evaluate(program, numbers(2), metric)
     assert seen == [None, None]
 
 
@@ -85,7 +90,10 @@ def test_a_comparison_shows_means_intervals_and_paired_gains() -> None:
 
 
 def test_programs_scored_together_have_the_scores_that_each_has_alone() -> None:
-    programs = [parity_program(parity_engine(lambda _, n, k=k: n % k == 0)) for k in (1, 2, 3)]
+    def program(knows_multiples_of: int) -> dspy.Module:
+        return parity_program(parity_engine(lambda _, number: number % knows_multiples_of == 0))
+
+    programs = [program(1), program(2), program(3)]
     together = evaluate_many(programs, numbers(7), parity_match)
     assert [result.scores for result in together] == [
         evaluate(program, numbers(7), parity_match).scores for program in programs

@@ -58,8 +58,8 @@ def compiled_with(
     engine: FakeEngine, metric: Callable[..., Any] = parity_match, *, val: int = 10, **options: Any
 ) -> dspy.Module:
     steps = options.pop("steps", None) or {"p": BootstrapFewShotRS(metric, num_candidates=1, num_samples=0)}
-    arguments = {"trainset": numbers(24, 40), "valset": numbers(val), "strategy": "p", "progress": False} | options
-    return BetterTogether(metric, **steps).compile(parity_program(engine), **arguments)
+    arguments: dict[str, Any] = {"trainset": numbers(24, 40), "valset": numbers(val), "strategy": "p"}
+    return BetterTogether(metric, **steps).compile(parity_program(engine), progress=False, **arguments | options)
 
 
 def warnings_of(program: dspy.Module, start: str) -> list[str]:
@@ -127,7 +127,7 @@ def test_a_program_that_raises_on_every_example_is_reported() -> None:
             self.answer = dspy.Predict("number: int -> parity")
 
         def forward(self, number: int) -> dspy.Prediction:
-            return self.answr(number=number)  # type: ignore[attr-defined]
+            return self.answr(number=number)
 
     program = Broken()
     program.set_lm(parity_program(parity_engine(learner)).lm)
@@ -247,8 +247,7 @@ def test_a_resumed_run_reports_the_same(tmp_path: Path) -> None:
     def run(folder: Path) -> CompileReport:
         stop = InterruptedOnce(tmp_path / "interrupted")
         steps = {"p": BootstrapFewShotRS(parity_match, num_candidates=1, num_samples=0), "x": stop}
-        options = {"strategy": "p -> x", "steps": steps, "run_dir": folder}
-        return compiled_with(fails_below(8), **options).report
+        return compiled_with(fails_below(8), strategy="p -> x", steps=steps, run_dir=folder).report
 
     stopped = run(tmp_path / "run")
     assert [round_.failed for round_ in stopped.rounds] == [8, 8, 0]
@@ -368,7 +367,7 @@ class Ends(Teleprompter):
 @pytest.mark.parametrize("action", ["return", "raise"])
 def test_the_end_of_a_run_is_told_when_a_step_fails(action: str) -> None:
     said = Said()
-    options = {"strategy": "x", "steps": {"x": Ends(OSError("disk gone"))}, "on_step_error": action}
+    options: dict[str, Any] = {"strategy": "x", "steps": {"x": Ends(OSError("disk gone"))}, "on_step_error": action}
     if action == "raise":
         with pytest.raises(OSError, match="disk gone"):
             compiled_with(parity_engine(learner), callbacks=[said], **options)

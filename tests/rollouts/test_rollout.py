@@ -129,7 +129,7 @@ def test_calls_made_in_dspy_parallel_are_attributed_in_an_order_that_timing_does
     for delays in ([0.03, 0.0, 0.02, 0.01, 0.0], [0.0, 0.02, 0.01, 0.03, 0.02]):
         remaining = iter(delays)
         engine = echo_engine()
-        engine.delay_s = lambda _, remaining=remaining: next(remaining, 0.0)  # type: ignore[misc]
+        engine.delay_s = lambda _, remaining=remaining: next(remaining, 0.0)
         program = Fan()
         program.set_lm(plain_lm(engine))
         run = run_program(program, dspy.Example(q="x").with_inputs("q"))
@@ -377,8 +377,14 @@ def test_sampling_leaves_the_program_as_it_was(engine: FakeEngine) -> None:
 
 
 def test_one_copy_serves_attempts_that_do_not_overlap(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    copies, made = [], Copier.copy
-    monkeypatch.setattr(Copier, "copy", lambda self: copies.append(self) or made(self))
+    copies: list[Copier] = []
+    copy = Copier.copy
+
+    def counted(self: Copier) -> dspy.Module:
+        copies.append(self)
+        return copy(self)
+
+    monkeypatch.setattr(Copier, "copy", counted)
     runner = Runner(two_step_program(engine))
     for number in range(1, 5):
         runner.run(ONE, Attempt("sample", number, 1.0))
@@ -490,7 +496,7 @@ def test_runs_of_a_program_with_a_patched_forward_are_never_taken_from_the_store
     store = RolloutStore()
     Runner(two_step_program(engine), store=store).run(ONE)
     patched = two_step_program(engine)
-    patched.forward = lambda **inputs: dspy.Prediction(parity="patched")
+    patched.forward = lambda **inputs: dspy.Prediction(parity="patched")  # type: ignore[method-assign]
     assert Runner(patched, store=store).run(ONE).prediction.parity == "patched"
 
 

@@ -361,7 +361,13 @@ def test_an_interrupted_pass_leaves_the_finished_runs_in_the_store() -> None:
         return 0.0
 
     engine = parity_engine(lambda *_: True, delay_s=slow_after_three)
-    interrupter = threading.Thread(target=lambda: (finished.wait(5), time.sleep(0.1), _thread.interrupt_main()))
+
+    def interrupt() -> None:
+        finished.wait(5)
+        time.sleep(0.1)
+        _thread.interrupt_main()
+
+    interrupter = threading.Thread(target=interrupt)
     interrupter.start()
     with pytest.raises(KeyboardInterrupt):
         collect(engine, 8, store=store, num_threads=1)
@@ -412,9 +418,12 @@ def test_temperatures_must_be_above_zero_and_at_most_two(temperature: Any) -> No
 
 
 def test_what_a_program_holds_is_looked_through_once_for_all_tries(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = []
-    monkeypatch.setattr(
-        "bettertogether.rollouts.rollout.program_key", lambda program: looks.append(program) or program_key(program)
-    )
+    looks: list[dspy.Module] = []
+
+    def counted(program: dspy.Module) -> Any:
+        looks.append(program)
+        return program_key(program)
+
+    monkeypatch.setattr("bettertogether.rollouts.rollout.program_key", counted)
     traces = collect(parity_engine(lambda *_: False), 2, Sampling(num_samples=3))
     assert (len(traces.traces), len(looks)) == (10, 1)

@@ -54,7 +54,7 @@ class Started(Callback):
         say("started", os.getpid())
 
 
-def slow_fsync(handle: int, fsync: Any = os.fsync) -> None:
+def slow_fsync(handle: Any, fsync: Any = os.fsync) -> None:
     """Writing takes a while, so that some kills fall into it."""
     time.sleep(WRITE_S)
     fsync(handle)

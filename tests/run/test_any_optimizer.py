@@ -213,7 +213,7 @@ def test_an_optimizer_that_takes_any_keyword_is_given_what_dspy_gives() -> None:
 
 def test_settings_are_lent_where_an_attribute_is_none_and_taken_back() -> None:
     class Defaults(Teleprompter):
-        max_errors = None
+        max_errors: int | None = None
 
     optimizer = Defaults()
     optimizer.seed, optimizer.num_threads = None, 2

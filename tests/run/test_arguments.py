@@ -169,9 +169,9 @@ def test_a_wrong_argument_of_compile_is_an_error_before_any_call(
 def test_arguments_of_one_step_alone_are_checked_too() -> None:
     program = parity_program(engine := parity_engine(learner))
     with pytest.raises(DataError, match=r"valset\[1\] is a str: give a dspy.Example"):
-        BootstrapFewShotRS(parity_match).compile(program, trainset=numbers(8), valset=[numbers(1)[0], "x"])  # type: ignore[list-item]
+        BootstrapFewShotRS(parity_match).compile(program, trainset=numbers(8), valset=[numbers(1)[0], "x"])
     with pytest.raises(ProgramError, match=r"restart_from must be a dspy\.Module, got int"):
-        BootstrapFewShotRS(parity_match).compile(program, trainset=numbers(8), restart_from=5)  # type: ignore[arg-type]
+        BootstrapFewShotRS(parity_match).compile(program, trainset=numbers(8), restart_from=5)
     with pytest.raises(ConfigError, match="rows=5 is not allowed: give a list of rows, or a file of them"):
         LoRAFinetune(parity_match).compile(program, trainset=numbers(8), rows=5)  # type: ignore[arg-type]
     assert engine.requests == []
@@ -185,9 +185,9 @@ def test_a_label_field_that_no_example_has_is_an_error_before_any_call() -> None
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    step = BootstrapFewShotRS(
-        parity_match, num_candidates=np.int64(2), threshold=np.float32(0.5), num_threads=np.int32(2)
-    )
-    assert step.num_candidates == 2
-    assert Sampling(num_samples=np.int64(1), temperature=np.float64(0.5)).temperatures == (0.5,)
-    assert RowOptions(max_rescue_share=np.float32(0.5)).max_rescue_share == 0.5
+    prompts: dict[str, Any] = {"num_candidates": np.int64(2), "threshold": np.float32(0.5), "num_threads": np.int32(2)}
+    assert BootstrapFewShotRS(parity_match, **prompts).num_candidates == 2
+    sampling: dict[str, Any] = {"num_samples": np.int64(1), "temperature": np.float64(0.5)}
+    assert Sampling(**sampling).temperatures == (0.5,)
+    rows: dict[str, Any] = {"max_rescue_share": np.float32(0.5)}
+    assert RowOptions(**rows).max_rescue_share == 0.5

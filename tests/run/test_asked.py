@@ -93,7 +93,8 @@ def closure(weight: float) -> Any:
 def call(run_dir: Path, **changes: Any) -> dspy.Module:
     student = changes.pop("student", program)()
     metric = changes.pop("metric", lambda: parity_match)()
-    options = {"trainset": numbers(12, 40), "valset": numbers(4), "strategy": "s", "progress": False} | changes
+    options: dict[str, Any] = {"trainset": numbers(12, 40), "valset": numbers(4), "strategy": "s", "progress": False}
+    options |= changes
     optimizer = BetterTogether(metric, **options.pop("optimizers", lambda: {"s": Same()})())
     return optimizer.compile(student, run_dir=run_dir, **options)
 

@@ -9,12 +9,12 @@ from typing import Any
 import dspy
 import pytest
 from dspy.teleprompt.teleprompt import Teleprompter
-from fakes import FakeRequest, numbers, parity_engine, parity_match, parity_program
+from fakes import numbers, parity_engine, parity_match, parity_program
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
 from bettertogether.records import DataCard, StepRecord, WeightDetails
 from bettertogether.run.auto import Decision, decide, kind_of
-from bettertogether.testing import FakeEngine
+from bettertogether.testing import FakeEngine, FakeRequest
 
 P, W = BootstrapFewShotRS(parity_match), LoRAFinetune(parity_match)
 
@@ -176,9 +176,9 @@ def knows(request: FakeRequest, number: int) -> bool:
 def compile_(engine: FakeEngine, **options: Any) -> dspy.Module:
     p = BootstrapFewShotRS(parity_match, num_candidates=1, strengths=(), num_samples=0, rescue=False)
     w = LoRAFinetune(parity_match, num_samples=0, rescue=False)
-    arguments = {"trainset": numbers(40, start=40), "valset": numbers(24), "max_rounds": 8, "progress": False}
+    arguments: dict[str, Any] = {"trainset": numbers(40, start=40), "valset": numbers(24), "max_rounds": 8, **options}
     return BetterTogether(parity_match, p=p, w=w).compile(
-        parity_program(engine), strategy="auto", **arguments | options
+        parity_program(engine), strategy="auto", progress=False, **arguments
     )
 
 

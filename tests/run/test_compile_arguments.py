@@ -18,7 +18,7 @@ WRONG: dict[str, list[Any]] = {
     "student": [5, None, "program", dspy.Predict],
     "trainset": [5, None, "text", {"a": 1}, [5], [{"number": 1}], [], (example for example in numbers(4))],
     "valset": [5, 0, "text", "", [5], {"a": 1}, (example for example in numbers(4))],
-    "teacher": [5, "teacher", [5], {"a": 1}, dspy.Predict, (program for program in ())],
+    "teacher": [5, "teacher", [5], {"a": 1}, dspy.Predict, (number for number in range(0))],
     "num_threads": ["x", 0, -1, True, 1.5, [2]],
     "max_errors": ["x", -1, True, 1.5],
     "seed": ["x", -1, True, 1.5, 2**32],

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from bettertogether import files
 from bettertogether.errors import RunDirectoryError
 from bettertogether.files import atomic_write
 from bettertogether.records import Ledger, OtherDetails, StepRecord
@@ -190,7 +189,7 @@ def test_what_was_asked_must_be_json(tmp_path: Path) -> None:
 def test_a_record_that_is_not_json_is_an_error_that_names_the_step(tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path, RUN) as directory:
         with pytest.raises(RunDirectoryError, match=r"step 4 \(p\) is not JSON"):
-            directory.append(record(4, details=OtherDetails(Path("x"))))
+            directory.append(record(4, details=OtherDetails(Path("x"))))  # type: ignore[arg-type]
         assert directory.records() == ()
 
 
@@ -249,7 +248,7 @@ def test_a_full_disk_leaves_an_earlier_file_as_it_was(tmp_path: Path, monkeypatc
         def full(_: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(files.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(RunDirectoryError, match="No space left on device"):
             directory.write_text("report.html", "new")
         with pytest.raises(RunDirectoryError, match="No space left on device"):
@@ -356,7 +355,7 @@ def test_a_file_system_without_sync_of_folders_is_usable(tmp_path: Path, monkeyp
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         fsync(handle)
 
-    monkeypatch.setattr(files.os, "fsync", files_only)
+    monkeypatch.setattr(os, "fsync", files_only)
     with RunDirectory.open(tmp_path, RUN) as directory:
         directory.append(record(0))
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 1

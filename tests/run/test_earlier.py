@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bettertogether.run.earlier import earlier_programs
 from bettertogether.steps.step import Step, StepContext, StepResult
 from bettertogether.testing import FakeEngine
 
-State = dict[str, Any]
+State = Mapping[str, Any]
 
 
 def looking(seen: list[list[State]], stops: int = 0) -> Step:

@@ -8,11 +8,11 @@ from typing import Any
 
 import dspy
 import pytest
-from fakes import FakeRequest, number_of, numbers, parity_engine, parity_match, parity_program
+from fakes import number_of, numbers, parity_engine, parity_match, parity_program
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
 from bettertogether.records import StepRecord, WeightDetails
-from bettertogether.testing import FakeEngine
+from bettertogether.testing import FakeEngine, FakeRequest
 
 TRAIN, VAL = numbers(48, start=40), numbers(24)
 START_FROM = pytest.mark.parametrize("start_from", ["base", "current"])
@@ -26,7 +26,7 @@ def knows(request: FakeRequest, number: int) -> bool:
 def compile_(engine: FakeEngine, strategy: str, w: Mapping[str, Any], **options: Any) -> dspy.Module:
     p = BootstrapFewShotRS(parity_match, num_candidates=2, num_samples=0, rescue=False)
     step = LoRAFinetune(parity_match, **{"num_samples": 0, "rescue": False, "validation_share": 0.0, **w})
-    arguments = {"trainset": TRAIN, "valset": VAL, "strategy": strategy, "progress": False}
+    arguments: dict[str, Any] = {"trainset": TRAIN, "valset": VAL, "strategy": strategy, "progress": False}
     return BetterTogether(parity_match, p=p, w=step).compile(parity_program(engine), **arguments | options)
 
 

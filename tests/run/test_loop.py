@@ -54,7 +54,7 @@ def compile_(
     metric: Any = parity_match,
     **options: Any,
 ) -> dspy.Module:
-    arguments = {"trainset": TRAIN, "valset": VAL, "progress": False} | options
+    arguments: dict[str, Any] = {"trainset": TRAIN, "valset": VAL, "progress": False} | options
     optimizer = BetterTogether(metric, **(optimizers or steps()))
     return optimizer.compile(parity_program(engine), strategy=strategy, **arguments)
 
