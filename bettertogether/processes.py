@@ -44,6 +44,11 @@ class WatchedProcess:
             )
 
     @property
+    def pid(self) -> int:
+        """Process id of its watcher, whose child the command is."""
+        return self._process.pid
+
+    @property
     def exit_code(self) -> int | None:
         """The command's exit code; None while it runs."""
         return self._process.poll()

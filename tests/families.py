@@ -33,7 +33,7 @@ LATENT = {
     **ROUTED, **EQUAL_HEADS, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     "n_shared_experts": 1,
 }  # fmt: skip
-WINDOW = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+WINDOW: dict[str, Any] = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
 LINEAR = {
     "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4,

@@ -56,7 +56,7 @@ def test_it_ends_when_its_parent_is_killed(
 def test_it_ends_when_its_watcher_is_asked_to(tmp_path: Path) -> None:
     process = WatchedProcess([sys.executable, "-c", CHILD], tmp_path / "log")
     child = pid_in(tmp_path / "log")
-    process._process.terminate()
+    os.kill(process.pid, signal.SIGTERM)
     assert wait_for(lambda: not is_alive(child))
     process.stop()
 

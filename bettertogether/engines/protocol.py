@@ -93,8 +93,6 @@ class LocalEngine(Protocol):
     answers: weights, config, tokenizer, precision, template options. Its model name is "local/" + base_name."""
     short_name: str
     """The base's name without that hash."""
-    base_hash: str | None
-    """SHA-256 (hex) of the base model's files; None where there are none."""
     supported_params: frozenset[str]
     supports_response_schema: bool
     supports_function_calling: bool
@@ -103,6 +101,11 @@ class LocalEngine(Protocol):
     """Context length in tokens: prompt and answer together."""
     concurrency: int
     """Requests worth having in flight at once."""
+
+    @property
+    def base_hash(self) -> str | None:
+        """SHA-256 (hex) of the base model's files; None where there are none."""
+        ...
 
     @property
     def asynchronous(self) -> Any:

@@ -102,21 +102,25 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
             return
         answer = words(body)
-        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": len(answer)}
-        usage["prompt_tokens_details"] = {"cached_tokens": 2}
+        usage = {
+            "prompt_tokens": len(body["prompt"]),
+            "completion_tokens": len(answer),
+            "prompt_tokens_details": {"cached_tokens": 2},
+        }
         if not body.get("stream"):
             self.reply(200, {"choices": [choice(" ".join(answer), body, answer, "stop")], "usage": usage})
             return
         pieces = [choice(word if place == 0 else f" {word}", body, [word], None) for place, word in enumerate(answer)]
-        events = [{"choices": [piece]} for piece in pieces] + [{"choices": [choice("", body, [], "stop")]}]
+        last = choice("", body, [], "stop")
+        events: list[dict[str, Any]] = [{"choices": [piece]} for piece in [*pieces, last]]
         events.append({"choices": [], "usage": usage})
-        pieces = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
+        lines = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Content-Length", str(sum(map(len, pieces))))
+        self.send_header("Content-Length", str(sum(map(len, lines))))
         self.end_headers()
-        for piece in pieces:
-            self.wfile.write(piece.encode())
+        for line in lines:
+            self.wfile.write(line.encode())
             self.wfile.flush()
             time.sleep(float(os.environ.get("FAKE_VLLM_PAUSES", "0")))
 

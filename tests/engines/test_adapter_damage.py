@@ -42,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("adapters") / "whole"
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(tiny_model(), config).save_pretrained(folder)
+    get_peft_model(tiny_model(), config).save_pretrained(str(folder))
     write_round(folder, 1, "tiny")
     return folder
 

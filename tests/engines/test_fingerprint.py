@@ -42,7 +42,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             sizes.append(1)
         return sha256(*data)
 
-    monkeypatch.setattr(fingerprint.hashlib, "sha256", spy)
+    monkeypatch.setattr(hashlib, "sha256", spy)
     return sizes
 
 
@@ -296,9 +296,12 @@ def test_weights_that_are_not_here_yet_are_known_by_the_hubs_record(hub: Path, m
     expected, sha256 = model_hash("org/tiny", COMMIT), (hub / "model.safetensors").resolve().name
     (hub / "model.safetensors").unlink()
     asked: list[str] = []
-    monkeypatch.setattr(
-        huggingface_hub, "get_hf_file_metadata", lambda url: asked.append(url) or SimpleNamespace(etag=sha256)
-    )
+
+    def metadata(url: str) -> SimpleNamespace:
+        asked.append(url)
+        return SimpleNamespace(etag=sha256)
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
     assert model_hash("org/tiny", COMMIT) == expected
     assert [url.rpartition("/")[2] for url in asked] == ["model.safetensors"]
     assert COMMIT in asked[0]

@@ -90,8 +90,10 @@ def test_a_tilde_is_the_home_folder_in_every_path(
 
 
 def test_a_model_that_writes_no_text_is_refused(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertForMaskedLM(BertConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path / "bert")
+    config = BertConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     byte_tokenizer().save_pretrained(tmp_path / "bert")
     with pytest.raises(ModelError, match="is a BertForMaskedLM, which writes no text"):
         local_lm(tmp_path / "bert")

@@ -37,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype="bfloat16",
     )
     folder = tmp_path_factory.mktemp("models") / "tiny-base"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     words = {word: index for index, word in enumerate(["<unk>", *"abcdefghijklmno"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -58,7 +58,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     folder = tmp_path_factory.mktemp("adapters") / "r1-12345678"
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return folder
 
 
@@ -117,7 +117,7 @@ def test_an_adapted_output_layer_leaves_the_embedding_as_it_was(base: Path, tmp_
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
     config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
     tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
-    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    tuned.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():

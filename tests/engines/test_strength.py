@@ -32,8 +32,9 @@ KINDS: dict[str, dict[str, Any]] = {
 def logits_by_peft(folder: Path, strength: float = 1.0) -> torch.Tensor:
     tuned = PeftModel.from_pretrained(tiny_model(), folder).double().eval()
     for module in tuned.modules():
-        if isinstance(getattr(module, "scaling", None), dict):
-            module.scaling = {name: scale * strength for name, scale in module.scaling.items()}
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):
+            scaling.update({name: scale * strength for name, scale in scaling.items()})
     with torch.inference_mode():
         found: torch.Tensor = tuned(torch.tensor([prompts(1, 40)[0]])).logits
     return found

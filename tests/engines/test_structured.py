@@ -112,8 +112,9 @@ def test_no_other_layout_or_content_is_allowed(text: str) -> None:
 
 def test_open_mappings_have_the_same_layout() -> None:
     schema = object_of(d={"type": "object", "additionalProperties": {"type": "integer"}})
-    for value in ({"d": {}}, {"d": {"x": 1}}, {"d": {"x": 1, "y": 2}}):
-        assert follows(answer(schema), dumps(value))
+    mappings: tuple[dict[str, int], ...] = ({}, {"x": 1}, {"x": 1, "y": 2})
+    for mapping in mappings:
+        assert follows(answer(schema), dumps({"d": mapping}))
 
 
 @pytest.mark.parametrize(("numbers", "allowed"), [([1], False), ([1, 2], True), ([1, 2, 3], True), ([1] * 4, False)])

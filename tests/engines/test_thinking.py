@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import dspy
 import pytest
@@ -97,7 +97,7 @@ def test_a_template_that_writes_todays_date_writes_the_same_every_day(monkeypatc
 
         class Clock(datetime.datetime):
             @classmethod
-            def now(cls, tz: Any = None) -> datetime.datetime:
+            def now(cls, tz: Any = None) -> Self:
                 return cls(2026, 11, day)  # noqa: B023
 
         monkeypatch.setattr(chat_templates, "datetime", Clock)
@@ -108,9 +108,13 @@ def test_a_template_that_writes_todays_date_writes_the_same_every_day(monkeypatc
     assert "Today Date: 1 May 2025" in renderer(LLAMA, date_string="1 May 2025").text(CHAT)
 
 
+def text_of(token_ids: Sequence[int]) -> str:
+    return str(TOKENIZER.decode(list(token_ids)))
+
+
 def thinking(most: int = 1000, schema: Any = SCHEMA) -> ThinkingConstraint:
     answer = GrammarCompiler(TOKENIZER, VOCABULARY, [EOS]).constraint(schema) if schema else None
-    return ThinkingConstraint(answer, most=most, encode=ids, decode=TOKENIZER.decode, eos_ids=[EOS])
+    return ThinkingConstraint(answer, most=most, encode=ids, decode=text_of, eos_ids=[EOS])
 
 
 def write(constraint: ThinkingConstraint, text: str) -> None:

@@ -72,7 +72,8 @@ class Scheduler:
         self._make_decoder = make_decoder
         self._eos_ids = eos_ids
         self._max_batch_size = max_batch_size
-        self._limit = max_batch_size
+        self.limit = max_batch_size
+        """Rows decoded at once, at most, until memory suffices for more again."""
         self._out_of_memory = out_of_memory
         self._decoder: Decoder | None = None
         self._waiting: deque[Job] = deque()
@@ -222,7 +223,7 @@ class Scheduler:
         """With nothing running, wait a moment for the requests that other threads are about to send."""
         for _ in range(GATHER_ROUNDS):
             known = len(self._waiting)
-            if self._running or self._closed or known >= self._limit:
+            if self._running or self._closed or known >= self.limit:
                 return
             self._wake.wait(GATHER_S)
             if len(self._waiting) == known:
@@ -260,7 +261,7 @@ class Scheduler:
 
     def _next_jobs(self) -> list[Job]:
         with self._wake:
-            free = max(self._limit - len(self._running), 0)
+            free = max(self.limit - len(self._running), 0)
             return list(self._waiting)[:free]
 
     def _admit(self, decoder: Decoder, jobs: Sequence[Job]) -> None:
@@ -295,7 +296,7 @@ class Scheduler:
             elif reason is not None:
                 _finish(job, reason)
         if not self._running:
-            self._limit = min(self._max_batch_size, self._limit * 2)
+            self.limit = min(self._max_batch_size, self.limit * 2)
 
     def _take(self, job: Job, decision: Decision) -> FinishReason | None:
         """Add decided tokens to a job; says why it ends, where they end it."""
@@ -329,17 +330,17 @@ class Scheduler:
         involved = len({*rows, *(job.row for job in jobs)})
         self._requeue(rows)
         if involved > 1:
-            self._limit = max(1, involved // 2)
+            self.limit = max(1, involved // 2)
             if self._out_of_memory(error):
-                logger.warning("Out of memory; the batch is halved to %d requests.", self._limit)
+                logger.warning("Out of memory; the batch is halved to %d requests.", self.limit)
             else:
-                logger.warning("A pass over %d requests failed; trying %d of them.", involved, self._limit)
+                logger.warning("A pass over %d requests failed; trying %d of them.", involved, self.limit)
             return
         logger.error("A pass over a single request failed, and the request with it.", exc_info=error)
         with self._wake:
             self._waiting = deque(job for job in self._waiting if job not in jobs)
         if not self._out_of_memory(error):
-            self._limit = self._max_batch_size
+            self.limit = self._max_batch_size
         for job in jobs:
             _fail(job, error)
 

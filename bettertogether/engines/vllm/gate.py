@@ -22,8 +22,14 @@ class Gate:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._key: Hashable = None
-        self._inside = 0
+        self.inside = 0
+        """How many are inside."""
         self._waiting: list[_Visit] = []
+
+    @property
+    def waiting(self) -> int:
+        """How many wait to come in."""
+        return len(self._waiting)
 
     @contextmanager
     def together(self, key: Hashable = None) -> Iterator[None]:
@@ -38,7 +44,7 @@ class Gate:
         finally:
             with self._condition:
                 if visit.admitted:
-                    self._inside -= 1
+                    self.inside -= 1
                 else:
                     self._waiting.remove(visit)
                 self._admit()
@@ -51,7 +57,7 @@ class Gate:
 
     def _admit(self) -> None:
         """Let in whoever may be inside now."""
-        if self._inside == 0 and self._waiting:
+        if self.inside == 0 and self._waiting:
             self._key = self._waiting[0].key
         elif any(visit.key != self._key for visit in self._waiting):
             return
@@ -59,5 +65,5 @@ class Gate:
         for visit in admitted:
             visit.admitted = True
             self._waiting.remove(visit)
-        self._inside += len(admitted)
+        self.inside += len(admitted)
         self._condition.notify_all()

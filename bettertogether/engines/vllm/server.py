@@ -72,9 +72,12 @@ class VLLMServer:
         self._source, self._served_name, self._command = source, served_name, list(command)
         self._startup_timeout_s = startup_timeout_s
         self._url = "" if url is None else url.rstrip("/").removesuffix("/v1")
-        self._process: WatchedProcess | None = None
-        self._log = Path()
-        self._starts = 0
+        self.process: WatchedProcess | None = None
+        """Our server, where one was started and not stopped."""
+        self.log = Path()
+        """Where its output goes."""
+        self.starts = 0
+        """How often one was started."""
         self._failure: BetterTogetherError | None = None
         self._failures = 0
         self._lock = threading.Lock()
@@ -87,11 +90,11 @@ class VLLMServer:
         """
         failures = self._failures
         with self._lock:
-            if self.ours and (self._process is None or self._process.exit_code is not None):
+            if self.ours and (self.process is None or self.process.exit_code is not None):
                 if self._failures > failures and self._failure is not None:
                     raise type(self._failure)(str(self._failure)) from self._failure
                 self._start()
-            return self._url, self._starts
+            return self._url, self.starts
 
     @property
     def headers(self) -> dict[str, str]:
@@ -100,17 +103,17 @@ class VLLMServer:
 
     def why_gone(self) -> str:
         """What the log of our server says at its end, where it has ended; "" otherwise."""
-        process = self._process
+        process = self.process
         if process is None or process.exit_code is None:
             return ""
-        return f" It ended with code {process.exit_code}; the end of {self._log}:\n{self._log_end()}"
+        return f" It ended with code {process.exit_code}; the end of {self.log}:\n{self._log_end()}"
 
     def stop(self) -> None:
         """Stop our server and free its memory; the next `address()` starts another. One that is not ours runs on."""
         with self._lock:
-            if self._process is not None:
-                self._process.stop()
-                self._process = None
+            if self.process is not None:
+                self.process.stop()
+                self.process = None
 
     def _start(self) -> None:
         program = self._command[0]
@@ -123,17 +126,17 @@ class VLLMServer:
         self._url = f"http://127.0.0.1:{port}"
         own = {"host": "127.0.0.1", "port": port, "served_model_name": self._served_name}
         command = [*self._command, "serve", self._source, *_arguments({**self.options, **own})]
-        self._log = cache_folder() / "logs" / f"vllm-{os.getpid()}-{port}.log"
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        logger.info("Starting vLLM for %s; its log is %s.", self._served_name, self._log)
+        self.log = cache_folder() / "logs" / f"vllm-{os.getpid()}-{port}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        logger.info("Starting vLLM for %s; its log is %s.", self._served_name, self.log)
         # Not as an argument: those of a process are for everybody to read.
         environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_API_KEY": self.api_key or ""}
-        self._starts += 1
-        self._process = WatchedProcess(command, self._log, environment)
+        self.starts += 1
+        self.process = WatchedProcess(command, self.log, environment)
         try:
-            self._wait_until_it_serves(self._process)
+            self._wait_until_it_serves(self.process)
         except BaseException as error:
-            self._process.stop()
+            self.process.stop()
             if isinstance(error, BetterTogetherError):
                 self._failure = error
                 self._failures += 1
@@ -147,12 +150,12 @@ class VLLMServer:
             if time.monotonic() > deadline:
                 raise ModelError(
                     f"vLLM does not answer after {self._startup_timeout_s:.0f} s. Give a longer startup_timeout_s, or "
-                    f"see the end of {self._log}:\n{self._log_end()}"
+                    f"see the end of {self.log}:\n{self._log_end()}"
                 )
             time.sleep(POLL_S)
         raise ModelError(
             f"vLLM ended with code {process.exit_code} before it could answer. Other server_options may help (memory: "
-            f"gpu_memory_utilization, max_model_len). The end of {self._log}:\n{self._log_end()}"
+            f"gpu_memory_utilization, max_model_len). The end of {self.log}:\n{self._log_end()}"
         )
 
     def _serves(self) -> bool:
@@ -164,7 +167,7 @@ class VLLMServer:
             return False  # not listening yet, or not ours
 
     def _log_end(self) -> str:
-        return last_lines(self._log.read_text(errors="replace"))
+        return last_lines(self.log.read_text(errors="replace"))
 
 
 def _arguments(options: Mapping[str, Any]) -> list[str]:

@@ -70,7 +70,7 @@ class VLLMEngine(BaseEngine):
         super().__init__(model, given)
         self.concurrency = given.concurrency
         self._base_model = MODEL_PREFIX + self.base_name
-        self._server = VLLMServer(
+        self.server = VLLMServer(
             self._card.source,
             self._base_model,
             url=given.url,
@@ -82,13 +82,13 @@ class VLLMEngine(BaseEngine):
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=given.concurrency)
         timeout = httpx.Timeout(given.request_timeout_s, connect=10.0)
         # A proxy of the environment's is not for a server on this machine.
-        self._client = httpx.Client(timeout=timeout, limits=limits, trust_env=not self._server.ours)
+        self._client = httpx.Client(timeout=timeout, limits=limits, trust_env=not self.server.ours)
         self._pool = ThreadPoolExecutor(given.concurrency, thread_name_prefix="bettertogether-vllm")
         self._writer = ResponseWriter(self._card.tokenizer, thinks=self._renderer.thinks)
         self._gate = Gate()
         self._mixed_batches = given.mixed_batches
         if given.mixed_batches is None:
-            self._mixed_batches = not self._server.ours or torch.cuda.is_available()
+            self._mixed_batches = not self.server.ours or torch.cuda.is_available()
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
         self._adapters: dict[str, Path] = {}
@@ -97,7 +97,7 @@ class VLLMEngine(BaseEngine):
         self._closed = False
         self._served_base = self._base_model
         if given.url is None:
-            self.max_length = min(self.max_length, int(self._server.options.get("max_model_len") or self.max_length))
+            self.max_length = min(self.max_length, int(self.server.options.get("max_model_len") or self.max_length))
         else:
             self._meet_server()
         for folder in adapters:
@@ -105,7 +105,7 @@ class VLLMEngine(BaseEngine):
 
     def _check_options(self, asked: Mapping[str, Any]) -> None:
         key = asked.get("api_key")
-        if key is not None and key != self._server.api_key:
+        if key is not None and key != self.server.api_key:
             raise ConfigError(
                 f"Another api_key was given than the one with which {self.short_name!r} is served in this process. Use "
                 "the same one, or close() the engine first."
@@ -114,9 +114,9 @@ class VLLMEngine(BaseEngine):
 
     def _meet_server(self) -> None:
         """Learn the base model's name and context length from a server that is not ours."""
-        address, _ = self._server.address()
+        address, _ = self.server.address()
         try:
-            reply = self._client.get(f"{address}/v1/models", headers=self._server.headers)
+            reply = self._client.get(f"{address}/v1/models", headers=self.server.headers)
             models = reply.raise_for_status().json()["data"]
             base = next(model for model in models if not model.get("parent"))
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, StopIteration) as error:
@@ -252,7 +252,7 @@ class VLLMEngine(BaseEngine):
 
     def _send(self, model: str, body: Mapping[str, Any], stream: bool) -> httpx.Response:
         url = f"{self._prepare(model)}/v1/completions"
-        request = self._client.build_request("POST", url, json=body, headers=self._server.headers)
+        request = self._client.build_request("POST", url, json=body, headers=self.server.headers)
         return self._client.send(request, stream=stream)
 
     @contextmanager
@@ -260,17 +260,17 @@ class VLLMEngine(BaseEngine):
         try:
             yield
         except httpx.TransportError as error:
-            raise TransportError(f"No answer from the vLLM server: {error!r}.{self._server.why_gone()}") from error
+            raise TransportError(f"No answer from the vLLM server: {error!r}.{self.server.why_gone()}") from error
 
     def _prepare(self, model: str) -> str:
         """The server's address; it runs, and holds the adapter."""
-        address, number = self._server.address()
+        address, number = self.server.address()
         with self._lock:
             if model == self._base_model or (number, model) in self._loaded:
                 return address
             adapter = {"lora_name": model, "lora_path": str(self._adapters[model].resolve())}
             url = f"{address}/v1/load_lora_adapter"
-            reply = self._client.post(url, json=adapter, headers=self._server.headers)
+            reply = self._client.post(url, json=adapter, headers=self.server.headers)
             if reply.status_code >= 400 and "already been loaded" not in reply.text:
                 raise ModelError(
                     f"vLLM does not load the adapter {adapter['lora_path']}: {reply.status_code} {reply.text:.500}. "
@@ -309,8 +309,8 @@ class VLLMEngine(BaseEngine):
         return name
 
     def _check_rank(self, rank: int, what: str, error: type[Exception]) -> None:
-        most = int(self._server.options["max_lora_rank"])
-        if self._server.ours and rank > most:
+        most = int(self.server.options["max_lora_rank"])
+        if self.server.ours and rank > most:
             raise error(
                 f"{what} has rank {rank}, and the server takes {most} at most. Give server_options="
                 "{'max_lora_rank': ...} when the engine is made, or a lower rank."
@@ -333,7 +333,7 @@ class VLLMEngine(BaseEngine):
 
     @property
     def _stops_for_training(self) -> bool:
-        return self._server.ours and self.options.stop_while_training
+        return self.server.ours and self.options.stop_while_training
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -341,7 +341,7 @@ class VLLMEngine(BaseEngine):
             yield
             return
         with self._gate.alone():
-            self._server.stop()
+            self.server.stop()
             yield
 
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
@@ -372,7 +372,7 @@ class VLLMEngine(BaseEngine):
     def close(self) -> None:
         """Stop the server where it is ours."""
         self._closed = True
-        self._server.stop()
+        self.server.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._client.close()
         super().close()

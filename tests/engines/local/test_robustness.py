@@ -158,7 +158,7 @@ def test_an_adapter_that_is_added_during_a_training_is_served(engine: Transforme
         patch.setattr(TransformersEngine, "_reporting", adding)
         engine.finetune(ROWS, folder=tmp_path, **SHORT)
     after = text(engine, model=names[0])
-    other = TransformersEngine(engine._card.source)
+    other = TransformersEngine(engine.dump_state()["model"])
     assert after == text(other, model=other.add_adapter(folder)) != text(other)
     other.close()
 

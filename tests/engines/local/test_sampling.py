@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,14 +43,14 @@ class Allowed:
         bits = np.zeros(size_bytes, dtype=np.uint8)
         for token_id in self.token_ids:
             bits[token_id // 8] |= 1 << token_id % 8
-        np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint8 * size_bytes).from_address(address))[:] = bits
+        np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))[:] = bits
 
 
-def row(constraint: Allowed | None = None, **options: object) -> Row:
-    return Row([1], 9, sampling=SamplingOptions(**options), constraint=constraint)  # type: ignore[arg-type]
+def row(constraint: Allowed | None = None, **options: Any) -> Row:
+    return Row([1], 9, sampling=SamplingOptions(**options), constraint=constraint)
 
 
-def drawn(times: int = 4000, constraint: Allowed | None = None, **options: object) -> dict[int, float]:
+def drawn(times: int = 4000, constraint: Allowed | None = None, **options: Any) -> dict[int, float]:
     """Shares of the tokens in many draws of one row."""
     one = row(constraint, seed=0, **{"temperature": 1.0, **options})
     counts = Counter(choose(LOGITS_1_V, [one])[0] for _ in range(times))
@@ -56,7 +58,7 @@ def drawn(times: int = 4000, constraint: Allowed | None = None, **options: objec
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_p": 0.0}])
-def test_greedy_takes_the_likeliest(options: dict[str, float]) -> None:
+def test_greedy_takes_the_likeliest(options: dict[str, Any]) -> None:
     assert choose(LOGITS_1_V, [row(**options)]) == [0]
 
 
@@ -71,7 +73,7 @@ def test_greedy_takes_the_likeliest(options: dict[str, float]) -> None:
         ({"temperature": 0.5}, {0: 0.685, 1: 0.247, 2: 0.062, 3: 0.007}),
     ],
 )
-def test_tokens_are_drawn_by_their_share(options: dict[str, float], shares: dict[int, float]) -> None:
+def test_tokens_are_drawn_by_their_share(options: dict[str, Any], shares: dict[int, float]) -> None:
     assert drawn(**options) == pytest.approx(shares, abs=0.02)
 
 
@@ -130,8 +132,8 @@ def test_options_come_from_the_request() -> None:
 
 
 @pytest.mark.parametrize("option", [{"frequency_penalty": 0.5}, {"presence_penalty": 1.0}, {"extensions": {"a": 1}}])
-def test_an_option_that_is_not_known_is_refused_by_name(option: dict[str, object]) -> None:
+def test_an_option_that_is_not_known_is_refused_by_name(option: dict[str, Any]) -> None:
     name = next(iter(option))
     with pytest.raises(UnsupportedFeatureError, match=name) as caught:
-        SamplingOptions.from_config(Config(**option))  # type: ignore[arg-type]
+        SamplingOptions.from_config(Config(**option))
     assert caught.value.feature == f"config.{name}"

@@ -374,7 +374,7 @@ def test_a_pass_that_fails_for_one_request_answers_the_others(
         else:
             assert one.future.result(timeout=10).text == "edcb"
     assert not decoder.held
-    assert scheduler._limit == 8
+    assert scheduler.limit == 8
 
 
 def test_a_large_request_that_comes_in_waits_where_memory_does_not_suffice_for_two(
@@ -401,7 +401,7 @@ def test_a_large_request_that_comes_in_waits_where_memory_does_not_suffice_for_t
 def test_a_worker_that_ended_fails_its_requests_and_is_started_again(
     scheduler: Scheduler, decoder: FakeDecoder
 ) -> None:
-    decoder.fails = lambda rows: SystemExit(3)  # type: ignore[assignment,return-value]
+    decoder.fails = lambda rows: SystemExit(3)
     scheduler.submit(lost := job(3))
     assert isinstance(lost.future.exception(timeout=10), SystemExit)
     decoder.fails = lambda rows: None

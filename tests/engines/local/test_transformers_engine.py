@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import threading
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from small_models import PACKED, SIZES, byte_tokenizer, generated, save_adapter,
 from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
 
 from bettertogether.engines import LocalEngine, TransformersEngine
+from bettertogether.engines.loading import load_model
 from bettertogether.engines.local import transformers_engine as engine_module
 from bettertogether.errors import ConfigError, EngineClosedError, ModelError, UnknownAdapterError
 from bettertogether.lm import engine_lm
@@ -47,8 +49,12 @@ def test_it_is_a_local_engine(engine: TransformersEngine) -> None:
 
 def test_weights_are_loaded_at_the_first_request(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[int] = []
-    load = engine_module.load_model
-    monkeypatch.setattr(engine_module, "load_model", lambda *args: loaded.append(1) or load(*args))
+
+    def counted(*args: Any) -> Any:
+        loaded.append(1)
+        return load_model(*args)
+
+    monkeypatch.setattr(engine_module, "load_model", counted)
     assert loaded == []
     engine.complete(ask())
     engine.complete(ask())
@@ -164,6 +170,7 @@ def test_the_stream_is_the_answer_in_pieces(engine: TransformersEngine) -> None:
 def test_a_stream_that_is_given_up_leaves_the_engine_free(engine: TransformersEngine) -> None:
     stream = engine.stream(ask(max_tokens=3000))
     next(stream)
+    assert isinstance(stream, Generator)
     stream.close()
     assert engine.complete(ask(max_tokens=1)).usage.output_tokens in (0, 1)
 

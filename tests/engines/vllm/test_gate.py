@@ -78,7 +78,7 @@ def test_an_error_inside_lets_others_in() -> None:
     except ValueError:
         pass
     with gate.together("a"):
-        assert gate._inside == 1
+        assert gate.inside == 1
 
 
 def test_whoever_waits_to_be_alone_comes_before_those_who_come_later() -> None:
@@ -91,25 +91,25 @@ def test_whoever_waits_to_be_alone_comes_before_those_who_come_later() -> None:
     with ThreadPoolExecutor(3) as pool:
         with gate.together("base"):
             entered = [pool.submit(enter, "training")]
-            wait_for(lambda: len(gate._waiting) == 1)
+            wait_for(lambda: gate.waiting == 1)
             entered += [pool.submit(enter, "base"), pool.submit(enter, "base")]
-            wait_for(lambda: len(gate._waiting) == 3)
+            wait_for(lambda: gate.waiting == 3)
             assert order == []
         for done in entered:
             done.result()
     assert order == ["training", "base", "base"]
 
 
-def test_whoever_gives_up_waiting_keeps_nobody_out() -> None:
+def test_whoever_gives_up_waiting_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
 
-    def interrupted(condition: Any) -> None:
+    def interrupted(self: threading.Condition, predicate: Any) -> None:
         raise KeyboardInterrupt
 
     with gate.together("a"):
-        gate._condition.wait_for = interrupted  # type: ignore[assignment]
-        with pytest.raises(KeyboardInterrupt), gate.alone():
-            pass
-        del gate._condition.wait_for
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Condition, "wait_for", interrupted)
+            with pytest.raises(KeyboardInterrupt), gate.alone():
+                pass
         with gate.together("a"):
-            assert gate._inside == 2
+            assert gate.inside == 2

@@ -8,13 +8,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import dspy
 import httpx
+import psutil
 import pytest
 from dspy.lm15 import Config, ContextLengthError, Message, Request, ServerError, StreamDeltaEvent, TransportError
 from fakes import wait_for
@@ -96,7 +97,7 @@ def request(engine: VLLMEngine, word: str = "red", model: str | None = None, **c
 
 
 def seen(engine: VLLMEngine) -> list[dict[str, Any]]:
-    return httpx.get(f"{engine._server.address()[0]}/seen").json()
+    return httpx.get(f"{engine.server.address()[0]}/seen").json()
 
 
 def rows(engine: VLLMEngine) -> list[TrainingRow]:
@@ -129,7 +130,8 @@ def test_greedy_is_asked_for_as_temperature_zero_alone(served: VLLMEngine) -> No
 
 def test_nothing_is_left_to_the_generation_config_of_the_server(served: VLLMEngine) -> None:
     neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
-    for options in ({}, {"temperature": 1.0}):
+    given: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.0})
+    for options in given:
         served.complete(request(served, **options))
         assert {name: seen(served)[-1].get(name) for name in neutral} == neutral
     assert {name: seen(served)[-1].get(name) for name in ("top_p", "top_k")} == {"top_p": 1.0, "top_k": 0}
@@ -162,7 +164,7 @@ def test_requests_of_an_event_loop_are_answered_together(served: VLLMEngine) -> 
 def test_a_stream_of_an_event_loop_is_the_answer(served: VLLMEngine) -> None:
     async def ask() -> str:
         events = [event async for event in served.asynchronous.stream(request(served))]
-        return "".join(e.delta.text for e in events if isinstance(e, StreamDeltaEvent))  # type: ignore[union-attr]
+        return "".join(e.delta.text for e in events if isinstance(e, StreamDeltaEvent))
 
     assert asyncio.run(ask()) == served.complete(request(served)).text
 
@@ -171,13 +173,13 @@ def test_a_prompt_that_is_too_long_never_leaves(folder: Path) -> None:
     engine = VLLMEngine(folder, command=FAKE, server_options={"max_model_len": 64})
     with pytest.raises(ContextLengthError, match="takes 64 for prompt"):
         engine.complete(request(engine, "red " * 100))
-    assert engine._server._process is None
+    assert engine.server.process is None
     engine.close()
 
 
 def test_the_server_is_stopped_for_a_training_and_serves_its_adapter_after(alone: VLLMEngine, tmp_path: Path) -> None:
     before = alone.complete(request(alone)).text
-    process = alone._server._process
+    process = alone.server.process
     assert process is not None
     states: list[int | None] = []
     name = train(alone, tmp_path, on_progress=lambda line: states.append(process.exit_code))
@@ -185,14 +187,14 @@ def test_the_server_is_stopped_for_a_training_and_serves_its_adapter_after(alone
     assert None not in states
     assert alone.complete(request(alone)).text == before
     assert alone.complete(request(alone, model=name)).text != before
-    assert alone._server.address()[1] == 2
+    assert alone.server.address()[1] == 2
 
 
 def test_the_server_may_run_on_while_an_adapter_is_trained(folder: Path, tmp_path: Path) -> None:
     engine = VLLMEngine(folder, command=FAKE, stop_while_training=False)
     engine.complete(request(engine))
     engine.complete(request(engine, model=train(engine, tmp_path)))
-    assert engine._server.address()[1] == 1
+    assert engine.server.address()[1] == 1
     engine.close()
 
 
@@ -210,9 +212,9 @@ def test_a_server_that_ended_is_an_error_with_its_log_and_the_next_request_start
     answer = engine.complete(request(engine)).text
     with pytest.raises(TransportError, match="No answer from the vLLM server") as error:
         engine.complete(request(engine))
-    assert wait_for(lambda: bool(engine._server.why_gone()))
-    assert "code 3" in engine._server.why_gone() or "code 3" in str(error.value)
-    assert "out of memory, said the fake" in engine._server.why_gone()
+    assert wait_for(lambda: bool(engine.server.why_gone()))
+    assert "code 3" in engine.server.why_gone() or "code 3" in str(error.value)
+    assert "out of memory, said the fake" in engine.server.why_gone()
     assert engine.complete(request(engine)).text == answer
     engine.close()
 
@@ -265,7 +267,7 @@ def test_a_stream_that_takes_too_long_for_an_event_loop_times_out_and_leaves_the
     slow.complete(request(slow))
     with pytest.raises(TimeoutError):
         asyncio.run(asyncio.wait_for(take(), 0.8))
-    assert wait_for(lambda: slow._gate._inside == 0, seconds=0.6)
+    assert wait_for(lambda: slow._gate.inside == 0, seconds=0.6)
 
 
 def test_a_stream_that_is_never_taken_to_its_end_keeps_no_training_waiting(slow: VLLMEngine, tmp_path: Path) -> None:
@@ -279,8 +281,9 @@ def test_a_stream_that_is_given_up_is_broken_off(slow: VLLMEngine) -> None:
     stream = slow.stream(request(slow))
     next(stream)
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
-    assert wait_for(lambda: slow._gate._inside == 0, seconds=0.6)
+    assert isinstance(stream, Generator)
+    stream.close()
+    assert wait_for(lambda: slow._gate.inside == 0, seconds=0.6)
 
 
 def test_those_who_wait_for_a_server_that_can_not_start_share_its_error(
@@ -296,7 +299,7 @@ def test_those_who_wait_for_a_server_that_can_not_start_share_its_error(
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(ask, range(8)))) == 1
-    assert engine._server._starts == 1
+    assert engine.server.starts == 1
     monkeypatch.delenv("FAKE_VLLM_FAILS")
     assert engine.complete(request(engine)).text
     engine.close()
@@ -314,15 +317,17 @@ def test_a_proxy_of_the_environment_is_not_for_a_server_of_ours(folder: Path, mo
 
 def test_a_server_of_ours_has_a_random_key_that_is_neither_an_argument_nor_saved(served: VLLMEngine) -> None:
     served.complete(request(served))
-    address, key = served._server.address()[0], served._server.api_key
+    address, key = served.server.address()[0], served.server.api_key
     assert httpx.get(f"{address}/v1/models").status_code == 401
     assert key is not None
     assert len(key) > 30
-    process = served._server._process
+    process = served.server.process
     assert process is not None
-    assert key not in str(process._process.args)
+    watcher = psutil.Process(process.pid)
+    for each in (watcher, *watcher.children(recursive=True)):
+        assert key not in str(each.cmdline())
     assert key not in json.dumps(served.dump_state())
-    assert key not in served._server._log.read_text()
+    assert key not in served.server.log.read_text()
 
 
 def test_a_server_of_somebody_elses_at_our_port_is_not_taken_for_ours(
@@ -369,7 +374,7 @@ def test_a_model_whose_rotary_factors_change_with_the_length_is_served_at_the_le
 ) -> None:
     engine = VLLMEngine(save_model(tmp_path / "longrope", LONGROPE), command=FAKE)
     assert engine.max_length == 256
-    assert engine._server.options["max_model_len"] == 256
+    assert engine.server.options["max_model_len"] == 256
     engine.close()
 
 
