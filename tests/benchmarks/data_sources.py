@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import dspy
 
@@ -25,7 +26,7 @@ from bettertogether.rollouts.evaluation import evaluate
 from bettertogether.rollouts.rollout import RolloutStore
 from bettertogether.rollouts.settings import RunSettings
 
-SOURCES = {
+SOURCES: dict[str, dict[str, Any]] = {
     "own runs": {"num_samples": 0, "rescue": False, "balance": False},
     "+ 4 samples": {"num_samples": 4, "rescue": False, "balance": False},
     "+ rescue": {"num_samples": 4, "rescue": True, "balance": False},

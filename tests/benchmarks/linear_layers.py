@@ -23,7 +23,7 @@ from bettertogether.engines.local.packed_linear import PackedLinear, pack_linear
 ROWS = (1, 8, 16, 32, 64, 256, 2048)
 
 
-def rate(layers: Sequence[nn.Module], rows: int) -> float:
+def rate(layers: Sequence[nn.Linear], rows: int) -> float:
     """GFLOP/s of one pass over the layers."""
     inputs = {layer.in_features: torch.randn(rows, layer.in_features, dtype=layer.weight.dtype) for layer in layers}
     times = []
@@ -35,7 +35,7 @@ def rate(layers: Sequence[nn.Module], rows: int) -> float:
     return sum(2 * layer.weight.numel() for layer in layers) * rows / min(times) / 1e9
 
 
-def alone_as_among_others(layer: nn.Module) -> bool:
+def alone_as_among_others(layer: nn.Linear) -> bool:
     """Whether a row alone has, bit for bit, the result that it has among others."""
     x = torch.randn(64, layer.in_features, dtype=layer.weight.dtype)
     return all(torch.equal(layer(x[i : i + 1]), layer(x)[i : i + 1]) for i in range(0, 64, 7))

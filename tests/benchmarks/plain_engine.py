@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class PlainEngine:
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.renderer = PromptRenderer(self.tokenizer, [self.model.generation_config.eos_token_id], None)
         self.trained_rows = 0
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._requests = 0
         self._lock = threading.Lock()
 
@@ -93,7 +93,7 @@ class PlainEngine:
         self.trained_rows += len(chats)
         lora = LoRAConfig()
         adapter = f"adapter{self.trained_rows}"
-        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules="all-linear", task_type="CAUSAL_LM")
         with self._lock, tempfile.TemporaryDirectory() as folder:
             model = get_peft_model(self.model, config, adapter_name=adapter)
             settings = SFTConfig(
@@ -138,7 +138,7 @@ class TrlProvider(Provider):
         self.finetunable = True
         self.engine = engine
 
-    def finetune(  # type: ignore[override]
+    def finetune(
         self,
         job: TrainingJob,
         model: str,

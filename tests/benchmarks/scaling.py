@@ -55,7 +55,7 @@ def random_adapter(model: Path, folder: Path, seed: int) -> Path:
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1e-3)
-    tuned.save_pretrained(folder)
+    tuned.save_pretrained(str(folder))
     return folder
 
 

@@ -143,13 +143,12 @@ def sum_question(rng: random.Random) -> dspy.Example:
 
 def order_text(rng: random.Random) -> dspy.Example:
     """An order in a sentence, and its fields."""
-    number = rng.randrange(len(NUMBERS))
+    number, name, surname = rng.randrange(len(NUMBERS)), rng.choice(NAMES), rng.choice(SURNAMES)
     fields = {
-        "customer": f"{rng.choice(NAMES)} {rng.choice(SURNAMES)}",
+        "customer": f"{name} {surname}",
         "item": rng.choice(ITEMS),
         "quantity": number + 2,
         "day": rng.choice(DAYS),
     }
-    name, surname = fields["customer"].split()
     text = rng.choice(ORDERS).format(name=name, surname=surname, number=NUMBERS[number], **fields)
     return dspy.Example(text=text, order=fields).with_inputs("text")

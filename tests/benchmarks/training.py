@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dspy
 from generation import Iris
@@ -36,6 +36,7 @@ from bettertogether.engines import TrainingRow, TransformersEngine
 from bettertogether.training.config import LoRAConfig, TrainingConfig
 from bettertogether.training.packing import TokenizedRow, epoch_batches
 
+Dtype = Literal["float32", "bfloat16"]
 BATCH = 8
 RATE = 2e-4
 SIDES = ("engine", "bare", "trl")
@@ -67,13 +68,13 @@ def tokenized(model_folder: str, rows: Sequence[TrainingRow]) -> list[TokenizedR
     return [TokenizedRow(engine.prompt_tokens(row.messages), engine.completion_tokens(row.completion)) for row in rows]
 
 
-def training_config(dtype: str) -> TrainingConfig:
+def training_config(dtype: Dtype) -> TrainingConfig:
     return TrainingConfig(
         learning_rate=RATE, epochs=1, batch_size=BATCH, scheduler="constant", warmup_ratio=0.0, dtype=dtype
     )
 
 
-def train_in_engine(model_folder: str, rows: Sequence[TrainingRow], dtype: str) -> tuple[float, list[float]]:
+def train_in_engine(model_folder: str, rows: Sequence[TrainingRow], dtype: Dtype) -> tuple[float, list[float]]:
     """Seconds, and the loss of each step, on the engine of a `local_lm` that has answered."""
     lm = local_lm(model_folder, max_tokens=1, cache=False)
     lm("Hello")
@@ -83,7 +84,7 @@ def train_in_engine(model_folder: str, rows: Sequence[TrainingRow], dtype: str) 
         return time.perf_counter() - started, [line.loss for line in result.history if line.loss is not None]
 
 
-def train_bare(model_folder: str, rows: Sequence[TokenizedRow], dtype: str) -> tuple[float, list[float]]:
+def train_bare(model_folder: str, rows: Sequence[TokenizedRow], dtype: Dtype) -> tuple[float, list[float]]:
     """The same by the trainer alone."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -98,7 +99,7 @@ def train_bare(model_folder: str, rows: Sequence[TokenizedRow], dtype: str) -> t
 
 
 def train_trl(
-    model_folder: str, rows: Sequence[TokenizedRow], dtype: str, micro_batch: int
+    model_folder: str, rows: Sequence[TokenizedRow], dtype: Dtype, micro_batch: int
 ) -> tuple[float, list[float]]:
     """The same with trl, in forward passes of `micro_batch` rows."""
     import torch
@@ -108,7 +109,7 @@ def train_trl(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    class OrderedTrainer(SFTTrainer):  # type: ignore[misc]
+    class OrderedTrainer(SFTTrainer):
         def _get_train_sampler(self, *args: Any, **options: Any) -> SequentialSampler:
             return SequentialSampler(self.train_dataset)
 
@@ -116,7 +117,7 @@ def train_trl(
     torch.manual_seed(0)
     lora = LoRAConfig()
     model = get_peft_model(
-        model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        model, LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules="all-linear", task_type="CAUSAL_LM")
     )
     order = [index for batch in epoch_batches(len(rows), BATCH, seed=0, epoch=1) for index in batch]
     columns: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
@@ -157,7 +158,7 @@ def train_trl(
         return time.perf_counter() - started, losses
 
 
-def run_one(side: str, model_folder: str, rows_file: Path, dtype: str, micro_batch: int) -> None:
+def run_one(side: str, model_folder: str, rows_file: Path, dtype: Dtype, micro_batch: int) -> None:
     """Train one side and report its figures."""
     rows = [TrainingRow(**line) for line in json.loads(rows_file.read_text())]
     tokens = tokenized(model_folder, rows)
@@ -186,7 +187,7 @@ def run_side(side: str, arguments: Sequence[str]) -> Figures:
     return figures
 
 
-def compare(options: argparse.Namespace, demos: int, dtype: str) -> None:
+def compare(options: argparse.Namespace, demos: int, dtype: Dtype) -> None:
     """Run the sides in turn, several times, and print the ratios of the medians."""
     rows = iris_rows(options.rows, demos)
     tokens = sum(map(len, tokenized(options.model, rows))) / len(rows)

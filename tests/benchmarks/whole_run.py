@@ -35,13 +35,13 @@ from bettertogether.rollouts.evaluation import evaluate
 DEMO_SETS = 6
 """Sets of demos that each side samples; the zero-shot prompt and the labels alone come on top."""
 MAX_TOKENS = 32
-TRAINING = {"learning_rate": 2e-4, "epochs": 3, "batch_size": 8}
+TRAINING: dict[str, Any] = {"learning_rate": 2e-4, "epochs": 3, "batch_size": 8}
 
 
 def compile_ours(student: dspy.Module, lm: dspy.LM, data: tuple[list, list], seed: int) -> tuple[dspy.Module, int]:
     train, val = data
     student.set_lm(lm)
-    own_data = {"num_samples": 0, "rescue": False}
+    own_data: dict[str, Any] = {"num_samples": 0, "rescue": False}
     p = BootstrapFewShotRS(sentiment_match, num_candidates=DEMO_SETS, **own_data)
     w = LoRAFinetune(sentiment_match, training=TrainingConfig(keep_best=False, **TRAINING), balance=False, **own_data)
     compiled = BetterTogether(sentiment_match, p=p, w=w).compile(student, trainset=train, valset=val, seed=seed)
