@@ -25,14 +25,18 @@ MESSAGES = (
     "{speed} We need {quantity} {items} for our office in {city}.",
     "To our branch in {city}: {quantity} {items}, as last time. {speed}",
 )
-SPEEDS = {"express": "It's urgent, use the fast delivery!", "standard": "No hurry, the usual delivery is fine."}
+Delivery = Literal["standard", "express"]
+SPEEDS: dict[Delivery, str] = {
+    "express": "It's urgent, use the fast delivery!",
+    "standard": "No hurry, the usual delivery is fine.",
+}
 
 
 class Order(BaseModel):
     item: str = Field(description="in the singular")
     quantity: int = Field(ge=1)
     city: str
-    delivery: Literal["standard", "express"]
+    delivery: Delivery
 
 
 class ReadOrder(dspy.Signature):

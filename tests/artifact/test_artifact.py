@@ -13,8 +13,9 @@ from fakes import Parity, TwoSteps, learner, parity_engine, parity_program, plai
 from saved import fresh_engine, manifest_of, tuned, tuned_program
 
 from bettertogether.artifact import artifact, load, load_report, save
-from bettertogether.artifact.saved_program import annotation_text, parameters_of
+from bettertogether.artifact.saved_program import annotation_text
 from bettertogether.errors import ArtifactError
+from bettertogether.programs.program import parameters_of
 from bettertogether.records import StepRecord
 from bettertogether.report import CompileReport
 

@@ -113,11 +113,11 @@ def train_trl(
         def _get_train_sampler(self, *args: Any, **options: Any) -> SequentialSampler:
             return SequentialSampler(self.train_dataset)
 
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     torch.manual_seed(0)
     lora = LoRAConfig()
     model = get_peft_model(
-        model, LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules="all-linear", task_type="CAUSAL_LM")
+        base, LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules="all-linear", task_type="CAUSAL_LM")
     )
     order = [index for batch in epoch_batches(len(rows), BATCH, seed=0, epoch=1) for index in batch]
     columns: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}

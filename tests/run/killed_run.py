@@ -54,10 +54,10 @@ class Started(Callback):
         say("started", os.getpid())
 
 
-def slow_fsync(handle: Any, fsync: Any = os.fsync) -> None:
+def slow_fsync(fd: Any, fsync: Any = os.fsync) -> None:
     """Writing takes a while, so that some kills fall into it."""
     time.sleep(WRITE_S)
-    fsync(handle)
+    fsync(fd)
 
 
 def outcome(compiled: dspy.Module, run_dir: Path) -> dict[str, Any]:
