@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .optimizer import BetterTogether
     from .report.report import CompileReport
     from .rollouts.evaluation import compare, evaluate
+    from .rollouts.from_datasets import examples_from
     from .rollouts.labels import stratified_split
     from .run.budget import Budget
     from .steps.prompt_step import BootstrapFewShotRS
@@ -36,6 +37,7 @@ _PUBLIC = {
     "compare": ".rollouts.evaluation",
     "default_model": ".downloads",
     "evaluate": ".rollouts.evaluation",
+    "examples_from": ".rollouts.from_datasets",
     "fetch_wheel_file": ".downloads",
     "load": ".artifact",
     "local_lm": ".lm",
@@ -58,6 +60,7 @@ __all__ = [
     "compare",
     "default_model",
     "evaluate",
+    "examples_from",
     "fetch_wheel_file",
     "load",
     "local_lm",

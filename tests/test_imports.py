@@ -66,13 +66,14 @@ LIGHT = ("engines", "engines.protocol", "training", "training.config")
 """Modules of those wings that others import: nothing heavy is loaded with them."""
 
 OPTIONAL = {
+    "datasets": "rollouts.from_datasets",
     "llguidance": "engines.structured",
     "mlflow": "callbacks.mlflow",
     "pandas": "programs.demo_values",
 }
 """Packages that may be missing: the one module that names each."""
 
-NEVER = {"vllm", "bitsandbytes", "matplotlib", "sklearn", "optuna", "datasets"}
+NEVER = {"vllm", "bitsandbytes", "matplotlib", "sklearn", "optuna", "bm25s"}
 """A server, a package that torch's optimizer classes load, and packages of tests and examples alone."""
 
 
@@ -284,7 +285,7 @@ def test_importing_the_package_loads_the_standard_library_alone() -> None:
     assert ours - set(sys.stdlib_module_names) == {"bettertogether"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.stem)
 def test_examples_import_public_names_alone(path: Path) -> None:
     names = {name for name, _ in imported_names(ast.parse(path.read_text())) if name.startswith("bettertogether")}
     assert names <= {"bettertogether", *(f"bettertogether.{name}" for name in bettertogether.__all__)}

@@ -12,6 +12,7 @@ from ..programs.content import example_content
 
 def check_examples(examples: object, name: str) -> list[dspy.Example]:
     """A list of examples that say which fields are inputs. Raises DataError."""
+    refuse_dataset(examples, name)
     if not isinstance(examples, Sequence) or isinstance(examples, str | bytes | Mapping):
         raise DataError(f"{name} must be a list of dspy.Example, got {type(examples).__name__}.")
     for position, example in enumerate(examples):
@@ -22,6 +23,16 @@ def check_examples(examples: object, name: str) -> list[dspy.Example]:
                 f'{name}[{position}] does not say which fields are inputs: call `.with_inputs("question", ...)`.'
             )
     return list(examples)
+
+
+def refuse_dataset(examples: object, name: str) -> None:
+    """Raise DataError for what the package `datasets` makes, which is told by its module, so that it need not be
+    installed."""
+    if type(examples).__module__.partition(".")[0] == "datasets":
+        raise DataError(
+            f"{name} is a datasets.{type(examples).__name__}, whose rows don't say which fields are inputs: give "
+            'bettertogether.examples_from(dataset, inputs=["question", ...]).'
+        )
 
 
 def example_key(example: dspy.Example) -> str:

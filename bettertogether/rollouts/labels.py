@@ -11,6 +11,7 @@ from typing import TypeVar
 import dspy
 
 from ..errors import ConfigError
+from .examples import refuse_dataset
 
 MOST_LABELS = 50
 
@@ -71,5 +72,6 @@ def stratified_split(
     examples: Sequence[dspy.Example], first_size: int, seed: int, label_field: str | None = None
 ) -> tuple[list[dspy.Example], list[dspy.Example]]:
     """Two disjoint parts, the first with `first_size` examples, each in a seeded random order."""
+    refuse_dataset(examples, "examples")
     order = stratified_order(list(range(len(examples))), labels_of(examples, label_field), seed)
     return [examples[i] for i in order[:first_size]], [examples[i] for i in order[first_size:]]
