@@ -1,4 +1,4 @@
-"""The scripts that users copy from, run as they are, on fakes whose best answer is known."""
+"""The scripts that users copy from, run as they are, on fakes whose best answer is known and on a tiny model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from typing import Any
 
 import dspy
 import pytest
+import torch
 from fakes import field_of, outputs_of, plain_lm
+from small_models import save_model
 
 import bettertogether
 from bettertogether.testing import Answer, FakeEngine, FakeRequest
@@ -213,6 +215,32 @@ def test_each_module_has_an_adapter_of_its_own(run: Run, serve: Serve) -> None:
         {("urgent",)},
     ]
     assert len(set(re.findall(r"^(?:route|hurry): (\S+@\S+)", printed, re.MULTILINE))) == 2
+
+
+def test_a_run_goes_on_and_its_program_is_saved_loaded_served_and_merged(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM_ANSWER", '{"team": "shipping"}')
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    messages = [dspy.Example(text=f"message {n}", team="billing").with_inputs("text") for n in range(12)]
+    monkeypatch.setattr(importlib.import_module("tasks"), "ticket_data", lambda limit: (messages[:6], messages[6:], []))
+    server = tmp_path / "vllm"
+    server.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).parent}/engines/fake_vllm.py" "$@"\n')
+    server.chmod(0o755)
+    model = save_model(tmp_path / "tiny")
+    program, merged = tmp_path / "program", tmp_path / "merged"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    compiling = ["compile", "--run-dir", tmp_path / "run", "--save", program, "--strategy", "w"]
+    first, again = (run("keep_and_serve.py", *compiling, "--model", model) for _ in range(2))
+    message = ("answer", program, "Where is my parcel?", "--model", model)
+    here = run("keep_and_serve.py", *message)
+    torch.set_num_threads(threads)
+    assert again == first
+    assert here == "billing\n"
+    assert run("keep_and_serve.py", *message, "--vllm", server) == "shipping\n"
+    run("keep_and_serve.py", "merge", program, merged)
+    assert (merged / "model.safetensors").is_file()
 
 
 def test_the_quickstart_s_notebook_runs_from_top_to_bottom(

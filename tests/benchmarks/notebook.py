@@ -8,6 +8,7 @@ The cells are below; change them here and write the notebook anew. `--model` and
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,8 @@ def executed(content: list[Cell]) -> str:
     notebook = nbformat.v4.new_notebook(
         cells=[made[cell.kind](cell.text, id=f"cell-{place}") for place, cell in enumerate(content)]
     )
+    # Bars that load weights and the warning of tqdm that they are only text, with the path of its file.
+    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
     nbclient.NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)

@@ -1,9 +1,9 @@
 """A stand-in for `vllm serve`: the part of its command line and of its HTTP API that the engine uses, on no model.
 
 An answer is five words made from the prompt's tokens, the model's name and, when sampling, the seed. `/seen` gives the
-bodies of all completions so far. Environment: FAKE_VLLM_FAILS=text ends with that text in the log;
-FAKE_VLLM_DIES_AFTER=n exits at the n-th completion; FAKE_VLLM_PAUSES=s waits so many seconds after each word of a
-stream.
+bodies of all completions so far. Environment: FAKE_VLLM_ANSWER=text is the answer to all; FAKE_VLLM_FAILS=text ends
+with that text in the log; FAKE_VLLM_DIES_AFTER=n exits at the n-th completion; FAKE_VLLM_PAUSES=s waits so many seconds
+after each word of a stream.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         if body["model"] not in {BASE, *adapters}:
             self.reply(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
             return
-        answer = words(body)
+        answer = [os.environ["FAKE_VLLM_ANSWER"]] if "FAKE_VLLM_ANSWER" in os.environ else words(body)
         usage = {
             "prompt_tokens": len(body["prompt"]),
             "completion_tokens": len(answer),
