@@ -102,7 +102,7 @@ def test_a_classifier_is_made_from_the_rows_of_a_csv(run: Run, serve: Serve, tmp
 
 def test_orders_are_read_into_a_pydantic_model(run: Run, serve: Serve) -> None:
     namespace = runpy.run_path(str(EXAMPLES / "extraction.py"))
-    orders = {example.message: example.order for seed in range(3) for example in namespace["orders"](9, seed)}
+    orders = {example.message: example.order for seed in range(3) for example in namespace["orders"](6, seed)}
 
     def answer(request: FakeRequest) -> Answer:
         message = field_of(request, "message")
@@ -111,7 +111,7 @@ def test_orders_are_read_into_a_pydantic_model(run: Run, serve: Serve) -> None:
 
     engine = FakeEngine(answer)
     serve(tiny=engine)
-    printed = run("extraction.py", "--model", "tiny", "--limit", 9)
+    printed = run("extraction.py", "--model", "tiny", "--limit", 6)
     assert 0.75 <= score(printed, "untouched") < score(printed, "compiled") == 1
     assert all('quantity": 1,' not in row.completion for rows in engine.trainings for row in rows)
 
@@ -126,7 +126,7 @@ def test_both_modules_of_the_rag_are_trained_on_right_answers(run: Run, serve: S
 
     engine = FakeEngine(answer)
     serve(tiny=engine)
-    printed = run("rag.py", "--model", "tiny")
+    printed = run("rag.py", "--model", "tiny", "--limit", 15)
     assert score(printed, "untouched") < score(printed, "compiled") == 1
     assert trained_fields(engine) == {("search_words",), ("answer",)}
 
