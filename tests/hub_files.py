@@ -38,7 +38,8 @@ def hotpotqa(folder: Path, train: int = 18, validation: int = 8) -> Path:
     """A folder with both configurations, of which "fullwiki" has the train split in two files and a test split without
     answers, as the hub does."""
     learning, testing = questions(train), questions(validation, seed=1)
-    unknown = {"answer": None, "type": None, "level": None, "supporting_facts": {"title": [], "sent_id": []}}
+    unknown: dict[str, Any] = {"answer": None, "type": None, "level": None}
+    unknown["supporting_facts"] = {"title": [], "sent_id": []}
     half = len(learning) // 2
     files = {
         "distractor/train-00000-of-00002": learning[:half],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import types
@@ -45,7 +46,7 @@ def test_the_hub_is_asked_for_the_papers_sets(monkeypatch: pytest.MonkeyPatch) -
         return datasets.Dataset.from_list([hub_files.problem(number) for number in range(5)])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = gsm8k.load(types.SimpleNamespace(limit=2, data=None))
+    rows = gsm8k.load(argparse.Namespace(limit=2, data=None))
     assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
     assert [len(part) for part in rows] == [2, 2, 2]
 
@@ -83,7 +84,7 @@ def test_gsm8k_examples_have_the_number_after_the_hashes_as_their_answer() -> No
 
 
 def test_hard_questions_alone_are_asked(tmp_path: Path) -> None:
-    options = types.SimpleNamespace(limit=30, data=str(hub_files.hotpotqa(tmp_path)), passages=None, drop_missing=False)
+    options = argparse.Namespace(limit=30, data=str(hub_files.hotpotqa(tmp_path)), passages=None, drop_missing=False)
     rows, _ = hotpotqa.load(options)
     assert [len(part) for part in rows] == [9, 9, 8]
     assert "easy" not in {name for part in rows for name in part["id"]}
@@ -99,7 +100,7 @@ def test_a_question_without_gold_passages_is_named_and_may_be_dropped(tmp_path: 
     passages.write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = failure(hotpotqa, "--data", str(data), "--passages", str(passages), "--limit", "30")
     assert text.startswith(f"Question {unknown['id']!r} has no gold passages: {missing!r} is not in the collection; so")
-    options = types.SimpleNamespace(limit=30, data=str(data), passages=str(passages), drop_missing=True)
+    options = argparse.Namespace(limit=30, data=str(data), passages=str(passages), drop_missing=True)
     dropped = hotpotqa.load(options)[0]
     assert [len(part) for part in dropped] == [9, 9, 7]
 
@@ -190,7 +191,7 @@ def test_the_made_world_has_different_questions_whose_answers_stand_in_their_gol
 
 
 def test_made_questions_need_no_files() -> None:
-    options = types.SimpleNamespace(limit=5, data="made", passages=None, drop_missing=False)
+    options = argparse.Namespace(limit=5, data="made", passages=None, drop_missing=False)
     rows, found = hotpotqa.load(options)
     assert [len(part) for part in rows] == [5, 5, 5]
     title = rows[0][0]["supporting_facts"]["title"][0]
@@ -203,7 +204,7 @@ def test_problems_of_reasoning_gym_are_different_ones_in_three_parts(monkeypatch
         return [{"question": f"{seed + number // 2}?", "answer": f"{seed + number // 2}"} for number in range(size)]
 
     monkeypatch.setitem(sys.modules, "reasoning_gym", types.SimpleNamespace(create_dataset=create_dataset))
-    parts = gsm8k.load(types.SimpleNamespace(limit=4, data="reasoning-gym"))
+    parts = gsm8k.load(argparse.Namespace(limit=4, data="reasoning-gym"))
     questions = [question for part in parts for question in part["question"]]
     assert len(questions) == len(set(questions)) == 12
     assert parts[0]["answer"] == [question.removesuffix("?") for question in parts[0]["question"]]

@@ -19,7 +19,7 @@ import pytest
 from fakes import field_of, outputs_of, plain_lm, reply
 from table_1 import BEST, MODELS, STRATEGIES, TABLE_1, table
 
-from bettertogether import LoRAConfig, TrainingConfig
+from bettertogether import LoRAConfig, TrainingConfig, evaluate
 from bettertogether.testing import FakeEngine, FakeRequest
 
 
@@ -39,8 +39,8 @@ def hotpotqa_values(request: FakeRequest) -> dict[str, Any]:
 
 def _from_passages(question: str, context: str, place: str, towns: tuple[str, str]) -> str:
     if towns[0]:
-        years = {town: re.search(rf"{town} \| .*?founded in (\d+)", context) for town in towns}
-        return min(towns, key=lambda town: int(years[town][1]) if years[town] else 9999)
+        years = {town: re.findall(rf"{town} \| .*?founded in (\d+)", context) for town in towns}
+        return min(towns, key=lambda town: int(years[town][0]) if years[town] else 9999)
     passage = context.partition(f"{place} | ")[2]
     found = re.search(
         r"makes (\w+)|county of (\w+)" if "make" in question or "county" in question else r"river (\w+)", passage
@@ -113,23 +113,20 @@ def test_a_finished_run_prints_its_table_again_without_a_call(
 def test_a_stopped_run_goes_on_after_the_last_strategy_that_was_tested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command, whole = arguments("gsm8k", tmp_path), experiment.evaluate
+    command = arguments("gsm8k", tmp_path)
     phases: list[str] = []
     stop = 2
 
-    def evaluate(*parts: Any, **options: Any) -> Any:
+    def stopping(*parts: Any, **options: Any) -> Any:
         if len(phases) == stop:
             raise KeyboardInterrupt
         phases.append(options["phase"])
-        return whole(*parts, **options)
+        return evaluate(*parts, **options)
 
-    monkeypatch.setattr(experiment, "evaluate", evaluate)
+    monkeypatch.setattr(experiment, "evaluate", stopping)
     with pytest.raises(KeyboardInterrupt):
         gsm8k.main(command, lm=plain_lm(student_engine("gsm8k")))
     done = json.loads((tmp_path / "run/seed-0/scores.json").read_text())
-    monkeypatch.setattr(
-        experiment, "evaluate", lambda *parts, **options: phases.append(options["phase"]) or whole(*parts, **options)
-    )
     stop = -1
     gsm8k.main(command, lm=plain_lm(student_engine("gsm8k")))
     assert len(done) == 2
@@ -171,8 +168,12 @@ def test_hotpotqa_searches_twice_with_a_predictor_each_and_answers_from_both() -
 class WatchedEngine(FakeEngine):
     """Keeps what it was asked to train with."""
 
+    def __init__(self, answer: Callable[[FakeRequest], Any]) -> None:
+        super().__init__(answer)
+        self.asked: list[tuple[Any, ...]] = []
+
     def finetune(self, rows: Any, **options: Any) -> Any:
-        vars(self).setdefault("asked", []).append((options["lora"], options["training"], rows))
+        self.asked.append((options["lora"], options["training"], rows))
         return super().finetune(rows, **options)
 
 

@@ -31,7 +31,7 @@ nothing to train on."""
 
 def table(task: str, model: str, scores: Mapping[str, Sequence[float | None]]) -> str:
     """`scores` has percent by strategy, one number a seed; None as in TABLE_1."""
-    rows = [("strategy", model, *MODELS)]
+    rows: list[tuple[str, ...]] = [("strategy", model, *MODELS)]
     for number, strategy in enumerate(STRATEGIES):
         theirs = (column[number] for column in TABLE_1[task])
         rows.append((strategy, _cell(scores[strategy]), *("-" if each is None else f"{each:.1f}" for each in theirs)))
