@@ -3,8 +3,9 @@
 It is the round with the highest mean score on the valset, the untouched student included, so that the result is
 never worse on it than the student. Of rounds with equal means, the latest whose own step gave evidence of a gain on
 other data (`StepRecord.step_gain` above zero: a prompt step's validation score rose, a weight step's held-out loss fell
-below that of the weights before); where none did, the earliest, since it is the simplest. Noise is no tie: of rounds
-that differ by less than it, the higher mean is still the better guess. A round in which every example failed has no
+below that of the weights before), or, where a later one goes on from it with fewer demos, that one: the same weights
+with shorter prompts. Where none did, the earliest, since it is the simplest. Noise is no tie: of rounds that differ by
+less than it, the higher mean is still the better guess. A round in which every example failed has no
 say unless all are so: its zeros are no scores. Without a valset nothing can be compared, and the latest complete round
 is returned, as in `dspy.BetterTogether`.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..records import StepRecord
+from ..records import ARROW, StepRecord
 from ..rollouts.failures import all_failed
 
 EQUAL = 1e-9
@@ -31,7 +32,21 @@ def select(records: Sequence[StepRecord]) -> int:
     best = max(score for score in scored.values() if score is not None)
     tied = [i for i, score in scored.items() if score is not None and score >= best - EQUAL]
     evident = [i for i in tied if (records[i].step_gain or 0.0) > 0]
-    return evident[-1] if evident else tied[0]
+    return _simplest(records, evident[-1], tied) if evident else tied[0]
+
+
+def _simplest(records: Sequence[StepRecord], evident: int, tied: Sequence[int]) -> int:
+    """That round, or the one of the tied that goes on from it with the fewest demos."""
+    before = records[evident].strategy + ARROW
+    later = [i for i in tied if records[i].strategy.startswith(before)]
+    return min((evident, *later), key=lambda i: _demos(records[i]))
+
+
+def _demos(record: StepRecord) -> float:
+    """Demos in the round's prompts; unknown is more than any."""
+    if record.program is None:
+        return math.inf
+    return sum(len(predictor["demos"]) for predictor in record.program.values())
 
 
 def rank(records: Sequence[StepRecord], selected: int) -> list[int]:

@@ -24,6 +24,19 @@ def test_of_equals_the_latest_whose_step_gave_evidence_is_selected() -> None:
     assert select([record(0.5), record(0.5, gain=0.1), record(0.5, gain=0.2), record(0.5, gain=0.0)]) == 2
 
 
+def with_demos(strategy: str, demos: int, gain: float | None = None) -> StepRecord:
+    program = {"self": {"demos": [{}] * demos}, "other": {"demos": []}}
+    return StepRecord(0, "p", strategy, "complete", score=0.5, step_gain=gain, program=program)
+
+
+def test_of_equals_one_that_goes_on_with_fewer_demos_is_selected() -> None:
+    evident = with_demos("p -> w", 3, gain=0.1)
+    fewer, more, elsewhere = with_demos("p -> w -> p", 1), with_demos("p -> w -> p", 4), with_demos("w", 0)
+    unknown = StepRecord(0, "p", "p -> w -> p", "complete", score=0.5)
+    assert select([evident, fewer, elsewhere]) == 1
+    assert select([evident, more, elsewhere]) == select([evident, unknown, elsewhere]) == 0
+
+
 def test_of_equals_without_evidence_the_simplest_is_selected() -> None:
     assert select([record(0.5), record(0.5, gain=0.0), record(0.5, gain=-1.0), record(0.5)]) == 0
 
