@@ -24,7 +24,7 @@ from ..programs.program import as_programs, copy_for_step, require_program, with
 from ..records import RaceResult
 from ..rollouts.examples import check_examples
 from ..rollouts.labels import stratified_split
-from ..rollouts.metrics import Metric, require_metric
+from ..rollouts.metrics import FULL_MARK, Metric, require_metric
 from ..rollouts.rollout import RolloutStore, stable_seed
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
@@ -61,7 +61,8 @@ class BootstrapFewShotRS(Step, Teleprompter):
             given. Those are a candidate either way, so the step never loses what it was given.
         strengths: Strengths of the program's adapters, where it has any, at which the best prompts are tried as well.
             Only one that scores better than the adapters as they are (1.0) is taken. (): none.
-        race: Stop candidates that a paired bound says can't win; False scores all of them fully.
+        race: Stop candidates that a paired bound says can't win, and those that answer as a simpler one does; False
+            scores all of them fully.
         num_samples, temperature, rescue: How hard to try for a trace of each example, see `LoRAFinetune`.
         num_threads, max_errors, seed: As in `dspy.Evaluate`; `compile` may be given its own.
     """
@@ -242,11 +243,12 @@ class BootstrapFewShotRS(Step, Teleprompter):
     ) -> tuple[list[Candidate], RaceResult]:
         """The race of the prompts, then that of the winner's against themselves at other strengths; with all that
         took part."""
-        prompts = run_race(candidates, size, scoring, race=self.race)
+        full_mark = FULL_MARK if self.threshold is None else self.threshold
+        prompts = run_race(candidates, size, scoring, race=self.race, full_mark=full_mark)
         best = choose(candidates, size)
         scaled = at_strengths(best, self.strengths, folder)
         scoring.add(scaled)
-        strengths = run_race([best, *scaled], size, scoring, race=self.race)
+        strengths = run_race([best, *scaled], size, scoring, race=self.race, full_mark=full_mark)
         return [*candidates, *scaled], prompts + strengths
 
     def _no_demos(self, traces: TraceSet) -> list[str]:

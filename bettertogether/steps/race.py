@@ -6,6 +6,9 @@ examples not yet seen are fewer each time) and a standard deviation that is neve
 more for and one more against. The confidence is that of one stop, not of the whole race: what full scoring would
 choose is lost about as rarely, since few candidates come near it, and the loss is small then
 (tests/benchmarks/race.py).
+
+A candidate also leaves when a simpler one got the very same scores so far, on `ALIKE` examples at least: weights that
+were trained on the prompts of the race answer alike under most of them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 from ..records import RaceResult
+from ..rollouts.metrics import FULL_MARK
 from .demo_sets import Candidate
 
 CONFIDENCE = 0.95
@@ -22,7 +26,8 @@ SLICES = 8
 """Looks at the candidates, at most."""
 SMALLEST_SLICE = 8
 """Validation examples of a slice, at least."""
-
+ALIKE = 16
+"""Examples with equal scores from which two candidates are held to answer alike."""
 
 ScoreFunction = Callable[[Sequence[Candidate], Sequence[int]], Sequence[Sequence[float]]]
 
@@ -33,9 +38,17 @@ def slices(size: int, race: bool) -> list[range]:
     return [range(start, min(size, start + step)) for start in range(0, size, step)]
 
 
-def run_race(candidates: Sequence[Candidate], size: int, score: ScoreFunction, *, race: bool = True) -> RaceResult:
+def run_race(
+    candidates: Sequence[Candidate],
+    size: int,
+    score: ScoreFunction,
+    *,
+    race: bool = True,
+    full_mark: float = FULL_MARK,
+) -> RaceResult:
     """Fill the candidates' scores. `score(running, positions)` gives the scores of each of these candidates at these
-    validation positions. A candidate that was fully scored before takes part with the scores it has."""
+    validation positions. A candidate that was fully scored before takes part with the scores it has. Scores that are
+    all the same tell candidates apart only where they are the `full_mark`."""
     new = [candidate for candidate in candidates if len(candidate.scores) < size]
     calls = 0
     for part in slices(size, race):
@@ -46,7 +59,9 @@ def run_race(candidates: Sequence[Candidate], size: int, score: ScoreFunction, *
             candidate.scores.update(zip(part, scores, strict=True))
         calls += len(part) * len(running)
         if part.stop < size:
-            _stop_losers(running, [*(c for c in candidates if c not in new), *running], range(part.stop), size)
+            rivals = [candidate for candidate in candidates if candidate not in new or not candidate.stopped]
+            _stop_losers(running, rivals, range(part.stop), size)
+            _stop_alike(running, rivals, range(part.stop), full_mark)
     return RaceResult(calls, len(new) * size - calls, CONFIDENCE)
 
 
@@ -61,6 +76,19 @@ def _stop_losers(running: Sequence[Candidate], rivals: Sequence[Candidate], seen
     for candidate in running:
         differences = [candidate.scores[i] - leader.scores[i] for i in seen]
         candidate.stopped = candidate is not leader and upper_bound(differences, size, 1 - CONFIDENCE) < 0
+
+
+def _stop_alike(running: Sequence[Candidate], rivals: Sequence[Candidate], seen: range, full_mark: float) -> None:
+    """Of candidates with the very same scores, go on with the one that `choose` would take."""
+    if len(seen) < ALIKE:
+        return
+    first: dict[tuple[float, ...], Candidate] = {}
+    for candidate in sorted((each for each in rivals if not each.stopped), key=lambda each: each.demos):
+        scores = tuple(candidate.scores[i] for i in seen)
+        telling = len(set(scores)) > 1 or scores[0] >= full_mark
+        simplest = first.setdefault(scores, candidate)
+        if candidate in running and telling and simplest is not candidate:
+            candidate.stopped = True
 
 
 def upper_bound(differences: Sequence[float], population: int, alpha: float) -> float:

@@ -3,8 +3,9 @@
     python tests/benchmarks/race.py [--candidates 8] [--races 2000]
 
 Each race has candidates of different accuracy on examples of different difficulty (a logistic model), as on real
-validation sets. Prints, by number of examples and by confidence of a stop, the share of program calls made, how often
-the candidate that full scoring would choose was lost, and the mean score lost by it. A second, no model.
+validation sets. A second table has candidates that answer alike but for one example in twenty, as after training.
+Prints, by number of examples and by confidence of a stop, the share of program calls made, how often the candidate that
+full scoring would choose was lost, and the mean score lost by it. A few seconds, no model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import math
 import random
 import statistics
+from collections.abc import Callable
 
 import dspy
 
@@ -20,15 +22,24 @@ from bettertogether.steps import race as racing
 from bettertogether.steps.demo_sets import Candidate
 from bettertogether.steps.race import choose
 
+Table = list[list[float]]
+"""Right or wrong, by candidate and example."""
 
-def table(candidates: int, size: int, rng: random.Random) -> list[list[float]]:
-    """Right or wrong, by candidate and example."""
+
+def different(candidates: int, size: int, rng: random.Random) -> Table:
+    """Each candidate has a skill of its own."""
     skills = [rng.gauss(0.5, 0.8) for _ in range(candidates)]
     ease = [rng.gauss(0, 1.5) for _ in range(size)]
     return [[float(rng.random() < 1 / (1 + math.exp(-skill - e))) for e in ease] for skill in skills]
 
 
-def race(scores: list[list[float]], size: int) -> tuple[int, float]:
+def alike(candidates: int, size: int, rng: random.Random) -> Table:
+    """All answer as one does, but for one example in twenty, where they are right or wrong by chance."""
+    [common] = different(1, size, rng)
+    return [[float(rng.random() < 0.5) if rng.random() < 0.05 else s for s in common] for _ in range(candidates)]
+
+
+def race(scores: Table, size: int) -> tuple[int, float]:
     """Calls made, and the score lost against scoring everything."""
     candidates = [Candidate(str(number), dspy.Module()) for number in range(len(scores))]
     result = racing.run_race(
@@ -43,13 +54,20 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--races", type=int, default=2000)
     options = parser.parse_args()
-    print(f"{options.candidates} candidates, {options.races} races\nexamples  confidence  calls made  best lost  loss")
+    for make in (different, alike):
+        print(f"{options.candidates} {make.__name__} candidates, {options.races} races")
+        print_table(make, options.candidates, options.races)
+
+
+def print_table(make: Callable[[int, int, random.Random], Table], candidates: int, races: int) -> None:
+    """One line for each number of examples and each confidence."""
+    print("examples  confidence  calls made  best lost  loss")
     for size in (24, 60, 250):
         for confidence in (0.8, 0.9, 0.95, 0.99):
             racing.CONFIDENCE = confidence
             rng = random.Random(0)
-            results = [race(table(options.candidates, size, rng), size) for _ in range(options.races)]
-            calls = statistics.mean(calls for calls, _ in results) / (options.candidates * size)
+            results = [race(make(candidates, size, rng), size) for _ in range(races)]
+            calls = statistics.mean(calls for calls, _ in results) / (candidates * size)
             lost = statistics.mean(loss > 0 for _, loss in results)
             print(
                 f"{size:8}  {confidence:10}  {calls:10.0%}  {lost:9.1%}  {statistics.mean(x for _, x in results):.4f}"

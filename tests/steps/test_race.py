@@ -98,11 +98,56 @@ def test_little_is_lost_where_all_candidates_are_equally_good() -> None:
     assert sum(losses) / len(losses) <= 0.005
 
 
-def test_equal_candidates_are_never_stopped() -> None:
-    table = {"a": [1.0, 0.0] * 50, "b": [1.0, 0.0] * 50}
+def with_demos(table: Table, demos: dict[str, int]) -> list[Candidate]:
+    found = []
+    for name in table:
+        program = dspy.Predict("a -> b")
+        program.demos = [dspy.Example(a=i, b=i) for i in range(demos[name])]
+        found.append(Candidate(name, program))
+    return found
+
+
+def test_of_candidates_that_answer_alike_the_simplest_goes_on() -> None:
+    same = [1.0, 0.0, 1.0, 1.0] * 25
+    table = {"long": same, "short": same, "later": same, "other": [0.0, 1.0, 1.0, 1.0] * 25}
+    racers = with_demos(table, {"long": 3, "short": 1, "later": 1, "other": 0})
+    result = run_race(racers, 100, scorer(table))
+    assert [racer.stopped for racer in racers] == [True, False, True, False]
+    assert [len(racer.scores) for racer in racers] == [26, 100, 26, 100]
+    assert (result.calls_made, result.calls_saved) == (252, 148)
+    assert choose(racers, 100).name == "other"
+
+
+def test_answers_are_not_alike_before_sixteen_examples() -> None:
+    table = {"a": [1.0, 0.0] * 8, "b": [1.0, 0.0] * 7 + [1.0, 1.0]}
     racers = candidates(table)
-    run_race(racers, 100, scorer(table))
+    run_race(racers, 16, scorer(table))
     assert not any(racer.stopped for racer in racers)
+
+
+def test_one_that_answers_like_a_known_one_is_stopped() -> None:
+    table = {"known": [1.0, 0.0] * 20, "new": [1.0, 0.0] * 20}
+    known, new = candidates(table)
+    known.scores = dict(enumerate(table["known"]))
+    run_race([known, new], 40, scorer(table))
+    assert (known.stopped, new.stopped, len(new.scores)) == (False, True, 16)
+
+
+@pytest.mark.parametrize(("score", "stopped"), [(0.0, False), (0.5, False), (1.0, True)])
+def test_where_all_scores_are_the_same_only_the_full_mark_says_that_candidates_are_alike(
+    score: float, stopped: bool
+) -> None:
+    table = {"a": [score] * 40, "b": [score] * 40}
+    racers = candidates(table)
+    run_race(racers, 40, scorer(table))
+    assert [racer.stopped for racer in racers] == [False, stopped]
+
+
+def test_the_full_mark_is_the_callers() -> None:
+    table = {"a": [5.0] * 40, "b": [5.0] * 40}
+    racers = candidates(table)
+    run_race(racers, 40, scorer(table), full_mark=5.0)
+    assert [racer.stopped for racer in racers] == [False, True]
 
 
 def test_the_bound_is_exact_when_all_examples_were_seen() -> None:
@@ -126,7 +171,7 @@ def test_a_few_lost_examples_in_a_row_do_not_stop_a_candidate() -> None:
 
 
 def test_one_that_was_scored_before_takes_part_with_its_scores_and_costs_nothing() -> None:
-    table = {"known": [1.0] * 50 + [0.0] * 50, "loser": [0.0] * 100, "winner": [1.0] * 100}
+    table = {"known": [1.0, 0.0] * 50, "loser": [0.0] * 100, "winner": [1.0] * 100}
     known, *others = candidates(table)
     known.scores = dict(enumerate(table["known"]))
     calls: list[tuple[str, int]] = []
