@@ -10,10 +10,12 @@ from .config import TrainingConfig
 
 RATE_AT_WIDTH = (5e-4, 2000)
 RATE_EXPONENT = 0.781
-TARGET_STEPS = 30
-"""Optimizer steps on few rows, at a learning rate that falls to 0 over them. Where a training ended before the rate had
-fallen, the weights answered well under one prompt and worse under others."""
-LEAST_EPOCHS, MOST_EPOCHS = 2, 15
+MEASURED_STEPS = 100
+"""Optimizer steps on few rows, at most, where a held-out loss says when to stop: a label of three that four numbers
+tell apart took 60."""
+BLIND_STEPS = 30
+"""Where nothing is held out that could say so."""
+LEAST_EPOCHS, MOST_EPOCHS = 2, 20
 ENOUGH_STEPS = 1000
 """Rows that give so many steps are gone through once."""
 
@@ -28,19 +30,21 @@ def auto_learning_rate(hidden_size: int) -> float:
     return rate * float(width / hidden_size) ** RATE_EXPONENT
 
 
-def auto_epochs(rows: int, batch_size: int) -> int:
-    """Passes over the rows, at most: as many as make `TARGET_STEPS` optimizer steps, within bounds."""
+def auto_epochs(rows: int, batch_size: int, held_out: bool = True) -> int:
+    """Passes over the rows, at most: as many as make the steps above, within bounds. `held_out`: whether there are rows
+    whose loss can end the training earlier."""
     steps = math.ceil(rows / batch_size)
     if steps >= ENOUGH_STEPS:
         return 1
-    return min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(TARGET_STEPS / steps)))
+    most = MEASURED_STEPS if held_out else BLIND_STEPS
+    return min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(most / steps)))
 
 
-def resolved(training: TrainingConfig, hidden_size: int, rows: int) -> TrainingConfig:
+def resolved(training: TrainingConfig, hidden_size: int, rows: int, held_out: bool = True) -> TrainingConfig:
     """The configuration with numbers in place of "auto"; of the epochs, the most that there may be."""
     rate, epochs = training.learning_rate, training.epochs
     return replace(
         training,
         learning_rate=auto_learning_rate(hidden_size) if rate == "auto" else rate,
-        epochs=auto_epochs(rows, training.batch_size) if epochs == "auto" else epochs,
+        epochs=auto_epochs(rows, training.batch_size, held_out) if epochs == "auto" else epochs,
     )

@@ -22,7 +22,7 @@ from .held_out import HeldOutLosses
 from .packing import TokenizedRow
 from .progress import TrainingProgress
 
-SCHEMA = 2
+SCHEMA = 3
 FOLDER = "checkpoint"
 
 
@@ -43,14 +43,21 @@ class TrainingState:
     history: tuple[TrainingProgress, ...] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Adapter weights by PEFT key."""
+    mean_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Their running mean; empty when there is none."""
     best_weights: Mapping[str, Tensor] = field(default_factory=dict)
-    """Those of the best epoch; empty when they are `weights`."""
+    """What was measured after the best epoch; empty when that is the last one."""
     first_moments: Mapping[str, Tensor] = field(default_factory=dict)
     """AdamW's running means of the gradients, by PEFT key."""
     second_moments: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def kept(self) -> Mapping[str, Tensor]:
+        """The weights to keep: those measured after the best epoch."""
+        return self.best_weights or self.mean_weights or self.weights
 
-_TENSORS = ("weights", "best_weights", "first_moments", "second_moments")
+
+_TENSORS = ("weights", "mean_weights", "best_weights", "first_moments", "second_moments")
 
 
 def fingerprint(
@@ -72,7 +79,8 @@ def save_state(folder: Path, state: TrainingState, run: str) -> None:
     with atomic_folder(target, _put_anew) as work:
         tensors = {f"{name}/{key}": tensor for name in _TENSORS for key, tensor in getattr(state, name).items()}
         atomic_write(work / "tensors.safetensors", save(tensors))
-        values = asdict(replace(state, weights={}, best_weights={}, first_moments={}, second_moments={}))
+        without: dict[str, Any] = {name: {} for name in _TENSORS}
+        values = asdict(replace(state, **without))
         values = {key: value for key, value in values.items() if key not in _TENSORS}
         atomic_write(work / "state.json", json.dumps({"schema": SCHEMA, "run": run, **values}))
     for other in parent.iterdir():

@@ -67,7 +67,8 @@ class TrainingConfig:
     """Passes over the rows. "auto": as many as the rows need, at most what `training/auto.py` says, and fewer where the
     held-out loss stops falling (see `patience`). The best of them is kept, see `keep_best`."""
     patience: int = 3
-    """With epochs="auto", `keep_best` and validation rows: epochs without a lower held-out loss after which to stop."""
+    """With epochs="auto", `keep_best` and validation rows: epochs without a lower held-out loss after which to stop, if
+    the loss has risen since or is nearly 0; else more, see `training/length.py`."""
     max_minutes: float | None = None
     """Stop at the end of the epoch after which the next would take longer than this (within the first epoch: after the
     step that does). None: no limit."""
@@ -84,8 +85,9 @@ class TrainingConfig:
     max_tokens_per_batch: int = 16_384
     """Tokens in one forward pass at most (packed, shared prefix counted once); a batch over it is split and its
     gradients are accumulated. A single longer row still goes through alone."""
-    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate after the warm-up."""
+    scheduler: Literal["averaged", "cosine", "linear", "constant"] = "averaged"
+    """Learning rate after the warm-up. "averaged": constant, and the weights that are measured and kept are the running
+    mean of those of the last steps (`training/averaging.py`), so that training may end at any time."""
     warmup_ratio: float = 0.05
     """Share of the optimizer steps spent warming up, 0 to 1."""
     weight_decay: float = 0.0
@@ -123,7 +125,7 @@ class TrainingConfig:
         require_whole("seed", self.seed, 0)
         require_switch("keep_best", self.keep_best)
         require_switch("balance_fields", self.balance_fields)
-        schedulers = ("cosine", "linear", "constant")
+        schedulers = ("averaged", "cosine", "linear", "constant")
         _require(self.scheduler in schedulers, "scheduler", self.scheduler, f"one of {schedulers}")
         _require(is_number(warmup) and 0 <= warmup < 1, "warmup_ratio", warmup, "a number in [0, 1)")
         beta2 = self.adam_beta2

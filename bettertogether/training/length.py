@@ -16,15 +16,38 @@ FALL = 0.02
 """A held-out loss is lower when it fell by this share of what it was before training. Less says nothing: where all rows
 held out are answered right, it goes on falling towards 0 for ever."""
 
+PLATEAU_STEPS = 40
+"""Optimizer steps for which a loss may stay where it is, neither falling nor rising. A model that learns to tell labels
+apart first learns how often each occurs, and stays there for some 20 steps."""
+
 logger = get_logger(__name__)
 
 
 def epochs_without_fall(losses: Sequence[float]) -> int:
     """How many of the last epochs brought no lower held-out loss; `losses` before training, then after each epoch."""
-    low, waited = math.inf, 0
+    return len(_since_low(losses))
+
+
+def has_settled(losses: Sequence[float], steps_per_epoch: int, patience: int) -> bool:
+    """Whether more epochs won't lower the held-out loss: `patience` of them brought no fall, and all of them rose, or
+    it has hardly anything left to fall by, or there was none for `PLATEAU_STEPS`."""
+    since = _since_low(losses)
+    if len(since) < patience:
+        return False
+    low, least = min(losses[1:]), FALL * losses[0]
+    rises = min(since[-patience:]) > low + least
+    return rises or low < 2 * least or len(since) * steps_per_epoch >= PLATEAU_STEPS
+
+
+def _since_low(losses: Sequence[float]) -> list[float]:
+    """The losses of the epochs after the last that brought a lower one."""
+    low, since = math.inf, list[float]()
     for loss in losses[1:]:
-        low, waited = (loss, 0) if loss < low - FALL * losses[0] else (low, waited + 1)
-    return waited
+        if loss < low - FALL * losses[0]:
+            low, since = loss, []
+        else:
+            since.append(loss)
+    return since
 
 
 class RunLength:
@@ -45,7 +68,7 @@ class RunLength:
         minutes = "" if self._max_minutes is None else f", {self._max_minutes:g} minutes"
         patience = ""
         if self._patience is not None:
-            patience = f"; ends after {self._patience} epochs without a lower held-out loss"
+            patience = f"; ends {self._patience} epochs or more after the last lower held-out loss"
         logger.info(
             "Training on %d rows: at most %d epochs, %d steps%s%s.",
             self._rows,
@@ -79,7 +102,7 @@ class RunLength:
 
     def lost_patience(self, losses: Sequence[float]) -> bool:
         """Whether the held-out loss has not fallen for too long; `losses` as for `epochs_without_fall`."""
-        return self._patience is not None and epochs_without_fall(losses) >= self._patience
+        return self._patience is not None and has_settled(losses, self.steps_per_epoch, self._patience)
 
     def say_why(self, epoch: int, losses: Sequence[float], step: int) -> None:
         """Say why the run has ended before its last epoch."""

@@ -22,6 +22,7 @@ from ..printable import get_logger
 from . import checkpoint
 from .adapter import ADAPTER_NAME, TrainableAdapter, save_adapter, training_adapter
 from .auto import resolved
+from .averaging import RunningMean
 from .checkpoint import TrainingState
 from .config import LoRAConfig, TrainingConfig
 from .fused import fused_lora
@@ -104,7 +105,7 @@ def train_adapter(
 
 
 def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> float:
-    """Learning rate of optimizer step `step` (from 1): linear warm-up to the peak, then the schedule, towards 0."""
+    """Learning rate of optimizer step `step` (from 1): linear warm-up to the peak, then the schedule."""
     warmup, peak = math.ceil(training.warmup_ratio * total_steps), _number(training.learning_rate)
     if step <= warmup:
         return peak * step / warmup
@@ -141,7 +142,8 @@ class _Run:
         on_progress: ProgressFunction | None,
     ) -> None:
         self.adapter, self.loss, self.folder = adapter, loss, folder
-        self.training = resolved(training, adapter.base.config.get_text_config().hidden_size, len(rows))
+        width = adapter.base.config.get_text_config().hidden_size
+        self.training = resolved(training, width, len(rows), held_out=bool(validation_rows))
         self.rows, self.validation_rows, self.on_progress = rows, validation_rows, on_progress
         self.accelerator = Accelerator()
         self.parameters = adapter.parameters
@@ -163,6 +165,7 @@ class _Run:
         options |= {"packed": loss.packed, "initial": adapter.digest(), "torch": torch.__version__}
         self.fingerprint = checkpoint.fingerprint(rows, validation_rows, options)
         self.state = TrainingState()
+        self.mean: RunningMean | None = None
         self.history: list[TrainingProgress] = []
 
     def train(self) -> TrainedAdapter:
@@ -177,7 +180,7 @@ class _Run:
         while self.state.epoch < self.length.epochs and not self._ends_early():
             self._epoch(self.state.epoch + 1)
         if self.accelerator.is_main_process:
-            save_adapter(self.folder, self.adapter.config, self.state.best_weights or self.state.weights)
+            save_adapter(self.folder, self.adapter.config, self.state.kept)
             checkpoint.remove_states(self.folder)
         self.accelerator.wait_for_everyone()
         state = self.state
@@ -200,6 +203,8 @@ class _Run:
             self.adapter.load(state.weights, self.folder)
             checkpoint.restore_optimizer(self.optimizer, self.parameters, state)
             self.state, self.history = state, list(state.history)
+        if self.training.scheduler == "averaged":
+            self.mean = RunningMean(self.parameters, self.state.mean_weights)
 
     @property
     def _seconds(self) -> float:
@@ -252,7 +257,8 @@ class _Run:
             best_epoch=epoch if better else before.best_epoch,
             best=losses if better else before.best,
             weights=weights,
-            best_weights={} if better else before.best_weights or before.weights,
+            mean_weights=self.mean.state() if self.mean else {},
+            best_weights={} if better else before.kept,
             first_moments=first,
             second_moments=second,
             history=tuple(self.history),
@@ -281,6 +287,8 @@ class _Run:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
+        if self.mean:
+            self.mean.update(step)
         self.state = replace(self.state, step=step, tokens=self.state.tokens + tokens)
         self._report(loss, None, rate)
         if self.accelerator.is_main_process:
@@ -336,9 +344,10 @@ class _Run:
         self.adapter.base.eval()
         started = time.perf_counter()
         by_field = self.training.balance_fields
-        losses = held_out_losses(
-            self.loss, self.validation_rows, self.max_tokens, self.accelerator, self._share, by_field
-        )
+        with self.mean.in_place() if self.mean else contextlib.nullcontext():
+            losses = held_out_losses(
+                self.loss, self.validation_rows, self.max_tokens, self.accelerator, self._share, by_field
+            )
         self.length.held_out_seconds = time.perf_counter() - started
         if not losses.finite:
             raise TrainingError(

@@ -16,7 +16,7 @@ from bettertogether.training import TrainingConfig
 from bettertogether.training import length as length_module
 from bettertogether.training import trainer as trainer_module
 from bettertogether.training.auto import auto_epochs, auto_learning_rate, resolved
-from bettertogether.training.length import epochs_without_fall
+from bettertogether.training.length import epochs_without_fall, has_settled
 from bettertogether.training.progress import TrainingProgress
 from bettertogether.training.trainer import TrainedAdapter, train_adapter
 
@@ -30,10 +30,12 @@ def test_the_learning_rate_falls_with_a_power_of_the_width(hidden_size: int, rat
 
 
 @pytest.mark.parametrize(
-    ("rows", "epochs"), [(1, 15), (40, 6), (64, 4), (200, 2), (300, 2), (7992, 2), (7993, 1), (100_000, 1)]
+    ("rows", "epochs", "blind"),
+    [(1, 20, 20), (40, 20, 6), (64, 13, 4), (200, 4, 2), (300, 3, 2), (7992, 2, 2), (7993, 1, 1), (100_000, 1, 1)],
 )
-def test_few_rows_are_seen_often_and_many_once(rows: int, epochs: int) -> None:
+def test_few_rows_are_seen_often_and_many_once(rows: int, epochs: int, blind: int) -> None:
     assert auto_epochs(rows, batch_size=8) == epochs
+    assert auto_epochs(rows, batch_size=8, held_out=False) == blind
 
 
 def test_numbers_stay_as_they_are() -> None:
@@ -41,7 +43,7 @@ def test_numbers_stay_as_they_are() -> None:
     paper = TrainingConfig.paper()
     assert (paper.learning_rate, paper.epochs) == (1e-5, 5)
     assert (paper.skeleton_weight, paper.balance_fields, paper.adam_beta2) == (1.0, False, 0.999)
-    assert resolved(TrainingConfig(), 2000, 64) == TrainingConfig(learning_rate=5e-4, epochs=4)
+    assert resolved(TrainingConfig(), 2000, 64) == TrainingConfig(learning_rate=5e-4, epochs=13)
 
 
 def train(folder: Path, lines: list[TrainingProgress] | None = None, on_progress: Any = None, **options: Any) -> Any:
@@ -57,17 +59,17 @@ def losses(result: TrainedAdapter) -> list[float]:
     return [line.validation_loss for line in result.history if line.validation_loss is not None][1:]
 
 
-OVERFITTING: dict[str, Any] = {"learning_rate": 0.03, "scheduler": "constant"}
+OVERFITTING: dict[str, Any] = {"learning_rate": 0.03, "scheduler": "constant", "warmup_ratio": 0.0}
 
 
 def test_auto_stops_when_the_held_out_loss_has_had_no_new_low_for_as_long_as_the_patience(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole", **OVERFITTING, epochs=10)
+    whole = train(tmp_path / "whole", **OVERFITTING, epochs=20)
     result = train(tmp_path / "auto", **OVERFITTING, patience=2)
     seen = [whole.base_validation_loss, *losses(whole)]
-    ends = next(epoch for epoch in range(11) if epochs_without_fall(seen[: epoch + 1]) == 2)
+    ends = next(epoch for epoch in range(21) if has_settled(seen[: epoch + 1], steps_per_epoch=3, patience=2))
     assert losses(result) == losses(whole)[:ends]
     assert result.best_epoch == losses(whole).index(min(losses(whole)[:ends])) + 1
-    assert {line.total_steps for line in result.history} == {30}
+    assert {line.total_steps for line in result.history} == {60}
 
 
 @pytest.mark.parametrize(
@@ -85,13 +87,34 @@ def test_a_loss_is_lower_when_it_fell_by_a_share_of_what_it_was_before(losses: l
     assert epochs_without_fall(losses) == waited
 
 
+@pytest.mark.parametrize(
+    ("losses", "settled"),
+    [
+        ([4.0, 2.0, 2.5], False),
+        ([4.0, 2.0, 2.5, 2.5], True),
+        ([4.0, 2.0, 2.0, 2.0], False),
+        ([4.0, 2.0, 2.0, 2.0, 2.0], False),
+        ([4.0, 2.0, *[2.0] * 7], True),
+        ([4.0, 2.0, *[2.0] * 6, 1.5], False),
+        ([4.0, 2.0, 2.5, 2.0, 2.5], False),
+        ([4.0, 2.0, 2.5, 2.0, 2.5, 2.5], True),
+        ([4.0, 0.1, 0.1, 0.1], True),
+        ([4.0, 0.1, 0.1], False),
+    ],
+)
+def test_a_loss_that_has_risen_or_is_nearly_zero_ends_a_run_sooner_than_one_that_stays(
+    losses: list[float], settled: bool
+) -> None:
+    assert has_settled(losses, steps_per_epoch=6, patience=2) is settled
+
+
 def test_a_number_of_epochs_is_run_whatever_the_held_out_loss_says(tmp_path: Path) -> None:
     assert len(losses(train(tmp_path, **OVERFITTING, epochs=7, patience=1))) == 7
 
 
 def test_without_keep_best_auto_runs_to_its_bound(tmp_path: Path) -> None:
     result = train(tmp_path, **OVERFITTING, patience=1, keep_best=False)
-    assert (len(losses(result)), result.best_epoch) == (10, 10)
+    assert (len(losses(result)), result.best_epoch) == (20, 20)
 
 
 class Killed(BaseException):
@@ -144,8 +167,8 @@ def test_the_bounds_are_said_before_and_the_time_after_the_first_steps(
     messages: dict[int, list[str]] = {}
     with caplog.at_level(logging.INFO, "bettertogether"):
         train(tmp_path, on_progress=report, learning_rate=1e-3, max_minutes=30)
-    patience = "ends after 3 epochs without a lower held-out loss"
-    assert messages[0] == [f"Training on 20 rows: at most 10 epochs, 30 steps, 30 minutes; {patience}."]
+    patience = "ends 3 epochs or more after the last lower held-out loss"
+    assert messages[0] == [f"Training on 20 rows: at most 20 epochs, 60 steps, 30 minutes; {patience}."]
     assert messages[5][1:] == ["The training takes about 15.0 minutes at most (30.00 s a step)."]
 
 
@@ -156,5 +179,5 @@ def test_why_a_run_ended_early_is_said(tmp_path: Path, caplog: pytest.LogCapture
     ends = [record.getMessage() for record in caplog.records if "ends after" in record.getMessage()]
     step = result.history[-1].step
     last_fall = len(losses(result)) - 1
-    assert f"Training ends after {step} of 30 steps: no lower held-out loss since epoch {last_fall}." in ends
-    assert "Training ends after 1 of 30 steps: max_minutes=1e-09 are over, within the first epoch." in ends
+    assert f"Training ends after {step} of 60 steps: no lower held-out loss since epoch {last_fall}." in ends
+    assert "Training ends after 1 of 60 steps: max_minutes=1e-09 are over, within the first epoch." in ends

@@ -77,7 +77,7 @@ def reference_training(lora: LoRAConfig, training: TrainingConfig) -> tuple[list
 
 def test_training_equals_a_plain_loop_over_padded_batches(tmp_path: Path) -> None:
     lora = LoRAConfig(rank=4, alpha=8)
-    training = TrainingConfig(learning_rate=1e-2, epochs=3, dtype="float32", weight_decay=0.1)
+    training = TrainingConfig(learning_rate=1e-2, epochs=3, dtype="float32", weight_decay=0.1, scheduler="cosine")
     losses, state = reference_training(lora, training)
     result = train(tmp_path, training, lora=lora)
     assert [line.loss for line in result.history] == pytest.approx(losses, rel=1e-4)
