@@ -190,7 +190,8 @@ class Loop:
         if step is None:
             return run_any(optimizer, parent, context, given, plan.provide_traceback)
         # Tuned weights answer the trainset by heart under any prompt, so theirs are chosen on other examples.
-        if len(context.trainset) >= ENOUGH_FOR_BOTH and model_names(parent) == model_names(plan.student):
+        untrained = model_names(parent) == model_names(plan.student)
+        if step.spares_valset and untrained and len(context.trainset) >= ENOUGH_FOR_BOTH:
             context = replace(context, valset=None)
         result = step.last = step.run(parent, context.with_arguments(given))
         drop_results(result.program)

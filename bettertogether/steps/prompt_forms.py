@@ -56,6 +56,7 @@ class PromptForms:
     """The demo sets of every predictor of a program, drawn once, and the prompts that they make of rows.
 
     Form number i of all rows of a predictor shows demo set i, less the row's own example, so that they begin alike.
+    Examples of the `valset` have rows, counted on from those of the trainset, but no demo shows one.
     """
 
     def __init__(
@@ -64,12 +65,13 @@ class PromptForms:
         trainset: Sequence[dspy.Example],
         traces: Sequence[Trace],
         *,
+        valset: Sequence[dspy.Example] = (),
         earlier: Sequence[dspy.Module] = (),
         max_demos: int = 3,
         seed: int = 0,
     ) -> None:
         self._predictors = predictors_of(student)
-        self._examples = DemoExamples(student, trainset, traces)
+        self._examples = DemoExamples(student, [*trainset, *valset], traces)
         self.sets: dict[str, list[DemoSet]] = {name: [] for name in self._predictors}
         """By predictor."""
         self.left_out: Counter[str] = Counter()

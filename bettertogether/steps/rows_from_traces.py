@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -59,6 +59,8 @@ class Collected:
     ledger: Ledger
     warnings: tuple[str, ...] = ()
     """What makes the runs meaningless that the rows come from."""
+    held_out: tuple[Row, ...] = field(default=(), repr=False)
+    """Rows of a valset, on which the epoch is chosen."""
 
     def write(self, path: str | Path) -> Path:
         """Write the rows as JSON lines that `datasets.load_dataset("json")` and `rows=` read."""
@@ -104,11 +106,14 @@ def rows_from_traces(
     trainable: Trainable,
     options: RowOptions,
     *,
+    valset: Sequence[dspy.Example] = (),
+    held_out: TraceSet | None = None,
     earlier: Sequence[dspy.Module] = (),
     seed: int = 0,
 ) -> Collected:
-    """The rows of the passing traces. `earlier` are programs whose prompts "varied" rows are shown too, and `seed`
-    draws the demos. Raises NoTrainingDataError with the counts when there are none."""
+    """The rows of the passing traces; those of `held_out`, the traces of `valset`, apart, with demos of the trainset
+    too. `earlier` are programs whose prompts "varied" rows are shown too, and `seed` draws the demos. Raises
+    NoTrainingDataError with the counts when there are none."""
     dropped: Counter[tuple[str, str]] = Counter({(WHOLE_TRACE, reason): n for reason, n in traces.reasons().items()})
     plain = [trace for trace in traces.traces if not hint_leaks(trace)]
     dropped[WHOLE_TRACE, "answer talks about the hint"] += len(traces.traces) - len(plain)
@@ -123,7 +128,9 @@ def rows_from_traces(
     dropped[WHOLE_TRACE, STRANGER] += sum(trace.strangers for trace in chosen)
     forms = None
     if options.train_prompt == "varied":
-        forms = PromptForms(student, trainset, chosen, earlier=earlier, max_demos=options.max_demos, seed=seed)
+        forms = PromptForms(
+            student, trainset, chosen, valset=valset, earlier=earlier, max_demos=options.max_demos, seed=seed
+        )
     by_trace = [_rows_of(student, trace, trainable, options, dropped, forms) for trace in chosen]
     usable = [(trace, rows) for trace, rows in zip(chosen, by_trace, strict=True) if rows]
     labels = labels_of(trainset, options.label_field, output_names(student))
@@ -137,7 +144,14 @@ def rows_from_traces(
         raise NoTrainingDataError(_no_rows(traces, reasons))
     warnings = [*_label_warnings(rows, labels), *_no_labels(trainset, output_names(student)), *_no_forms(forms)]
     card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), forms=forms, warnings=warnings)
-    return Collected(tuple(rows), card, traces.ledger, warnings=traces.warnings)
+    apart: list[Row] = []
+    if held_out is not None:
+        for trace in select_traces((t for t in held_out.traces if not hint_leaks(t)), max_per_example=1):
+            # Positions in the valset come after those in the trainset.
+            moved = replace(trace, index=len(trainset) + trace.index)
+            apart += _rows_of(student, moved, trainable, options, Counter(), forms)
+    ledger = traces.ledger + held_out.ledger if held_out else traces.ledger
+    return Collected(tuple(rows), card, ledger, warnings=traces.warnings, held_out=tuple(apart))
 
 
 def select_traces(

@@ -63,7 +63,7 @@ class StepResult:
     details: Details | None = None
     """What it did."""
     step_gain: float | None = None
-    """Its own evidence of a gain, on data other than the valset."""
+    """Its own evidence of a gain, on data other than the valset or by another measure."""
     warnings: tuple[str, ...] = ()
     """What it has to say against its own result."""
 
@@ -73,6 +73,8 @@ class Step(ABC):
 
     threshold: float | None = None
     """Score from which an example counts as solved; None: the full mark."""
+    spares_valset = True
+    """Whether it is to do without the valset where the trainset is large enough to hold some out."""
     last: StepResult | None = None
     """What the last `compile`, or the last step of a `BetterTogether`, gave."""
 

@@ -7,8 +7,8 @@ per LM on them (or one per predictor), and put the tuned LM into the predictors.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,18 +22,28 @@ from ..errors import ConfigError, DataError, NoTrainingDataError, NotTrainableEr
 from ..lm import local_engine, require_engine
 from ..printable import get_logger
 from ..programs.program import as_programs, copy_for_step, predictors_of, require_program, require_reachable
-from ..records import DataCard, HeldOutLoss, Ledger, LossLine, TrainedAdapter, WeightDetails
+from ..records import Ledger
 from ..rollouts.examples import check_examples
+from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.settings import RunSettings
-from ..rollouts.traces import ExamplePass, Sampling, collect_traces
+from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
 from ..training.config import LoRAConfig, TrainingConfig
-from .adapter_rows import AdapterKey, adapter_key, hold_out, rows_by_adapter
+from .adapter_rows import (
+    ENOUGH_HELD_OUT,
+    FEWEST_HELD_OUT,
+    AdapterKey,
+    adapter_key,
+    enough_held_out,
+    hold_out,
+    rows_by_adapter,
+)
 from .data_card import make_data_card
 from .rows import Row, read_rows, write_rows
 from .rows_from_traces import Collected, LocalModel, Reasoning, RowOptions, Trainable, TrainPrompt, rows_from_traces
 from .step import Step, StepContext, StepResult
+from .training_details import fall_of_loss, rows_file, weight_details
 
 logger = get_logger(__name__)
 
@@ -68,10 +78,14 @@ class LoRAFinetune(Step, Teleprompter):
         start_from: "base" trains a new adapter on the base weights; "current" goes on with the one in use.
         frozen: Names of predictors to leave alone. Those whose LM is not local are left alone anyway.
         threshold: Score from which an example counts as solved; None: 1.0, the full mark.
-        validation_share: Share of the trainset's examples held out to choose the best epoch (never the valset).
+        validation_share: Share of the trainset's examples held out to choose the best epoch. Where that is fewer than
+            16 and there is a valset, up to 16 examples of it are run and measured instead, and all of the trainset is
+            trained on. 0: none.
         num_threads, max_errors, seed: As in `dspy.Evaluate`; `compile` may be given its own.
         folder: Where adapters are written; None: the cache.
     """
+
+    spares_valset = False
 
     def __init__(
         self,
@@ -160,6 +174,7 @@ class LoRAFinetune(Step, Teleprompter):
         *,
         trainset: Sequence[dspy.Example],
         teacher: dspy.Module | Sequence[dspy.Module] | None = None,
+        valset: Sequence[dspy.Example] | None = None,
         rows: Sequence[Row] | str | Path | None = None,
         num_threads: int | None = None,
         max_errors: int | None = None,
@@ -169,13 +184,13 @@ class LoRAFinetune(Step, Teleprompter):
     ) -> dspy.Module:
         """A copy of the student whose predictors use tuned LMs.
 
-        `rows` (or a JSONL file of them) are trained on as they are, instead of collecting any. Raises ProgramError,
+        On examples of `valset` the epoch is chosen where the trainset is small, see `validation_share`. `rows` (or a
+        JSONL file of them) are trained on as they are, instead of collecting any. Raises ProgramError,
         NotTrainableError, NoTrainingDataError, TooManyErrors, TrainingError.
         """
         settings = RunSettings(num_threads, max_errors, seed, store)
-        self.last = self.run(
-            student, StepContext(trainset, teachers=as_programs(teacher), rows=rows, folder=folder, settings=settings)
-        )
+        context = StepContext(trainset, valset, as_programs(teacher), rows=rows, folder=folder, settings=settings)
+        self.last = self.run(student, context)
         return self.last.program
 
     def run(self, student: dspy.Module, context: StepContext) -> StepResult:
@@ -187,6 +202,7 @@ class LoRAFinetune(Step, Teleprompter):
             collected = self.collect(
                 student,
                 trainset=context.trainset,
+                valset=context.valset,
                 teacher=context.teachers,
                 earlier=context.earlier,
                 settings=context.settings,
@@ -197,14 +213,14 @@ class LoRAFinetune(Step, Teleprompter):
             events.warn(warning)
         folder = self.folder if context.folder is None else Path(context.folder).expanduser()
         starts = self._starts(trainable)
-        results = self._train(collected.rows, trainable, context.settings.seed, folder)
+        results = self._train(collected, trainable, context.settings.seed, folder)
         trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
         return StepResult(
             program=self._tuned(student, trainable, results),
             ledger=(collected.ledger + trained).with_seconds(time.monotonic() - started),
-            details=_details(collected.card, results, starts),
+            details=weight_details(collected.card, results, starts),
             # From other weights than those before, the fall is no gain over the round before.
-            step_gain=_fall_of_loss(result for key, result in results.items() if starts[key] == key.model),
+            step_gain=fall_of_loss(result for key, result in results.items() if starts[key] == key.model),
             warnings=(*collected.warnings, *collected.card.warnings),
         )
 
@@ -229,6 +245,7 @@ class LoRAFinetune(Step, Teleprompter):
         student: dspy.Module,
         *,
         trainset: Sequence[dspy.Example],
+        valset: Sequence[dspy.Example] | None = None,
         teacher: dspy.Module | Sequence[dspy.Module] | None = None,
         earlier: Sequence[dspy.Module] = (),
         settings: RunSettings = RunSettings(),
@@ -239,17 +256,43 @@ class LoRAFinetune(Step, Teleprompter):
         if not trainset:
             raise DataError("trainset cannot be empty: give the examples to run the program on.")
         check_examples(trainset, "trainset")
+        check_examples(valset or (), "valset")
         settings = settings.or_else(num_threads=self.num_threads, max_errors=self.max_errors, seed=self.seed)
-        traces = collect_traces(
+
+        def traces_of(examples: Sequence[dspy.Example], phase: str) -> TraceSet:
+            return collect_traces(
+                student,
+                examples,
+                ExamplePass(self.metric, self.threshold, settings, phase=phase),
+                sampling=self.sampling,
+                teachers=as_programs(teacher),
+                label_field=self.rows.label_field,
+            )
+
+        seed = settings.seed or 0
+        measured = self._measured(trainset, valset or (), seed)
+        traces = traces_of(trainset, "collect training data")
+        return rows_from_traces(
             student,
             trainset,
-            ExamplePass(self.metric, self.threshold, settings, phase="collect training data"),
-            sampling=self.sampling,
-            teachers=as_programs(teacher),
-            label_field=self.rows.label_field,
+            traces,
+            trainable,
+            self.rows,
+            valset=measured,
+            held_out=traces_of(measured, "collect held-out data") if measured else None,
+            earlier=earlier,
+            seed=seed,
         )
-        seed = settings.seed or 0
-        return rows_from_traces(student, trainset, traces, trainable, self.rows, earlier=earlier, seed=seed)
+
+    def _measured(
+        self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example], seed: int
+    ) -> Sequence[dspy.Example]:
+        """The examples of the valset on which the epoch is chosen; none where the trainset has enough."""
+        share = self.validation_share
+        if not (share and self.training.keep_best) or round(share * len(trainset)) >= ENOUGH_HELD_OUT:
+            return ()
+        chosen = stratified_split(valset, ENOUGH_HELD_OUT, seed)[0]
+        return chosen if len(chosen) >= FEWEST_HELD_OUT else ()
 
     def _given(self, rows: Sequence[Row] | str | Path, trainable: Trainable) -> Collected:
         if not isinstance(rows, Sequence | Path):
@@ -265,18 +308,19 @@ class LoRAFinetune(Step, Teleprompter):
 
     def _train(
         self,
-        rows: Sequence[Row],
+        collected: Collected,
         trainable: Trainable,
         seed: int | None,
         folder: Path | None,
     ) -> dict[AdapterKey, FinetuneResult]:
-        groups = rows_by_adapter(rows, trainable, multitask=self.multitask)
+        groups = rows_by_adapter(collected.rows, trainable, multitask=self.multitask)
+        apart = rows_by_adapter(collected.held_out, trainable, multitask=self.multitask)
         engines = {adapter_key(name, lm, self.multitask): engine for name, (engine, lm) in trainable.items()}
         starts = self._starts(trainable)
         training = self.training if seed is None else replace(self.training, seed=seed)
         results: dict[AdapterKey, FinetuneResult] = {}
         for number, (key, group) in enumerate(groups.items(), 1):
-            train_rows, validation_rows = self._split(group, training.seed)
+            train_rows, validation_rows = self._split(group, apart.get(key, ()), training.seed)
             adapter = f"adapter {number}/{len(groups)}"
             base = MODEL_PREFIX + engines[key].base_name
             results[key] = engines[key].finetune(
@@ -290,13 +334,16 @@ class LoRAFinetune(Step, Teleprompter):
                     "training", {"adapter": adapter, "progress": line}
                 ),
             )
-            write_rows([*train_rows, *validation_rows], _rows_file(results[key]))
+            write_rows([*train_rows, *validation_rows], rows_file(results[key]))
         return results
 
-    def _split(self, rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
-        """Rows to train on and rows held out, by example; none held out where they would be too few."""
+    def _split(self, rows: Sequence[Row], apart: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+        """Rows to train on, and rows held out: those that are `apart` already, or some of them, by example; none where
+        they would be too few."""
         if not self.training.keep_best:
             return list(rows), []
+        if enough_held_out(apart):
+            return list(rows), list(apart)
         return hold_out(rows, self.validation_share, seed)
 
     def _starts(self, trainable: Trainable) -> dict[AdapterKey, str]:
@@ -328,35 +375,3 @@ class LoRAFinetune(Step, Teleprompter):
                 predictor.demos = []
         tuned._compiled = True
         return tuned
-
-
-def _rows_file(result: FinetuneResult) -> Path:
-    """The rows that an adapter was trained on and held out, beside its folder, which peft alone fills."""
-    return result.folder.with_name(f"{result.folder.name}.rows.jsonl")
-
-
-def _details(
-    card: DataCard, results: Mapping[AdapterKey, FinetuneResult], starts: Mapping[AdapterKey, str]
-) -> WeightDetails:
-    adapters = {
-        result.model: TrainedAdapter(
-            trained_from=f"{starts[key]} {key.predictor}".strip(),
-            folder=str(result.folder),
-            rows=str(_rows_file(result)),
-            best_epoch=result.best_epoch,
-            held_out_loss=HeldOutLoss(result.base_validation_loss, result.validation_loss),
-            skipped_rows=result.skipped_rows,
-            all_tokens_loss=HeldOutLoss(*result.all_tokens_loss),
-            field_losses={name: HeldOutLoss(*losses) for name, losses in result.field_losses.items()},
-        )
-        for key, result in results.items()
-    }
-    history = tuple(LossLine(result.model, **asdict(line)) for result in results.values() for line in result.history)
-    return WeightDetails(card, adapters, history)
-
-
-def _fall_of_loss(results: Iterable[FinetuneResult]) -> float | None:
-    """By how much training lowered the held-out loss, where it was measured; the mean of the adapters."""
-    losses = [(result.base_validation_loss, result.validation_loss) for result in results]
-    falls = [before - after for before, after in losses if before is not None and after is not None]
-    return sum(falls) / len(falls) if falls else None

@@ -343,11 +343,10 @@ def test_the_rows_of_one_example_are_never_on_both_sides() -> None:
     program = parity_program(engine)
     program.demos = numbers(1, start=99)
     rows = program_rows.collect(program, trainset=numbers(60)).rows
-    train, rest = hold_out(rows, 0, seed=0)
-    assert len(train) == 120
-    halves = hold_out(rows, 0.2, seed=0)
-    assert not {row.example for row in halves[0]} & {row.example for row in halves[1]}
-    assert rest == []
+    assert len(hold_out(rows, share=0, seed=0)[0]) == 120
+    train, rest = hold_out(rows, share=0.2, seed=0)
+    assert (len(train), len(rest)) == (96, 24)
+    assert not {row.example for row in train} & {row.example for row in rest}
 
 
 def test_the_step_gain_is_the_fall_of_the_held_out_loss() -> None:

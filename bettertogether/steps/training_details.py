@@ -1,0 +1,44 @@
+"""What a weight step's trainings came to: what is recorded of them, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from ..engines.protocol import FinetuneResult
+from ..records import DataCard, HeldOutLoss, LossLine, TrainedAdapter, WeightDetails
+from .adapter_rows import AdapterKey
+
+
+def rows_file(result: FinetuneResult) -> Path:
+    """The rows that an adapter was trained on and held out, beside its folder, which peft alone fills."""
+    return result.folder.with_name(f"{result.folder.name}.rows.jsonl")
+
+
+def weight_details(
+    card: DataCard, results: Mapping[AdapterKey, FinetuneResult], starts: Mapping[AdapterKey, str]
+) -> WeightDetails:
+    """What is recorded of the step: its rows, and the adapters trained on them."""
+    adapters = {
+        result.model: TrainedAdapter(
+            trained_from=f"{starts[key]} {key.predictor}".strip(),
+            folder=str(result.folder),
+            rows=str(rows_file(result)),
+            best_epoch=result.best_epoch,
+            held_out_loss=HeldOutLoss(result.base_validation_loss, result.validation_loss),
+            skipped_rows=result.skipped_rows,
+            all_tokens_loss=HeldOutLoss(*result.all_tokens_loss),
+            field_losses={name: HeldOutLoss(*losses) for name, losses in result.field_losses.items()},
+        )
+        for key, result in results.items()
+    }
+    history = tuple(LossLine(result.model, **asdict(line)) for result in results.values() for line in result.history)
+    return WeightDetails(card, adapters, history)
+
+
+def fall_of_loss(results: Iterable[FinetuneResult]) -> float | None:
+    """By how much training lowered the held-out loss, where it was measured; the mean of the adapters."""
+    losses = [(result.base_validation_loss, result.validation_loss) for result in results]
+    falls = [before - after for before, after in losses if before is not None and after is not None]
+    return sum(falls) / len(falls) if falls else None
