@@ -25,7 +25,7 @@ def test_of_equals_the_latest_whose_step_gave_evidence_is_selected() -> None:
 
 
 def with_demos(strategy: str, demos: int, gain: float | None = None) -> StepRecord:
-    program = {"self": {"demos": [{}] * demos}, "other": {"demos": []}}
+    program: Any = {"self": {"demos": [{}] * demos}, "other": {"demos": []}}
     return StepRecord(0, "p", strategy, "complete", score=0.5, step_gain=gain, program=program)
 
 

@@ -27,7 +27,7 @@ class Recorded:
         self.shown: list[set[int]] = []
         """What the prompts of the rows held out show, demos included."""
         self._finetune = engine.finetune
-        engine.finetune = self._record  # type: ignore[method-assign]
+        engine.finetune = self._record  # type: ignore[assignment, method-assign]
 
     def _record(self, rows: Sequence[TrainingRow], *, validation_rows: Sequence[TrainingRow], **options: Any) -> Any:
         self.trained.append([asked(row.messages)[-1] for row in rows])
@@ -94,4 +94,4 @@ def test_a_strategy_gives_its_valset_to_the_weight_step() -> None:
 
 def test_a_valset_of_something_else_is_refused() -> None:
     with pytest.raises(DataError, match="valset"):
-        tuned(30, ["a"])  # type: ignore[list-item]
+        tuned(30, ["a"])

@@ -166,10 +166,10 @@ def test_the_bounds_are_said_before_and_the_time_after_the_first_steps(
 
     messages: dict[int, list[str]] = {}
     with caplog.at_level(logging.INFO, "bettertogether"):
-        train(tmp_path, on_progress=report, learning_rate=1e-3, max_minutes=30)
+        train(tmp_path, on_progress=report, learning_rate=1e-3, max_minutes=40)
     patience = "ends 3 epochs or more after the last lower held-out loss"
-    assert messages[0] == [f"Training on 20 rows: at most 20 epochs, 60 steps, 30 minutes; {patience}."]
-    assert messages[5][1:] == ["The training takes about 15.0 minutes at most (30.00 s a step)."]
+    assert messages[0] == [f"Training on 20 rows: at most 20 epochs, 60 steps, 40 minutes; {patience}."]
+    assert messages[5][1:] == ["The training takes about 30.0 minutes at most (30.00 s a step)."]
 
 
 def test_why_a_run_ended_early_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
