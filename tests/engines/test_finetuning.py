@@ -65,7 +65,7 @@ def test_the_folder_is_named_by_its_content_and_holds_a_plain_peft_adapter(train
 
 def test_the_losses_before_and_after_are_reported(trained: Any) -> None:
     _, result = trained
-    assert result.validation_loss < 0.1 < result.base_validation_loss
+    assert result.validation_loss < 0.2 < result.base_validation_loss
     assert result.history[-1].total_steps == 12
     assert 1 <= result.best_epoch <= 12
     assert result.tokens > 0
@@ -85,7 +85,7 @@ def test_the_next_round_goes_on_from_the_last(trained: Any, tmp_path: Path) -> N
     )
     assert second.model.startswith(f"local/{engine.base_name}@r2-")
     assert json.loads((second.folder / "bettertogether.json").read_text()) == {"round": 2, "base": engine.base_name}
-    assert second.base_validation_loss < 0.1
+    assert second.base_validation_loss == pytest.approx(first.validation_loss)
     assert tuple(lines) == second.history
 
 

@@ -185,7 +185,7 @@ def compile_(engine: FakeEngine, **options: Any) -> dspy.Module:
 def test_a_run_says_why_in_its_records_its_report_and_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         report = compile_(parity_engine(knows)).report
-    assert [record.step for record in report.rounds] == ["", "p", "w", "w", "p"]
+    assert [record.step for record in report.rounds] == ["", "p", "w", "w", "p", "w", "p", "w"]
     assert report.rounds[0].why == ""
     assert report.rounds[1].why == "the untouched student passes 6 of 24 examples, few to learn from"
     assert report.stopped == "none of the last 2 rounds gained more than its noise"

@@ -345,7 +345,7 @@ def test_the_rows_of_one_example_are_never_on_both_sides() -> None:
     rows = program_rows.collect(program, trainset=numbers(60)).rows
     assert len(hold_out(rows, share=0, seed=0)[0]) == 120
     train, rest = hold_out(rows, share=0.2, seed=0)
-    assert (len(train), len(rest)) == (96, 24)
+    assert (len(train), len(rest)) == (96, 12)
     assert not {row.example for row in train} & {row.example for row in rest}
 
 
