@@ -10,8 +10,9 @@ For each task and seed one `BetterTogether.compile` runs "p -> w -> p" and "w"; 
 `--repeats` adds a compile of "w -> w" and "w -> p", `--auto` one with strategy="auto", `--theirs` one of
 `dspy.BetterTogether` with dspy's own optimizers over the same engine (together_theirs.py). Ablations, one flag each:
 `--train-prompt vanilla|optimized|mixed|varied`, `--skeleton-weight X`, `--learning-rate X|auto`, `--epochs N|auto`,
-`--strengths none|0.5,1`, `--no-earlier`. Every cell (task, seed, side, ablation, model) runs in a process of its own,
-one at a time, and is one JSON file in FOLDER; its log lies beside it. The same command goes on where it was stopped.
+`--scheduler averaged|cosine`, `--no-balance-fields`, `--strengths none|0.5,1`, `--no-earlier`. Every cell (task,
+seed, side, ablation, model) runs in a process of its own, one at a time, and is one JSON file in FOLDER; its log lies
+beside it. The same command goes on where it was stopped.
 
 Prints, per model and ablation: the mean on TEST of each strategy by task; paired differences with 95% intervals; the
 2x2 of weights and prompts; minutes and LM calls of each round; and the ablations beside the default.
@@ -64,6 +65,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--train-prompt")
     for name in ("--skeleton-weight", "--learning-rate", "--epochs"):
         parser.add_argument(name, type=number_or_word)
+    parser.add_argument("--scheduler", choices=["averaged", "cosine", "linear", "constant"])
+    parser.add_argument("--no-balance-fields", dest="balance_fields", action="store_const", const=False)
     parser.add_argument("--strengths")
     parser.add_argument("--no-earlier", dest="earlier", action="store_const", const=False)
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -72,7 +75,10 @@ def arguments() -> argparse.ArgumentParser:
 
 def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What is asked for: seed by seed, so that a stopped run has all tasks."""
-    names = ("train_prompt", "skeleton_weight", "learning_rate", "epochs", "strengths", "earlier")
+    names = (
+        *("train_prompt", "skeleton_weight", "learning_rate", "epochs", "scheduler", "balance_fields"),
+        *("strengths", "earlier"),
+    )
     ablation = {name: value for name in names if (value := getattr(options, name)) is not None}
     more = {"repeats": options.repeats, "auto": options.auto, "theirs": options.theirs}
     sides = options.only or ["ours", *(side for side, wanted in more.items() if wanted)]

@@ -25,6 +25,8 @@ from bettertogether.steps.step import StepContext, StepResult
 
 PAPER = ("", "p", "p -> w", "p -> w -> p")
 """The rounds of the paper's strategy, among which "returned" is chosen."""
+OF_TRAINING = ("learning_rate", "epochs", "scheduler", "skeleton_weight", "balance_fields")
+"""Options of an ablation that a `TrainingConfig` takes."""
 STRATEGIES = {"ours": ["p -> w -> p", "w"], "repeats": ["w -> w", "w -> p"], "auto": "auto"}
 """What one compile of a side runs; the common beginnings once."""
 
@@ -56,9 +58,9 @@ def accepted(kind: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def steps(metric: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Our optimizers under an ablation. Options: train_prompt, skeleton_weight, learning_rate, epochs, strengths,
-    earlier (False: p is not told of earlier prompts)."""
-    training = {name: options[name] for name in ("learning_rate", "epochs", "skeleton_weight") if name in options}
+    """Our optimizers under an ablation. Options: train_prompt, those of the training, strengths, earlier (False: p is
+    not told of earlier prompts)."""
+    training = {name: options[name] for name in OF_TRAINING if name in options}
     of_w = {name: options[name] for name in ("train_prompt",) if name in options}
     of_p = {}
     if "strengths" in options:
