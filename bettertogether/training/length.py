@@ -12,9 +12,11 @@ from .config import TrainingConfig
 TIMED_STEPS = 4
 """Optimizer steps after which the time of the whole run is foretold; the first is slower than the others."""
 
-FALL = 0.02
+FALL = 0.01
 """A held-out loss is lower when it fell by this share of what it was before training. Less says nothing: where all rows
 held out are answered right, it goes on falling towards 0 for ever."""
+NEARLY_ZERO = 0.04
+"""A loss below this share of what it was before training has hardly anything left to fall by."""
 
 PLATEAU_STEPS = 40
 """Optimizer steps for which a loss may stay where it is, neither falling nor rising. A model that learns to tell labels
@@ -36,7 +38,7 @@ def has_settled(losses: Sequence[float], steps_per_epoch: int, patience: int) ->
         return False
     low, least = min(losses[1:]), FALL * losses[0]
     rises = min(since[-patience:]) > low + least
-    return rises or low < 2 * least or len(since) * steps_per_epoch >= PLATEAU_STEPS
+    return rises or low < NEARLY_ZERO * losses[0] or len(since) * steps_per_epoch >= PLATEAU_STEPS
 
 
 def _since_low(losses: Sequence[float]) -> list[float]:
