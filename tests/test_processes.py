@@ -31,7 +31,11 @@ def is_alive(pid: int) -> bool:
         return False
     # A process that ended and was not waited for still has a number.
     status = Path(f"/proc/{pid}/stat")
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        # It went between the two looks.
+        return False
 
 
 def pid_in(log: Path) -> int:
