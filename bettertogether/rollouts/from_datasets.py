@@ -83,7 +83,7 @@ def _columns_of_fields(found: Sequence[str], columns: Mapping[str, str] | None) 
                 f"Field {field!r} would be column {column!r}, but there is a column {field!r} too: leave that out with "
                 f"dataset.remove_columns({field!r})."
             )
-    renamed = {column for column in asked.values()}
+    renamed = set(asked.values())
     source = {**asked, **{column: column for column in found if column not in renamed}}
     return dict(sorted(source.items(), key=lambda pair: found.index(pair[1])))
 

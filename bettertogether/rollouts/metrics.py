@@ -32,6 +32,11 @@ class Verdict:
     """Why it did not pass, in a word or two."""
 
 
+def full_mark(threshold: float | None) -> float:
+    """The score from which an example counts as solved."""
+    return FULL_MARK if threshold is None else threshold
+
+
 def call_metric(metric: Metric, example: dspy.Example, prediction: Any, trace: list[Any] | None) -> Any:
     """Call a metric of two, three (trace) or five (GEPA: trace, pred_name, pred_trace) arguments."""
     return metric(*(example, prediction, trace, None, None)[: _arity(metric)])
@@ -101,5 +106,5 @@ def judge(
             f"The metric returned {score:g}. Without a threshold, 1.0 is taken as its full mark: give threshold=... "
             "(the score from which an example counts as solved), or return a score from 0 to 1."
         )
-    passed = score >= (FULL_MARK if threshold is None else threshold)
+    passed = score >= full_mark(threshold)
     return Verdict(score, passed, None if passed else BELOW_THRESHOLD)

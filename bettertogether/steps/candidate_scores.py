@@ -10,7 +10,7 @@ from ..callbacks import events
 from ..records import Ledger
 from ..rollouts.evaluation import Evaluation, Evaluator
 from ..rollouts.failures import count_failures, failure_warning
-from ..rollouts.metrics import FULL_MARK, Metric
+from ..rollouts.metrics import Metric, full_mark
 from ..rollouts.settings import RunSettings
 from .demo_sets import Candidate
 
@@ -64,8 +64,7 @@ class CandidateScores:
 def all_equal(candidates: Sequence[Candidate], threshold: float | None) -> str | None:
     """A warning where the scores say nothing, though there is something to gain."""
     scores = [score for candidate in candidates for score in candidate.scores.values()]
-    full_mark = FULL_MARK if threshold is None else threshold
-    if not len(scores) > len(candidates) > 1 or len(set(scores)) > 1 or scores[0] >= full_mark:
+    if not len(scores) > len(candidates) > 1 or len(set(scores)) > 1 or scores[0] >= full_mark(threshold):
         return None
     return (
         f"candidates: each of the {len(candidates)} scores {scores[0]:g} on each example, so the scores don't say "

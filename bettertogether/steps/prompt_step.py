@@ -24,7 +24,7 @@ from ..programs.program import as_programs, copy_for_step, require_program, with
 from ..records import RaceResult
 from ..rollouts.examples import check_examples
 from ..rollouts.labels import stratified_split
-from ..rollouts.metrics import FULL_MARK, Metric, require_metric
+from ..rollouts.metrics import Metric, full_mark, require_metric
 from ..rollouts.rollout import RolloutStore, stable_seed
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
@@ -243,12 +243,12 @@ class BootstrapFewShotRS(Step, Teleprompter):
     ) -> tuple[list[Candidate], RaceResult]:
         """The race of the prompts, then that of the winner's against themselves at other strengths; with all that
         took part."""
-        full_mark = FULL_MARK if self.threshold is None else self.threshold
-        prompts = run_race(candidates, size, scoring, race=self.race, full_mark=full_mark)
+        mark = full_mark(self.threshold)
+        prompts = run_race(candidates, size, scoring, race=self.race, full_mark=mark)
         best = choose(candidates, size)
         scaled = at_strengths(best, self.strengths, folder)
         scoring.add(scaled)
-        strengths = run_race([best, *scaled], size, scoring, race=self.race, full_mark=full_mark)
+        strengths = run_race([best, *scaled], size, scoring, race=self.race, full_mark=mark)
         return [*candidates, *scaled], prompts + strengths
 
     def _no_demos(self, traces: TraceSet) -> list[str]:

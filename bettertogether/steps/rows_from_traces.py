@@ -144,13 +144,11 @@ def rows_from_traces(
         raise NoTrainingDataError(_no_rows(traces, reasons))
     warnings = [*_label_warnings(rows, labels), *_no_labels(trainset, output_names(student)), *_no_forms(forms)]
     card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), forms=forms, warnings=warnings)
-    apart: list[Row] = []
-    if held_out is not None:
-        for trace in select_traces((t for t in held_out.traces if not hint_leaks(t)), max_per_example=1):
-            # Positions in the valset come after those in the trainset.
-            moved = replace(trace, index=len(trainset) + trace.index)
-            apart += _rows_of(student, moved, trainable, options, Counter(), forms)
     ledger = traces.ledger + held_out.ledger if held_out else traces.ledger
+    # Positions in the valset come after those in the trainset.
+    moved = [replace(trace, index=len(trainset) + trace.index) for trace in (held_out.traces if held_out else ())]
+    chosen_apart = select_traces((trace for trace in moved if not hint_leaks(trace)), max_per_example=1)
+    apart = [row for each in chosen_apart for row in _rows_of(student, each, trainable, options, Counter(), forms)]
     return Collected(tuple(rows), card, ledger, warnings=traces.warnings, held_out=tuple(apart))
 
 

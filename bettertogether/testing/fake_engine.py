@@ -209,7 +209,7 @@ class FakeEngine:
         rows, and so does that of each of their fields."""
         if not rows:
             raise NoTrainingDataError("no rows")
-        training = resolved(training, FAKE_WIDTH, len(rows))
+        training = resolved(training, FAKE_WIDTH, len(rows), held_out=bool(validation_rows))
         epochs, rate = training.epochs, training.learning_rate
         assert not isinstance(epochs, str)
         assert not isinstance(rate, str)

@@ -20,7 +20,7 @@ NEARLY_ZERO = 0.04
 
 PLATEAU_STEPS = 40
 """Optimizer steps for which a loss may stay where it is, neither falling nor rising. A model that learns to tell labels
-apart first learns how often each occurs, and stays there for some 20 steps."""
+apart first learns how often each occurs, and stays there for some 20 to 60 steps."""
 
 logger = get_logger(__name__)
 
