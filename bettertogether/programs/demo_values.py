@@ -57,18 +57,20 @@ class _Ordered:
         yield from (item for item in self.order if item in self)
         yield from (item for item in super().__iter__() if item not in self.order)  # type: ignore[misc]
 
+    def __repr__(self) -> str:
+        items = f"{{{', '.join(map(repr, self))}}}"
+        return items if isinstance(self, set) else f"frozenset({items})"
+
     @classmethod
     def __get_pydantic_core_schema__(cls, _source: Any, _handler: Any) -> Any:
         any_schema = pydantic.TypeAdapter(Any).core_schema
         return {**any_schema, "serialization": {"type": "function-plain", "function": list}}
 
 
-class _OrderedSet(_Ordered, set[Any]):
-    __repr__ = set.__repr__
+class _OrderedSet(_Ordered, set[Any]): ...
 
 
-class _OrderedFrozenSet(_Ordered, frozenset[Any]):
-    __repr__ = frozenset.__repr__
+class _OrderedFrozenSet(_Ordered, frozenset[Any]): ...
 
 
 def _set_builder(plain: Callable[[Any], T], ordered: Callable[[Any], Any]) -> Callable[[Any], T]:
