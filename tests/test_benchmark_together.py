@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import dspy
 import numpy as np
 import pytest
 
@@ -16,11 +17,11 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 from together_cell import accepted  # noqa: E402
 from together_tables import Gain, Result, differences_table, gain_of, load, means_table, tables  # noqa: E402
-from together_tasks import TASKS  # noqa: E402
+from together_tasks import TASKS, reply_match, sentence_match  # noqa: E402
 from together_texts import FACTS  # noqa: E402
 
 STRATEGIES = ("", "p", "w", "w -> w", "p -> w", "w -> p", "p -> w -> p")
-GENERATED = ("router", "hops", "arithmetic", "orders")
+GENERATED = ("router", "hops", "arithmetic", "orders", "sentence", "reply")
 
 
 def cell(task: str = "iris", seed: int = 0, side: str = "ours", **changes: Any) -> dict[str, Any]:
@@ -159,6 +160,37 @@ def test_the_answer_of_two_hops_stands_at_the_end_of_the_second_fact() -> None:
         name = re.search(home_or_pet, FACTS[person])
         assert name is not None
         assert FACTS[name[1]].endswith(f" {example.answer}.")
+
+
+@pytest.mark.parametrize(
+    ("sentence", "right"),
+    [
+        ("The old dog left the river by train.", True),
+        ("The old dog left the river.", False),
+        ("The old dog left the river by train", False),
+        ("The old dog left. The river is by the train.", False),
+        ("Dog, river, train.", False),
+        ("The old dog left the river by train and came back with a hat.", False),
+        ("The old dog left the river by trains.", False),
+    ],
+)
+def test_a_sentence_is_right_if_it_is_one_and_has_the_words(sentence: str, right: bool) -> None:
+    example = dspy.Example(words="train, dog, river").with_inputs("words")
+    assert sentence_match(example, dspy.Prediction(sentence=sentence)) is right
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("We will mend the hair dryer.", True),
+        ("We will mend it soon.", False),
+        ("Hair dryer.", False),
+        ("Is it the hair dryer that leaks?", False),
+    ],
+)
+def test_a_reply_is_right_if_it_is_a_sentence_and_names_the_product(reply: str, right: bool) -> None:
+    example = dspy.Example(message="About my hair dryer: it leaks.", product="hair dryer").with_inputs("message")
+    assert reply_match(example, dspy.Prediction(reply=reply)) is right
 
 
 def run(*arguments: str) -> str:

@@ -1,7 +1,8 @@
 """Do prompts and weights gain from each other? Several tasks and seeds, every strategy, on examples no step sees.
 
     pip install scikit-learn
-    python tests/benchmarks/together.py --results FOLDER [--tasks sentiment iris router hops arithmetic orders]
+    python tests/benchmarks/together.py --results FOLDER
+        [--tasks sentiment iris router hops arithmetic orders sentence reply]
         [--seeds 0 1 2] [--model smollm|gemma|fake|FOLDER] [--repeats] [--auto] [--theirs] [--limit 50] [--test 150]
     python tests/benchmarks/together.py --results FOLDER --train-prompt vanilla      # an ablation, beside the default
     python tests/benchmarks/together.py --results FOLDER --table                     # print what is there
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from together_results import Cell, Outcome
 from together_tables import load, tables
 
-TASK_NAMES = ("sentiment", "iris", "router", "hops", "arithmetic", "orders")
+TASK_NAMES = ("sentiment", "iris", "router", "hops", "arithmetic", "orders", "sentence", "reply")
 
 
 def number_or_word(text: str) -> float | int | str:

@@ -1,11 +1,13 @@
-"""The tasks of the benchmark `together.py`: small enough for 135M parameters on two cores, of six different kinds.
+"""The tasks of the benchmark `together.py`: small enough for 135M parameters on two cores, of eight different kinds.
 
 Inputs have fewer than 80 tokens, answers few; train, validation and test are disjoint, drawn by seed. Where a program
-has more than one call, the data have labels for the last one only.
+has more than one call, the data have labels for the last one only. `sentence` and `reply` have no labels at all: only
+the metric knows what is right.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import pydantic
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from tasks import Iris, Sentiment, iris_data, iris_match, sentiment_data, sentiment_match
-from together_texts import FACTS, distinct, hop_question, order_text, sum_question, ticket
+from together_texts import FACTS, bought, distinct, hop_question, order_text, sum_question, three_words, ticket
 
 from bettertogether import stratified_split
 
@@ -159,6 +161,32 @@ class ReadOrder(dspy.Signature):
     order: Order = dspy.OutputField()
 
 
+class Compose(dspy.Signature):
+    """Write one sentence of at most twelve words that contains all of the words."""
+
+    words: str = dspy.InputField()
+    sentence: str = dspy.OutputField()
+
+
+class Reply(dspy.Signature):
+    """Write the customer one short sentence that names the product."""
+
+    problem: str = dspy.InputField()
+    reply: str = dspy.OutputField()
+
+
+class Desk(dspy.Module):
+    """A message in a few words, and the reply from those words alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.topic = dspy.Predict(Topic)
+        self.reply = dspy.Predict(Reply)
+
+    def forward(self, message: str) -> dspy.Prediction:
+        return self.reply(problem=self.topic(message=message).problem)
+
+
 def team_match(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
     """Whether the team is the label."""
     return bool(example.team == prediction.team)
@@ -179,6 +207,24 @@ def order_match(example: dspy.Example, prediction: dspy.Prediction, trace: Any =
     return bool(prediction.order.model_dump() == example.order)
 
 
+def words_of_one_sentence(text: str) -> list[str]:
+    """The words of a text that is one sentence with a full stop, in lower case; none if it is anything else."""
+    text = text.strip()
+    return re.findall(r"[a-z']+", text.lower()) if text.find(".") == len(text) - 1 else []
+
+
+def sentence_match(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+    """Whether it is one sentence of six to twelve words with all that were asked for."""
+    words = words_of_one_sentence(prediction.sentence)
+    return 6 <= len(words) <= 12 and set(example.words.split(", ")) <= set(words)
+
+
+def reply_match(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+    """Whether it is one sentence of four to twelve words that names the product."""
+    words = words_of_one_sentence(prediction.reply)
+    return 4 <= len(words) <= 12 and example.product in " ".join(words)
+
+
 TASKS = {
     task.name: task
     for task in (
@@ -188,5 +234,7 @@ TASKS = {
         Task("hops", _generated(hop_question), TwoHops, hop_match, 32),
         Task("arithmetic", _generated(sum_question), lambda: dspy.ChainOfThought(Solve), answer_match, 64),
         Task("orders", _generated(order_text), lambda: dspy.Predict(ReadOrder), order_match, 64),
+        Task("sentence", _generated(three_words), lambda: dspy.Predict(Compose), sentence_match, 32),
+        Task("reply", _generated(bought), Desk, reply_match, 32),
     )
 }

@@ -73,6 +73,11 @@ ORDERS = (
     "For {day}: {item}, {number} packs, customer {name} {surname}.",
 )
 
+NOUNS = (
+    "blanket", "bread", "bridge", "candle", "doctor", "dog", "garden", "horse", "island", "letter", "market", "mirror",
+    "music", "ocean", "river", "teacher", "tower", "train", "window", "winter",
+)  # fmt: skip
+
 
 def distinct(make: Callable[[random.Random], dspy.Example], count: int, seed: int) -> list[dspy.Example]:
     """`count` examples of which no two have the same inputs."""
@@ -84,16 +89,29 @@ def distinct(make: Callable[[random.Random], dspy.Example], count: int, seed: in
     return list(found.values())
 
 
+def _message(rng: random.Random) -> tuple[str, str, str]:
+    """A customer's message, the team that it is for, and the product that it is about."""
+    team, template = rng.choice(list(TEAMS)), rng.choice(TICKETS)
+    opening, product = rng.choice(OPENINGS), rng.choice(PRODUCTS)
+    problem, closing = rng.choice(TEAMS[team]), rng.choice(CLOSINGS)
+    return template.format(opening=opening, product=product, problem=problem, closing=closing), team, product
+
+
 def ticket(rng: random.Random) -> dspy.Example:
     """A customer's message and the team that it is for."""
-    team = rng.choice(list(TEAMS))
-    message = rng.choice(TICKETS).format(
-        opening=rng.choice(OPENINGS),
-        product=rng.choice(PRODUCTS),
-        problem=rng.choice(TEAMS[team]),
-        closing=rng.choice(CLOSINGS),
-    )
+    message, team, _ = _message(rng)
     return dspy.Example(message=message, team=team).with_inputs("message")
+
+
+def bought(rng: random.Random) -> dspy.Example:
+    """A customer's message and the product that it is about."""
+    message, _, product = _message(rng)
+    return dspy.Example(message=message, product=product).with_inputs("message")
+
+
+def three_words(rng: random.Random) -> dspy.Example:
+    """Three words."""
+    return dspy.Example(words=", ".join(rng.sample(NOUNS, 3))).with_inputs("words")
 
 
 def knowledge() -> dict[str, str]:
