@@ -56,13 +56,19 @@ def _finite(value: Any) -> Any:
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write a file whole or not at all, and durably. Raises RunDirectoryError; an earlier file is then unchanged."""
+    with atomic_file(path) as file:
+        file.write(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """`atomic_write` in parts: the file that the block writes gets its name when that ends."""
     path = Path(path)
-    content = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     with disk_errors(path):
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o666 & ~_umask())

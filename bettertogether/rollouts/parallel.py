@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
@@ -18,6 +19,9 @@ Result = TypeVar("Result")
 WAKE_UP_S = 0.2
 """How often the waiting thread wakes, so that Ctrl-C is heard at once."""
 
+AHEAD = 4
+"""Items that are submitted for each thread."""
+
 
 def parallel_map(
     function: Callable[[Item], Result],
@@ -31,22 +35,30 @@ def parallel_map(
     The first exception (Ctrl-C too) stops the rest that has not started, and is raised.
     """
     results: dict[int, Result] = {}
-    pool = ThreadPoolExecutor(max(1, min(num_threads, len(items) or 1)), thread_name_prefix="bettertogether")
+    threads = max(1, min(num_threads, len(items) or 1))
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="bettertogether")
     indices: dict[Future[Result], int] = {}
     # Not concurrent.futures.wait, which looks at every pending item each time that one is done.
     finished: SimpleQueue[Future[Result]] = SimpleQueue()
-    try:
-        for index, item in enumerate(items):
+    waiting = iter(enumerate(items))
+
+    def submit(count: int) -> None:
+        for index, item in itertools.islice(waiting, count):
             future = pool.submit(contextvars.copy_context().run, function, item)
             indices[future] = index
             future.add_done_callback(finished.put)
+
+    try:
+        # A few more than there are threads, so that none waits; an item that is submitted takes memory.
+        submit(AHEAD * threads)
         while len(results) < len(items):
             try:
                 future = finished.get(timeout=WAKE_UP_S)
             except Empty:
                 continue
-            index = indices[future]
+            index = indices.pop(future)
             results[index] = future.result()
+            submit(1)
             if on_result:
                 on_result(index, results[index])
     finally:

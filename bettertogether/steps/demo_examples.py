@@ -13,16 +13,23 @@ from ..programs.program import predictors_of
 from ..rollouts.traces import Trace
 from .demo_sets import labelled_demo
 
+_PLAIN = (str, int, bool, type(None))
+
+
+def _plain(value: Any) -> Any:
+    # DSPy makes a pydantic adapter for each value, which takes longer than all else that is done to a row.
+    return value if type(value) in _PLAIN else serialize_for_json(value)
+
 
 def plain_fields(demo: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a demo as JSON or text, which is how they are shown: arrays and tables can't be compared."""
-    return {name: serialize_for_json(value) for name, value in demo.items() if name != "augmented"}
+    return {name: _plain(value) for name, value in demo.items() if name != "augmented"}
 
 
 def without_example(demos: Sequence[Any], inputs: Mapping[str, Any]) -> list[Any]:
     """The demos that don't show these very inputs."""
     asked = plain_fields(inputs)
-    return [demo for demo in demos if any(serialize_for_json(demo.get(n)) != shown for n, shown in asked.items())]
+    return [demo for demo in demos if any(_plain(demo.get(n)) != shown for n, shown in asked.items())]
 
 
 class DemoExamples:

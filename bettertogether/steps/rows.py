@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..engines.protocol import ChatMessage, FieldSpan, TrainingRow
 from ..errors import DataError
-from ..files import atomic_write
+from ..files import atomic_file
 from ..records import SampleRow
+
+Messages = tuple[ChatMessage, ...]
 
 
 @dataclass(frozen=True)
@@ -130,26 +133,94 @@ def balance_labels(labels: Sequence[str | None], wanted: Sequence[str | None], m
     return sorted(chosen)
 
 
+SPELT_OUT = 100
+"""Rows of a file whose forms are written in full. So many that a few rows can be deleted by hand."""
+BEGINNING = "beginning"
+"""Role of the one message that stands for a form of a later row: the hash of what comes before its question."""
+
+
 def write_rows(rows: Iterable[Row], path: Path) -> Path:
-    """Write rows as JSON lines that `datasets.load_dataset("json")` reads."""
+    """Write rows as JSON lines that `datasets.load_dataset("json")` reads.
+
+    Forms show the same few demo sets in all rows. After `SPELT_OUT` rows, a form whose beginning (all but the row's own
+    question) was written before is [{"role": "beginning", "content": its hash}].
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
+    beginnings = _Beginnings()
+    with atomic_file(path) as file:
+        for number, row in enumerate(rows):
+            shown = replace(row, forms=beginnings.shortened(row, spelt_out=number < SPELT_OUT))
+            file.write((json.dumps(shown.to_json(), ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
     return path
 
 
 def read_rows(path: Path) -> list[Row]:
     """Rows from JSON lines. Raises DataError naming the line."""
+    rows, beginnings = [], _Beginnings()
     try:
-        text = path.read_text(encoding="utf-8")
+        # Split at newlines alone: JSON strings may hold other line separators.
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(beginnings.spelt_out(Row.from_json(json.loads(line))))
+                except (json.JSONDecodeError, DataError) as error:
+                    raise DataError(f"{path} line {number}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} can't be read ({error}): give a file of JSON lines, one row each.") from error
-    rows = []
-    # Not splitlines(): JSON strings may hold line separators other than the newline.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(Row.from_json(json.loads(line)))
-        except (json.JSONDecodeError, DataError) as error:
-            raise DataError(f"{path} line {number}: {error}") from error
     return rows
+
+
+class _Beginnings:
+    """What comes before the questions of forms, by hash."""
+
+    def __init__(self) -> None:
+        self._by_hash: dict[str, Messages] = {}
+        self._hashes: dict[tuple[int, ...], tuple[Messages, str]] = {}
+        """By the ids of the messages, which are kept with them; rows share them."""
+
+    def shortened(self, row: Row, spelt_out: bool) -> tuple[Messages, ...]:
+        """The forms of a row as they are written."""
+        forms: list[Messages] = []
+        for form in row.forms:
+            key, known = self._note(form, row)
+            forms.append(({"role": BEGINNING, "content": key},) if known and not spelt_out else form)
+        return tuple(forms)
+
+    def spelt_out(self, row: Row) -> Row:
+        """A row as it was before it was written. Raises DataError."""
+        forms: list[Messages] = []
+        for form in row.forms:
+            if form and form[0]["role"] == BEGINNING:
+                key = form[0]["content"]
+                if key not in self._by_hash:
+                    raise DataError(
+                        f"no line before has the form whose beginning has the hash {key!r}: keep the first "
+                        f"{SPELT_OUT} rows of the file, or leave the forms out."
+                    )
+                form = self._by_hash[key] + _question(row)
+            else:
+                self._note(form, row)
+            forms.append(form)
+        return replace(row, forms=tuple(forms)) if forms else row
+
+    def _note(self, form: Messages, row: Row) -> tuple[str, bool]:
+        """Hash of a form's beginning, and whether it is known from an earlier form; "" where it has none."""
+        question = _question(row)
+        if not question or len(form) <= len(question) or form[-len(question) :] != question:
+            return "", False
+        beginning = form[: -len(question)]
+        ids = tuple(map(id, beginning))
+        if ids not in self._hashes:
+            text = json.dumps(beginning).encode()
+            self._hashes[ids] = beginning, hashlib.sha256(text).hexdigest()[:12]
+        key = self._hashes[ids][1]
+        known = key in self._by_hash
+        self._by_hash.setdefault(key, beginning)
+        return key, known
+
+
+def _question(row: Row) -> Messages:
+    """A row's prompt without its system message."""
+    return row.messages[1:] if row.messages and row.messages[0]["role"] == "system" else row.messages

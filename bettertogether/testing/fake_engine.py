@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -155,7 +155,7 @@ class FakeEngine:
             temperature=request.config.temperature or 0.0,
             seed=request.config.seed,
             schema=(request.config.response_format or {}).get("schema"),
-            learned=(adapter.forms | adapter.memory).get(_key(messages)),
+            learned=adapter.answer_to(messages),
             trained_on=len(adapter.memory),
             strength=adapter.strength,
         )
@@ -304,9 +304,16 @@ class FakeEngine:
 class _FakeAdapter:
     round: int
     memory: dict[str, str]
+    """The answers to the rows' prompts, by the hashes of these."""
     strength: float = 1.0
     forms: dict[str, str] = field(default_factory=dict)
     """The answers to the rows' other prompts."""
+
+    def answer_to(self, messages: Sequence[ChatMessage]) -> str | None:
+        if not self.memory:
+            return None
+        key = _key(messages)
+        return self.memory.get(key, self.forms.get(key))
 
     def name(self, base_name: str) -> str:
         held = [self.memory, self.strength, self.forms]
@@ -316,7 +323,7 @@ class _FakeAdapter:
     def save(self, parent: Path, base_name: str) -> Path:
         folder = parent / self.name(base_name).removeprefix(MODEL_PREFIX)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "fake_adapter.json").write_text(json.dumps(asdict(self)))
+        (folder / "fake_adapter.json").write_text(json.dumps(vars(self)))
         return folder
 
     @classmethod
@@ -345,7 +352,7 @@ class _Asynchronous:
 
 
 def _key(messages: Sequence[ChatMessage]) -> str:
-    return json.dumps(list(messages))
+    return hashlib.sha256(json.dumps(list(messages)).encode()).hexdigest()[:24]
 
 
 @functools.lru_cache(maxsize=100_000)

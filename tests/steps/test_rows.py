@@ -12,7 +12,7 @@ import pytest
 
 from bettertogether.engines.protocol import ChatMessage, FieldSpan, TrainingRow
 from bettertogether.errors import DataError
-from bettertogether.steps.rows import Row, balance_labels, read_rows, write_rows
+from bettertogether.steps.rows import SPELT_OUT, Row, balance_labels, read_rows, write_rows
 
 PROMPT: tuple[ChatMessage, ...] = ({"role": "system", "content": "s"}, {"role": "user", "content": "ü\n"})
 
@@ -47,6 +47,45 @@ def test_forms_format_and_fields_are_read_back_as_they_were(tmp_path: Path) -> N
     assert read == WHOLE
     assert json.dumps(read.response_format) == json.dumps(SCHEMA)
     assert isinstance(read.fields[0], FieldSpan)
+
+
+def rows_with_forms(count: int) -> list[Row]:
+    """Rows of a question each, with two forms that begin alike and one that shows something else before it."""
+    rows = []
+    for number in range(count):
+        question: ChatMessage = {"role": "user", "content": f"question {number}"}
+        prompt: tuple[ChatMessage, ...] = (PROMPT[0], question)
+        after: tuple[ChatMessage, ...] = ({"role": "user", "content": "demo"},)
+        rows.append(Row(prompt, "yes", "self", number, forms=((PROMPT[0], *after, question), prompt, after)))
+    return rows
+
+
+def test_forms_that_begin_as_those_of_earlier_rows_are_written_by_hash(tmp_path: Path) -> None:
+    rows = rows_with_forms(SPELT_OUT + 2)
+    path = write_rows(rows, tmp_path / "rows.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["forms"] for line in lines[:SPELT_OUT]] == [[list(form) for form in row.forms] for row in rows][:-2]
+    for line, row in zip(lines[SPELT_OUT:], rows[SPELT_OUT:], strict=True):
+        first, second, third = line["forms"]
+        assert [len(first), first[0].keys(), first[0]["role"]] == [1, {"role", "content"}, "beginning"]
+        assert len(first[0]["content"]) == len(second[0]["content"]) == 12
+        assert third == list(row.forms[2])
+    assert read_rows(path) == rows
+
+
+def test_rows_may_be_deleted_from_a_file_and_the_others_keep_their_forms(tmp_path: Path) -> None:
+    rows = rows_with_forms(SPELT_OUT + 2)
+    path = write_rows(rows, tmp_path / "rows.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[1:SPELT_OUT] + lines[-1:]))
+    assert read_rows(path) == [*rows[1:SPELT_OUT], rows[-1]]
+
+
+def test_a_form_whose_beginning_is_gone_from_the_file_is_an_error_that_names_its_line(tmp_path: Path) -> None:
+    path = write_rows(rows_with_forms(SPELT_OUT + 1), tmp_path / "rows.jsonl")
+    path.write_text(path.read_text().splitlines(keepends=True)[-1])
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: no line before has the form .*keep the first 100 rows"):
+        read_rows(path)
 
 
 def test_a_row_without_forms_format_and_fields_is_written_without_them() -> None:

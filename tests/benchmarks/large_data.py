@@ -1,0 +1,232 @@
+"""A whole "p -> w -> p" at growing sizes with a fake engine and its fake training: what is ours, and what it leaves.
+
+    python tests/benchmarks/large_data.py [--sizes 1000 10000 100000] [--words 60] [--profile]
+
+A fifth as many validation examples as training examples, of `--words` words each; DSPy's caches off. The engine knows
+60% of the labels, more with demos and after training, and keeps none of its requests. Prints for each size, which runs
+in processes of its own: program calls; processor time of the run per call, less that of bare DSPy calls with the metric
+(target: under 1 ms); peak memory above that of the examples, in all and per training example; bytes and files of the
+run directory; and wall time and files opened when the finished run is resumed, and when its first two rounds are. CPU
+only; a size takes about 2 ms a call, which is a quarter of an hour for 100,000 examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import hashlib
+import json
+import logging
+import pstats
+import random
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+from dspy.lm15 import Request, Response
+from orchestration import resident_mib
+from sides import Figures, measure, report
+
+from bettertogether import BetterTogether, Budget
+from bettertogether.lm import engine_lm
+from bettertogether.testing import Answer, FakeEngine, FakeRequest
+
+LABELS = ("animal", "body", "colour", "drink", "earth", "food", "garden", "house", "iron", "journey")
+KNOWN, KNOWN_WITH_DEMOS, KNOWN_AFTER_TRAINING = 0.6, 0.7, 0.9
+BARE_CALLS = 1000
+
+
+class Topic(dspy.Signature):
+    """Say what the text is about."""
+
+    text: str = dspy.InputField()
+    topic: Literal[LABELS] = dspy.OutputField()  # type: ignore[valid-type]
+
+
+class ForgetfulEngine(FakeEngine):
+    """Keeps no request and no training, whose number grows with that of the calls."""
+
+    def complete(self, request: Request) -> Response:
+        response = super().complete(request)
+        self.requests.clear()
+        return response
+
+    def finetune(self, *arguments: Any, **options: Any) -> Any:
+        result = super().finetune(*arguments, **options)
+        self.trainings.clear()
+        return result
+
+
+def examples(count: int, start: int, words: int) -> list[dspy.Example]:
+    """Texts whose last word is their number."""
+    rng = random.Random(start)
+    vocabulary = [f"{first}{second}" for first in LABELS for second in LABELS]
+    found = []
+    for number in range(start, start + count):
+        text = " ".join([*rng.choices(vocabulary, k=words - 1), f"n{number}"])
+        found.append(dspy.Example(text=text, topic=label(number)).with_inputs("text"))
+    return found
+
+
+def label(number: int) -> str:
+    return LABELS[number % len(LABELS)]
+
+
+def matches(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+    return bool(example.topic == prediction.topic)
+
+
+def answer(request: FakeRequest) -> Answer:
+    number = int(request.user.split(" n")[1].split("\n")[0])
+    rate = KNOWN_AFTER_TRAINING if request.trained_on else KNOWN_WITH_DEMOS if request.demos else KNOWN
+    draw = hashlib.sha256(f"{number} {request.seed}".encode()).digest()[0] / 256
+    return f"[[ ## topic ## ]]\n{label(number + (draw >= rate))}\n\n[[ ## completed ## ]]"
+
+
+def student() -> dspy.Predict:
+    program = dspy.Predict(Topic)
+    program.set_lm(engine_lm(ForgetfulEngine(answer), cache=False, temperature=0.0))
+    return program
+
+
+def bare_seconds(trainset: list[dspy.Example]) -> float:
+    """Processor time of a call of DSPy, the fake engine and the metric."""
+    program = student()
+    started = time.process_time()
+    with dspy.context(trace=[], disable_history=True):
+        for number in range(BARE_CALLS):
+            example = trainset[number % len(trainset)]
+            matches(example, program(**example.inputs()))
+            dspy.settings.trace.clear()
+    return (time.process_time() - started) / BARE_CALLS
+
+
+class PeakMemory:
+    """The most memory that was resident meanwhile, in MiB: looked at, since what a system keeps is of the process."""
+
+    def __init__(self) -> None:
+        self.mib = resident_mib()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.05):
+            self.mib = max(self.mib, resident_mib())
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+class Opened:
+    """Files of a folder that were opened meanwhile, and how often."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.counts = str(folder), Counter[str]()
+        sys.addaudithook(self._note)
+
+    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(self._folder):
+            self.counts[arguments[0]] += 1
+
+
+def compiled(run_dir: Path, size: int, words: int, budget: Budget | None = None) -> Figures:
+    """Compile in a run directory, which may hold the run already."""
+    trainset, valset = examples(size, 0, words), examples(size // 5, size, words)
+    bare = bare_seconds(trainset)
+    before, opened = resident_mib(), Opened(run_dir)
+    wall, processor = time.perf_counter(), time.process_time()
+    with PeakMemory() as peak:
+        program = BetterTogether(matches).compile(
+            student(), trainset=trainset, valset=valset, run_dir=run_dir, progress=False, budget=budget
+        )
+    processor, wall = time.process_time() - processor, time.perf_counter() - wall
+    calls = sum(record.ledger.lm_calls - record.ledger.cache_hits for record in program.report.rounds)
+    return {
+        "calls": calls,
+        "ms": 1000 * processor / calls,
+        "bare_ms": 1000 * bare,
+        "seconds": wall,
+        "mib": peak.mib - before,
+        "examples_mib": before,
+        "files_opened": sum(opened.counts.values()),
+        "scores": [record.score for record in program.report.rounds],
+    }
+
+
+def first_rounds_alone(run_dir: Path, target: Path) -> None:
+    """A copy of a finished run as it was after its second round."""
+    shutil.copytree(run_dir, target)
+    records = (target / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (target / "records.jsonl").write_bytes(b"".join(records[:2]))
+
+
+def run_one(options: argparse.Namespace) -> None:
+    """One compile, as a process of its own."""
+    logging.disable(logging.WARNING)
+    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
+    dspy.configure(adapter=dspy.ChatAdapter())
+    budget = Budget(tokens=1) if options.stop_at_once else None
+    if not options.profile:
+        report(compiled(options.run_dir, options.size, options.words, budget))
+        return
+    profile = cProfile.Profile()
+    figures = profile.runcall(compiled, options.run_dir, options.size, options.words, budget)
+    statistics = pstats.Stats(profile, stream=sys.stderr)
+    statistics.sort_stats("cumulative").print_stats(70)
+    statistics.sort_stats("tottime").print_stats(40)
+    report(figures)
+
+
+def measured(size: int, words: int, profile: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix="large-data-") as folder:
+        run_dir = Path(folder) / "run"
+
+        def side(run: Path, *more: str) -> Figures:
+            return measure(__file__, ["--size", str(size), "--words", str(words), "--run-dir", str(run), *more])
+
+        first = side(run_dir, *(["--profile"] if profile else []))
+        files = [path for path in run_dir.rglob("*") if path.is_file()]
+        sizes = {str(path.relative_to(run_dir)): path.stat().st_size for path in files}
+        first_rounds_alone(run_dir, Path(folder) / "half")
+        resumed, half = side(run_dir), side(Path(folder) / "half", "--stop-at-once")
+    print(
+        f"{size:>8,} {first['calls']:>9,} {first['ms'] - first['bare_ms']:>8.2f} {first['seconds']:>8.0f} "
+        f"{first['mib']:>9,.0f} {1024 * first['mib'] / size:>11.1f} {sum(sizes.values()) / 1e6:>9.1f} {len(files):>6} "
+        f"{resumed['seconds']:>9.1f} {half['seconds']:>9.1f} {resumed['files_opened']:>7} {half['files_opened']:>5}",
+        flush=True,
+    )
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:4]
+    details = {**first, "largest_files": {name: sizes[name] for name in largest}, "resumed_mib": resumed["mib"]}
+    print(json.dumps(details), file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--words", type=int, default=60)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, to standard error")
+    for name, kind in (("size", int), ("run-dir", Path)):
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--stop-at-once", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run_dir:
+        run_one(options)
+        return
+    print("examples     calls   ms/call  seconds  peak MiB  KiB/example  run MB  files  resumed s  half s    opened")
+    for size in options.sizes:
+        measured(size, options.words, options.profile)
+
+
+if __name__ == "__main__":
+    main()
