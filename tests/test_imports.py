@@ -77,8 +77,8 @@ NEVER = {"vllm", "bitsandbytes", "matplotlib", "sklearn", "optuna", "bm25s"}
 """A server, a package that torch's optimizer classes load, and packages of tests and examples alone."""
 
 
-THROUGH_OTHERS = {"tokenizers", "typing_extensions"}
-"""Installed by transformers and pydantic, which pin the versions that they work with."""
+THROUGH_OTHERS = {"tokenizers", "typing_extensions", "yaml"}
+"""Installed by transformers, pydantic and accelerate, which pin the versions that they work with."""
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def _run(job: TrainingJob, model: Any, source: str, folder: Path, on_progress: P
         "on_progress": on_progress,
     }
     if model is None:
-        from ..training.worker import launch
+        from ..training.launcher import launch
 
         return launch(source, job.rows, **options)
     from ..training.trainer import train_adapter
@@ -180,7 +180,7 @@ def _digest(job: TrainingJob, base_name: str) -> str:
     """A short name for what a training job asks."""
     rows = [vars(row) for row in (*job.rows, *job.validation_rows)]
     start_from = None if job.start_from is None else content_hash(job.start_from)
-    asked = [base_name, start_from, len(job.rows), job.lora.to_dict(), job.training.to_dict(), rows]
+    asked = [base_name, start_from, len(job.rows), job.lora.to_dict(), job.training.recipe().to_dict(), rows]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
 
 

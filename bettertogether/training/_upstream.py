@@ -1,12 +1,16 @@
-"""What training and engines take of torch and transformers that these do not call public: the place to look when
-they are upgraded."""
+"""What training and engines take of torch, transformers and accelerate that these do not call public: the place to
+look when they are upgraded."""
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.state import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -83,3 +87,19 @@ def cpu_attention_backward(
         grad, q, k, v, out, log_sum, 0.0, causal, scale=scale
     )
     return grads
+
+
+def new_accelerator() -> Accelerator:
+    """What accelerate made of this process. It shards models on GPUs alone; here also where processes share the CPU."""
+    accelerator = Accelerator()
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+def plain_name(parameter: str) -> str:
+    """A parameter's name without the modules that checkpointing puts between."""
+    return parameter.replace("_checkpoint_wrapped_module.", "")

@@ -21,9 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, ModelError, NotTrainableError
 from ..files import atomic_write
+from ._upstream import plain_name
 from .adapter_folder import WEIGHTS_FILE, read_adapter_config, read_tensors
 from .adapter_settings import CONFIG_FILE
 from .config import LoRAConfig
+from .sharing import all_whole, like
 from .targets import chosen_layers
 
 ADAPTER_NAME = "bettertogether_training"
@@ -42,14 +44,14 @@ class TrainableAdapter:
         """Weights by their key in a PEFT file."""
         marker = f".{ADAPTER_NAME}"
         return {
-            KEY_PREFIX + name.replace(marker, ""): parameter
+            KEY_PREFIX + plain_name(name).replace(marker, ""): parameter
             for name, parameter in self.base.named_parameters()
             if marker in name
         }
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the weights on the CPU."""
-        return {key: p.detach().to("cpu", copy=True).contiguous() for key, p in self.parameters.items()}
+        return all_whole(self.parameters)
 
     def digest(self) -> str:
         """SHA-256 (hex) of the options and the weights."""
@@ -70,7 +72,7 @@ class TrainableAdapter:
             )
         with torch.no_grad():
             for key, parameter in own.items():
-                parameter.copy_(state[key])
+                parameter.copy_(like(state[key], parameter))
 
 
 def save_adapter(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:

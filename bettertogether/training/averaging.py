@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from .sharing import all_whole, like
+
 EXPONENT = 7
 """The mean is over weights that are a ninth, 1 / (EXPONENT + 2), of the steps old."""
 
@@ -25,7 +27,7 @@ class RunningMean:
         self._parameters = parameters
         self._mean = {key: parameter.detach().clone() for key, parameter in parameters.items()}
         for key, tensor in state.items():
-            self._mean[key].copy_(tensor)
+            self._mean[key].copy_(like(tensor, self._mean[key]))
 
     def update(self, step: int) -> None:
         """Take the weights after optimizer step `step`, from 1."""
@@ -35,7 +37,7 @@ class RunningMean:
 
     def state(self) -> dict[str, Tensor]:
         """A copy on the CPU."""
-        return {key: mean.to("cpu", copy=True).contiguous() for key, mean in self._mean.items()}
+        return all_whole(self._mean)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

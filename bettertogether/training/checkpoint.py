@@ -21,6 +21,7 @@ from ..files import atomic_folder, atomic_write
 from .held_out import HeldOutLosses
 from .packing import TokenizedRow
 from .progress import TrainingProgress
+from .sharing import all_whole, like
 
 SCHEMA = 3
 FOLDER = "checkpoint"
@@ -129,7 +130,7 @@ def optimizer_moments(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copies of AdamW's running means of the gradients and of their squares, by PEFT key."""
     first, second = (
-        {key: optimizer.state[parameter][name].detach().to("cpu", copy=True) for key, parameter in parameters.items()}
+        all_whole({key: optimizer.state[parameter][name] for key, parameter in parameters.items()})
         for name in ("exp_avg", "exp_avg_sq")
     )
     return first, second
@@ -140,9 +141,9 @@ def restore_optimizer(optimizer: torch.optim.AdamW, parameters: Mapping[str, Ten
     moments = {
         index: {
             "step": torch.tensor(float(state.step)),
-            "exp_avg": state.first_moments[key],
-            "exp_avg_sq": state.second_moments[key],
+            "exp_avg": like(state.first_moments[key], parameter),
+            "exp_avg_sq": like(state.second_moments[key], parameter),
         }
-        for index, key in enumerate(parameters)
+        for index, (key, parameter) in enumerate(parameters.items())
     }
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..checks import is_number, require_switch, require_whole
@@ -108,6 +109,12 @@ class TrainingConfig:
     """Load the frozen base in 4-bit (CUDA and bitsandbytes only)."""
     num_processes: int = 1
     """1 trains inside this process; more starts `accelerate launch` with so many processes."""
+    accelerate_config: str | Path | None = None
+    """A file that `accelerate config` wrote (FSDP2, mixed precision, several machines): training goes through
+    `accelerate launch` with it, and with its number of processes. See `training/accelerate_file.py`."""
+    launch_command: Sequence[str] = ()
+    """What is put before the command that trains, such as ("srun", "--nodes=2", "--ntasks-per-node=1"): it starts that
+    command once on each machine. The run's directory has to be on a file system that all of them share."""
     seed: int = 0
     """Seed of the adapter's initial weights and of the row order."""
 
@@ -135,9 +142,34 @@ class TrainingConfig:
             _require(is_number(value) and value >= 0, name, value, "0 or more")
         _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, '"auto", "float32" or "bfloat16"')
         _require(self.quantize_base in (None, "4bit"), "quantize_base", self.quantize_base, 'None or "4bit"')
+        self._check_launch()
         checkpoint = self.gradient_checkpointing
         switch = checkpoint == "auto" or isinstance(checkpoint, bool)
         _require(switch, "gradient_checkpointing", checkpoint, 'True, False or "auto"')
+
+    def _check_launch(self) -> None:
+        command, file = self.launch_command, self.accelerate_config
+        words = isinstance(command, Sequence) and not isinstance(command, str)
+        words = words and all(isinstance(word, str) and word for word in command)
+        _require(words, "launch_command", command, 'words such as ("srun", "--nodes=2", "--ntasks-per-node=1")')
+        object.__setattr__(self, "launch_command", tuple(command))
+        if file is None:
+            return
+        _require(isinstance(file, str | Path), "accelerate_config", file, "the path of a file, or None")
+        object.__setattr__(self, "accelerate_config", str(Path(file).expanduser().absolute()))
+        # Here, as it brings torch.
+        from .accelerate_file import read_accelerate_file
+
+        read_accelerate_file(self)
+
+    @property
+    def launched(self) -> bool:
+        """Whether it trains in processes of its own."""
+        return self.num_processes > 1 or self.accelerate_config is not None or bool(self.launch_command)
+
+    def recipe(self) -> Self:
+        """The same training without what only decides where it runs."""
+        return replace(self, num_processes=1, accelerate_config=None, launch_command=())
 
     @classmethod
     def paper(cls) -> Self:

@@ -23,45 +23,55 @@ CHUNK_ELEMENTS = 1 << 20
 
 
 class _FusedLoRA(torch.autograd.Function):
-    """x [..., in], weight [out, in], bias [out] or None, a [r, in], b [out, r]. Computes in the weight's dtype."""
+    """x [..., in], weight [out, in], bias [out] or None, a [r, in], b [out, r]. Computes in `compute`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        dtype, x = x.dtype, x.to(weight.dtype).contiguous()
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        compute: torch.dtype,
+    ) -> Tensor:
+        dtype, x = x.dtype, x.to(compute).contiguous()
         x_T_I = x.view(-1, x.shape[-1])
-        a, b = a.to(weight.dtype), b.to(weight.dtype)
+        a, b = a.to(compute), b.to(compute)
         low_T_R = x_T_I @ a.t()
         # Of the shape that is returned: a view would forbid the model to change it in place, as Gemma 3n does.
-        y = nn.functional.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+        y = nn.functional.linear(x, weight.to(compute), None if bias is None else bias.to(compute))
         y.view(-1, y.shape[-1]).addmm_(low_T_R, b.t(), alpha=scale)
         ctx.save_for_backward(x_T_I, low_T_R, weight, a, b)
-        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, dtype
+        ctx.scale, ctx.shape, ctx.dtype, ctx.compute = scale, x.shape, dtype, compute
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_T_I, low_T_R, weight, a, b = ctx.saved_tensors
-        grad_T_O = grads[0].reshape(-1, weight.shape[0]).to(weight.dtype)
+        grad_T_O = grads[0].reshape(-1, weight.shape[0]).to(ctx.compute)
         grad_low_T_R = (grad_T_O @ b).mul_(ctx.scale)
         grad_a, grad_b = (grad_low_T_R.t() @ x_T_I).float(), (grad_T_O.t() @ low_T_R).float().mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_T_O @ weight).addmm_(grad_low_T_R, a).view(ctx.shape).to(ctx.dtype)
-        return grad_x, None, None, grad_a, grad_b, None
+            grad_x = (grad_T_O @ weight.to(ctx.compute)).addmm_(grad_low_T_R, a).view(ctx.shape).to(ctx.dtype)
+        return grad_x, None, None, grad_a, grad_b, None, None
 
 
 @contextlib.contextmanager
-def fused_lora(model: nn.Module, adapter: str, dtype: torch.dtype) -> Iterator[None]:
+def fused_lora(model: nn.Module, adapter: str, dtype: torch.dtype, *, gathered: bool = False) -> Iterator[None]:
     """Compute the LoRA layers of `adapter` with the fused operation inside the block.
 
     Layers that it can't serve (dropout, DoRA and other variants, quantized or transposed weights) keep peft's
-    forward. Where the weights are of another dtype than `dtype`, one copy in `dtype` is held inside the block.
+    forward. Where the weights are of another dtype than `dtype`, one copy in `dtype` is held inside the block; not of
+    weights that are gathered for each pass, and gone after it.
     """
     patched = [m for m in model.modules() if isinstance(m, LoRALinear) and _can_fuse(m, adapter)]
     try:
         for module in patched:
-            weight = cast(Tensor, module.get_base_layer().weight)
-            module.forward = partial(fused_forward, module, adapter, weight.detach().to(dtype))  # type: ignore[method-assign]
+            weight = None if gathered else cast(Tensor, module.get_base_layer().weight).detach().to(dtype)
+            module.forward = partial(fused_forward, module, adapter, weight, dtype)  # type: ignore[method-assign]
         yield
     finally:
         for module in patched:
@@ -83,11 +93,15 @@ def _can_fuse(module: LoRALinear, adapter: str) -> bool:
     )
 
 
-def fused_forward(module: Any, adapter: str, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What a layer of peft computes with one adapter, in one step: `x` [..., in] to [..., out]."""
+def fused_forward(
+    module: Any, adapter: str, weight: Tensor | None, compute: torch.dtype, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """What a layer of peft computes with one adapter, in one step: `x` [..., in] to [..., out]. Without `weight`, with
+    that which the base layer has at the time."""
+    weight = module.get_base_layer().weight if weight is None else weight
     a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     bias, scale = module.get_base_layer().bias, module.scaling[adapter]
-    result: Tensor = _FusedLoRA.apply(x, weight, bias, a, b, scale)
+    result: Tensor = _FusedLoRA.apply(x, weight, bias, a, b, scale, compute)
     return result
 
 

@@ -7,15 +7,15 @@ how well the model knows the form and nothing of what it answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from .loss import RowLoss
 from .packing import TokenizedRow
+from .sharing import Sharing
 from .weighting import free_weights, knows_fields
 
 ROWS_AT_ONCE = 256
@@ -43,8 +43,7 @@ def held_out_losses(
     loss: RowLoss,
     rows: Sequence[TokenizedRow],
     max_tokens: int,
-    accelerator: Accelerator,
-    share: Callable[[Sequence[TokenizedRow]], Sequence[TokenizedRow]],
+    sharing: Sharing,
     by_field: bool,
 ) -> HeldOutLosses:
     """The losses of rows, a row with forms under its own prompt and under its first form, with half the weight each.
@@ -54,14 +53,17 @@ def held_out_losses(
     by_field = by_field and knows_fields(rows)
     names = sorted({name for row in rows for name in row.fields if name})
     shown = [each for row in rows for each in ((row, row.shown(0)) if row.forms else (row,))]
-    mine = share(shown)
+    mine = sharing.rows(shown)
+    parts = [mine[start : start + ROWS_AT_ONCE] for start in range(0, len(mine), ROWS_AT_ONCE)]
+    plan = [batch for part in parts for batch in loss.plan(part, max_tokens)]
     sums_K = torch.zeros(2 + len(names), dtype=torch.float64)
     with torch.no_grad():
-        for start in range(0, len(mine), ROWS_AT_ONCE):
-            for batch in loss.plan(mine[start : start + ROWS_AT_ONCE], max_tokens):
-                sums_K += _weights(batch.rows, names, by_field) @ loss.token_losses(batch).double().cpu()
-    if accelerator.num_processes > 1:
-        sums_K = accelerator.reduce(sums_K.to(loss.model.device), "sum").cpu()
+        for batch, counts in sharing.passes(plan, shown):
+            losses_N = loss.token_losses(batch).double().cpu()
+            if counts:
+                sums_K += _weights(batch.rows, names, by_field) @ losses_N
+    sharing.let_go(loss.model)
+    sums_K = sharing.sum(sums_K)
     counts_K = _weights(shown, names, by_field).sum(1)
     free, all_tokens, *means = (sums_K / counts_K).tolist()
     measured = {name: mean for name, mean, count in zip(names, means, counts_K[2:], strict=True) if count > 0}

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import TrainingError
+from ..errors import ConfigError, TrainingError
 from ..printable import get_logger
 from . import checkpoint
 from .adapter import ADAPTER_NAME, TrainableAdapter, save_adapter, training_adapter
@@ -29,9 +27,10 @@ from .fused import fused_lora
 from .held_out import HeldOutLosses, held_out_losses
 from .length import RunLength
 from .loss import RowLoss, row_loss
-from .packing import TokenizedRow, check_rows, drawn_form, epoch_batches
+from .packing import MicroBatch, TokenizedRow, check_rows, drawn_form, epoch_batches
 from .precision import checkpoint_gradients, compute_dtype, four_bit_copy, tokens_in_memory
 from .progress import ProgressFunction, TrainingProgress
+from .sharing import Sharing
 from .weighting import TokenWeights
 
 logger = get_logger(__name__)
@@ -84,24 +83,37 @@ def train_adapter(
     kept, and on return, also after an exception, the model is as before. A run that was killed goes on from its last
     full epoch when it is called again with the same arguments, and gives the same result as an uninterrupted one.
     `start_from` is the PEFT folder of an adapter to continue from, with its own rank and layers. Under `accelerate
-    launch` the processes share each step's rows.
+    launch` the processes share each step's rows, and with FSDP2 the weights; the model stays sharded then.
 
     Raises NoTrainingDataError without rows, DataError for a row that can't be trained on, ConfigError for options
     that can't be had on this model or machine, ModelError for a `start_from` that is no adapter of this model, and
     TrainingError when the loss stops being a number or memory doesn't suffice.
     """
     check_rows(rows, validation_rows)
+    sharing = Sharing.of_this_process()
     if training.quantize_base is not None:
+        if sharing.sharded:
+            raise ConfigError("quantize_base='4bit' can't be sharded: use quantize_base=None, or no FSDP.")
         base_model = model.get_base_model() if isinstance(model, PeftModel) else model
         model = four_bit_copy(cast(PreTrainedModel, base_model))
     with training_adapter(model, lora, training.seed, start_from) as adapter, _random_state_kept(adapter.base):
         base = adapter.base
+        optimizer = _optimizer(adapter, training)
+        sharing.prepare(base, optimizer)
         dtype = compute_dtype(base, training)
         checkpoint_gradients(base, training)
         longest = max(row.longest for row in [*rows, *validation_rows])
-        with row_loss(base, dtype, longest) as loss, fused_lora(base, ADAPTER_NAME, dtype):
-            run = _Run(adapter, loss, rows, validation_rows, training, folder, on_progress)
+        with row_loss(base, dtype, longest) as loss, fused_lora(base, ADAPTER_NAME, dtype, gathered=sharing.sharded):
+            sharing.let_go(base)
+            run = _Run(adapter, optimizer, sharing, loss, rows, validation_rows, training, folder, on_progress)
             return run.train()
+
+
+def _optimizer(adapter: TrainableAdapter, training: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over the adapter; each step sets its learning rate."""
+    return torch.optim.AdamW(
+        adapter.parameters.values(), betas=(0.9, training.adam_beta2), weight_decay=training.weight_decay
+    )
 
 
 def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> float:
@@ -134,6 +146,8 @@ class _Run:
     def __init__(
         self,
         adapter: TrainableAdapter,
+        optimizer: torch.optim.AdamW,
+        sharing: Sharing,
         loss: RowLoss,
         rows: Sequence[TokenizedRow],
         validation_rows: Sequence[TokenizedRow],
@@ -141,24 +155,18 @@ class _Run:
         folder: Path,
         on_progress: ProgressFunction | None,
     ) -> None:
-        self.adapter, self.loss, self.folder = adapter, loss, folder
+        self.adapter, self.optimizer, self.sharing = adapter, optimizer, sharing
+        self.loss, self.folder = loss, folder
         width = adapter.base.config.get_text_config().hidden_size
         self.training = resolved(training, width, len(rows), held_out=bool(validation_rows))
         self.rows, self.validation_rows, self.on_progress = rows, validation_rows, on_progress
-        self.accelerator = Accelerator()
         self.parameters = adapter.parameters
         self.length = RunLength(training, int(_number(self.training.epochs)), len(rows), bool(validation_rows))
         self.total_steps = self.length.total_steps
         self.max_tokens = min(training.max_tokens_per_batch, tokens_in_memory(adapter.base, loss.dtype))
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=_number(self.training.learning_rate),
-            betas=(0.9, training.adam_beta2),
-            weight_decay=training.weight_decay,
-        )
         self.started = time.perf_counter()
         options: dict[str, object] = {
-            "training": [training.to_dict(), self.training.to_dict()],
+            "training": [training.recipe().to_dict(), self.training.recipe().to_dict()],
             "base": adapter.base.config.to_json_string(),
             "dtype": str(loss.dtype),
         }
@@ -171,7 +179,7 @@ class _Run:
     def train(self) -> TrainedAdapter:
         """Run the epochs that are left, and write the adapter."""
         self._resume()
-        if self.accelerator.is_main_process:
+        if self.sharing.is_main:
             self.length.announce()
         if self.state.epoch == 0 and self.validation_rows:
             losses = self._held_out_losses()
@@ -179,10 +187,10 @@ class _Run:
             self._report(None, losses.free, 0.0)
         while self.state.epoch < self.length.epochs and not self._ends_early():
             self._epoch(self.state.epoch + 1)
-        if self.accelerator.is_main_process:
+        if self.sharing.is_main:
             save_adapter(self.folder, self.adapter.config, self.state.kept)
             checkpoint.remove_states(self.folder)
-        self.accelerator.wait_for_everyone()
+        self.sharing.wait()
         state = self.state
         return TrainedAdapter(
             folder=self.folder,
@@ -196,8 +204,8 @@ class _Run:
 
     def _resume(self) -> None:
         state = checkpoint.load_state(self.folder, self.fingerprint)
-        # Nobody may write the first checkpoint before everybody has looked for the last one.
-        self.accelerator.wait_for_everyone()
+        # All have looked for the last checkpoint, before anybody writes the first.
+        self.sharing.check_agreed(0 if state is None else state.epoch, "checkpoints")
         if state is not None:
             logger.info("Going on after epoch %d of %d in %s.", state.epoch, self.length.epochs, self.folder)
             self.adapter.load(state.weights, self.folder)
@@ -219,19 +227,16 @@ class _Run:
         losses = [line.validation_loss for line in self.history if line.validation_loss is not None]
         too_long = self._agreed(self.length.next_too_long(epoch, self._seconds))
         ends = too_long or self.length.lost_patience(losses)
-        if ends and self.accelerator.is_main_process:
+        if ends and self.sharing.is_main:
             self.length.say_why(epoch, losses, self.state.step)
         return ends
 
     def _agreed(self, over: bool) -> bool:
         """Whether the time is over by the clock of any process."""
-        if self.accelerator.num_processes == 1 or self.training.max_minutes is None:
-            return over
-        votes = torch.tensor(float(over), device=self.adapter.base.device)
-        return float(self.accelerator.reduce(votes, "sum")) > 0
+        return over if self.training.max_minutes is None else self.sharing.most(over) > 0
 
     def _epoch(self, epoch: int) -> None:
-        seed = f"{self.training.seed}/{epoch}/{self.accelerator.process_index}"
+        seed = f"{self.training.seed}/{epoch}/{self.sharing.index}"
         torch.manual_seed(random.Random(seed).getrandbits(63))
         training = self.training
         for number, indices in enumerate(epoch_batches(len(self.rows), training.batch_size, training.seed, epoch)):
@@ -264,7 +269,7 @@ class _Run:
             history=tuple(self.history),
         )
         self.started = time.perf_counter()
-        if self.accelerator.is_main_process:
+        if self.sharing.is_main:
             checkpoint.save_state(self.folder, self.state, self.fingerprint)
 
     def _step(self, rows: Sequence[TokenizedRow]) -> None:
@@ -274,14 +279,16 @@ class _Run:
             group["lr"] = rate
         self.adapter.base.train()
         weights = TokenWeights.of(rows, self.training.skeleton_weight, self.training.balance_fields)
-        loss, tokens = self._gradients(self._share(rows), weights, step)
-        for parameter in self.parameters.values():
-            _grad(parameter)
-        loss, tokens = self._sum_over_processes(loss, tokens)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.training.max_grad_norm or math.inf)
-        if not (math.isfinite(loss) and math.isfinite(float(norm))):
+        # Losses are already over the tokens of all processes, so that a sum is the mean.
+        loss, tokens = self.sharing.sum(
+            torch.tensor(self._gradients(rows, weights, step), dtype=torch.float64)
+        ).tolist()
+        parameters = list(self.parameters.values())
+        self.sharing.sum_gradients(parameters)
+        norm = self.sharing.clip(parameters, self.training.max_grad_norm or math.inf)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
-                f"Step {step} of {self.total_steps}: the loss is {loss} and the gradient's norm {float(norm)}. Lower "
+                f"Step {step} of {self.total_steps}: the loss is {loss} and the gradient's norm {norm}. Lower "
                 f"the learning rate (now {self.training.learning_rate}), or use dtype='float32'. Nothing was saved "
                 "after the last full epoch."
             )
@@ -289,65 +296,54 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=False)
         if self.mean:
             self.mean.update(step)
-        self.state = replace(self.state, step=step, tokens=self.state.tokens + tokens)
+        self.state = replace(self.state, step=step, tokens=self.state.tokens + round(tokens))
         self._report(loss, None, rate)
-        if self.accelerator.is_main_process:
+        if self.sharing.is_main:
             self.length.step_done(step, self._seconds)
 
     def _gradients(self, rows: Sequence[TokenizedRow], weights: TokenWeights, step: int) -> tuple[float, int]:
-        """Add up the gradients of this process's rows; returns their share of the free tokens' loss, and tokens run."""
+        """Add up the gradients of this process's part of a step; returns its share of the free tokens' loss, and tokens
+        run."""
+        mine = self.sharing.rows(rows)
         while True:
             self.optimizer.zero_grad(set_to_none=False)
             total = torch.zeros((), device=self.adapter.base.device)
-            plan = self.loss.plan(rows, self.max_tokens)
+            plan = self.loss.plan(mine, self.max_tokens)
             try:
-                for batch in plan:
+                for batch, counts in self.sharing.passes(plan, rows):
                     losses_N = self.loss.token_losses(batch)
-                    weights_N, free_N = (each.to(total.device) for each in weights.of_tokens(batch.rows))
-                    weights.mean(losses_N, weights_N).backward()
+                    weights_N, free_N = (each.to(total.device) * counts for each in weights.of_tokens(batch.rows))
+                    (weights.mean(losses_N, weights_N) * self.sharing.loss_scale).backward()
                     total += weights.free_mean(losses_N.detach(), weights_N, free_N)
                 return float(total), sum(self.loss.tokens(batch) for batch in plan)
             except torch.OutOfMemoryError as error:
-                if all(len(batch.rows) == 1 for batch in plan):
-                    raise TrainingError(
-                        f"Step {step} of {self.total_steps}: memory doesn't suffice for a single row of "
-                        f"{max(len(row) for row in rows)} tokens. Use gradient_checkpointing=True or "
-                        "quantize_base='4bit', or leave out the longest rows."
-                    ) from error
+                self._check_splittable(plan, step, error)
             # Out of the except block, so that the exception no longer keeps the failed pass's tensors.
             self.max_tokens = max(self.loss.tokens(batch) for batch in plan) // 2
             logger.warning("Out of memory: going on with %d tokens per forward pass.", self.max_tokens)
             torch.cuda.empty_cache()
 
-    def _share(self, rows: Sequence[TokenizedRow]) -> Sequence[TokenizedRow]:
-        """This process's rows: a run of the rows in order of their prompts, so that prefixes stay together."""
-        number, index = self.accelerator.num_processes, self.accelerator.process_index
-        if number == 1:
-            return rows
-        ordered = sorted(rows, key=lambda row: (row.prompt_ids, row.completion_ids))
-        return ordered[len(ordered) * index // number : len(ordered) * (index + 1) // number]
-
-    def _sum_over_processes(self, loss: float, tokens: int) -> tuple[float, int]:
-        """Add up gradients, loss and tokens. Losses are already over the tokens of all, so a sum is the mean."""
-        if self.accelerator.num_processes == 1:
-            return loss, tokens
-        device = self.adapter.base.device
-        grads = [_grad(parameter) for parameter in self.parameters.values()]
-        extra = torch.tensor([loss, float(tokens)], device=device)
-        summed = self.accelerator.reduce(torch.cat([*(grad.flatten() for grad in grads), extra]), "sum")
-        *parts, loss_1, tokens_1 = summed.split([grad.numel() for grad in grads] + [1, 1])
-        for parameter, part in zip(self.parameters.values(), parts, strict=True):
-            _grad(parameter).copy_(part.view_as(parameter))
-        return float(loss_1), round(float(tokens_1))
+    def _check_splittable(self, plan: Sequence[MicroBatch], step: int, error: Exception) -> None:
+        """Raise TrainingError where a pass that memory doesn't suffice for can't be run in smaller ones."""
+        where = f"Step {step} of {self.total_steps}: memory doesn't suffice for"
+        if self.sharing.sharded:
+            raise TrainingError(
+                f"{where} {self.max_tokens} tokens. Processes that share the weights can't split a step by themselves: "
+                "lower max_tokens_per_batch, or use gradient_checkpointing=True."
+            ) from error
+        if all(len(batch.rows) == 1 for batch in plan):
+            longest = max(len(row) for batch in plan for row in batch.rows)
+            raise TrainingError(
+                f"{where} a single row of {longest} tokens. Use gradient_checkpointing=True or quantize_base='4bit', "
+                "or leave out the longest rows."
+            ) from error
 
     def _held_out_losses(self) -> HeldOutLosses:
         self.adapter.base.eval()
         started = time.perf_counter()
         by_field = self.training.balance_fields
         with self.mean.in_place() if self.mean else contextlib.nullcontext():
-            losses = held_out_losses(
-                self.loss, self.validation_rows, self.max_tokens, self.accelerator, self._share, by_field
-            )
+            losses = held_out_losses(self.loss, self.validation_rows, self.max_tokens, self.sharing, by_field)
         self.length.held_out_seconds = time.perf_counter() - started
         if not losses.finite:
             raise TrainingError(
@@ -369,12 +365,5 @@ class _Run:
             learning_rate=rate,
         )
         self.history.append(line)
-        if self.on_progress is not None and self.accelerator.is_main_process:
+        if self.on_progress is not None and self.sharing.is_main:
             self.on_progress(line)
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    """The gradient; zeros where no token of the step reached the weight."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad

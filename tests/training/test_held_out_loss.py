@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from reference import relative_error
 from safetensors.torch import load_file
 from tiny import GEMMA2, random_rows, tiny_model
@@ -21,6 +20,7 @@ from bettertogether.training.adapter import training_adapter
 from bettertogether.training.held_out import HeldOutLosses, held_out_losses
 from bettertogether.training.loss import row_loss
 from bettertogether.training.packing import TokenizedRow
+from bettertogether.training.sharing import Sharing
 from bettertogether.training.trainer import TrainedAdapter, train_adapter
 from bettertogether.training.weighting import TokenWeights
 
@@ -53,7 +53,7 @@ def token_losses(model: PreTrainedModel, prompt_ids: list[int], row: TokenizedRo
 
 def measured(model: PreTrainedModel, rows: list[TokenizedRow], by_field: bool = False) -> HeldOutLosses:
     with row_loss(model, torch.float32, max(row.longest for row in rows)) as loss:
-        return held_out_losses(loss, rows, 10_000, Accelerator(), lambda rows: rows, by_field)
+        return held_out_losses(loss, rows, 10_000, Sharing.of_this_process(), by_field)
 
 
 def expected_mean(model: PreTrainedModel, rows: list[TokenizedRow], field: str | None, everything: bool) -> float:

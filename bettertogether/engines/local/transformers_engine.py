@@ -185,7 +185,7 @@ class TransformersEngine(BaseEngine):
         return super().finetune(rows, **options)
 
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
-        if job.training.num_processes > 1:
+        if job.training.launched:
             self._check_unchanged()
             return train(self, job, None, self._card.source, on_progress)
         with self._scheduler.exclusive():

@@ -348,7 +348,7 @@ class VLLMEngine(BaseEngine):
         self._check_rank(job.lora.rank, "lora", ConfigError)
         self._check_unchanged()
         with self._paused():
-            if job.training.num_processes > 1:
+            if job.training.launched:
                 return train(self, job, None, self._card.source, on_progress)
             return self._train_here(job, on_progress)
 
