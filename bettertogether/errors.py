@@ -7,6 +7,7 @@ callers may catch either. A message says what came, what is allowed and what to 
 from __future__ import annotations
 
 from dspy.lm15 import ContextLengthError
+from dspy.utils.exceptions import LMProviderError
 
 from .printable import printable
 
@@ -62,6 +63,10 @@ class PromptTooLongError(BetterTogetherError, ContextLengthError, ValueError):
 
     DSPy shows programs its own `ContextWindowExceededError` instead, on which `dspy.ReAct` shortens its history.
     """
+
+
+class AnswerTimeoutError(BetterTogetherError, LMProviderError, TimeoutError):
+    """A server is well but took too long over an answer. DSPy does not try it again, which would cost as much again."""
 
 
 class TrainingError(BetterTogetherError, RuntimeError):

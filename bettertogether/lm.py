@@ -163,7 +163,7 @@ def local_lm(
 def vllm_lm(
     model: str | Path,
     *,
-    url: str | None = None,
+    url: str | Sequence[str] | None = None,
     api_key: str | None = None,
     adapter: str | Path | None = None,
     temperature: float = 0.0,
@@ -176,18 +176,23 @@ def vllm_lm(
 
     Args:
         model: Folder of a transformers model, or a hub id.
-        url: vLLM server that serves it already; None starts one on this machine at the first request.
-        api_key: Key of that server; the environment's VLLM_API_KEY when None. It is not saved with a program.
+        url: vLLM server that serves it already, "http://host:8000" or "https://host", or a list of several that share
+            the requests: prompts of one predictor go to one server, where their prefix is cached, up to 1.25 times its
+            share; a server that is gone is left out, and tried again. None starts one on this machine at the first
+            request.
+        api_key: Key of those servers; the environment's VLLM_API_KEY when None. It is not saved with a program.
         adapter: PEFT folder to answer with; None for the base model.
         temperature: 0 takes the likeliest token each time.
         max_tokens: Tokens of an answer at most; None: 1024, or what the context has left.
         cache: Use DSPy's cache of answers. It can't be stale: other weights, precision or template options get another
             model name.
-        engine_options: Fields of `VLLMOptions`: server_options, command, concurrency, stop_while_training, ...
-        lm_options: Anything else `dspy.LM` takes.
+        engine_options: Fields of `VLLMOptions`: server_options, command, concurrency, max_adapters,
+            stop_while_training, request_timeout_s, ...
+        lm_options: Anything else `dspy.LM` takes. `num_retries` (3) is how often a request is tried again, after 1, 2,
+            4, ... s, that no server answers.
 
-    Raises ConfigError for a value that an option can't have, and ModelError for a folder or id that holds no model and
-    for a `url` where no vLLM answers.
+    Raises ConfigError for a value that an option can't have, and ModelError for a folder or id that holds no model, for
+    a `url` where no vLLM answers, and for servers of different models.
     """
     from .engines import VLLMEngine
 

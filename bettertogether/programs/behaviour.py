@@ -29,7 +29,7 @@ from .program import modules_of
 
 PACE = frozenset(
     {
-        "adapters", "cache_bytes", "cache_folder", "command", "concurrency", "device", "max_batch_size",
+        "adapters", "cache_bytes", "cache_folder", "command", "concurrency", "device", "max_adapters", "max_batch_size",
         "mixed_batches", "model", "number", "request_timeout_s", "startup_timeout_s", "stop_while_training", "url",
     }
 )  # fmt: skip

@@ -1,9 +1,11 @@
 """A stand-in for `vllm serve`: the part of its command line and of its HTTP API that the engine uses, on no model.
 
 An answer is five words made from the prompt's tokens, the model's name and, when sampling, the seed. `/seen` gives the
-bodies of all completions so far. Environment: FAKE_VLLM_ANSWER=text is the answer to all; FAKE_VLLM_FAILS=text ends
-with that text in the log; FAKE_VLLM_DIES_AFTER=n exits at the n-th completion; FAKE_VLLM_PAUSES=s waits so many seconds
-after each word of a stream.
+bodies of all completions so far, `/told` what else was posted: loads and unloads with the adapter's name, sleep and
+wake_up. Environment: FAKE_VLLM_ANSWER=text is the answer to all; FAKE_VLLM_FAILS=text ends with that text in the log;
+FAKE_VLLM_DIES_AFTER=n exits at the n-th completion; FAKE_VLLM_STATUS=n is the status of all completions;
+FAKE_VLLM_PAUSES=s waits so many seconds after each word of a stream, and before any other answer;
+FAKE_VLLM_CERTIFICATE=file makes it https; FAKE_VLLM_SLEEPLESS=1 makes it a version that can't sleep.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import ssl
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +29,9 @@ BASE = option("--served-model-name", sys.argv[2])
 MAX_RANK = int(option("--max-lora-rank", "16"))
 adapters: dict[str, str] = {}
 seen: list[dict[str, Any]] = []
+told: list[str] = []
+SLEEPLESS = "FAKE_VLLM_SLEEPLESS" in os.environ
+PAUSE_S = float(os.environ.get("FAKE_VLLM_PAUSES", "0"))
 
 
 def words(body: dict[str, Any]) -> list[str]:
@@ -71,13 +77,31 @@ class Handler(BaseHTTPRequestHandler):
             return
         models = [{"id": BASE, "parent": None, "max_model_len": 4096}]
         models += [{"id": name, "parent": BASE} for name in adapters]
-        self.reply(200, {"/v1/models": {"data": models}, "/seen": seen}.get(self.path, {}))
+        self.reply(200, {"/v1/models": {"data": models}, "/seen": seen, "/told": told}.get(self.path, {}))
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
         if self.refused():
             return
-        {"/v1/completions": self.complete, "/v1/load_lora_adapter": self.load}[self.path](body)
+        if self.path == "/v1/completions":
+            self.complete(body)
+            return
+        action = self.path.partition("?")[0].rpartition("/")[2]
+        told.append(" ".join([action.removesuffix("_lora_adapter"), *filter(None, [body.get("lora_name")])]))
+        actions = {"load_lora_adapter": self.load, "unload_lora_adapter": self.unload}
+        if "--enable-sleep-mode" in sys.argv and os.environ.get("VLLM_SERVER_DEV_MODE") == "1" and not SLEEPLESS:
+            actions |= {"sleep": self.done, "wake_up": self.done}
+        actions.get(action, self.unknown)(body)
+
+    def done(self, body: dict[str, Any]) -> None:
+        self.reply(200, {})
+
+    def unknown(self, body: dict[str, Any]) -> None:
+        self.reply(404, {"detail": "Not Found"})
+
+    def unload(self, body: dict[str, Any]) -> None:
+        there = adapters.pop(body["lora_name"], None)
+        self.reply(200 if there else 404, "Success" if there else {"error": {"message": "The adapter is not found."}})
 
     def load(self, body: dict[str, Any]) -> None:
         config = Path(body["lora_path"]) / "adapter_config.json"
@@ -88,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
         elif not config.is_file():
             self.reply(404, {"error": {"message": f"No adapter found for {body['lora_path']}"}})
         elif json.loads(config.read_text())["r"] > MAX_RANK:
-            self.reply(400, {"error": {"message": "LoRA rank is greater than max_lora_rank"}})
+            self.reply(500, {"error": {"message": f"LoRA rank is greater than max_lora_rank {MAX_RANK}"}})
         else:
             adapters[body["lora_name"]] = body["lora_path"]
             self.reply(200, "Success")
@@ -98,6 +122,9 @@ class Handler(BaseHTTPRequestHandler):
         if len(seen) == int(os.environ.get("FAKE_VLLM_DIES_AFTER", "0")):
             os.write(1, b"out of memory, said the fake\n")
             os._exit(3)
+        if "FAKE_VLLM_STATUS" in os.environ:
+            self.reply(int(os.environ["FAKE_VLLM_STATUS"]), {"error": {"message": "not now"}})
+            return
         if body["model"] not in {BASE, *adapters}:
             self.reply(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
             return
@@ -108,6 +135,7 @@ class Handler(BaseHTTPRequestHandler):
             "prompt_tokens_details": {"cached_tokens": 2},
         }
         if not body.get("stream"):
+            time.sleep(PAUSE_S)
             self.reply(200, {"choices": [choice(" ".join(answer), body, answer, "stop")], "usage": usage})
             return
         pieces = [choice(word if place == 0 else f" {word}", body, [word], None) for place, word in enumerate(answer)]
@@ -122,10 +150,15 @@ class Handler(BaseHTTPRequestHandler):
         for line in lines:
             self.wfile.write(line.encode())
             self.wfile.flush()
-            time.sleep(float(os.environ.get("FAKE_VLLM_PAUSES", "0")))
+            time.sleep(PAUSE_S)
 
 
 if __name__ == "__main__":
     if "FAKE_VLLM_FAILS" in os.environ:
         sys.exit(os.environ["FAKE_VLLM_FAILS"])
-    ThreadingHTTPServer(("127.0.0.1", int(option("--port", "8000"))), Handler).serve_forever()
+    server = ThreadingHTTPServer(("127.0.0.1", int(option("--port", "8000"))), Handler)
+    if "FAKE_VLLM_CERTIFICATE" in os.environ:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(os.environ["FAKE_VLLM_CERTIFICATE"])
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.serve_forever()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import httpx
-from dspy.lm15 import InvalidRequestError, ServerError
+from dspy.lm15 import AuthError, InvalidRequestError, RateLimitError, ServerError
 
 from ..answers import SamplingOptions, TokenScore
 
@@ -53,10 +53,19 @@ def chunks_of(reply: httpx.Response) -> Iterator[dict[str, Any]]:
             yield chunk
 
 
-def check(reply: httpx.Response) -> None:
-    """Raise what an answer with an error status stands for."""
-    if reply.status_code < 400:
+def check(reply: httpx.Response, server: str) -> None:
+    """Raise what an answer with an error status stands for; `server` is the address of who gave it."""
+    status = reply.status_code
+    if status < 400:
         return
     reply.read()
-    message = f"vLLM answered {reply.status_code}: {reply.text:.500}"
-    raise InvalidRequestError(message) if reply.status_code < 500 else ServerError(message)
+    message = f"vLLM answered {status}: {reply.text:.500} (the server at {server})"
+    if status in (401, 403):
+        raise AuthError(f"{message}. A server with a key wants api_key=, or VLLM_API_KEY in the environment.")
+    pause = reply.headers.get("retry-after", "")
+    after = float(pause) if pause.isdecimal() else None
+    if status == 429:
+        raise RateLimitError(message, status=status, retry_after=after)
+    if status < 500:
+        raise InvalidRequestError(message, status=status)
+    raise ServerError(message, status=status, retry_after=after)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -19,18 +18,13 @@ from ...errors import BetterTogetherError, ConfigError, MissingExtraError, Model
 from ...files import cache_folder
 from ...printable import get_logger
 from ...processes import WatchedProcess, last_lines
+from .serve_options import arguments
 
 logger = get_logger(__name__)
 
 POLL_S = 0.5
-DEFAULT_OPTIONS: Mapping[str, Any] = {
-    "enable_lora": True,
-    "max_lora_rank": 64,
-    # It reads the grammars that this library writes (lark).
-    "structured_outputs_config": {"backend": "guidance"},
-    "enable_prompt_tokens_details": True,
-}
-OWN_OPTIONS = ("host", "port", "served_model_name", "api_key")
+PAUSE_S = 300.0
+"""How long falling asleep and waking up may take: weights go to the machine's memory and back."""
 
 
 class VLLMServer:
@@ -42,11 +36,10 @@ class VLLMServer:
         url: Of a server that runs already, "http://host:8000"; None starts one at the first `address()`.
         api_key: Key of a server that runs already; VLLM_API_KEY of the environment when None. Ours gets a random one.
         command: Program to start, with the arguments that come before "serve".
-        options: More options of `vllm serve`, as {"gpu_memory_utilization": 0.8, "tensor_parallel_size": 2}; True is
-            a bare flag, False its --no- form.
+        options: Those of `vllm serve`, as `serve_options.checked` gives them; none for one that runs already.
         startup_timeout_s: How long a server may take until it answers.
 
-    Raises ConfigError for options that this class sets itself.
+    Raises ConfigError for a key of a server of ours.
     """
 
     def __init__(
@@ -60,24 +53,22 @@ class VLLMServer:
         options: Mapping[str, Any],
         startup_timeout_s: float,
     ) -> None:
-        refused = sorted(set(options) & set(OWN_OPTIONS))
-        if refused or (url is not None and options):
-            allowed = "with url= there are none, the server runs already" if url else f"any but {OWN_OPTIONS}"
-            raise ConfigError(f"server_options {refused or sorted(options)} can't be given: {allowed}.")
         if url is None and api_key is not None:
             raise ConfigError("api_key= is for a server that runs already (url=); ours gets a random key of its own.")
         self.ours = url is None
         self.api_key = secrets.token_urlsafe(32) if url is None else api_key or os.environ.get("VLLM_API_KEY")
-        self.options = {**DEFAULT_OPTIONS, **options}
+        self.options = dict(options)
         self._source, self._served_name, self._command = source, served_name, list(command)
         self._startup_timeout_s = startup_timeout_s
-        self._url = "" if url is None else url.rstrip("/").removesuffix("/v1")
+        self.url = url or ""
+        """Where it is; "" while ours was never started."""
         self.process: WatchedProcess | None = None
         """Our server, where one was started and not stopped."""
         self.log = Path()
         """Where its output goes."""
         self.starts = 0
         """How often one was started."""
+        self._asleep = False
         self._failure: BetterTogetherError | None = None
         self._failures = 0
         self._lock = threading.Lock()
@@ -94,7 +85,7 @@ class VLLMServer:
                 if self._failures > failures and self._failure is not None:
                     raise type(self._failure)(str(self._failure)) from self._failure
                 self._start()
-            return self._url, self.starts
+            return self.url, self.starts
 
     @property
     def headers(self) -> dict[str, str]:
@@ -114,6 +105,40 @@ class VLLMServer:
             if self.process is not None:
                 self.process.stop()
                 self.process = None
+                self._asleep = False
+
+    def pause(self) -> None:
+        """Take our server off its memory until `resume`: asleep where it was started so that it can, stopped elsewhere.
+
+        Nobody may ask it meanwhile. Asleep it keeps its weights in the machine's memory, and its adapters.
+        """
+        with self._lock:
+            if self.process is not None and self.options.get("enable_sleep_mode"):
+                self._asleep = self._told("/sleep?level=1")
+            if self._asleep or self.process is None:
+                return
+            self.process.stop()
+            self.process = None
+
+    def resume(self) -> None:
+        """Wake our server where it sleeps; one that does not wake is stopped, so that `address()` starts another."""
+        with self._lock:
+            if not self._asleep or self.process is None:
+                return
+            self._asleep = False
+            if not self._told("/wake_up"):
+                self.process.stop()
+                self.process = None
+
+    def _told(self, path: str) -> bool:
+        """Whether our server did what a POST to `path` tells it."""
+        try:
+            with httpx.Client(trust_env=False, timeout=PAUSE_S) as client:
+                client.post(f"{self.url}{path}", headers=self.headers).raise_for_status()
+        except httpx.HTTPError as error:
+            logger.warning("vLLM does not answer %s (%r), so it is stopped and started anew.", path, error)
+            return False
+        return True
 
     def _start(self) -> None:
         program = self._command[0]
@@ -123,14 +148,16 @@ class VLLMServer:
                 "the path of `vllm` in another environment, or url= the address of a server that runs."
             )
         port = free_port()
-        self._url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{port}"
         own = {"host": "127.0.0.1", "port": port, "served_model_name": self._served_name}
-        command = [*self._command, "serve", self._source, *_arguments({**self.options, **own})]
+        command = [*self._command, "serve", self._source, *arguments({**self.options, **own})]
         self.log = cache_folder() / "logs" / f"vllm-{os.getpid()}-{port}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         logger.info("Starting vLLM for %s; its log is %s.", self._served_name, self.log)
         # Not as an argument: those of a process are for everybody to read.
         environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_API_KEY": self.api_key or ""}
+        if self.options.get("enable_sleep_mode"):
+            environment["VLLM_SERVER_DEV_MODE"] = "1"
         self.starts += 1
         self.process = WatchedProcess(command, self.log, environment)
         try:
@@ -161,29 +188,13 @@ class VLLMServer:
     def _serves(self) -> bool:
         """Whether our server answers at our port: somebody else may have taken the port before it could."""
         try:
-            reply = httpx.get(f"{self._url}/v1/models", headers=self.headers, timeout=5, trust_env=False)
+            reply = httpx.get(f"{self.url}/v1/models", headers=self.headers, timeout=5, trust_env=False)
             return any(model["id"] == self._served_name for model in reply.raise_for_status().json()["data"])
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return False  # not listening yet, or not ours
 
     def _log_end(self) -> str:
         return last_lines(self.log.read_text(errors="replace"))
-
-
-def _arguments(options: Mapping[str, Any]) -> list[str]:
-    """Options as command line arguments."""
-    arguments = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list | tuple):
-            arguments += [f"--{flag}", *map(str, value)]
-        else:
-            arguments += [f"--{flag}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
-    return arguments
 
 
 def free_port() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import suppress
 from typing import Any
@@ -41,6 +41,14 @@ class StreamReader:
             self._reply = reply
             if self.stopped:
                 _break_off(reply)
+
+    def until_stopped(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        """The chunks of the reply; those that `stop` breaks off are at their end, as that is no fault of the server."""
+        try:
+            yield from chunks
+        except httpx.TransportError:
+            if not self.stopped:
+                raise
 
     def stop(self) -> None:
         """Nobody takes the events any more: break the answer off, so that the server stops writing it."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -16,7 +17,7 @@ from typing import Any
 
 import httpx
 import torch
-from dspy.lm15 import Request, Response, ServerError, TransportError
+from dspy.lm15 import Request, Response, ServerError
 
 from ...errors import ConfigError, EngineBusyError, EngineClosedError, ModelError
 from ...printable import get_logger
@@ -31,9 +32,12 @@ from ..loading import load_model, pick_device, pick_dtype
 from ..protocol import MODEL_PREFIX, FinetuneResult
 from ..responses import ResponseWriter
 from ..structured import after_thoughts, answer_grammar
-from .api import check, chunks_of, sampling_fields, scores_of
+from .api import chunks_of, sampling_fields, scores_of
+from .fleet import Fleet, meet
 from .gate import Gate
+from .member import Adapter, Member
 from .options import VLLMOptions, is_cut, server_options_for
+from .serve_options import replicas
 from .server import VLLMServer
 from .stream import Put, StreamReader
 
@@ -46,17 +50,18 @@ class VLLMEngine(BaseEngine):
     """Answers requests through vLLM's HTTP API, base and adapters side by side, and trains adapters for it.
 
     Prompts are rendered here and sent as tokens, so that the rows of a training and the prompts of a program are the
-    same, as with `TransformersEngine`. The server is started at the first request, stopped while a training in this
-    process needs its memory, and started again at the next request; it ends with this process, however that ends.
-    vLLM does not promise the same text for the same seed whatever runs beside it.
+    same, as with `TransformersEngine`. A server of ours is started at the first request, put to sleep (CUDA) or stopped
+    while a training in this process needs its memory, and woken or started again after it; it ends with this process,
+    however that ends. Servers that run already share the requests (`Fleet`), and load adapters when they are first
+    asked for them. vLLM does not promise the same text for the same seed whatever runs beside it.
 
     Args:
         model: Folder of a transformers model, or a hub id.
         adapters: PEFT folders to serve from the start.
         options: The fields of `VLLMOptions`.
 
-    Raises ModelError for a folder or id that holds no causal language model or a `url` where no vLLM answers, and
-    ConfigError.
+    Raises ModelError for a folder or id that holds no causal language model, a `url` where no vLLM answers, or servers
+    of different models; and ConfigError.
     """
 
     kind = "vllm"
@@ -68,22 +73,20 @@ class VLLMEngine(BaseEngine):
     def __init__(self, model: str | Path, *, adapters: Sequence[str | Path] = (), **options: Any) -> None:
         given = VLLMOptions.of(options)
         super().__init__(model, given)
-        self.concurrency = given.concurrency
         self._base_model = MODEL_PREFIX + self.base_name
-        self.server = VLLMServer(
-            self._card.source,
-            self._base_model,
-            url=given.url,
-            api_key=given.api_key,
-            options=server_options_for(self._card, given),
-            command=given.words,
-            startup_timeout_s=given.startup_timeout_s,
-        )
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=given.concurrency)
+        server_options = server_options_for(self._card, given)
+        self.servers = self._servers_for(given, server_options)
+        self.server = self.servers[0]
+        """Our server, or the first of those that run already."""
+        self.concurrency = given.concurrency * max(len(given.addresses), replicas(server_options))
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
         timeout = httpx.Timeout(given.request_timeout_s, connect=10.0)
         # A proxy of the environment's is not for a server on this machine.
         self._client = httpx.Client(timeout=timeout, limits=limits, trust_env=not self.server.ours)
-        self._pool = ThreadPoolExecutor(given.concurrency, thread_name_prefix="bettertogether-vllm")
+        self._pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="bettertogether-vllm")
+        members = [Member(server, self._client, given.max_adapters) for server in self.servers]
+        self.fleet = Fleet(members, self._base_model, given.request_timeout_s)
+        """The servers, with what is known of each."""
         self._writer = ResponseWriter(self._card.tokenizer, thinks=self._renderer.thinks)
         self._gate = Gate()
         self._mixed_batches = given.mixed_batches
@@ -92,16 +95,28 @@ class VLLMEngine(BaseEngine):
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
         self._adapters: dict[str, Path] = {}
-        self._loaded: set[tuple[int, str]] = set()
-        """Adapters that the server holds, each with the number of the server."""
         self._closed = False
-        self._served_base = self._base_model
-        if given.url is None:
-            self.max_length = min(self.max_length, int(self.server.options.get("max_model_len") or self.max_length))
+        if self.server.ours:
+            self.max_length = min(self.max_length, int(server_options.get("max_model_len") or self.max_length))
         else:
-            self._meet_server()
+            self._meet_servers()
         for folder in adapters:
             self.add_adapter(Path(folder))
+
+    def _servers_for(self, given: VLLMOptions, server_options: Mapping[str, Any]) -> tuple[VLLMServer, ...]:
+        urls: Sequence[str | None] = given.addresses or [None]
+        return tuple(
+            VLLMServer(
+                self._card.source,
+                self._base_model,
+                url=url,
+                api_key=given.api_key,
+                options=server_options,
+                command=given.words,
+                startup_timeout_s=given.startup_timeout_s,
+            )
+            for url in urls
+        )
 
     def _check_options(self, asked: Mapping[str, Any]) -> None:
         key = asked.get("api_key")
@@ -112,26 +127,15 @@ class VLLMEngine(BaseEngine):
             )
         super()._check_options(asked)
 
-    def _meet_server(self) -> None:
-        """Learn the base model's name and context length from a server that is not ours."""
-        address, _ = self.server.address()
-        try:
-            reply = self._client.get(f"{address}/v1/models", headers=self.server.headers)
-            models = reply.raise_for_status().json()["data"]
-            base = next(model for model in models if not model.get("parent"))
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, StopIteration) as error:
-            raise ModelError(
-                f"No vLLM server answers at {address}: {error!r}. Start one there (VLLM_ALLOW_RUNTIME_LORA_UPDATING="
-                "True vllm serve MODEL --enable-lora --max-lora-rank 64), or leave url out to have one started here. A "
-                "server with a key wants api_key=."
-            ) from error
-        self._served_base = base["id"]
-        served_length = int(base.get("max_model_len") or self.max_length)
+    def _meet_servers(self) -> None:
+        """Learn the base model's name and the context length from servers that are not ours."""
+        self.fleet.base, served_length = meet(self.fleet.members)
+        served_length = served_length or self.max_length
         if is_cut(self._card) and self.max_length < served_length:
             logger.warning(
                 "The server at %s takes texts of %d tokens, for which vLLM changes this model's rotary factors in "
                 "texts of any length; training keeps to those of short ones. Start it with --max-model-len %d.",
-                address,
+                self.server.url,
                 served_length,
                 self.max_length,
             )
@@ -140,14 +144,16 @@ class VLLMEngine(BaseEngine):
     def complete(self, request: Request) -> Response:
         """Answer one request; `request.model` names the base or an adapter.
 
-        Raises UnknownAdapterError, ModelError when no server comes up or an adapter can't be loaded there, and lm15's
-        ContextLengthError, UnsupportedFeatureError, InvalidRequestError, TransportError and ServerError.
+        Raises UnknownAdapterError, ModelError when no server comes up or an adapter can't be loaded there,
+        AnswerTimeoutError, and lm15's ContextLengthError, UnsupportedFeatureError, InvalidRequestError, AuthError,
+        RateLimitError, TransportError and ServerError. What was answered and got lost on the way is not counted.
         """
         request = self._named(request)
         body = self._body(request)
-        with self._gate.together(self._kind(request.model)), self._translated():
-            reply = self._ask(request.model, body).json()
-        return self._writer.response(request, self._answer(reply["choices"][0], reply["usage"]))
+        with self._gate.together(self._kind(request.model)), self._asked(request, body) as reply:
+            content = reply.json()
+            answer = self._answer(content["choices"][0], content["usage"])
+        return self._writer.response(request, answer)
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """Answer one request as events."""
@@ -189,18 +195,19 @@ class VLLMEngine(BaseEngine):
     def _events(self, request: Request, body: Mapping[str, Any], reader: StreamReader) -> Iterator[StreamEvent]:
         usage: dict[str, Any] = {}
         last: dict[str, Any] = {}
-        with self._gate.together(self._kind(request.model)), self._translated():
+        with self._gate.together(self._kind(request.model)):
             yield self._writer.start(request)
             deltas = self._writer.deltas()
-            with closing(self._ask(request.model, body, stream=True)) as reply:
+            with self._asked(request, body, stream=True) as reply:
                 reader.reads(reply)
-                for chunk in chunks_of(reply):
+                for chunk in reader.until_stopped(chunks_of(reply)):
                     usage = chunk.get("usage") or usage
                     for choice in chunk["choices"]:
                         last = choice if choice["finish_reason"] else last
                         if choice["text"]:
                             yield from deltas(choice["text"], scores_of(choice))
-        yield self._writer.end(self._answer(last, usage))
+        if not reader.stopped:
+            yield self._writer.end(self._answer(last, usage))
 
     @property
     def asynchronous(self) -> AsyncVLLMEngine:
@@ -216,12 +223,12 @@ class VLLMEngine(BaseEngine):
             raise EngineClosedError(f"The engine of {self.base_name} was closed. Make a new LM: vllm_lm(...).")
         if self._turn.in_callback and self._stops_for_training:
             raise EngineBusyError(
-                f"A callback of a training of {self.short_name} asks the model, whose server is stopped until the "
+                f"A callback of a training of {self.short_name} asks the model, whose server rests until the "
                 "training ends. Ask when it has, or make the engine with stop_while_training=False."
             )
         self.adapter_folder(request.model)
         prompt_ids, max_tokens, sampling = self._rendered(request)
-        model = self._served_base if request.model == self._base_model else request.model
+        model = self.fleet.base if request.model == self._base_model else request.model
         body = {"model": model, "prompt": prompt_ids, "max_tokens": max_tokens, **sampling_fields(sampling)}
         body["stop_token_ids"] = sorted(self._eos_ids)
         if request.config.response_format is not None:
@@ -238,47 +245,17 @@ class VLLMEngine(BaseEngine):
             return "any"
         return "base" if model == self._base_model else "adapters"
 
-    def _ask(self, model: str, body: Mapping[str, Any], *, stream: bool = False) -> httpx.Response:
-        """The server's reply, which is not an error; its body is still to be read where it is a `stream`."""
-        reply = self._send(model, body, stream)
-        if reply.status_code == 404 and model != self._base_model:
-            # A server that is not ours was started anew since the adapter was loaded there.
-            reply.close()
-            with self._lock:
-                self._loaded.clear()
-            reply = self._send(model, body, stream)
-        check(reply)
-        return reply
-
-    def _send(self, model: str, body: Mapping[str, Any], stream: bool) -> httpx.Response:
-        url = f"{self._prepare(model)}/v1/completions"
-        request = self._client.build_request("POST", url, json=body, headers=self.server.headers)
-        return self._client.send(request, stream=stream)
-
     @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except httpx.TransportError as error:
-            raise TransportError(f"No answer from the vLLM server: {error!r}.{self.server.why_gone()}") from error
+    def _asked(self, request: Request, body: Mapping[str, Any], *, stream: bool = False) -> Iterator[httpx.Response]:
+        """The reply to a request, from the server where the prompts of its predictor meet."""
+        folder = self.adapter_folder(request.model)
+        adapter = None if folder is None else Adapter(request.model, folder)
+        with self.fleet.reply(self._key(request), body, adapter, stream=stream) as reply:
+            yield reply
 
-    def _prepare(self, model: str) -> str:
-        """The server's address; it runs, and holds the adapter."""
-        address, number = self.server.address()
-        with self._lock:
-            if model == self._base_model or (number, model) in self._loaded:
-                return address
-            adapter = {"lora_name": model, "lora_path": str(self._adapters[model].resolve())}
-            url = f"{address}/v1/load_lora_adapter"
-            reply = self._client.post(url, json=adapter, headers=self.server.headers)
-            if reply.status_code >= 400 and "already been loaded" not in reply.text:
-                raise ModelError(
-                    f"vLLM does not load the adapter {adapter['lora_path']}: {reply.status_code} {reply.text:.500}. "
-                    "Its rank must be within the server's --max-lora-rank; a server that was started by hand needs "
-                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora."
-                )
-            self._loaded.add((number, model))
-            return address
+    def _key(self, request: Request) -> str:
+        """The same for requests with a common prefix: the model, and all of the chat before its last message."""
+        return json.dumps([request.model, *self.messages(request)[:-1]])
 
     def _answer(self, choice: Mapping[str, Any], usage: Mapping[str, Any]) -> Answer:
         if choice.get("finish_reason") not in ("stop", "length"):
@@ -309,8 +286,8 @@ class VLLMEngine(BaseEngine):
         return name
 
     def _check_rank(self, rank: int, what: str, error: type[Exception]) -> None:
-        most = int(self.server.options["max_lora_rank"])
-        if self.server.ours and rank > most:
+        most = int(self.server.options.get("max_lora_rank") or rank)
+        if rank > most:
             raise error(
                 f"{what} has rank {rank}, and the server takes {most} at most. Give server_options="
                 "{'max_lora_rank': ...} when the engine is made, or a lower rank."
@@ -341,8 +318,11 @@ class VLLMEngine(BaseEngine):
             yield
             return
         with self._gate.alone():
-            self.server.stop()
-            yield
+            self.server.pause()
+            try:
+                yield
+            finally:
+                self.server.resume()
 
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
         self._check_rank(job.lora.rank, "lora", ConfigError)
@@ -370,7 +350,7 @@ class VLLMEngine(BaseEngine):
             return {name: self._counts[name] for name in COUNTERS}
 
     def close(self) -> None:
-        """Stop the server where it is ours."""
+        """Stop the server where it is ours; others run on."""
         self._closed = True
         self.server.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)

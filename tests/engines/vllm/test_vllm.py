@@ -6,8 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +17,7 @@ import psutil
 import pytest
 from dspy.lm15 import Config, ContextLengthError, Message, Request, ServerError, StreamDeltaEvent, TransportError
 from fakes import wait_for
+from running_vllm import FAKE, Running
 from small_models import SIZES, save_model
 from transformers import Phi3Config
 
@@ -30,7 +29,6 @@ from bettertogether.errors import ConfigError, EngineBusyError, EngineClosedErro
 from bettertogether.testing import EngineContract
 from bettertogether.training.config import LoRAConfig, TrainingConfig
 
-FAKE = (sys.executable, str(Path(__file__).parents[1] / "fake_vllm.py"))
 REAL = os.environ.get("BETTERTOGETHER_TEST_VLLM")
 MODEL = os.environ.get("BETTERTOGETHER_TEST_MODEL")
 SHORT = TrainingConfig(epochs=1, learning_rate=1e-2)
@@ -382,6 +380,8 @@ def test_a_model_whose_rotary_factors_change_with_the_length_is_served_at_the_le
     "options",
     [
         {"url": 5}, {"url": "node7:8000"}, {"url": ""}, {"url": "http://x", "api_key": 5}, {"api_key": "x"},
+        {"url": []}, {"url": "https://"}, {"url": ["http://x", "node7"]}, {"url": ["http://x/v1", "http://x"]},
+        {"engine_options": {"max_adapters": 0}},
         {"engine_options": {"concurrency": 0}}, {"engine_options": {"command": 5}},
         {"engine_options": {"server_options": 5}}, {"engine_options": {"server_options": {"api_key": "x"}}},
         {"engine_options": {"startup_timeout_s": -1}}, {"engine_options": {"stop_while_training": "no"}},
@@ -392,25 +392,6 @@ def test_a_model_whose_rotary_factors_change_with_the_length_is_served_at_the_le
 def test_arguments_that_can_not_be_are_refused_at_once(folder: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         vllm_lm(folder, **options)
-
-
-class Running:
-    """A server that somebody else started."""
-
-    def __init__(self, port: int, **environment: str) -> None:
-        command = [*FAKE, "serve", "some/model", "--port", str(port)]
-        self.process = subprocess.Popen(command, env={**os.environ, **environment})
-        assert wait_for(lambda: self.answers(port), seconds=20)
-
-    def answers(self, port: int) -> bool:
-        try:
-            return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture
