@@ -63,6 +63,10 @@ class Trace:
         return self.verdict.reason
 
 
+MOST_TRIES = 8
+"""Tries of an example that failed, where hardly any was solved. A student that solves 5% would solve a third so."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How hard to try for a passing trace of each example."""
@@ -75,9 +79,12 @@ class Sampling:
     """For examples that still fail: once more with the label as a hint, which no training row shows."""
     sample_passing: bool = False
     """Take the `num_samples` tries for examples that passed as well (RFT), for more distinct traces."""
+    enough: int = 0
+    """Where fewer examples than this are solved after all that, tries go on, up to `MOST_TRIES`; 0: they never do."""
 
     def __post_init__(self) -> None:
         require_whole("num_samples", self.num_samples, 0, meaning="a whole number, 0 for none")
+        require_whole("enough", self.enough, 0)
         if isinstance(self.temperature, Sequence) and not isinstance(self.temperature, str):
             object.__setattr__(self, "temperature", tuple(self.temperature))
         temperatures = self.temperatures
@@ -236,7 +243,8 @@ def collect_traces(
     teachers: Sequence[dspy.Module] = (),
     label_field: str | None = None,
 ) -> TraceSet:
-    """Traces of every example: a first run each, then more tries for those that failed, as `sampling` says.
+    """Traces of every example: a first run each, then more tries for those that failed, as `sampling` says: so many
+    samples, a hint, and where hardly any example is solved then, more samples.
 
     With teachers, each of them makes the first runs instead of the student, and the first teacher the further tries.
     """
@@ -262,16 +270,23 @@ def collect_traces(
     if warning:
         events.warn(warning)
     sampler = (*teachers, program)[0]
-    for number in range(1, sampling.num_samples + 1):
-        again = range(len(examples)) if sampling.sample_passing else unsolved()
+
+    def sample(number: int, again: Iterable[int]) -> None:
         attempt = Attempt("sample", number, sampling.temperature_of(number))
-        wave(sampler, again, lambda _, attempt=attempt: attempt)  # type: ignore[misc]
+        wave(sampler, again, lambda _: attempt)
+
+    for number in range(1, sampling.num_samples + 1):
+        sample(number, range(len(examples)) if sampling.sample_passing else unsolved())
     if sampling.rescue:
         hints = {index: hint for index in unsolved() if (hint := _hint(examples[index], known))}
         if 0 < len(answering(sampler, known)) < len(predictors_of(sampler)):
             wave(sampler, hints, lambda i: Attempt("rescue", 1, narrow=hints[i], leads=True))
         failed = set(unsolved())
         wave(sampler, [i for i in hints if i in failed], lambda i: Attempt("rescue", 1, narrow=hints[i]))
+    if sampling.num_samples:
+        for number in range(sampling.num_samples + 1, MOST_TRIES + 1):
+            if len(examples) - len(again := unsolved()) < sampling.enough:
+                sample(number, again)
     traces.sort(key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
     ledger = sum((trace.ledger for trace in traces), Ledger())
     return TraceSet(tuple(traces), ledger, len(examples), (warning,) if warning else ())

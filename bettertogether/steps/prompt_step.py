@@ -63,7 +63,8 @@ class BootstrapFewShotRS(Step, Teleprompter):
             Only one that scores better than the adapters as they are (1.0) is taken. (): none.
         race: Stop candidates that a paired bound says can't win, and those that answer as a simpler one does; False
             scores all of them fully.
-        num_samples, temperature, rescue: How hard to try for a trace of each example, see `LoRAFinetune`.
+        num_samples, temperature, rescue: How hard to try for a trace of each example, see `LoRAFinetune`; up to 8 tries
+            where fewer than twice `max_bootstrapped_demos` are solved.
         num_threads, max_errors, seed: As in `dspy.Evaluate`; `compile` may be given its own.
     """
 
@@ -110,7 +111,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         self.restart = restart
         self.strengths = checked_strengths(strengths)
         self.race = race
-        self.sampling = Sampling(num_samples, temperature, rescue)
+        self.sampling = Sampling(num_samples, temperature, rescue, enough=2 * max_bootstrapped_demos)
         self.num_threads = num_threads
         self.max_errors = max_errors
         self.seed = seed

@@ -47,6 +47,9 @@ from .training_details import fall_of_loss, rows_file, weight_details
 
 logger = get_logger(__name__)
 
+ENOUGH_SOLVED = 16
+"""Examples solved from which on those that failed are not tried more often than asked for."""
+
 
 class LoRAFinetune(Step, Teleprompter):
     """Fine-tune a program's local LMs on the program's own successful runs.
@@ -61,7 +64,8 @@ class LoRAFinetune(Step, Teleprompter):
             paper's), the zero-shot prompt alone, and the tuned program runs without demos; "optimized", the program's
             own demos, which it keeps; "mixed", a row with them and one without.
         max_demos: Demos that are drawn for a "varied" prompt, at most.
-        num_samples: More tries, at `temperature`, for an example whose run failed. 0 turns them off.
+        num_samples: More tries, at `temperature`, for an example whose run failed; up to 8 where fewer than 16 examples
+            are solved, hints tried too. 0 turns them off.
         temperature: One number, or several used in turn.
         rescue: Give an example that failed all tries one more, with its label as a hint that no row shows (STaR). Where
             predictors come before those that answer the label, they alone get the hint first, so that what they
@@ -133,7 +137,7 @@ class LoRAFinetune(Step, Teleprompter):
         self.metric = metric
         self.lora = lora
         self.training = training
-        self.sampling = Sampling(num_samples, temperature, rescue, sample_passing=sample_passing)
+        self.sampling = Sampling(num_samples, temperature, rescue, sample_passing, enough=ENOUGH_SOLVED)
         self.rows = RowOptions(
             train_prompt=train_prompt,
             max_demos=max_demos,

@@ -264,7 +264,7 @@ def test_runs_that_no_metric_accepts_are_said_in_the_prompt_step() -> None:
     steps = {"p": BootstrapFewShotRS(metric, num_candidates=1, num_samples=1, rescue=False)}
     compiled = compiled_with(parity_engine(learner), metric, steps=steps)
     assert warnings_of(compiled, "p: bootstrap demos") == [
-        "p: bootstrap demos: the metric accepted none of 14 runs on 7 examples (14 x score below threshold), so no "
+        "p: bootstrap demos: the metric accepted none of 63 runs on 7 examples (63 x score below threshold), so no "
         "demo comes from a run. Give a threshold= that runs can reach, or a teacher, or mend the metric."
     ]
 

@@ -226,6 +226,47 @@ def test_an_example_that_never_passes_is_tried_num_samples_times() -> None:
     assert len(engine.requests) == 2 + 2 * 3
 
 
+def solved_on_try(number_of_tries: int, numbers_known: int) -> FakeEngine:
+    """An engine that answers the first numbers right on their n-th sample, and the others never."""
+    tries: Counter[int] = Counter()
+
+    def knows(request: FakeRequest, number: int) -> bool:
+        tries[number] += request.temperature > 0
+        return number < numbers_known and tries[number] == number_of_tries
+
+    return parity_engine(knows)
+
+
+@pytest.mark.parametrize(
+    ("enough", "solved", "tries"),
+    [
+        (0, 0, {"sample": 12, "student": 6}),
+        (1, 3, {"sample": 6 * 5, "student": 6}),
+        (3, 3, {"sample": 6 * 5, "student": 6}),
+        (4, 3, {"sample": 6 * 5 + 3 * 3, "student": 6}),
+    ],
+)
+def test_where_hardly_any_is_solved_the_others_are_tried_up_to_eight_times(
+    enough: int, solved: int, tries: dict[str, int]
+) -> None:
+    sampling = Sampling(num_samples=2, rescue=False, enough=enough)
+    traces = collect(solved_on_try(5, 3), 6, sampling, num_threads=1)
+    assert len(traces.passing) == solved
+    assert Counter(trace.source for trace in traces.traces) == tries
+
+
+def test_more_tries_than_asked_for_come_after_the_hint() -> None:
+    engine = parity_engine(lambda request, _: "is known" in request.system)
+    collect(engine, 2, Sampling(num_samples=1, enough=2))
+    assert len(engine.requests) == 2 * 3
+
+
+def test_num_samples_zero_is_no_more_tries_however_few_are_solved() -> None:
+    engine = parity_engine(lambda *_: False)
+    collect(engine, 3, Sampling(num_samples=0, rescue=False, enough=2))
+    assert len(engine.requests) == 3
+
+
 def test_num_samples_zero_without_rescue_is_one_run_an_example() -> None:
     engine = parity_engine(lambda *_: False)
     collect(engine, 5, NO_MORE)
