@@ -3,6 +3,7 @@
 artifact.json            program class, prompts and demos, LMs, DSPy adapter, versions
 adapters/NAME/           plain PEFT folders
 report.json              the CompileReport, where the program has one
+README.md                the model card
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from ..printable import get_logger
 from ..programs.program import parameters_of
 from ..report.report import CompileReport
 from ..versions import versions
+from .card import model_card
 from .folder import (
+    CARD,
     MANIFEST,
     check_files,
     file_hashes,
@@ -203,7 +206,9 @@ def _write(program: dspy.Module, work: Path) -> None:
             lms[keys[id(lm)]] = {**saved.record, "adapter": adapter}
         predictors[name]["lm"] = keys[id(lm)]
     report = getattr(program, "report", None)
-    if isinstance(report, CompileReport):
+    if not isinstance(report, CompileReport):
+        report = None
+    if report is not None:
         atomic_write(work / "report.json", json.dumps(report.to_dict(), ensure_ascii=False))
     manifest = {
         "schema": SCHEMA,
@@ -217,7 +222,7 @@ def _write(program: dspy.Module, work: Path) -> None:
     }
     atomic_write(work / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
     # What is saved can be read: whatever is too odd for the reader is found here.
-    read_json(work / MANIFEST, checked_manifest)
+    atomic_write(work / CARD, model_card(read_json(work / MANIFEST, checked_manifest), report))
 
 
 def _copy_adapter(source: Path, model: str, work: Path) -> str:

@@ -19,6 +19,8 @@ from ..printable import get_logger
 logger = get_logger(__name__)
 
 MANIFEST = "artifact.json"
+CARD = "README.md"
+"""The model card, which people may edit: its content is not checked."""
 MAX_DEPTH = 100
 """Lists and mappings in each other that a JSON file of an artifact may have."""
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError)
@@ -84,8 +86,9 @@ def _check_depth(data: Any) -> None:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Path to SHA-256 (hex) of each file in an artifact but its manifest."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST)
+    """Path to SHA-256 (hex) of each file in an artifact but its manifest and its card."""
+    others = (folder / MANIFEST, folder / CARD)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in others)
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 
 

@@ -60,7 +60,7 @@ def test_a_saved_folder_holds_json_and_adapter_files_only(tmp_path: Path) -> Non
     save(program, tmp_path / "a")
     found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     name = adapter.name.partition("@")[2]
-    assert found == [f"a/adapters/{name}/fake_adapter.json", "a/artifact.json", "a/report.json"]
+    assert found == ["a/README.md", f"a/adapters/{name}/fake_adapter.json", "a/artifact.json", "a/report.json"]
 
 
 def test_the_report_of_a_compiled_program_comes_back(tmp_path: Path) -> None:

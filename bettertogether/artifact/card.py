@@ -1,0 +1,181 @@
+"""The README.md of a saved program: a model card that says what it is, how good, from what, and how to use it.
+
+Its front matter is that of the Hugging Face hub (hub-docs, modelcard.md). People may edit it: `load` does not read it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..records import CELLS, DataCard, WeightDetails
+from ..report.report import CompileReport
+from ..report.view import ReportView, RoundView, view_of
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SHOWN_DEMOS = 3
+_MOST_TEXT = 2_000
+"""Characters of a prompt's part that are shown."""
+
+
+def model_card(manifest: Mapping[str, Any], report: CompileReport | None) -> str:
+    """The card of a program, from its manifest and, where it was compiled, its report. In Markdown."""
+    view = None if report is None else view_of(report)
+    parts = [_front_matter(manifest), _title(manifest, view), *_use(manifest)]
+    if view is not None:
+        parts += [*_scores(view), *_training(view)]
+    parts += [*_prompts(manifest), _origin(manifest)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _locals(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [record for record in manifest["lms"].values() if record["kind"] == "local"]
+
+
+def _adapters(manifest: Mapping[str, Any]) -> list[str]:
+    return [record["adapter"] for record in _locals(manifest) if record["adapter"]]
+
+
+def _front_matter(manifest: Mapping[str, Any]) -> str:
+    bases = sorted({r["base_name"] for r in _locals(manifest) if _HUB_ID.fullmatch(r["base_name"])})
+    lines = ["library_name: peft" if _adapters(manifest) else "library_name: dspy"]
+    if bases:
+        lines += ["base_model:", *(f"- {base}" for base in bases)]
+    lines += ["tags:", "- dspy", "- bettertogether", *(["- lora"] if _adapters(manifest) else [])]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _title(manifest: Mapping[str, Any], view: ReportView | None) -> str:
+    name = manifest["program"].rpartition(":")[2].rpartition(".")[2]
+    bases = ", ".join(sorted({f"`{record['base_name']}`" for record in _locals(manifest)}))
+    tuned = "tuned prompts and LoRA weights" if _adapters(manifest) else "tuned prompts"
+    text = f"# {name}\n\nA DSPy program of {len(manifest['predictors'])} predictor(s) with {tuned}"
+    text += f", on {bases}" if bases else ""
+    if view is None:
+        return f"{text}."
+    chosen = view.selected
+    gain = f", {chosen.gain_text} against the program before" if chosen.gain_text not in ("", "-") else ""
+    return f"{text}, made by the strategy `{view.report.strategy}`. Score: {chosen.score} on {view.examples}{gain}."
+
+
+def _use(manifest: Mapping[str, Any]) -> Iterator[str]:
+    adapter = manifest["adapter"]
+    yield "## Use"
+    yield _code(
+        "python",
+        "import dspy",
+        "from bettertogether import load",
+        "",
+        f"dspy.configure(adapter=dspy.{adapter}())",
+        'program = load("FOLDER")  # this folder; load("FOLDER", into=YourProgram()) for a class of your own',
+    )
+    for folder in _adapters(manifest):
+        base = next(r["base_name"] for r in _locals(manifest) if r["adapter"] == folder)
+        yield f"The adapter `{folder}` is a plain PEFT folder. In peft, and behind vLLM's OpenAI server:"
+        yield _code(
+            "python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "FOLDER/{folder}")',
+        )
+        yield _code("shell", f"vllm serve {base} --enable-lora --lora-modules tuned=FOLDER/{folder}")
+
+
+def _scores(view: ReportView) -> Iterator[str]:
+    yield "## Scores"
+    header = ["round", "score", "95% interval", "gain over the first", "examples", ""]
+    rows = [_score_row(view, each) for each in view.rounds]
+    yield _table(header, rows)
+    cells = view.two_by_two
+    if cells is not None:
+        names = dict(zip(CELLS, cells.means.values(), strict=True))
+        yield _table(
+            ["", "prompts before", "prompts after"],
+            [
+                ["weights before", names["base_old"], names["base_new"]],
+                ["weights after", names["tuned_old"], names["tuned_new"]],
+            ],
+        )
+        yield (
+            f"From the weights {cells.weights.text}, from the prompts {cells.prompts.text}, from both together beyond "
+            f"the sum of each alone {cells.both.text}."
+        )
+    yield "These examples chose the round, so its score is a little too good: test on examples of your own."
+
+
+def _score_row(view: ReportView, each: RoundView) -> list[str]:
+    low, high = each.interval
+    known = each.score != "-" and low == low
+    interval = f"{view.report.number(low)} to {view.report.number(high)}" if known else "-"
+    return [each.name, each.score, interval, each.gain_text, each.examples, "returned" if each.selected else ""]
+
+
+def _training(view: ReportView) -> Iterator[str]:
+    steps = [each.record for each in view.rounds if isinstance(each.record.details, WeightDetails)]
+    if not steps:
+        return
+    yield "## Training data"
+    for record in steps:
+        assert isinstance(record.details, WeightDetails)
+        yield f"`{record.name}`: {_data(record.details.data_card)} {record.ledger.trained_tokens:,} tokens trained on."
+
+
+def _data(card: DataCard) -> str:
+    rows = sum(card.kept_by_predictor.values())
+    sources = ", ".join(f"{count} {source}" for source, count in card.kept_by_source.items())
+    labels = ", ".join(f"{count} {label}" for label, count in card.kept_by_label.items())
+    text = (
+        f"{rows} rows from the program's own runs on {card.examples} examples, {card.examples_covered} of which gave "
+    )
+    text += f"any; by source: {sources}"
+    return f"{text}; by label: {labels}." if labels else f"{text}."
+
+
+def _prompts(manifest: Mapping[str, Any]) -> Iterator[str]:
+    prompts = {name: entry for name, entry in manifest["predictors"].items() if entry.get("fields") is not None}
+    if prompts:
+        yield "## Prompts"
+    for name, entry in prompts.items():
+        demos = entry["state"]["demos"]
+        yield f"### `{name}`\n\n{_fields(entry['fields'], 'input')} -> {_fields(entry['fields'], 'output')}"
+        yield _quoted(str(entry["state"]["signature"]["instructions"]))
+        if demos:
+            shown = f"the first {_SHOWN_DEMOS} of {len(demos)}" if len(demos) > _SHOWN_DEMOS else str(len(demos))
+            yield f"Demos ({shown}):"
+        for demo in demos[:_SHOWN_DEMOS]:
+            yield _code("json", _cut(json.dumps(demo, ensure_ascii=False, indent=2)))
+
+
+def _fields(fields: Sequence[Mapping[str, Any]], kind: str) -> str:
+    return ", ".join(f"`{field['name']}: {field['type']}`" for field in fields if field["kind"] == kind)
+
+
+def _origin(manifest: Mapping[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items() if version)
+    return (
+        "Made by [BetterTogether](https://arxiv.org/abs/2407.10930) (prompt optimization and LoRA fine-tuning by turns "
+        f"over one program), saved {manifest['created']} with {packages}."
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _code(language: str, *lines: str) -> str:
+    text = "\n".join(lines)
+    # A fence longer than any in the text, so that nothing in it ends the block.
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in _cut(text).splitlines()) or "> (no instructions)"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}\n... ({len(text):,} characters in all)"

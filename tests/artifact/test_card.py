@@ -1,0 +1,86 @@
+"""A saved program's README.md says what it is, how good, from what, and how to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dspy
+from fakes import Parity, learner, parity_engine, parity_match
+from saved import fresh_engine, tuned_program
+
+from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, load, save
+from bettertogether.artifact.card import model_card
+
+
+def card_of(program: dspy.Module, folder: Path) -> str:
+    return (save(program, folder) / "README.md").read_text()
+
+
+def compiled() -> dspy.Module:
+    """A program whose prompt and weights were tuned, and which says so in a report."""
+    program = dspy.Predict(Parity)
+    program.set_lm(tuned_program(parity_engine(learner)).lm)
+    examples = [dspy.Example(number=n, parity="odd" if n % 2 else "even").with_inputs("number") for n in range(24)]
+    steps = {"p": BootstrapFewShotRS(parity_match, num_candidates=2), "w": LoRAFinetune(parity_match)}
+    better = BetterTogether(parity_match, **steps)
+    return better.compile(program, trainset=examples[:12], valset=examples[12:], strategy="p -> w", progress=False)
+
+
+def test_the_card_shows_each_predictors_fields_instructions_and_demos(tmp_path: Path) -> None:
+    text = card_of(tuned_program(fresh_engine()), tmp_path / "a")
+    assert "`number: int` -> `parity: Literal['even', 'odd']`\n\n> Even or odd? Think of the last digit." in text
+    assert 'Demos (3):\n\n```json\n{\n  "number": 0,\n  "parity": "even"' in text
+
+
+def test_the_card_says_how_the_adapter_is_loaded_in_dspy_peft_and_vllm(tmp_path: Path) -> None:
+    program = tuned_program(fresh_engine())
+    text = card_of(program, tmp_path / "a")
+    folder = f"adapters/{program.lm.model.partition('@')[2]}"
+    assert "dspy.configure(adapter=dspy.ChatAdapter())\nprogram = load(" in text
+    assert f'from_pretrained("fake"), "FOLDER/{folder}")' in text
+    assert f"vllm serve fake --enable-lora --lora-modules tuned=FOLDER/{folder}" in text
+    assert text.startswith("---\nlibrary_name: peft\ntags:\n- dspy\n- bettertogether\n- lora\n---\n")
+
+
+def test_the_card_of_a_compiled_program_has_its_rounds_and_its_training_data(tmp_path: Path) -> None:
+    program = compiled()
+    text = card_of(program, tmp_path / "a")
+    for line in program.report.rounds:
+        assert f"| {line.name} | {line.score:.3f} | " in text
+    assert text.count("| returned |") == 1
+    data = program.report.rounds[2].details.data_card
+    assert f"`p -> w`: {sum(data.kept_by_predictor.values())} rows from the program's own runs on 12 examples" in text
+    assert "made by the strategy `p -> w`" in text
+
+
+def test_a_program_that_was_not_tuned_has_a_card_without_scores(tmp_path: Path) -> None:
+    text = card_of(dspy.Predict(Parity), tmp_path / "a")
+    assert text.startswith("---\nlibrary_name: dspy\ntags:\n- dspy\n- bettertogether\n---\n\n# Predict\n")
+    assert "## Scores" not in text
+    assert "PeftModel" not in text
+
+
+def test_a_card_may_be_edited_or_left_out(tmp_path: Path) -> None:
+    folder = save(tuned_program(fresh_engine()), tmp_path / "a")
+    (folder / "README.md").write_text("My own words.")
+    assert len(load(folder, base_model=fresh_engine()).demos) == 3
+    (folder / "README.md").unlink()
+    assert len(load(folder, base_model=fresh_engine()).demos) == 3
+
+
+def test_nothing_in_a_prompt_ends_its_block(tmp_path: Path) -> None:
+    program = tuned_program(fresh_engine())
+    program.demos = [dspy.Example(number=1, parity="odd", note="```\n# not a heading")]
+    text = card_of(program, tmp_path / "a")
+    assert '````json\n{\n  "number": 1,' in text
+
+
+def test_only_a_hub_id_is_named_as_base_model() -> None:
+    def front(base: str) -> str:
+        lm = {"kind": "local", "base_name": base, "adapter": "adapters/a"}
+        manifest = {"program": "m:P", "adapter": "ChatAdapter", "predictors": {}, "lms": {"lm0": lm}}
+        return model_card({**manifest, "created": "now", "versions": {}}, None).split("---")[1]
+
+    assert "base_model:\n- owner/name\n" in front("owner/name")
+    assert "base_model" not in front("my-folder")
+    assert "base_model" not in front("/models/my-folder")
