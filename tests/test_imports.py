@@ -66,16 +66,19 @@ LIGHT = ("engines", "engines.protocol", "training", "training.config")
 """Modules of those wings that others import: nothing heavy is loaded with them."""
 
 OPTIONAL = {
-    "datasets": "rollouts.from_datasets",
     "llguidance": "engines.structured",
     "mlflow": "callbacks.mlflow",
     "pandas": "programs.demo_values",
 }
 """Packages that may be missing: the one module that names each."""
 
+LATE_LIBRARIES = {"datasets"}
+"""Packages that are loaded where something needs them: they take a second."""
+
 NEVER = {"vllm", "bitsandbytes", "matplotlib", "sklearn", "optuna", "bm25s"}
 """A server, a package that torch's optimizer classes load, and packages of tests and examples alone."""
 
+HEAVY = MODEL_LIBRARIES | OPTIONAL.keys() | LATE_LIBRARIES | NEVER
 
 THROUGH_OTHERS = {"tokenizers", "typing_extensions", "yaml"}
 """Installed by transformers, pydantic and accelerate, which pin the versions that they work with."""
@@ -271,13 +274,13 @@ def test_whatever_is_imported_is_declared() -> None:
 
 def test_importing_the_package_and_its_public_names_loads_no_model_library() -> None:
     names = "; ".join(f"bettertogether.{name}" for name in bettertogether.__all__)
-    assert loaded_by(f"import bettertogether; {names}") & (MODEL_LIBRARIES | OPTIONAL.keys() | NEVER) == set()
+    assert loaded_by(f"import bettertogether; {names}") & (HEAVY) == set()
 
 
 def test_importing_every_light_module_loads_nothing_heavy_beyond_dspy() -> None:
     light = [module for module in MODULES if module.split(".")[0] not in WITH_MODEL_LIBRARIES or module in LIGHT]
     ours = loaded_by("import " + ", ".join(f"bettertogether.{module}".rstrip(".") for module in light))
-    assert (ours - loaded_by("import dspy")) & (MODEL_LIBRARIES | OPTIONAL.keys() | NEVER) == set()
+    assert (ours - loaded_by("import dspy")) & (HEAVY) == set()
 
 
 def test_importing_the_package_loads_the_standard_library_alone() -> None:

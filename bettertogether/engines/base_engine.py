@@ -15,6 +15,7 @@ from dspy.lm15 import ContextLengthError, Request, Response
 from ..checks import require_strength
 from ..errors import ConfigError, ModelError
 from ..files import cache_folder
+from ..training.arrow_rows import row_folder
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.progress import ProgressFunction
 from ._upstream import StreamEvent
@@ -198,9 +199,10 @@ class BaseEngine:
         """
         parent = Path(folder).expanduser() if folder is not None else self._adapters_folder()
         origin = None if start_from is None else (start_from, self.adapter_folder(start_from))
-        job = prepare(self, rows, validation_rows, lora, training, origin, parent)
-        with self._turn.taken(self.short_name):
-            result = self._train(job, None if on_progress is None else self._turn.marking(on_progress))
+        with row_folder(parent) as tokens:
+            job = prepare(self, rows, validation_rows, lora, training, origin, parent, tokens)
+            with self._turn.taken(self.short_name):
+                result = self._train(job, None if on_progress is None else self._turn.marking(on_progress))
         self.add_adapter(result.folder)
         return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from ..errors import NoTrainingDataError, RunDirectoryError
 from ..files import FileLock
 from ..printable import get_logger
 from ..training.adapter_folder import content_hash, holds_content, write_round
+from ..training.arrow_rows import kept
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.packing import TokenizedRow
 from ..training.progress import ProgressFunction
@@ -44,8 +46,8 @@ class Tokenizing(Protocol):
 class TrainingJob:
     """Everything that a training needs but the model."""
 
-    rows: list[TokenizedRow]
-    validation_rows: list[TokenizedRow]
+    rows: Sequence[TokenizedRow]
+    validation_rows: Sequence[TokenizedRow]
     lora: LoRAConfig
     training: TrainingConfig
     start_from: Path | None
@@ -55,10 +57,12 @@ class TrainingJob:
     skipped_rows: tuple[tuple[int, str], ...]
 
 
-def tokenized(engine: Tokenizing, rows: Sequence[TrainingRow]) -> tuple[list[TokenizedRow], list[tuple[int, str]]]:
-    """Rows as tokens; and those that are too long for the model, as (index, reason). Of the others' forms those are
-    left out that are too long."""
-    kept, skipped, long_forms = [], [], 0
+def tokens_of(
+    engine: Tokenizing, rows: Sequence[TrainingRow], skipped: list[tuple[int, str]]
+) -> Iterator[TokenizedRow]:
+    """Rows as tokens, one by one; those that are too long for the model are added to `skipped` as (index, reason). Of
+    the others' forms those are left out that are too long."""
+    long_forms = 0
     for index, row in enumerate(rows):
         prompt_ids, completion_ids = engine.prompt_tokens(row.messages), engine.completion_tokens(row.completion)
         length = len(prompt_ids) + len(completion_ids)
@@ -70,7 +74,7 @@ def tokenized(engine: Tokenizing, rows: Sequence[TrainingRow]) -> tuple[list[Tok
         long_forms += len(forms) - len(fitting)
         forced = engine.forced_tokens(row.completion, row.response_format)
         fields = _fields(engine, row)
-        kept.append(TokenizedRow(prompt_ids, completion_ids, forms=fitting, forced=forced, fields=fields))
+        yield TokenizedRow(prompt_ids, completion_ids, forms=fitting, forced=forced, fields=fields)
     if long_forms:
         logger.warning(
             "Left out of the training: %d of %d prompts with demos, too long for %s (%d tokens).",
@@ -79,7 +83,6 @@ def tokenized(engine: Tokenizing, rows: Sequence[TrainingRow]) -> tuple[list[Tok
             engine.base_name,
             engine.max_length,
         )
-    return kept, skipped
 
 
 def _fields(engine: Tokenizing, row: TrainingRow) -> list[str]:
@@ -100,21 +103,24 @@ def prepare(
     training: TrainingConfig,
     start_from: tuple[str, Path | None] | None,
     parent: Path,
+    tokens: Path,
 ) -> TrainingJob:
     """Tokenize the rows. Raises NoTrainingDataError where none is left.
 
-    `start_from` is the model to continue from: its name, and its folder where it is an adapter.
+    `start_from` is the model to continue from: its name, and its folder where it is an adapter. `tokens` is a folder
+    for the tokens of many rows, which has to stay until the job is done.
     """
-    kept, skipped = tokenized(engine, rows)
-    if not kept:
+    skipped: list[tuple[int, str]] = []
+    some = kept(tokens_of(engine, rows, skipped), len(rows), tokens / "rows.arrow")
+    if not some:
         raise NoTrainingDataError(
             f"There is nothing to train on: {len(rows)} rows came, {len(skipped)} of them too long for "
             f"{engine.base_name} ({engine.max_length} tokens). Give more rows, or shorter ones (fewer demos)."
         )
-    validation, _ = tokenized(engine, validation_rows)
+    validation = kept(tokens_of(engine, validation_rows, []), len(validation_rows), tokens / "validation_rows.arrow")
     name, folder = start_from if start_from is not None else ("", None)
     return TrainingJob(
-        rows=kept,
+        rows=some,
         validation_rows=validation,
         lora=lora,
         training=training,
@@ -178,10 +184,12 @@ def _run(job: TrainingJob, model: Any, source: str, folder: Path, on_progress: P
 
 def _digest(job: TrainingJob, base_name: str) -> str:
     """A short name for what a training job asks."""
-    rows = [vars(row) for row in (*job.rows, *job.validation_rows)]
     start_from = None if job.start_from is None else content_hash(job.start_from)
-    asked = [base_name, start_from, len(job.rows), job.lora.to_dict(), job.training.recipe().to_dict(), rows]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+    asked = [base_name, start_from, len(job.rows), job.lora.to_dict(), job.training.recipe().to_dict()]
+    digest = hashlib.sha256(json.dumps(asked).encode())
+    for row in itertools.chain(job.rows, job.validation_rows):
+        digest.update(json.dumps(vars(row)).encode())
+    return digest.hexdigest()[:12]
 
 
 @contextmanager

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dspy
 
-from ..errors import DataError, MissingExtraError
+from ..errors import DataError
 
 
 def examples_from(
@@ -26,7 +25,7 @@ def examples_from(
     A column of class labels (`datasets.ClassLabel`) gives their names, not their numbers; None where a row has none.
 
     Raises DataError for what is no dataset, a split or column that is not there, and a name that two columns would
-    have; MissingExtraError where `datasets` is not installed.
+    have.
 
     Example:
         >>> gsm8k = datasets.load_dataset("openai/gsm8k", "main")
@@ -48,12 +47,9 @@ def examples_from(
 
 
 def _one_split(dataset: Any, split: str | None) -> Any:
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise MissingExtraError(
-            "examples_from needs datasets, which is not installed: pip install 'bettertogether[examples]'."
-        ) from error
+    # Here, as the package takes a second to load.
+    import datasets
+
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise DataError(f"split={split!r} is not in the dataset: give one of {list(dataset)}.")

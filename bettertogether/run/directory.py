@@ -207,9 +207,11 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _remove_temporary(folder: Path) -> None:
-    """Remove what a kill in the middle of a write left: files of `atomic_write`, folders of an artifact saved here."""
+    """Remove what a kill in the middle of a write left: files of `atomic_write`, folders of an artifact saved here and
+    of rows that were trained on."""
+    adapters = folder / "adapters"
     with disk_errors(folder):
-        for leftover in folder.iterdir():
+        for leftover in [*folder.iterdir(), *(adapters.iterdir() if adapters.is_dir() else ())]:
             if not _TEMPORARY.fullmatch(leftover.name):
                 continue
             if leftover.is_dir() and not leftover.is_symlink():

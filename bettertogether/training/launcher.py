@@ -19,6 +19,7 @@ from ..errors import ConfigError, TrainingError
 from ..files import atomic_write
 from ..processes import WatchedProcess, last_lines
 from .accelerate_file import AccelerateFile, read_accelerate_file
+from .arrow_rows import arrow_file
 from .config import LoRAConfig, TrainingConfig
 from .held_out import HeldOutLosses
 from .machine import JOB, REFUSED
@@ -58,8 +59,8 @@ def launch(
         work = Path(name)
         spec = {
             "model": str(model),
-            "rows": _write_rows(work / "rows.jsonl", rows),
-            "validation_rows": _write_rows(work / "validation_rows.jsonl", validation_rows),
+            "rows": str(arrow_file(rows, work / "rows.arrow")),
+            "validation_rows": str(arrow_file(validation_rows, work / "validation_rows.arrow")),
             "lora": lora.to_dict(),
             "training": recipe.to_dict(),
             "folder": str(folder.absolute()),
@@ -204,8 +205,3 @@ def _what_happened(work: Path, failures: Sequence[dict[str, Any]]) -> str:
     first = failures[0]
     lost = f"The machine {', '.join(gone)} is gone: its processes ended without a word. " if gone else ""
     return f"{lost}What {first['host']} met:\n{last_lines(first['message'])}"
-
-
-def _write_rows(path: Path, rows: Sequence[TokenizedRow]) -> str:
-    atomic_write(path, "".join(json.dumps(vars(row)) + "\n" for row in rows))
-    return str(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import random
 import time
@@ -102,7 +103,7 @@ def train_adapter(
         sharing.prepare(base, optimizer)
         dtype = compute_dtype(base, training)
         checkpoint_gradients(base, training)
-        longest = max(row.longest for row in [*rows, *validation_rows])
+        longest = max(row.longest for row in itertools.chain(rows, validation_rows))
         with row_loss(base, dtype, longest) as loss, fused_lora(base, ADAPTER_NAME, dtype, gathered=sharing.sharded):
             sharing.let_go(base)
             run = _Run(adapter, optimizer, sharing, loss, rows, validation_rows, training, folder, on_progress)

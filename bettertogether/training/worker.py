@@ -1,8 +1,8 @@
 """One process of a training: `accelerate launch ... -m bettertogether.training.worker FOLDER`.
 
 In the folder are `spec.json`, {"model": folder or hub id, "rows": file, "validation_rows": file, "lora": {...},
-"training": {...}, "folder": where the adapter goes, "start_from": adapter folder or null}, and the rows, JSON lines of
-the fields of `TokenizedRow`. The processes write there `progress.jsonl` and `result.json`, each `process-N` with the
+"training": {...}, "folder": where the adapter goes, "start_from": adapter folder or null}, and the rows, Arrow files
+of the fields of `TokenizedRow`. The processes write there `progress.jsonl` and `result.json`, each `process-N` with the
 name of its machine, and `error-N.json` when it fails.
 """
 
@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import BetterTogetherError
 from ..files import atomic_write
+from .arrow_rows import ArrowRows
 from .config import LoRAConfig, TrainingConfig
-from .packing import TokenizedRow
 from .progress import TrainingProgress
 from .sharing import Sharing
 from .trainer import TrainedAdapter, train_adapter
@@ -64,19 +64,14 @@ def _train(work: Path, sharing: Sharing) -> TrainedAdapter:
 
     return train_adapter(
         model if sharing.sharded else model.to(sharing.accelerator.device),
-        _read_rows(spec["rows"]),
-        validation_rows=_read_rows(spec["validation_rows"]),
+        ArrowRows(Path(spec["rows"])),
+        validation_rows=ArrowRows(Path(spec["validation_rows"])),
         lora=LoRAConfig(**spec["lora"]),
         training=training,
         folder=Path(spec["folder"]),
         start_from=None if spec["start_from"] is None else Path(spec["start_from"]),
         on_progress=report,
     )
-
-
-def _read_rows(path: str) -> list[TokenizedRow]:
-    with open(path) as file:
-        return [TokenizedRow(**json.loads(line)) for line in file]
 
 
 if __name__ == "__main__":

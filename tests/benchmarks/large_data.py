@@ -1,6 +1,7 @@
 """A whole "p -> w -> p" at growing sizes with a fake engine and its fake training: what is ours, and what it leaves.
 
     python tests/benchmarks/large_data.py [--sizes 1000 10000 100000] [--words 60] [--profile]
+    python tests/benchmarks/large_data.py --packing 100000
 
 A fifth as many validation examples as training examples, of `--words` words each; DSPy's caches off. The engine knows
 60% of the labels, more with demos and after training, and keeps none of its requests. Prints for each size, which runs
@@ -8,6 +9,10 @@ in processes of its own: program calls; processor time of the run per call, less
 (target: under 1 ms); peak memory above that of the examples, in all and per training example; bytes and files of the
 run directory; and wall time and files opened when the finished run is resumed, and when its first two rounds are. CPU
 only; a size takes about 2 ms a call, which is a quarter of an hour for 100,000 examples.
+
+`--packing` is the training's side: so many rows of 200 tokens are kept as a training keeps them and once packed for all
+of its passes, in the order of an epoch. It prints the memory above that of an empty process and the time, with rows in
+lists and in an Arrow file.
 """
 
 from __future__ import annotations
@@ -211,17 +216,52 @@ def measured(size: int, words: int, profile: bool) -> None:
     print(json.dumps(details), file=sys.stderr, flush=True)
 
 
+def packing(count: int, in_lists: bool) -> Figures:
+    """An epoch's packing, without a model."""
+    from bettertogether.training import arrow_rows
+    from bettertogether.training.packing import TokenizedRow, epoch_batches, micro_batches
+
+    rng = random.Random(0)
+    arrow_rows.MANY_ROWS = sys.maxsize if in_lists else 0
+    # With what a training loads anyway.
+    import datasets  # noqa: F401
+
+    before, started = resident_mib(), time.process_time()
+    with arrow_rows.row_folder(Path(tempfile.mkdtemp())) as folder, PeakMemory() as peak:
+        made = (TokenizedRow(rng.choices(range(49152), k=190), rng.choices(range(49152), k=10)) for _ in range(count))
+        rows = arrow_rows.kept(made, count, folder / "rows.arrow")
+        tokens = 0
+        for indices in epoch_batches(len(rows), 16, seed=0, epoch=1):
+            tokens += sum(batch.tokens for batch in micro_batches([rows[i] for i in indices], 4096, 4096))
+    return {"mib": peak.mib - before, "seconds": time.process_time() - started, "tokens": tokens}
+
+
+def print_packing(options: argparse.Namespace) -> None:
+    if options.size:
+        report(packing(options.packing, options.in_lists))
+        return
+    print("rows in          peak MiB  processor s      tokens")
+    for name, more in (("lists", ["--in-lists"]), ("an Arrow file", [])):
+        found = measure(__file__, ["--packing", str(options.packing), "--size", "1", *more])
+        print(f"{name:<16} {found['mib']:>8,.0f} {found['seconds']:>12.0f} {found['tokens']:>11,}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--words", type=int, default=60)
     parser.add_argument("--profile", action="store_true", help="print where the time goes, to standard error")
+    parser.add_argument("--packing", type=int, metavar="ROWS", help="measure the training's side alone")
+    parser.add_argument("--in-lists", action="store_true", help=argparse.SUPPRESS)
     for name, kind in (("size", int), ("run-dir", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--stop-at-once", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run_dir:
         run_one(options)
+        return
+    if options.packing:
+        print_packing(options)
         return
     print("examples     calls   ms/call  seconds  peak MiB  KiB/example  run MB  files  resumed s  half s    opened")
     for size in options.sizes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bettertogether.engines import FieldSpan, FinetuneResult, TrainingProgress, TrainingRow, TransformersEngine
-from bettertogether.engines.finetuning import prepare, tokenized, train
+from bettertogether.engines.finetuning import prepare, tokens_of, train
 from bettertogether.engines.protocol import ChatMessage
 from bettertogether.engines.thinking import with_thoughts
 from bettertogether.errors import NoTrainingDataError, UnknownAdapterError
@@ -199,7 +199,7 @@ def test_the_same_training_while_it_goes_on_elsewhere_ends_in_the_same_adapter(t
             inner.append(finetuned(lambda line: None))
 
     def finetuned(on_progress: Any) -> FinetuneResult:
-        job = prepare(engine, ROWS, (), LORA, SHORT, None, tmp_path)
+        job = prepare(engine, ROWS, (), LORA, SHORT, None, tmp_path, tmp_path / "tokens")
         model = AutoModelForCausalLM.from_pretrained(engine.dump_state()["model"])
         return train(engine, job, model, engine.dump_state()["model"], on_progress)
 
@@ -207,6 +207,17 @@ def test_the_same_training_while_it_goes_on_elsewhere_ends_in_the_same_adapter(t
     assert (inner[0].model, inner[0].folder) == (outer.model, outer.folder)
     assert content_hash(outer.folder)[:8] == outer.model.rpartition("-")[2]
     assert list(tmp_path.iterdir()) == [outer.folder]
+
+
+def test_many_rows_go_through_a_file_and_give_the_same_adapter(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = trained
+    few = engine.finetune(ROWS, validation_rows=ROWS[:2], lora=LORA, training=SHORT, folder=tmp_path / "few")
+    monkeypatch.setattr("bettertogether.training.arrow_rows.MANY_ROWS", 1)
+    many = engine.finetune(ROWS, validation_rows=ROWS[:2], lora=LORA, training=SHORT, folder=tmp_path / "many")
+    assert (many.model, many.validation_loss) == (few.model, few.validation_loss)
+    assert list((tmp_path / "many").iterdir()) == [many.folder]
 
 
 def test_a_damaged_adapter_makes_room_for_the_one_that_is_trained_again(trained: Any, tmp_path: Path) -> None:
@@ -238,6 +249,12 @@ SPANS = tuple(
 def asked(forms: tuple[str, ...] = (), completion: str = COMPLETION, **options: Any) -> TrainingRow:
     prompts: list[tuple[ChatMessage]] = [({"role": "user", "content": text},) for text in ("What?", *forms)]
     return TrainingRow(prompts[0], completion, tuple(prompts[1:]), **options)
+
+
+def tokenized(engine: TransformersEngine, rows: Sequence[TrainingRow]) -> tuple[list[TokenizedRow], list[Any]]:
+    """The rows, and those that are too long."""
+    skipped: list[tuple[int, str]] = []
+    return list(tokens_of(engine, rows, skipped)), skipped
 
 
 def texts(engine: TransformersEngine, row: TokenizedRow, kept: list[bool]) -> str:

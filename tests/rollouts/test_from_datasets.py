@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import datasets
@@ -11,7 +10,7 @@ import pytest
 from fakes import parity_engine, parity_match, parity_program
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, evaluate, examples_from, stratified_split
-from bettertogether.errors import DataError, MissingExtraError
+from bettertogether.errors import DataError
 
 
 def questions() -> datasets.Dataset:
@@ -106,12 +105,6 @@ def test_a_stream_and_what_is_no_dataset_are_refused() -> None:
     assert refused([{"q": "one?"}], ["q"]) == (
         "dataset is a list: give a datasets.Dataset, or a DatasetDict and split=."
     )
-
-
-def test_without_the_package_the_error_has_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'bettertogether\[examples\]'"):
-        examples_from(None, inputs=["q"])
 
 
 @pytest.mark.parametrize("name", ["trainset", "valset", "step", "evaluate", "split"])

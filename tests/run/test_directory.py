@@ -409,3 +409,12 @@ def test_numbers_that_json_lacks_are_written_as_null(tmp_path: Path) -> None:
     (line,) = (tmp_path / "records.jsonl").read_text().splitlines()
     loaded = json.loads(line, parse_constant=refuse)
     assert (loaded["score"], loaded["step_gain"], loaded["scores"]) == (None, None, [None, 1.0])
+
+
+def test_rows_that_a_killed_training_left_go_when_the_directory_is_opened(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path / "run", RUN) as directory:
+        (directory.adapters / ".rows-1f.tmp").mkdir()
+        (directory.adapters / ".rows-1f.tmp" / "rows.arrow").touch()
+        (directory.adapters / "model@r1-3f9c2a1b").mkdir()
+    with RunDirectory.open(tmp_path / "run", RUN) as directory:
+        assert [path.name for path in directory.adapters.iterdir()] == ["model@r1-3f9c2a1b"]
