@@ -4,7 +4,9 @@
     python examples/classifier_from_csv.py --csv my.csv --text review --label stars --save my-classifier
 
 Shows how rows become examples, how classes become the only answers that are possible, and how data is split so that the
-test says something. Hardware: two CPU cores.
+test says something. Without `--csv` it sorts 72 messages to a shop by the team that answers them.
+
+Hardware: two CPU cores. Minutes and scores: not measured yet.
 """
 
 from __future__ import annotations
@@ -37,7 +39,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     with open(arguments.csv, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+        table = csv.DictReader(file)
+        rows, columns = list(table), table.fieldnames or []
+    for column in (arguments.text, arguments.label):
+        if column not in columns:
+            parser.error(
+                f"{arguments.csv} has no column {column!r}, it has {columns}: name two with --text and --label"
+            )
     examples = [dspy.Example(text=row[arguments.text], label=row[arguments.label]).with_inputs("text") for row in rows]
     # Each part has every class in the same share.
     examples, _ = stratified_split(examples, min(arguments.limit or len(examples), len(examples)), seed=0)

@@ -3,8 +3,9 @@
     python examples/extraction.py
 
 Shows an output field whose type is a pydantic model: the answer follows the model's schema token by token, and the
-metric gives partial credit, field by field. Only orders that are right in all fields are learned from. Hardware: two
-CPU cores.
+metric gives partial credit, field by field. Only orders that are right in all fields are learned from.
+
+Hardware: two CPU cores. Minutes and scores: not measured yet.
 """
 
 from __future__ import annotations
@@ -47,17 +48,17 @@ class ReadOrder(dspy.Signature):
 
 
 def orders(number: int, seed: int) -> list[dspy.Example]:
-    """Messages with the orders that they were written from."""
+    """Messages with the orders that they were written from, no two alike."""
     rng = random.Random(seed)
-    examples = []
-    for _ in range(number):
+    examples: dict[str, dspy.Example] = {}
+    while len(examples) < number:
         item, delivery = rng.choice(list(ITEMS)), rng.choice(list(SPEEDS))
         order = Order(item=item, quantity=rng.randint(2, 60), city=rng.choice(CITIES), delivery=delivery)
         message = rng.choice(MESSAGES).format(
             quantity=order.quantity, items=ITEMS[item], city=order.city, speed=SPEEDS[delivery]
         )
-        examples.append(dspy.Example(message=message, order=order).with_inputs("message"))
-    return examples
+        examples[message] = dspy.Example(message=message, order=order).with_inputs("message")
+    return list(examples.values())
 
 
 def share_of_fields(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> float:
@@ -74,7 +75,9 @@ def main() -> None:
     dspy.configure(adapter=dspy.JSONAdapter())
     student = dspy.Predict(ReadOrder)
     student.set_lm(local_lm(arguments.model or default_model(), max_tokens=128))
-    trainset, valset, testset = (orders(arguments.limit, seed) for seed in range(3))
+    size = arguments.limit
+    examples = orders(3 * size, seed=0)
+    trainset, valset, testset = examples[:size], examples[size : 2 * size], examples[2 * size :]
 
     before = evaluate(student, testset, share_of_fields)
     compiled = BetterTogether(share_of_fields).compile(student, trainset=trainset, valset=valset)

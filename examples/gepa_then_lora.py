@@ -4,8 +4,9 @@
 
 Shows that any of DSPy's optimizers is a step under any key, and a metric that says what was wrong: GEPA reads the
 feedback, every other step the score. The reflector writes the instructions; it is never trained, and may be any
-dspy.LM. Without `--reflector` the small model reflects on itself. Hardware: two CPU cores without a reflector, a
-GPU for the one above.
+dspy.LM. Without `--reflector` the small model reflects on itself.
+
+Hardware: two CPU cores without a reflector, a GPU for the one above. Minutes and scores: not measured yet.
 """
 
 from __future__ import annotations

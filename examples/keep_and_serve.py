@@ -7,8 +7,9 @@
 
 Shows `run_dir=` (stop the first command with Ctrl-C at any moment and give it again: it goes on after the last finished
 step, and a finished run is read without work), `save`, `load` and `merge`. `--vllm` lets vLLM answer (it is started and
-ended with the script); a merged model is a plain Hugging Face folder, for any server. Hardware: two CPU cores; a GPU
-for vLLM.
+ended with the script); a merged model is a plain Hugging Face folder, for any server.
+
+Hardware: two CPU cores; a GPU for vLLM. Minutes and scores: not measured yet.
 """
 
 from __future__ import annotations

@@ -100,9 +100,19 @@ def test_a_classifier_is_made_from_the_rows_of_a_csv(run: Run, serve: Serve, tmp
     assert score(printed, "untouched") < score(printed, "compiled") == 1
 
 
+def test_a_column_that_a_csv_lacks_is_named_with_those_that_it_has(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "reviews.csv"
+    table.write_text("id,review\n1,good\n")
+    with pytest.raises(SystemExit):
+        run("classifier_from_csv.py", "--csv", table)
+    assert "has no column 'text', it has ['id', 'review']: name two with --text and --label" in capsys.readouterr().err
+
+
 def test_orders_are_read_into_a_pydantic_model(run: Run, serve: Serve) -> None:
     namespace = runpy.run_path(str(EXAMPLES / "extraction.py"))
-    orders = {example.message: example.order for seed in range(3) for example in namespace["orders"](6, seed)}
+    orders = {example.message: example.order for example in namespace["orders"](18, 0)}
 
     def answer(request: FakeRequest) -> Answer:
         message = field_of(request, "message")
