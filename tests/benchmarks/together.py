@@ -92,17 +92,20 @@ def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def run(cell: dict[str, Any], folder: Path) -> bool:
-    """Run a cell in a process of its own, where it is not done; False when it failed."""
+def run(cell: dict[str, Any], folder: Path, script: str = __file__) -> bool:
+    """Run a cell in a process of its own, a call of `script`, where it is not done; False when it failed."""
     asked = Cell(**cell)
     if Outcome(asked, folder).data["done"]:
         return True
     folder.mkdir(parents=True, exist_ok=True)
     log, started = folder / f"{asked.name}.log", time.monotonic()
-    command = [sys.executable, __file__, "--results", str(folder), "--cell", json.dumps(cell)]
+    command = [sys.executable, script, "--results", str(folder), "--cell", json.dumps(cell)]
     with log.open("a", encoding="utf-8") as output:
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
-    state = "done" if done.returncode == 0 else f"FAILED, see {log}"
+    state = "done"
+    if done.returncode != 0:
+        said = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+        state = f"FAILED, {said} (see {log})"
     print(f"{asked.name}: {state}, {(time.monotonic() - started) / 60:.1f} min", flush=True)
     return done.returncode == 0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -44,31 +45,40 @@ class RowsWithJSON(dspy.JSONAdapter):
     format_finetune_data = dspy.ChatAdapter.format_finetune_data
 
 
+def compile_theirs(
+    metric: Callable[..., Any],
+    student: dspy.Module,
+    train: list[dspy.Example],
+    val: list[dspy.Example],
+    seed: int,
+    demo_sets: tuple[int, int] = (DEMO_SETS, DEMOS),
+) -> dspy.Module:
+    """What `dspy.BetterTogether` returns. `demo_sets`: how many, of how many demos."""
+    lm = student.predictors()[0].lm
+    threads, errors = lm.engine.concurrency, 100 * (len(train) + len(val))
+    dspy.configure(lm=lm, adapter=RowsWithJSON(), num_threads=threads, max_errors=errors)
+    sets, demos = demo_sets
+    optimizers = {
+        "p": dspy.BootstrapFewShotWithRandomSearch(
+            metric,
+            max_bootstrapped_demos=demos,
+            max_labeled_demos=demos,
+            num_candidate_programs=sets - 1,
+            num_threads=threads,
+        ),
+        "w": TolerantFinetune(metric, num_threads=threads),
+    }
+    return dspy.BetterTogether(metric, **optimizers).compile(
+        student, trainset=train, valset=val, seed=seed, num_threads=threads, max_errors=errors
+    )
+
+
 def run_theirs(outcome: Outcome, task: Task, student: dspy.Module, data: tuple[list, list, list]) -> None:
     """Compile once, and test every round."""
     train, val, test = data
     lm = student.predictors()[0].lm
-    threads, errors = lm.engine.concurrency, 100 * (len(train) + len(val))
-    dspy.configure(lm=lm, adapter=RowsWithJSON(), num_threads=threads, max_errors=errors)
-    optimizers = {
-        "p": dspy.BootstrapFewShotWithRandomSearch(
-            task.metric,
-            max_bootstrapped_demos=DEMOS,
-            max_labeled_demos=DEMOS,
-            num_candidate_programs=DEMO_SETS - 1,
-            num_threads=threads,
-        ),
-        "w": TolerantFinetune(task.metric, num_threads=threads),
-    }
     started, before = time.monotonic(), lm.engine.counters()["requests"]
-    compiled = dspy.BetterTogether(task.metric, **optimizers).compile(
-        student,
-        trainset=train,
-        valset=val,
-        seed=outcome.cell.seed,
-        num_threads=threads,
-        max_errors=errors,
-    )
+    compiled = compile_theirs(task.metric, student, train, val, outcome.cell.seed)
     outcome.keep(
         minutes=(time.monotonic() - started) / 60,
         lm_calls=lm.engine.counters()["requests"] - before,
