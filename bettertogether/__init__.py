@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .artifact.artifact import load, merge, save
+    from .artifact.hub import push_to_hub
     from .callbacks.display import ProgressDisplay
     from .callbacks.events import Callback
     from .downloads import default_model, fetch_wheel_file
@@ -42,6 +43,7 @@ _PUBLIC = {
     "load": ".artifact",
     "local_lm": ".lm",
     "merge": ".artifact",
+    "push_to_hub": ".artifact",
     "save": ".artifact",
     "stratified_split": ".rollouts.labels",
     "vllm_lm": ".lm",
@@ -65,6 +67,7 @@ __all__ = [
     "load",
     "local_lm",
     "merge",
+    "push_to_hub",
     "save",
     "stratified_split",
     "vllm_lm",

@@ -55,11 +55,11 @@ def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
     weights are not copied, the adapters are. Secrets (API keys, headers) are left out. Raises ArtifactError.
     """
     target = folder_argument(folder, "folder")
-    _require_program(program, "program")
+    require_program(program, "program")
     try:
         refuse_foreign(target)
         with atomic_folder(target, put_in_place) as work:
-            _write(program, work)
+            write(program, work)
     except (OSError, RunDirectoryError) as error:
         raise ArtifactError(f"{target} can't be written: {error}. What was there before is unchanged.") from error
     return target
@@ -96,7 +96,7 @@ def load(
     saved = manifest["predictors"]
     given = _given_lms(lms, saved)
     if into is not None:
-        _require_program(into, "into")
+        require_program(into, "into")
     if base_model is not None and not isinstance(base_model, str | Path | LocalEngine):
         raise ArtifactError(f"base_model={base_model!r:.100}: give a folder, a hub id or an engine.")
     for name, entry in saved.items():
@@ -120,7 +120,8 @@ def load(
     return program
 
 
-def _require_program(value: object, name: str) -> None:
+def require_program(value: object, name: str) -> None:
+    """Raise ArtifactError for anything that is no program."""
     if not isinstance(value, dspy.Module):
         made = f"; make one: {value.__name__}()" if isinstance(value, type) else ""
         raise ArtifactError(f"{name} must be a program (a dspy.Module), got {value!r:.100}{made}.")
@@ -191,7 +192,8 @@ def _adapter_to_merge(manifest: Mapping[str, Any], predictor: str | None) -> str
     )
 
 
-def _write(program: dspy.Module, work: Path) -> None:
+def write(program: dspy.Module, work: Path, *, repo: str | None = None) -> None:
+    """Write all files of an artifact into an empty folder; `repo` is the hub repository that they are for."""
     lms: dict[str, dict[str, Any]] = {}
     keys: dict[int, str] = {}
     predictors = {name: dump_parameter(name, parameter) for name, parameter in parameters_of(program).items()}
@@ -222,7 +224,7 @@ def _write(program: dspy.Module, work: Path) -> None:
     }
     atomic_write(work / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
     # What is saved can be read: whatever is too odd for the reader is found here.
-    atomic_write(work / CARD, model_card(read_json(work / MANIFEST, checked_manifest), report))
+    atomic_write(work / CARD, model_card(read_json(work / MANIFEST, checked_manifest), report, repo))
 
 
 def _copy_adapter(source: Path, model: str, work: Path) -> str:

@@ -20,10 +20,11 @@ _MOST_TEXT = 2_000
 """Characters of a prompt's part that are shown."""
 
 
-def model_card(manifest: Mapping[str, Any], report: CompileReport | None) -> str:
-    """The card of a program, from its manifest and, where it was compiled, its report. In Markdown."""
+def model_card(manifest: Mapping[str, Any], report: CompileReport | None, repo: str | None = None) -> str:
+    """The card of a program, from its manifest and, where it was compiled, its report. In Markdown; `repo` is the hub
+    repository that it is for, if any."""
     view = None if report is None else view_of(report)
-    parts = [_front_matter(manifest), _title(manifest, view), *_use(manifest)]
+    parts = [_front_matter(manifest), _title(manifest, view), *_use(manifest, repo)]
     if view is not None:
         parts += [*_scores(view), *_training(view)]
     parts += [*_prompts(manifest), _origin(manifest)]
@@ -60,16 +61,19 @@ def _title(manifest: Mapping[str, Any], view: ReportView | None) -> str:
     return f"{text}, made by the strategy `{view.report.strategy}`. Score: {chosen.score} on {view.examples}{gain}."
 
 
-def _use(manifest: Mapping[str, Any]) -> Iterator[str]:
-    adapter = manifest["adapter"]
+def _use(manifest: Mapping[str, Any], repo: str | None) -> Iterator[str]:
+    place = "FOLDER" if repo is None else repo.rpartition("/")[2]
+    download = [] if repo is None else [f'snapshot_download("{repo}", local_dir="{place}")']
     yield "## Use"
     yield _code(
         "python",
         "import dspy",
         "from bettertogether import load",
+        *(["from huggingface_hub import snapshot_download"] if download else []),
         "",
-        f"dspy.configure(adapter=dspy.{adapter}())",
-        'program = load("FOLDER")  # this folder; load("FOLDER", into=YourProgram()) for a class of your own',
+        *download,
+        f"dspy.configure(adapter=dspy.{manifest['adapter']}())",
+        f'program = load("{place}")  # of a class of your own: load("{place}", into=YourProgram())',
     )
     for folder in _adapters(manifest):
         base = next(r["base_name"] for r in _locals(manifest) if r["adapter"] == folder)
@@ -79,9 +83,9 @@ def _use(manifest: Mapping[str, Any]) -> Iterator[str]:
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM",
             "",
-            f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "FOLDER/{folder}")',
+            f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{place}/{folder}")',
         )
-        yield _code("shell", f"vllm serve {base} --enable-lora --lora-modules tuned=FOLDER/{folder}")
+        yield _code("shell", f"vllm serve {base} --enable-lora --lora-modules tuned={place}/{folder}")
 
 
 def _scores(view: ReportView) -> Iterator[str]:
