@@ -60,8 +60,9 @@ def push_to_hub(
                 delete_patterns=_ADAPTERS,
             )
         except Exception as error:
+            reason = " ".join(str(error).split())
             raise ArtifactError(
-                f"{repo} can't be written on the hub: {' '.join(str(error).split())} Log in with `hf auth login`, or give "
-                "a token= that may write there. The program is as it was; save(program, folder) keeps it on this machine."
+                f"{repo} can't be written on the hub: {reason} Log in with `hf auth login`, or give a token= that may "
+                "write there. The program is as it was; save(program, folder) keeps it on this machine."
             ) from error
     return str(commit.commit_url)
