@@ -110,14 +110,14 @@ def test_the_reading_says_which_tool_wins_which_is_as_good_for_less_and_which_lo
 
     assert said[0] == "Highest on the test: setfit, train + validation, 0.950."
     assert re.fullmatch(
-        r"setfit, train \+ validation wins: \+0\.150 \[\+0\.08\d, \+0\.2\d\d\]; cheaper, "
+        r"setfit, train \+ validation wins over ours: \+0\.150 \[\+0\.08\d, \+0\.2\d\d\]; cheaper, "
         r"1\.0 CPU minutes against 6\.0, no LM, 3\.0 ms an answer against 90\.0\.",
         said[1],
     )
     assert said[2].startswith(
-        "tf-idf + logistic regression is not told apart from it: -0.010 [-0.030, +0.000]; cheaper,"
+        "tf-idf + logistic regression is not told apart from ours: -0.010 [-0.030, +0.000]; cheaper,"
     )
-    assert said[3].startswith("Lower: dspy.GEPA -0.300 [-0.")
+    assert said[3].startswith("Lower than ours: dspy.GEPA -0.300 [-0.")
     assert said[4] == "Not compared, for they have other seeds: dspy.MIPROv2."
 
 

@@ -182,16 +182,21 @@ def reading(lines: Sequence[Line]) -> str:
     base = reference(lines)
     best = max(lines, key=lambda line: line.mean)
     said = [f"Highest on the test: {best.title}, {best.mean:.3f}."]
+    whom = "ours" if base.name == "ours" else base.title
     if base.name != "ours":
         said.append(f"Ours was not run: the others are compared with {base.title}.")
     others = [line for line in lines if line is not base]
     gains = {line: values for line in others if (values := gain(line, base))}
-    said += [f"{line.title} wins: {signed(gains[line])}{costs(line, base)}" for line in gains if gains[line][1] > 0]
+    said += [
+        f"{line.title} wins over {whom}: {signed(gains[line])}{costs(line, base)}"
+        for line in gains
+        if gains[line][1] > 0
+    ]
     for line, values in gains.items():
         if values[1] <= 0 <= values[2]:
-            said.append(f"{line.title} is not told apart from it: {signed(values)}{costs(line, base)}")
+            said.append(f"{line.title} is not told apart from {whom}: {signed(values)}{costs(line, base)}")
     if lost := [f"{line.title} {signed(values)}" for line, values in gains.items() if values[2] < 0]:
-        said.append(f"Lower: {'; '.join(lost)}.")
+        said.append(f"Lower than {whom}: {'; '.join(lost)}.")
     if unpaired := [line.title for line in others if line not in gains]:
         said.append(f"Not compared, for they have other seeds: {', '.join(unpaired)}.")
     return "\n".join(said)
