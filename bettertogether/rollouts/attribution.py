@@ -41,15 +41,13 @@ class CallAttribution:
         """The program's own predictor of this name."""
         return self._originals[_MARK + name]
 
-    def original(self, predictor: Any) -> Any:
-        """The program's own predictor that this is a copy of; itself when it is none."""
-        return self._originals.get(getattr(predictor, "stage", ""), predictor)
+    def owner(self, predictor: Any) -> tuple[Any, str | None]:
+        """The program's own predictor that this is a copy of (itself when it is none), and the predictor's name,
+        `FROZEN`, or None for one that is not the program's."""
+        original = self._originals.get(getattr(predictor, "stage", ""), predictor)
+        return original, self._by_object.get(id(original)) or self._name_of_unmarked(original)
 
-    def name_of(self, predictor: Any) -> str | None:
-        """The predictor's name, `FROZEN`, or None for one that is not the program's."""
-        predictor = self.original(predictor)
-        if name := self._by_object.get(id(predictor)):
-            return name
+    def _name_of_unmarked(self, predictor: Any) -> str | None:
         if {id(predictor), getattr(predictor, "stage", None)} & self._frozen:
             return FROZEN
         return next((name for look in self._by_identity if (name := look(predictor))), None)

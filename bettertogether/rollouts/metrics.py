@@ -37,9 +37,11 @@ def full_mark(threshold: float | None) -> float:
     return FULL_MARK if threshold is None else threshold
 
 
-def call_metric(metric: Metric, example: dspy.Example, prediction: Any, trace: list[Any] | None) -> Any:
-    """Call a metric of two, three (trace) or five (GEPA: trace, pred_name, pred_trace) arguments."""
-    return metric(*(example, prediction, trace, None, None)[: _arity(metric)])
+def with_trace(metric: Metric) -> Metric:
+    """A metric of two, three (trace) or five (GEPA: trace, pred_name, pred_trace) arguments as one of three, which need
+    not be looked at again for each call. Raises ConfigError for any other."""
+    count = _arity(metric)
+    return lambda example, prediction, trace: metric(*(example, prediction, trace, None, None)[:count])
 
 
 def require_metric(metric: Any, *, optional: bool = False) -> None:
@@ -92,13 +94,14 @@ def judge(
     threshold: float | None = None,
 ) -> Verdict:
     """The verdict on one prediction: passed when the score is a number and at least `threshold` (None: full mark).
+    The metric takes three arguments, see `with_trace`.
 
     Raises what the metric raises; ConfigError when scores above 1 come without a threshold, since the full mark of
     such a metric is not known.
     """
     if metric is None:
         return Verdict(FULL_MARK, True)
-    score = score_of(call_metric(metric, example, prediction, trace))
+    score = score_of(metric(example, prediction, trace))
     if not math.isfinite(score):
         return Verdict(0.0, False, f"metric returned {'NaN' if math.isnan(score) else score}")
     if threshold is None and score > FULL_MARK:

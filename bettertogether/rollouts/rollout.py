@@ -129,7 +129,7 @@ class Runner:
     def __init__(self, program: dspy.Module, *, seed: int = 0, store: RolloutStore | None = None) -> None:
         self._program = program
         self._seed = seed
-        self._key = program_key(program)
+        self._key = program_key(program) if store is not None else None
         self._store = store if self._key is not None else None
         self._needs_seeds = any(_needs_seed(predictor.lm) for predictor in program.predictors())
         self._attribution = CallAttribution(program)
@@ -198,46 +198,52 @@ class _Copy:
             # A deep copy is made without them.
             module.callbacks = list(original.callbacks)
         self._watch = Watch()
-        self._watch.attach(self._program)
+        self._watch.attach(module for module, _ in pairs)
         self._by_name = predictors_of(self._program)
         self._basis: dict[str, _Basis] = {}
         self._lms: dict[int, tuple[Any, Any]] = {}
         """LMs of the program and their watched copies, by id."""
-        self._predictors = [pair for pair in pairs if isinstance(pair[0], dspy.Predict)]
+        own = {id(predictor) for predictor in self._by_name.values()}
+        self._predictors = [(*pair, id(pair[0]) in own) for pair in pairs if isinstance(pair[0], dspy.Predict)]
+        """Each with its original, and whether it is one of `named_predictors`."""
 
     def run(self, example: dspy.Example, attempt: Attempt, seed: int | None) -> Rollout:
         """One run; `seed` is None for the program's own LMs."""
         self._prepare(attempt, seed)
         prediction, failure, error = None, None, None
-        with self._watch.recording() as record:
+        lm = dspy.settings.lm
+        with self._watch.recording(self._watched(lm) if lm is not None else None) as record:
             record.runs_here()
             try:
                 prediction = _call(self._program, dict(example.inputs()))
             except Exception as caught:
                 failure, error = _kind(caught), caught
         _hand_on_usage(record.tracker, prediction)
-        entries = record.in_order()
-        names = [self._attribution.name_of(entry[0]) for entry in entries]
-        named = [(entry, name) for entry, name in zip(entries, names, strict=True) if name]
+        calls, raw_trace, strangers = [], [], 0
+        for entry, seen in record.in_order():
+            original, name = self._attribution.owner(entry[0])
+            raw_trace.append((original, *entry[1:]))
+            strangers += name is None
+            if name:
+                calls.append(self._call_of(entry, seen, name, record, attempt))
         return Rollout(
             prediction=prediction,
-            calls=tuple(self._call_of(entry, name, record, attempt) for entry, name in named),
-            raw_trace=tuple((self._attribution.original(entry[0]), *entry[1:]) for entry in entries),
-            strangers=names.count(None),
+            calls=tuple(calls),
+            raw_trace=tuple(raw_trace),
+            strangers=strangers,
             failure=failure,
             error=error,
-            ledger=_ledger(record.tracker, len(entries)),
+            ledger=_ledger(record.tracker, len(raw_trace)),
         )
 
     def _prepare(self, attempt: Attempt, seed: int | None) -> None:
         """Undo what a run before left, and give the predictors the LMs and prompts of this one."""
         # One copy of an LM for all that share it: dspy.BestOfN asks for the one LM of its module.
         lms: dict[tuple[int, bool], Any] = {}
-        own = {id(predictor) for predictor in self._by_name.values()}
-        for predictor, original in self._predictors:
+        for predictor, original, is_own in self._predictors:
             predictor.signature, predictor.config = original.signature, original.config
             predictor.demos = list(original.demos)
-            sampled = seed is not None and id(predictor) in own
+            sampled = seed is not None and is_own
             lm = original.lm or (dspy.settings.lm if sampled else None)
             key = id(lm), sampled
             if lm is not None and key not in lms:
@@ -257,9 +263,8 @@ class _Copy:
             self._lms[id(lm)] = lm, kept
         return kept
 
-    def _call_of(self, entry: Any, name: str, record: Record, attempt: Attempt) -> Call:
+    def _call_of(self, entry: Any, seen: Seen | None, name: str, record: Record, attempt: Attempt) -> Call:
         predictor, inputs, prediction = entry
-        seen = record.seen(prediction)
         if seen is None:
             fields = predictor.signature.output_fields
             return Call(name, dict(inputs), {key: value for key, value in prediction.items() if key in fields})
@@ -277,16 +282,17 @@ class _Copy:
             text=seen.text,
             thoughts=seen.thoughts,
             cut=seen.cut,
-            unfit=_unfit(seen, basis, own_signature, attempt),
+            unfit=_unfit(seen, basis.lm or record.lm, own_signature, attempt),
         )
 
     def _outputs(self, seen: Seen, name: str, attempt: Attempt) -> dict[str, Any]:
         """What the call gave, a rescued label as a value of the field's own type."""
+        if not attempt.narrow:
+            return seen.outputs
         fields = self._attribution.predictor(name).signature.output_fields
+        rescued = attempt.narrow.keys() & fields.keys()
         return {
-            field_name: as_field(value, fields[field_name].annotation)
-            if field_name in attempt.narrow.keys() & fields.keys()
-            else value
+            field_name: as_field(value, fields[field_name].annotation) if field_name in rescued else value
             for field_name, value in seen.outputs.items()
         }
 
@@ -305,8 +311,8 @@ def _own_adapter(seen: Seen, record: Record) -> Any:
     return seen.adapter or dspy.ChatAdapter()
 
 
-def _unfit(seen: Seen, basis: _Basis, own_signature: Any, attempt: Attempt) -> str | None:
-    if _weights_of(seen.lm) != _weights_of(basis.lm or dspy.settings.lm):
+def _unfit(seen: Seen, own_lm: Any, own_signature: Any, attempt: Attempt) -> str | None:
+    if seen.lm is not own_lm and _weights_of(seen.lm) != _weights_of(own_lm):
         return "made with another LM than the predictor's"
     if attempt.narrow and own_signature is not None and HINT in own_signature.instructions:
         return "its own signature shows the hint"

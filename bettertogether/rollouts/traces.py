@@ -19,7 +19,7 @@ from ..programs.program import predictors_of
 from ..records import Ledger
 from .failures import count_failures, error_text, failure_warning
 from .labels import label_fields, labels_of, output_names
-from .metrics import Metric, Verdict, judge, require_metric
+from .metrics import Metric, Verdict, judge, require_metric, with_trace
 from .parallel import parallel_map, thread_count
 from .rescue import answering
 from .rollout import Attempt, Call, Rollout, Runner, Source
@@ -135,12 +135,15 @@ class ExamplePass:
     """Give the metric the trace (bootstrapping) or None (evaluation), as DSPy does."""
     needs_verdict: bool = True
     """Evaluation needs only the score."""
+    _asked: Metric | None = field(default=None, init=False, repr=False, compare=False)
+    """The metric as it is called."""
     _runners: dict[int, Runner] = field(default_factory=dict, init=False, repr=False, compare=False)
     """By the id of their program, which they keep alive: what a program holds is looked through once."""
 
     def __post_init__(self) -> None:
         require_metric(self.metric, optional=True)
         require_threshold(self.threshold)
+        self._asked = None if self.metric is None else with_trace(self.metric)
 
     def over(
         self,
@@ -218,7 +221,7 @@ class ExamplePass:
         threshold = self.threshold if self.needs_verdict else float("-inf")
         try:
             trace = list(run.raw_trace) if self.judge_with_trace else None
-            return judge(self.metric, example, run.prediction, trace, threshold), False
+            return judge(self._asked, example, run.prediction, trace, threshold), False
         except BetterTogetherError:
             raise
         except Exception as error:

@@ -13,8 +13,8 @@ import itertools
 import os
 import threading
 import types
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,6 @@ from dspy.signatures.signature import ensure_signature
 from dspy.utils.usage_tracker import UsageTracker
 from pydantic import BaseModel
 
-from ..programs.program import modules_of
 from .event_loop import run_on_loop, use_shared_loop
 
 
@@ -68,11 +67,13 @@ class SharedTracker(UsageTracker):
 class Record:
     """What was seen of one run."""
 
-    def __init__(self) -> None:
+    def __init__(self, lm: Any) -> None:
+        self.lm = lm
+        """The watched copy of `dspy.settings.lm`, for predictors without an LM."""
+        self.adapter = dspy.settings.adapter
         self.trace: list[Any] = []
         """DSPy's trace: (predictor, inputs, prediction) triples."""
         self.tracker = SharedTracker()
-        self.adapter = dspy.settings.adapter
         self._seen: dict[int, Seen] = {}
         self._homes: set[tuple[int, int]] = set()
 
@@ -93,21 +94,18 @@ class Record:
             self._seen[id(prediction)] = seen
         return prediction
 
-    def seen(self, prediction: Any) -> Seen | None:
-        """The call that gave a prediction."""
-        return self._seen.get(id(prediction))
-
-    def in_order(self) -> list[Any]:
-        """The trace in an order that does not depend on timing: as the calls were made; those that other threads or
-        tasks made between two of the program's own, by content."""
-        ordered: list[Any] = []
-        for foreign, group in itertools.groupby(self.trace, self._is_foreign):
-            entries = list(group)
-            ordered += sorted(entries, key=_content) if foreign else entries
+    def in_order(self) -> list[tuple[Any, Seen | None]]:
+        """The trace, each entry with its call, in an order that does not depend on timing: as the calls were made;
+        those that other threads or tasks made between two of the program's own, by content."""
+        ordered: list[tuple[Any, Seen | None]] = []
+        pairs = [(entry, self._seen.get(id(entry[2]))) for entry in self.trace]
+        for foreign, group in itertools.groupby(pairs, self._is_foreign):
+            calls = list(group)
+            ordered += sorted(calls, key=_content) if foreign else calls
         return ordered
 
-    def _is_foreign(self, entry: Any) -> bool:
-        seen = self.seen(entry[2])
+    def _is_foreign(self, call: tuple[Any, Seen | None]) -> bool:
+        _, seen = call
         return seen is not None and seen.place not in self._homes
 
 
@@ -136,36 +134,33 @@ class Watch:
         # Pickled for another process, where nothing can be seen.
         return Watch, ()
 
-    def attach(self, program: dspy.Module) -> None:
-        """See every module of a program."""
-        for _, module in modules_of(program):
-            module.__dict__[_WATCH] = self
+    def attach(self, modules: Iterable[dspy.Module]) -> None:
+        """See what these modules do."""
+        for module in modules:
+            vars(module)["_bettertogether_watch"] = self
             use_shared_loop(module, run_async_part)
             module.__class__ = _watched_class(type(module))  # type: ignore[arg-type]
 
     @contextmanager
-    def recording(self) -> Iterator[Record]:
-        """Take down what the modules do within the block, and in threads that they start."""
-        self._record = record = Record()
+    def recording(self, lm: Any) -> Iterator[Record]:
+        """Take down what the modules do within the block, and in threads that they start; `lm` is the watched copy of
+        `dspy.settings.lm`."""
+        self._record = record = Record(lm)
         try:
-            with _context(record, record.trace):
+            with _context(record, record.trace, lm):
                 yield record
         finally:
             self._record = None
 
-    @contextmanager
-    def within(self) -> Iterator[Record | None]:
+    def within(self) -> AbstractContextManager[Record | None]:
         """The run's record, and its context where there is none; None when no run goes on."""
-        record = _RECORD.get()
-        if record is not None:
+        if (record := _RECORD.get()) is not None:
             if self._first is not self:
                 self._trace = dspy.settings.trace
-            yield record
-        elif (record := self._first._record) is not None:
-            with _context(record, record.trace if self._trace is None else self._trace):
-                yield record
-        else:
-            yield None
+            return nullcontext(record)
+        if (record := self._first._record) is None:
+            return nullcontext()
+        return _context(record, record.trace if self._trace is None else self._trace, watched_lm(dspy.settings.lm))
 
     @contextmanager
     def call(self, predictor: dspy.Predict, arguments: dict[str, Any]) -> Iterator[Callable[[Any], Any]]:
@@ -184,19 +179,18 @@ class Watch:
 
 
 @contextmanager
-def _context(record: Record, trace: list[Any]) -> Iterator[None]:
+def _context(record: Record, trace: list[Any], lm: Any) -> Iterator[Record]:
     token = _RECORD.set(record)
-    lm = dspy.settings.lm
     try:
         with dspy.context(
             trace=trace,
             usage_tracker=record.tracker,
-            lm=watched_lm(lm) if lm is not None else None,
+            lm=lm,
             # Histories keep every prompt of a pass in memory. They are on only for `note_response`.
             disable_history=False,
             max_history_size=0,
         ):
-            yield
+            yield record
     finally:
         _RECORD.reset(token)
 
@@ -214,11 +208,10 @@ def run_async_part(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return run_on_loop(moved())
 
 
-_WATCH = "_bettertogether_watch"
-
-
 class _Watched:
     """A module that is watched, in any copy of it."""
+
+    _bettertogether_watch: Watch
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As an object of the program's own class, which another process knows; a copy made here is watched again."""
@@ -234,22 +227,22 @@ def _remade(process: int, kind: type, make: Callable[..., Any], *arguments: Any)
 
 class _WatchedModule(_Watched):
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        with vars(self)[_WATCH].within():
+        with self._bettertogether_watch.within():
             return super().__call__(*arguments, **options)  # type: ignore[misc]
 
     async def acall(self, *arguments: Any, **options: Any) -> Any:
-        with vars(self)[_WATCH].within():
+        with self._bettertogether_watch.within():
             return await super().acall(*arguments, **options)  # type: ignore[misc]
 
 
 class _WatchedPredictor(_Watched):
     # Not `__call__`: a program may call `forward` itself.
     def forward(self, **arguments: Any) -> Any:
-        with vars(self)[_WATCH].call(self, arguments) as finished:
+        with self._bettertogether_watch.call(self, arguments) as finished:
             return finished(super().forward(**arguments))  # type: ignore[misc]
 
     async def aforward(self, **arguments: Any) -> Any:
-        with vars(self)[_WATCH].call(self, arguments) as finished:
+        with self._bettertogether_watch.call(self, arguments) as finished:
             return finished(await super().aforward(**arguments))  # type: ignore[misc]
 
 
@@ -287,8 +280,8 @@ def _place() -> tuple[int, int]:
     return threading.get_ident(), id(task) if task else 0
 
 
-def _content(entry: Any) -> str:
-    predictor, inputs, prediction = entry
+def _content(call: tuple[Any, Seen | None]) -> str:
+    predictor, inputs, prediction = call[0]
     signature = predictor.signature
     return repr((list(signature.fields), signature.instructions, sorted(inputs.items(), key=str), prediction))
 
@@ -296,7 +289,7 @@ def _content(entry: Any) -> str:
 def snapshot(value: Any) -> Any:
     """The value with its own lists, dicts and records, so that what a program does to it later does not show: a
     `dspy.History` that grows, an answer that is tidied up in place."""
-    if isinstance(value, list | tuple | set) and type(value) in (list, tuple, set):
+    if type(value) in (list, tuple, set):
         return type(value)(map(snapshot, value))
     if type(value) is dict:
         return {key: snapshot(item) for key, item in value.items()}

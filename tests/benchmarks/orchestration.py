@@ -104,7 +104,7 @@ def shares(program: dspy.Module) -> None:
 
 def package_of(file: str) -> str:
     if "bettertogether" in file:
-        return "fake LM" if file.endswith("testing.py") or "fakes" in file else "bettertogether"
+        return "fake LM" if "/testing/" in file or "fakes" in file else "bettertogether"
     for package in ("dspy", "pydantic", "litellm"):
         if f"/{package}" in file:
             return package

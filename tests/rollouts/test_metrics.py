@@ -9,7 +9,7 @@ import dspy
 import pytest
 
 from bettertogether.errors import ConfigError
-from bettertogether.rollouts.metrics import Verdict, call_metric, judge, score_of
+from bettertogether.rollouts.metrics import Verdict, judge, score_of, with_trace
 
 EXAMPLE, PREDICTION = dspy.Example(a=1).with_inputs("a"), dspy.Prediction(b=2)
 
@@ -78,29 +78,29 @@ def test_no_metric_accepts_everything() -> None:
 
 
 def test_a_metric_of_two_arguments_is_not_given_the_trace() -> None:
-    assert call_metric(lambda example, prediction: (example, prediction), EXAMPLE, PREDICTION, [1]) == (
+    assert with_trace(lambda example, prediction: (example, prediction))(EXAMPLE, PREDICTION, [1]) == (
         EXAMPLE,
         PREDICTION,
     )
 
 
 def test_a_metric_of_three_arguments_is_given_the_trace() -> None:
-    assert call_metric(lambda e, p, trace=None: trace, EXAMPLE, PREDICTION, [1]) == [1]
+    assert with_trace(lambda e, p, trace=None: trace)(EXAMPLE, PREDICTION, [1]) == [1]
 
 
 def test_gepas_five_arguments_are_given_trace_and_two_nones() -> None:
     def metric(gold: Any, pred: Any, trace: Any, pred_name: Any, pred_trace: Any) -> Any:
         return gold, pred, trace, pred_name, pred_trace
 
-    assert call_metric(metric, EXAMPLE, PREDICTION, [1]) == (EXAMPLE, PREDICTION, [1], None, None)
+    assert with_trace(metric)(EXAMPLE, PREDICTION, [1]) == (EXAMPLE, PREDICTION, [1], None, None)
 
 
 def test_keyword_only_extras_do_not_count_as_arguments() -> None:
-    assert call_metric(lambda e, p, *, strict=False: strict, EXAMPLE, PREDICTION, None) is False
+    assert with_trace(lambda e, p, *, strict=False: strict)(EXAMPLE, PREDICTION, None) is False
 
 
 def test_a_metric_with_star_args_is_given_three_arguments() -> None:
-    assert len(call_metric(lambda *arguments: arguments, EXAMPLE, PREDICTION, None)) == 3
+    assert len(with_trace(lambda *arguments: arguments)(EXAMPLE, PREDICTION, None)) == 3
 
 
 def test_a_callable_object_and_a_bound_method_are_metrics() -> None:
@@ -111,14 +111,14 @@ def test_a_callable_object_and_a_bound_method_are_metrics() -> None:
         def method(self, example: Any, prediction: Any) -> float:
             return 0.25
 
-    assert call_metric(Metric(), EXAMPLE, PREDICTION, None) == 0.5
-    assert call_metric(Metric().method, EXAMPLE, PREDICTION, None) == 0.25
+    assert with_trace(Metric())(EXAMPLE, PREDICTION, None) == 0.5
+    assert with_trace(Metric().method)(EXAMPLE, PREDICTION, None) == 0.25
 
 
 @pytest.mark.parametrize("metric", [lambda example: 1.0, lambda a, b, c, d, e, f: 1.0])
 def test_a_metric_that_takes_too_few_or_too_many_is_an_error(metric: Any) -> None:
     with pytest.raises(ConfigError, match="metric must take"):
-        call_metric(metric, EXAMPLE, PREDICTION, None)
+        with_trace(metric)
 
 
 def test_score_of_numpy_and_torch_like_numbers_is_their_float() -> None:
