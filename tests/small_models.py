@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from bettertogether.engines.adapters import AdapterBank, linear_shapes
-from bettertogether.engines.local.decoder import Decoder, Row
+from bettertogether.engines.local.decoder import Decoder, BatchRow
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 256 + len(SPECIAL)
@@ -140,10 +140,10 @@ def generated(model: Any, prompt_ids: Sequence[int], new_tokens: int) -> list[in
     return model.generate(ids_1_T, attention_mask=torch.ones_like(ids_1_T), **options)[0, len(prompt_ids) :].tolist()
 
 
-def decode(decoder: Decoder, rows: Sequence[Row]) -> None:
+def decode(decoder: Decoder, rows: Sequence[BatchRow]) -> None:
     """Run rows to their `max_new_tokens`; each leaves when it is done, and those not admitted join later."""
     waiting = list(rows)
-    running: list[Row] = []
+    running: list[BatchRow] = []
     while waiting or running:
         taken = decoder.admit(waiting) if waiting else []
         waiting = [row for row in waiting if row not in taken]

@@ -66,7 +66,7 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Answer:
+class FinishedAnswer:
     """A finished answer."""
 
     text: str

@@ -22,7 +22,7 @@ from dspy.lm15 import (
 )
 
 from ._upstream import StreamEvent
-from .answers import Answer, TokenScore
+from .answers import FinishedAnswer, TokenScore
 from .thinking import ThoughtSplitter, split_thoughts
 
 
@@ -44,7 +44,7 @@ class ResponseWriter:
             self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
 
-    def response(self, request: Request, answer: Answer) -> Response:
+    def response(self, request: Request, answer: FinishedAnswer) -> Response:
         """The response to a request."""
         scored = request.config.logprobs is not None
         return Response(
@@ -72,7 +72,7 @@ class ResponseWriter:
     def _deltas(self, text: str, scores: Sequence[TokenScore]) -> Iterator[StreamEvent]:
         yield StreamDeltaEvent(TextDelta(text, logprobs=self._scores(scores)))
 
-    def end(self, answer: Answer) -> StreamEvent:
+    def end(self, answer: FinishedAnswer) -> StreamEvent:
         """Last event of a stream."""
         return StreamEndEvent(answer.finish_reason, _usage(answer))
 
@@ -106,7 +106,7 @@ class ThoughtfulDeltas:
             yield StreamDeltaEvent(TextDelta(answer, part_index=part, logprobs=self._write_scores(scores)))
 
 
-def _usage(answer: Answer) -> Usage:
+def _usage(answer: FinishedAnswer) -> Usage:
     return Usage(
         input_tokens=answer.prompt_tokens,
         output_tokens=answer.generated_tokens,

@@ -59,7 +59,7 @@ PROMPT_STEPS = (
 
 
 @dataclass(frozen=True)
-class Decision:
+class NextStep:
     """What comes next."""
 
     key: str | None
@@ -73,7 +73,7 @@ class Decision:
 
 def decide(
     records: Sequence[StepRecord], optimizers: Mapping[str, Teleprompter], *, max_rounds: int, labelled: bool
-) -> Decision:
+) -> NextStep:
     """What comes after these rounds, all complete, the untouched student first. `labelled`: some example of the
     trainset has a label."""
     return _Auto(records, optimizers, labelled).decide(max_rounds)
@@ -92,45 +92,45 @@ class _Auto:
     optimizers: Mapping[str, Teleprompter]
     labelled: bool
 
-    def decide(self, max_rounds: int) -> Decision:
+    def decide(self, max_rounds: int) -> NextStep:
         if len(self.records) > max_rounds:
-            return Decision(None, f"max_rounds={max_rounds} rounds were run")
+            return NextStep(None, f"max_rounds={max_rounds} rounds were run")
         since = self._since_the_last_gain()
         if self.optimizers.keys() <= {record.step for record in since}:
-            return Decision(None, self._why_stop(len(since)))
+            return NextStep(None, self._why_stop(len(since)))
         if {kind_of(optimizer) for optimizer in self.optimizers.values()} != {"prompt", "weight"}:
             key = self._longest_ago(*self.optimizers)
-            return Decision(key, self._how_the_last_went() if self.records[1:] else "it was given first")
+            return NextStep(key, self._how_the_last_went() if self.records[1:] else "it was given first")
         if not self.records[1:]:
             return self._first()
         if self._kind(self.records[-1].step) == "prompt":
             more = "and no weights were trained on runs with these prompts yet"
             if self._gained(-1):
                 more = f"and {self._passing(-1)} examples pass, so there is more to learn from"
-            return Decision(self._next("weight"), f"{self._how_the_last_went()}, {more}")
+            return NextStep(self._next("weight"), f"{self._how_the_last_went()}, {more}")
         return self._after_weights()
 
-    def _first(self) -> Decision:
+    def _first(self) -> NextStep:
         prompt = self._next("prompt")
         if self.records[0].scores and self._share_passing(0) < FEW:
-            return Decision(prompt, f"the untouched student passes {self._passing(0)} examples, few to learn from")
+            return NextStep(prompt, f"the untouched student passes {self._passing(0)} examples, few to learn from")
         if not self.labelled:
-            return Decision(prompt, "no example has a label to rescue failed runs with")
-        return Decision(next(iter(self.optimizers)), "it was given first")
+            return NextStep(prompt, "no example has a label to rescue failed runs with")
+        return NextStep(next(iter(self.optimizers)), "it was given first")
 
-    def _after_weights(self) -> Decision:
+    def _after_weights(self) -> NextStep:
         last = self.records[-1]
         prompts = _effect_of_prompts(last)
         if prompts is not None and (prompts.low > 0 or prompts.high < 0):
             text = f"under the tuned weights the prompts so far are worth {_text(prompts)}"
-            return Decision(self._next("prompt"), text)
+            return NextStep(self._next("prompt"), text)
         if self._gained(-1) and isinstance(last.details, WeightDetails):
             card = last.details.data_card
             if _share_of_own(card) < min(FEW, self._share_passing(-1)):
                 text = f"{self._how_the_last_went()} from {_sources(card)}, and {self._passing(-1)} examples pass now"
-                return Decision(self._next("weight"), f"{text}, so fresh runs give more to learn from")
+                return NextStep(self._next("weight"), f"{text}, so fresh runs give more to learn from")
         text = f"{self._how_the_last_went()}, and no prompts were searched under these weights yet"
-        return Decision(self._next("prompt"), text)
+        return NextStep(self._next("prompt"), text)
 
     def _since_the_last_gain(self) -> Sequence[StepRecord]:
         gained = [position for position in range(1, len(self.records)) if self._gained(position)]

@@ -6,13 +6,14 @@ import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import dspy
 
 from ..checks import is_number, require_one_of, require_switch, require_whole
-from ..engines.protocol import LocalEngine
+from ..engines.protocol import FieldSpan, LocalEngine
 from ..engines.thinking import with_thoughts
 from ..errors import ConfigError, DataError, NoTrainingDataError
 from ..programs.program import predictors_of
@@ -48,6 +49,9 @@ class LocalModel(NamedTuple):
 
 Trainable = Mapping[str, LocalModel]
 """By predictor name."""
+
+Dropped = Counter[tuple[str, str]]
+"""What was left out: (predictor, or `WHOLE_TRACE`; reason) to how often."""
 
 
 @dataclass(frozen=True)
@@ -114,42 +118,64 @@ def rows_from_traces(
     """The rows of the passing traces; those of `held_out`, the traces of `valset`, apart, with demos of the trainset
     too. `earlier` are programs whose prompts "varied" rows are shown too, and `seed` draws the demos. Raises
     NoTrainingDataError with the counts when there are none."""
-    dropped: Counter[tuple[str, str]] = Counter({(WHOLE_TRACE, reason): n for reason, n in traces.reasons().items()})
+    dropped: Dropped = Counter()
+    chosen = _chosen(traces, options, dropped)
+    forms = None
+    if options.train_prompt == "varied":
+        forms = PromptForms(
+            student, trainset, chosen, valset=valset, earlier=earlier, max_demos=options.max_demos, seed=seed
+        )
+    rows_of = partial(_rows_of, predictors_of(student), trainable, options, forms)
+    labels = labels_of(trainset, options.label_field, output_names(student))
+    by_trace = [(trace.label, rows) for trace in chosen if (rows := rows_of(trace, dropped))]
+    rows = _balanced(by_trace, labels, dropped) if options.balance else [row for _, rows in by_trace for row in rows]
+    reasons = +dropped
+    if not rows:
+        raise NoTrainingDataError(_no_rows(traces, reasons))
+    warnings = [*_label_warnings(rows, labels), *_no_labels(trainset, output_names(student)), *_no_forms(forms)]
+    engines = {name: model.engine for name, model in trainable.items()}
+    card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), forms=forms, warnings=warnings)
+    if held_out is None:
+        return Collected(tuple(rows), card, traces.ledger, traces.warnings)
+    apart = _held_out_traces(held_out, len(trainset))
+    return Collected(
+        tuple(rows),
+        card,
+        traces.ledger + held_out.ledger,
+        traces.warnings,
+        held_out=tuple(row for trace in apart for row in rows_of(trace, Counter())),
+    )
+
+
+def _chosen(traces: TraceSet, options: RowOptions, dropped: Dropped) -> list[Trace]:
+    """The traces to learn from; all others are counted in `dropped`, and the calls in them that can't be learned."""
     plain = [trace for trace in traces.traces if not hint_leaks(trace)]
-    dropped[WHOLE_TRACE, "answer talks about the hint"] += len(traces.traces) - len(plain)
-    unchosen: Counter[str] = Counter()
+    unchosen = Counter(traces.reasons())
+    unchosen["answer talks about the hint"] += len(traces.traces) - len(plain)
     chosen = select_traces(
         plain,
         max_per_example=options.max_traces_per_example,
         max_rescue_share=options.max_rescue_share,
         dropped=unchosen,
     )
+    unchosen[STRANGER] += sum(trace.strangers for trace in chosen)
     dropped.update({(WHOLE_TRACE, reason): count for reason, count in unchosen.items()})
-    dropped[WHOLE_TRACE, STRANGER] += sum(trace.strangers for trace in chosen)
-    forms = None
-    if options.train_prompt == "varied":
-        forms = PromptForms(
-            student, trainset, chosen, valset=valset, earlier=earlier, max_demos=options.max_demos, seed=seed
-        )
-    by_trace = [_rows_of(student, trace, trainable, options, dropped, forms) for trace in chosen]
-    usable = [(trace, rows) for trace, rows in zip(chosen, by_trace, strict=True) if rows]
-    labels = labels_of(trainset, options.label_field, output_names(student))
-    kept_labels = [trace.label for trace, _ in usable]
-    order = balance_labels(kept_labels, labels) if options.balance else range(len(usable))
-    dropped[WHOLE_TRACE, "left out by balance"] += len(usable) - len(set(order))
-    rows = [row for position in order for row in usable[position][1]]
-    engines = {name: model.engine for name, model in trainable.items()}
-    reasons = +dropped
-    if not rows:
-        raise NoTrainingDataError(_no_rows(traces, reasons))
-    warnings = [*_label_warnings(rows, labels), *_no_labels(trainset, output_names(student)), *_no_forms(forms)]
-    card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), forms=forms, warnings=warnings)
-    ledger = traces.ledger + held_out.ledger if held_out else traces.ledger
-    # Positions in the valset come after those in the trainset.
-    moved = [replace(trace, index=len(trainset) + trace.index) for trace in (held_out.traces if held_out else ())]
-    chosen_apart = select_traces((trace for trace in moved if not hint_leaks(trace)), max_per_example=1)
-    apart = [row for each in chosen_apart for row in _rows_of(student, each, trainable, options, Counter(), forms)]
-    return Collected(tuple(rows), card, ledger, warnings=traces.warnings, held_out=tuple(apart))
+    return chosen
+
+
+def _balanced(
+    by_trace: Sequence[tuple[str | None, Sequence[Row]]], wanted: Sequence[str | None], dropped: Dropped
+) -> list[Row]:
+    """The rows of the traces, of which each has its label, in the shares of labels that are wanted."""
+    order = balance_labels([label for label, _ in by_trace], wanted)
+    dropped[WHOLE_TRACE, "left out by balance"] += len(by_trace) - len(set(order))
+    return [row for position in order for row in by_trace[position][1]]
+
+
+def _held_out_traces(traces: TraceSet, trainset_size: int) -> list[Trace]:
+    """One passing trace of each example of the valset, whose positions come after those in the trainset."""
+    moved = [replace(trace, index=trainset_size + trace.index) for trace in traces.traces if not hint_leaks(trace)]
+    return select_traces(moved, max_per_example=1)
 
 
 def select_traces(
@@ -203,14 +229,13 @@ def hint_leaks(trace: Trace) -> bool:
 
 
 def _rows_of(
-    student: dspy.Module,
-    trace: Trace,
+    predictors: Mapping[str, dspy.Predict],
     trainable: Trainable,
     options: RowOptions,
-    dropped: Counter[tuple[str, str]],
     forms: PromptForms | None,
+    trace: Trace,
+    dropped: Dropped,
 ) -> list[Row]:
-    predictors = predictors_of(student)
     rows: list[Row] = []
     for call in trace.calls:
         if call.predictor not in trainable:
@@ -255,12 +280,7 @@ def rows_of_call(
     if call.signature is not None:
         predictor = copy.copy(predictor)
         predictor.signature = call.signature
-    completion = render_completion(predictor, call.inputs, call.outputs, adapter=call.adapter, text=call.text)
-    fields = field_spans(predictor, call.inputs, call.outputs, completion, adapter=call.adapter)
-    if reasoning == "keep" and call.thoughts:
-        thoughts = len(with_thoughts(call.thoughts, ""))
-        completion = with_thoughts(call.thoughts, completion)
-        fields = tuple(span._replace(start=span.start + thoughts, end=span.end + thoughts) for span in fields)
+    completion, fields = _completion_of(predictor, call, reasoning)
     room = engine.max_length - len(engine.completion_tokens(completion))
     rows = []
     for demos in prompt_variants(predictor, call, train_prompt):
@@ -281,6 +301,17 @@ def rows_of_call(
             )
         )
     return rows
+
+
+def _completion_of(predictor: dspy.Predict, call: Call, reasoning: Reasoning) -> tuple[str, tuple[FieldSpan, ...]]:
+    """The text to learn, and where each output field stands in it."""
+    completion = render_completion(predictor, call.inputs, call.outputs, adapter=call.adapter, text=call.text)
+    fields = field_spans(predictor, call.inputs, call.outputs, completion, adapter=call.adapter)
+    if reasoning == "strip" or not call.thoughts:
+        return completion, fields
+    shift = len(with_thoughts(call.thoughts, ""))
+    moved = tuple(span._replace(start=span.start + shift, end=span.end + shift) for span in fields)
+    return with_thoughts(call.thoughts, completion), moved
 
 
 def unseen_calls(runs: int) -> str:
@@ -333,7 +364,7 @@ def _no_forms(forms: PromptForms | None) -> list[str]:
     ]
 
 
-def _no_rows(traces: TraceSet, dropped: Mapping[tuple[str, str], int]) -> str:
+def _no_rows(traces: TraceSet, dropped: Dropped) -> str:
     others = {key: count for key, count in dropped.items() if key != (WHOLE_TRACE, NO_CALLS)}
     reasons = "; ".join(f"{count} x {reason}" for (_, reason), count in others.items()) or NO_CALLS
     runs = dropped.get((WHOLE_TRACE, NO_CALLS))

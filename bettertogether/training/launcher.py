@@ -25,7 +25,7 @@ from .held_out import HeldOutLosses
 from .machine import JOB, REFUSED
 from .packing import TokenizedRow
 from .progress import ProgressFunction, TrainingProgress
-from .trainer import TrainedAdapter
+from .trainer import TrainingResult
 
 POLL_S = 0.1
 TOGETHER_S = 300.0
@@ -42,7 +42,7 @@ def launch(
     folder: Path,
     start_from: Path | None = None,
     on_progress: ProgressFunction | None = None,
-) -> TrainedAdapter:
+) -> TrainingResult:
     """`train_adapter` in the processes that `training` asks for, which share each step's rows.
 
     `model` is the base model's folder or hub id; each process loads it. Each gets a GPU of its own where there is
@@ -171,7 +171,7 @@ class _Arrivals:
         )
 
 
-def result_of(work: Path, code: int | None, processes: int) -> TrainedAdapter:
+def result_of(work: Path, code: int | None, processes: int) -> TrainingResult:
     """What processes that ended with an exit code left in their folder. Raises the error they met, TrainingError where
     it is none of ours."""
     path = work / "result.json"
@@ -189,7 +189,7 @@ def result_of(work: Path, code: int | None, processes: int) -> TrainedAdapter:
     history = tuple(TrainingProgress(**line) for line in values.pop("history"))
     for name in ("base", "best"):
         values[name] = values[name] and HeldOutLosses(**values[name])
-    return TrainedAdapter(folder=Path(values.pop("folder")), history=history, **values)
+    return TrainingResult(folder=Path(values.pop("folder")), history=history, **values)
 
 
 def _failure(path: Path) -> dict[str, Any]:

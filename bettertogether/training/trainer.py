@@ -38,7 +38,7 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedAdapter:
+class TrainingResult:
     """What a training run gives."""
 
     folder: Path
@@ -75,7 +75,7 @@ def train_adapter(
     folder: Path,
     start_from: Path | None = None,
     on_progress: ProgressFunction | None = None,
-) -> TrainedAdapter:
+) -> TrainingResult:
     """Train a LoRA adapter over `model` and write it to `folder` as a plain PEFT adapter.
 
     The loss of an optimizer step is the mean over the completion tokens of its rows, in which each output field of a
@@ -177,7 +177,7 @@ class _Run:
         self.mean: RunningMean | None = None
         self.history: list[TrainingProgress] = []
 
-    def train(self) -> TrainedAdapter:
+    def train(self) -> TrainingResult:
         """Run the epochs that are left, and write the adapter."""
         self._resume()
         if self.sharing.is_main:
@@ -193,7 +193,7 @@ class _Run:
             checkpoint.remove_states(self.folder)
         self.sharing.wait()
         state = self.state
-        return TrainedAdapter(
+        return TrainingResult(
             folder=self.folder,
             history=tuple(self.history),
             best_epoch=state.best_epoch,

@@ -27,7 +27,7 @@ from .arrow_rows import ArrowRows
 from .config import LoRAConfig, TrainingConfig
 from .progress import TrainingProgress
 from .sharing import Sharing
-from .trainer import TrainedAdapter, train_adapter
+from .trainer import TrainingResult, train_adapter
 
 
 def run(work: Path) -> None:
@@ -51,7 +51,7 @@ def run(work: Path) -> None:
     sharing.accelerator.end_training()
 
 
-def _train(work: Path, sharing: Sharing) -> TrainedAdapter:
+def _train(work: Path, sharing: Sharing) -> TrainingResult:
     spec: dict[str, Any] = json.loads((work / "spec.json").read_text())
     training = TrainingConfig(**spec["training"])
     half = sharing.accelerator.device.type != "cpu" and training.dtype != "float32"

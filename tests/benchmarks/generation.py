@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 from bettertogether.engines.adapters import AdapterBank, linear_shapes
 from bettertogether.engines.loading import load_model, pick_dtype, read_card
 from bettertogether.engines.local.choice import make_decoder
-from bettertogether.engines.local.decoder import Row
+from bettertogether.engines.local.decoder import BatchRow
 from bettertogether.engines.local.packed_linear import pack_linear_layers
 from bettertogether.engines.local.scheduler import Job, Scheduler
 from bettertogether.engines.local.text_stream import TextStream
@@ -89,7 +89,7 @@ class Bench:
         scheduler = Scheduler(
             self._make_decoder, eos_ids=frozenset(), max_batch_size=64, out_of_memory=lambda error: False
         )
-        rows = [Row(prompt, self.options.new_tokens) for prompt in prompts]
+        rows = [BatchRow(prompt, self.options.new_tokens) for prompt in prompts]
         jobs = [Job(row, TextStream(lambda ids: "")) for row in rows]
         for job in jobs:
             scheduler.submit(job)

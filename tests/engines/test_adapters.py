@@ -14,7 +14,7 @@ from small_models import SIZES, decode, generated, prompts, save_adapter, tiny_m
 from transformers import LlamaConfig
 
 from bettertogether.engines.adapters import AdaptedSpan, AdapterBank, linear_shapes, meta_linear_shapes
-from bettertogether.engines.local.decoder import Row
+from bettertogether.engines.local.decoder import BatchRow
 from bettertogether.engines.local.packed_decoder import PackedDecoder
 from bettertogether.engines.local.plain_decoder import PlainDecoder
 from bettertogether.errors import ModelError, UnknownAdapterError
@@ -43,7 +43,7 @@ def test_the_base_and_all_adapters_answer_as_peft_does(folders: list[Path], kind
     model = tiny_model()
     adapters, names = make_bank(model, folders)
     texts = prompts(3, 70)
-    rows = [Row(text, 6, adapter) for text in texts for adapter in ("", *names)]
+    rows = [BatchRow(text, 6, adapter) for text in texts for adapter in ("", *names)]
     decode(kind(model, adapters), rows)
     adapters.attach(None)
     for name, folder in zip(names, folders, strict=True):
@@ -69,7 +69,7 @@ def test_an_adapter_of_the_output_layer_beside_others_answers_as_peft_does(folde
     folder = save_adapter(tmp_path / "head", 4, target_modules=["q_proj", "lm_head"])
     model = tiny_model()
     adapters, names = make_bank(model, [folder, *folders[:1]])
-    rows = [Row(text, 6, adapter) for text in prompts(3, 70) for adapter in (names[0], "", names[1])]
+    rows = [BatchRow(text, 6, adapter) for text in prompts(3, 70) for adapter in (names[0], "", names[1])]
     decode(PackedDecoder(model, adapters, cache_bytes=1 << 30), rows)
     tuned = PeftModel.from_pretrained(tiny_model(), folder)
     expected = [generated(tuned, text, 6) for text in prompts(3, 70)]
@@ -130,7 +130,7 @@ def test_adapters_share_no_prefix(folders: list[Path]) -> None:
     adapters, names = make_bank(model, folders[:1])
     decoder = PackedDecoder(model, adapters, cache_bytes=1 << 30)
     text = prompts(1, 80)[0]
-    first, second = Row(text, 1), Row(text, 1, names[0])
+    first, second = BatchRow(text, 1), BatchRow(text, 1, names[0])
     decode(decoder, [first])
     decode(decoder, [second])
     assert (first.reused_tokens, second.reused_tokens) == (0, 0)

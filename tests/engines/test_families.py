@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from bettertogether.engines.adapters import AdapterBank, linear_shapes
 from bettertogether.engines.loading import read_card
 from bettertogether.engines.local.choice import make_decoder
-from bettertogether.engines.local.decoder import Row
+from bettertogether.engines.local.decoder import BatchRow
 from bettertogether.engines.local.packed_decoder import PackedDecoder
 from bettertogether.errors import ModelError
 from bettertogether.training.adapter import training_adapter
@@ -45,7 +45,7 @@ def family(request: pytest.FixtureRequest) -> tuple[Family, Any]:
 def test_answers_are_generates(family: tuple[Family, Any]) -> None:
     expected, model = family
     decoder = make_decoder(model, bank(model), 1 << 24)
-    rows = [Row(text, NEW_TOKENS) for text in TEXTS]
+    rows = [BatchRow(text, NEW_TOKENS) for text in TEXTS]
     decode(decoder, rows)
     assert [row.output_ids for row in rows] == [generated(model, text, NEW_TOKENS) for text in TEXTS]
     assert isinstance(decoder, PackedDecoder) == expected.fast
@@ -83,7 +83,7 @@ def test_a_trained_adapter_beside_the_base_answers_as_peft_does(family: tuple[Fa
     adapters = AdapterBank("tiny", lambda: linear_shapes(model))
     adapters.attach(model)
     names = [adapters.add(tmp_path), ""]
-    rows = [Row(text, NEW_TOKENS, name) for text in TEXTS for name in names]
+    rows = [BatchRow(text, NEW_TOKENS, name) for text in TEXTS for name in names]
     decode(make_decoder(model, adapters, 1 << 24), rows)
     adapters.attach(None)
     tuned = PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path)).eval()

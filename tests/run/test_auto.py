@@ -13,7 +13,7 @@ from fakes import numbers, parity_engine, parity_match, parity_program
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
 from bettertogether.records import DataCard, StepRecord, WeightDetails
-from bettertogether.run.auto import Decision, decide, kind_of
+from bettertogether.run.auto import NextStep, decide, kind_of
 from bettertogether.testing import FakeEngine, FakeRequest
 
 P, W = BootstrapFewShotRS(parity_match), LoRAFinetune(parity_match)
@@ -189,7 +189,7 @@ def test_a_run_says_why_in_its_records_its_report_and_the_log(caplog: pytest.Log
     assert report.rounds[0].why == ""
     assert report.rounds[1].why == "the untouched student passes 6 of 24 examples, few to learn from"
     assert report.stopped == "none of the last 2 rounds gained more than its noise"
-    decisions = [Decision(record.step, record.why) for record in report.rounds[1:]] + [Decision(None, report.stopped)]
+    decisions = [NextStep(record.step, record.why) for record in report.rounds[1:]] + [NextStep(None, report.stopped)]
     logged = [line.getMessage() for line in caplog.records if line.name == "bettertogether.run.loop"]
     assert [line for line in logged if "next: " in line or "stop: " in line] == [f"{each}." for each in decisions]
     for record in report.rounds[1:]:

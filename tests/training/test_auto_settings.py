@@ -18,7 +18,7 @@ from bettertogether.training import trainer as trainer_module
 from bettertogether.training.auto import auto_epochs, auto_learning_rate, resolved
 from bettertogether.training.length import epochs_without_fall, has_settled
 from bettertogether.training.progress import TrainingProgress
-from bettertogether.training.trainer import TrainedAdapter, train_adapter
+from bettertogether.training.trainer import TrainingResult, train_adapter
 
 ROWS = random_rows(20, shared=20)
 HELD_OUT = random_rows(6, shared=20, seed=9)
@@ -49,13 +49,13 @@ def test_numbers_stay_as_they_are() -> None:
 def train(folder: Path, lines: list[TrainingProgress] | None = None, on_progress: Any = None, **options: Any) -> Any:
     training = TrainingConfig(**{"dtype": "float32", "batch_size": 8, **options})
     report = (lambda line: lines.append(line)) if lines is not None else on_progress
-    result: TrainedAdapter = train_adapter(
+    result: TrainingResult = train_adapter(
         tiny_model(), ROWS, validation_rows=HELD_OUT, training=training, folder=folder, on_progress=report
     )
     return result
 
 
-def losses(result: TrainedAdapter) -> list[float]:
+def losses(result: TrainingResult) -> list[float]:
     return [line.validation_loss for line in result.history if line.validation_loss is not None][1:]
 
 

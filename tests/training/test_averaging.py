@@ -12,7 +12,7 @@ from tiny import random_rows, tiny_model
 
 from bettertogether.training import TrainingConfig
 from bettertogether.training.averaging import RunningMean
-from bettertogether.training.trainer import TrainedAdapter, train_adapter
+from bettertogether.training.trainer import TrainingResult, train_adapter
 
 ROWS = random_rows(12, shared=20)
 HELD_OUT = random_rows(6, shared=20, seed=9)
@@ -52,7 +52,7 @@ def test_in_place_the_model_has_the_mean_and_afterwards_its_own_weights_again() 
     assert mean.state()["w"].tolist() == [5.0]
 
 
-def train(folder: Path, scheduler: Any = "averaged", on_progress: Any = None, **options: Any) -> TrainedAdapter:
+def train(folder: Path, scheduler: Any = "averaged", on_progress: Any = None, **options: Any) -> TrainingResult:
     training = TrainingConfig(
         learning_rate=0.01, epochs=3, batch_size=4, dtype="float32", scheduler=scheduler, **options
     )

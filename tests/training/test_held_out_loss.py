@@ -21,7 +21,7 @@ from bettertogether.training.held_out import HeldOutLosses, held_out_losses
 from bettertogether.training.loss import row_loss
 from bettertogether.training.packing import TokenizedRow
 from bettertogether.training.sharing import Sharing
-from bettertogether.training.trainer import TrainedAdapter, train_adapter
+from bettertogether.training.trainer import TrainingResult, train_adapter
 from bettertogether.training.weighting import TokenWeights
 
 FAST = TrainingConfig(learning_rate=1e-2, epochs=2, dtype="float32", batch_size=4)
@@ -89,7 +89,7 @@ def test_a_field_without_a_free_token_has_no_loss_and_where_all_is_forced_all_co
     assert found.fields == {}
 
 
-def train(folder: Path, training: TrainingConfig = FAST, rows: list[TokenizedRow] = ROWS) -> TrainedAdapter:
+def train(folder: Path, training: TrainingConfig = FAST, rows: list[TokenizedRow] = ROWS) -> TrainingResult:
     return train_adapter(tiny_model(), rows, validation_rows=HELD_OUT, training=training, folder=folder)
 
 

@@ -21,19 +21,19 @@ from bettertogether.training import LoRAConfig, TrainingConfig
 from bettertogether.training.adapter import training_adapter
 from bettertogether.training.packing import TokenizedRow, epoch_batches
 from bettertogether.training.progress import TrainingProgress
-from bettertogether.training.trainer import TrainedAdapter, learning_rate, train_adapter
+from bettertogether.training.trainer import TrainingResult, learning_rate, train_adapter
 
 ROWS = random_rows(20, shared=20)
 HELD_OUT = random_rows(6, shared=20)
 FAST = TrainingConfig(learning_rate=1e-2, epochs=3, dtype="float32", batch_size=8)
 
 
-def train(folder: Path, training: TrainingConfig = FAST, rows: Any = ROWS, **options: Any) -> TrainedAdapter:
+def train(folder: Path, training: TrainingConfig = FAST, rows: Any = ROWS, **options: Any) -> TrainingResult:
     model = options.pop("model", None) or tiny_model()
     return train_adapter(model, rows, folder=folder, training=training, **options)
 
 
-def held_out_losses(result: TrainedAdapter) -> tuple[float, float]:
+def held_out_losses(result: TrainingResult) -> tuple[float, float]:
     """Before training, and of the weights kept."""
     assert result.base_validation_loss is not None
     assert result.validation_loss is not None

@@ -36,7 +36,7 @@ class TokenConstraint(Protocol):
 
 
 @dataclass(eq=False)
-class Row:
+class BatchRow:
     """One answer being written."""
 
     prompt_ids: list[int]
@@ -90,15 +90,15 @@ class Decision:
 class Decoder(Protocol):
     """Runs the model over the tokens of rows. Called from one thread."""
 
-    def admit(self, rows: Sequence[Row]) -> list[Row]:
+    def admit(self, rows: Sequence[BatchRow]) -> list[BatchRow]:
         """Make room for rows; returns those that were taken. With no row held, takes one at least."""
         ...
 
-    def step(self, rows: Sequence[Row]) -> list[Decision]:
+    def step(self, rows: Sequence[BatchRow]) -> list[Decision]:
         """One forward pass over rows that were admitted; sets their `computed`."""
         ...
 
-    def release(self, row: Row) -> None:
+    def release(self, row: BatchRow) -> None:
         """Forget a row. Its `computed` falls to 0, so that it can be admitted again."""
         ...
 

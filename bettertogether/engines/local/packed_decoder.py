@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...training._upstream import attention_name, name_attention
 from ..adapters import AdaptedSpan, AdapterBank
-from .decoder import Decision, Row
+from .decoder import Decision, BatchRow
 from .packed_attention import PACKED_ATTENTION, PackedPass, PrefixPass, PrefixTensors
 from .sampling import decide
 from .shared_prefix import SLACK, Cluster, Prefix, PrefixCache, Tokens, common_length, shared_clusters
@@ -56,8 +56,8 @@ class PackedDecoder:
         self._adapters = adapters
         self._tokens_per_pass = tokens_per_pass
         self._slots = Slots()
-        self._seats: dict[Row, _Seat] = {}
-        self._by_slot: list[Row] = []
+        self._seats: dict[BatchRow, _Seat] = {}
+        self._by_slot: list[BatchRow] = []
         self._prefixes: PrefixCache[_ComputedPrefix] = PrefixCache(cache_bytes)
         self._forward_passes = 0
         self._token_bytes = self._measured_token_bytes()
@@ -81,9 +81,9 @@ class PackedDecoder:
         return {"forward_passes": self._forward_passes, "prefix_tokens_reused": self._reused_tokens}
 
     @torch.inference_mode()
-    def admit(self, rows: Sequence[Row]) -> list[Row]:
+    def admit(self, rows: Sequence[BatchRow]) -> list[BatchRow]:
         """Find or compute the prefixes that the rows share, and give each a slot."""
-        taken: list[Row] = []
+        taken: list[BatchRow] = []
         for adapter in sorted({row.adapter for row in rows}):
             members = [row for row in rows if row.adapter == adapter]
             prompts = [np.array(row.tokens(0, row.length), dtype=np.int64) for row in members]
@@ -93,13 +93,13 @@ class PackedDecoder:
         return taken
 
     def _admit_cluster(
-        self, adapter: str, rows: Sequence[Row], prompts: Sequence[Tokens], cluster: Cluster, must: bool
-    ) -> list[Row]:
+        self, adapter: str, rows: Sequence[BatchRow], prompts: Sequence[Tokens], cluster: Cluster, must: bool
+    ) -> list[BatchRow]:
         """Seat the rows of a cluster; none where their prefix does not fit now, unless they `must`."""
         shared = prompts[cluster.members[0]][: cluster.length]
         if len(cluster.members) > 1 and not self._provide(adapter, shared) and not must:
             return []
-        taken: list[Row] = []
+        taken: list[BatchRow] = []
         for position in cluster.members:
             own = prompts[position][:-1]
             long = own.size - self._prefixes.best(adapter, own)[1] > LONG_ROW
@@ -155,7 +155,7 @@ class PackedDecoder:
                 self._prefixes.unuse(source)
         return True
 
-    def _seat(self, row: Row, own: Tokens, prefix: _ComputedPrefix | None, length: int) -> None:
+    def _seat(self, row: BatchRow, own: Tokens, prefix: _ComputedPrefix | None, length: int) -> None:
         slot = len(self._by_slot)
         self._slots.reserve(slot + 1, row.length - length + 1)
         if prefix is not None:
@@ -167,7 +167,7 @@ class PackedDecoder:
         row.computed = length
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[Row]) -> list[Decision]:
+    def step(self, rows: Sequence[BatchRow]) -> list[Decision]:
         """One pass over what the rows have pending, up to the bound of tokens; short rows first."""
         ready, logits_B_V = self._pass(rows)
         decisions = dict(zip(ready, decide(logits_B_V, ready), strict=True))
@@ -177,13 +177,13 @@ class PackedDecoder:
     def probe(self, prompt_ids: list[int], prefix_length: int) -> Tensor:
         """Logits [V] after a prompt whose first tokens are computed as a shared prefix."""
         self._provide("", np.array(prompt_ids[:prefix_length], dtype=np.int64))
-        row = Row(prompt_ids, 1)
+        row = BatchRow(prompt_ids, 1)
         self.admit([row])
         return self._pass([row])[1][0]
 
-    def _pass(self, rows: Sequence[Row]) -> tuple[list[Row], Tensor]:
+    def _pass(self, rows: Sequence[BatchRow]) -> tuple[list[BatchRow], Tensor]:
         """One pass; the rows of which nothing is pending any more, and their logits [B, V]."""
-        counts: dict[Row, int] = {}
+        counts: dict[BatchRow, int] = {}
         room = self._tokens_per_pass
         for row in sorted(rows, key=lambda row: row.pending):
             counts[row] = min(row.pending, room)
@@ -202,11 +202,11 @@ class PackedDecoder:
             self._keep_prompt(row)
         return list(ready), logits_B_V
 
-    def _order(self, row: Row) -> tuple[str, int, int, int]:
+    def _order(self, row: BatchRow) -> tuple[str, int, int, int]:
         seat = self._seats[row]
         return row.adapter, id(seat.prefix), seat.prefix_length, seat.slot
 
-    def _slot_tokens(self, row: Row, count: int) -> SlotTokens:
+    def _slot_tokens(self, row: BatchRow, count: int) -> SlotTokens:
         seat = self._seats[row]
         return SlotTokens(
             slot=seat.slot,
@@ -216,7 +216,7 @@ class PackedDecoder:
             prefix_length=seat.prefix_length,
         )
 
-    def _keep_prompt(self, row: Row) -> None:
+    def _keep_prompt(self, row: BatchRow) -> None:
         """Copy a computed prompt that shares little with the cache into it."""
         seat = self._seats[row]
         size = len(row.prompt_ids)
@@ -251,7 +251,7 @@ class PackedDecoder:
         return logits[0]
 
     @torch.inference_mode()
-    def release(self, row: Row) -> None:
+    def release(self, row: BatchRow) -> None:
         """Free a row's slot, which the last row takes over."""
         seat = self._seats.pop(row, None)
         if seat is None:
@@ -287,7 +287,7 @@ def packed_attention_on(model: Any) -> Iterator[None]:
         name_attention(model, before)
 
 
-def _spans(order: Sequence[Row], counts: dict[Row, int]) -> list[AdaptedSpan]:
+def _spans(order: Sequence[BatchRow], counts: dict[BatchRow, int]) -> list[AdaptedSpan]:
     """Tokens by adapter; the rows of one adapter come one after the other."""
     spans: list[AdaptedSpan] = []
     end = 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..adapters import AdaptedSpan, AdapterBank
-from .decoder import Decision, Row
+from .decoder import Decision, BatchRow
 from .sampling import decide
 
 
@@ -31,7 +31,7 @@ class PlainDecoder:
         self._model = model
         self._pads = pads
         self._adapters = adapters
-        self._batch: list[Row | None] = []
+        self._batch: list[BatchRow | None] = []
         self._cache: Any = None
         self._mask: Tensor | None = None
         self._forward_passes = 0
@@ -40,7 +40,7 @@ class PlainDecoder:
         """Forward passes; prefixes are not reused."""
         return {"forward_passes": self._forward_passes, "prefix_tokens_reused": 0}
 
-    def admit(self, rows: Sequence[Row]) -> list[Row]:
+    def admit(self, rows: Sequence[BatchRow]) -> list[BatchRow]:
         """Take the rows of the first one's adapter, once the last batch is done."""
         if any(self._batch):
             return []
@@ -50,7 +50,7 @@ class PlainDecoder:
         self._cache = self._mask = None
         return taken
 
-    def step(self, rows: Sequence[Row]) -> list[Decision]:
+    def step(self, rows: Sequence[BatchRow]) -> list[Decision]:
         """The whole prompts at first, then one token of each row."""
         logits_B_V = self._first_pass() if self._cache is None else self._next_pass()
         places = [place for place, row in enumerate(self._batch) if row is not None and row.pending == 0]
@@ -60,7 +60,7 @@ class PlainDecoder:
 
     def probe(self, prompts: Sequence[list[int]]) -> Tensor:
         """Logits [B, V] after some prompts in one batch."""
-        self.admit([Row(prompt, 1) for prompt in prompts])
+        self.admit([BatchRow(prompt, 1) for prompt in prompts])
         logits_B_V = self._first_pass()
         self.reset()
         return logits_B_V
@@ -110,7 +110,7 @@ class PlainDecoder:
         result: Tensor = logits[:, -1]
         return result
 
-    def release(self, row: Row) -> None:
+    def release(self, row: BatchRow) -> None:
         """Forget a row; its place in the batch stays until the batch is done."""
         if row in self._batch:
             self._batch[self._batch.index(row)] = None

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ...errors import NumericsError
 from ..answers import TokenScore
-from .decoder import Decision, Row
+from .decoder import Decision, BatchRow
 
 NUCLEUS = 1024
 """Tokens looked at first for top_p; sorting the whole vocabulary is the slow exception."""
 
 
-def decide(logits_B_V: Tensor, rows: Sequence[Row]) -> list[Decision]:
+def decide(logits_B_V: Tensor, rows: Sequence[BatchRow]) -> list[Decision]:
     """One decision for each row, from the logits at its last token. Constraints advance; rows don't change.
 
     A row for which nothing can be decided gets the error as its decision, and the others their tokens.
@@ -42,13 +42,13 @@ def _not_finite(dtype: torch.dtype) -> NumericsError:
     )
 
 
-def _decide(logits_B_V: Tensor, rows: Sequence[Row]) -> list[Decision]:
+def _decide(logits_B_V: Tensor, rows: Sequence[BatchRow]) -> list[Decision]:
     token_ids = choose(logits_B_V, rows)
     scores = _scores(logits_B_V, rows, token_ids)
     return [_decision(row, token, score) for row, token, score in zip(rows, token_ids, scores, strict=True)]
 
 
-def _decision(row: Row, token_id: int, score: TokenScore | None) -> Decision:
+def _decision(row: BatchRow, token_id: int, score: TokenScore | None) -> Decision:
     scores = () if score is None else (score,)
     if row.constraint is None:
         return Decision((token_id,), scores)
@@ -61,7 +61,7 @@ def _decision(row: Row, token_id: int, score: TokenScore | None) -> Decision:
     return Decision((token_id, *forced), scores, row.constraint.ended)
 
 
-def choose(logits_B_V: Tensor, rows: Sequence[Row]) -> list[int]:
+def choose(logits_B_V: Tensor, rows: Sequence[BatchRow]) -> list[int]:
     """The next token of each row: the likeliest, or one drawn with the row's own generator, among those allowed."""
     token_ids: list[int] = logits_B_V.argmax(-1).tolist()
     redo = _refused(rows, token_ids, [position for position, row in enumerate(rows) if row.sampling.greedy])
@@ -76,13 +76,15 @@ def choose(logits_B_V: Tensor, rows: Sequence[Row]) -> list[int]:
     return token_ids
 
 
-def _refused(rows: Sequence[Row], token_ids: Sequence[int], positions: Sequence[int]) -> list[int]:
+def _refused(rows: Sequence[BatchRow], token_ids: Sequence[int], positions: Sequence[int]) -> list[int]:
     """Positions at which the grammar does not take the token."""
     constraints = [(position, rows[position].constraint) for position in positions]
     return [position for position, grammar in constraints if grammar and not grammar.allows(token_ids[position])]
 
 
-def _take_likeliest(logits_B_V: Tensor, rows: Sequence[Row], token_ids: list[int], positions: Sequence[int]) -> None:
+def _take_likeliest(
+    logits_B_V: Tensor, rows: Sequence[BatchRow], token_ids: list[int], positions: Sequence[int]
+) -> None:
     """Put the likeliest token that the mask leaves at each of these positions."""
     if positions:
         masked_R_V = _masked(logits_B_V, rows, positions)
@@ -90,7 +92,7 @@ def _take_likeliest(logits_B_V: Tensor, rows: Sequence[Row], token_ids: list[int
             token_ids[position] = token_id
 
 
-def _masked(logits_B_V: Tensor, rows: Sequence[Row], positions: Sequence[int]) -> Tensor:
+def _masked(logits_B_V: Tensor, rows: Sequence[BatchRow], positions: Sequence[int]) -> Tensor:
     """Rows of the logits in float32, with -inf where a row's grammar forbids the token."""
     logits_R_V = logits_B_V[torch.tensor(positions, device=logits_B_V.device)].float()
     constrained = [index for index, position in enumerate(positions) if rows[position].constraint]
@@ -108,7 +110,7 @@ def _masked(logits_B_V: Tensor, rows: Sequence[Row], positions: Sequence[int]) -
     return logits_R_V.masked_fill_(forbidden_R_V, float("-inf"))
 
 
-def _draw(logits_V: Tensor, row: Row) -> int:
+def _draw(logits_V: Tensor, row: BatchRow) -> int:
     """Inverse of the cumulative distribution at one uniform number: one draw per token, whatever the vocabulary."""
     options = row.sampling
     logits_V = logits_V / options.temperature
@@ -140,7 +142,7 @@ def _nucleus(probabilities_K: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     return sorted_S[:count], ids_S[:count]
 
 
-def _scores(logits_B_V: Tensor, rows: Sequence[Row], token_ids: Sequence[int]) -> list[TokenScore | None]:
+def _scores(logits_B_V: Tensor, rows: Sequence[BatchRow], token_ids: Sequence[int]) -> list[TokenScore | None]:
     scores: list[TokenScore | None] = [None] * len(rows)
     for position, row in enumerate(rows):
         if row.sampling.logprobs is None:

@@ -18,8 +18,8 @@ from typing import Any
 
 from ...errors import EngineClosedError
 from ...printable import get_logger
-from ..answers import Answer, FinishReason, TokenScore
-from .decoder import Decision, Decoder, Row
+from ..answers import FinishedAnswer, FinishReason, TokenScore
+from .decoder import Decision, Decoder, BatchRow
 from .text_stream import TextStream
 
 logger = get_logger(__name__)
@@ -40,10 +40,10 @@ TokenSink = Callable[[str, Sequence[TokenScore]], Any]
 class Job:
     """A request on its way through the engine."""
 
-    row: Row
+    row: BatchRow
     stream: TextStream
     sink: TokenSink | None = None
-    future: Future[Answer] = field(default_factory=Future)
+    future: Future[FinishedAnswer] = field(default_factory=Future)
 
     @property
     def reads_text(self) -> bool:
@@ -77,7 +77,7 @@ class Scheduler:
         self._out_of_memory = out_of_memory
         self._decoder: Decoder | None = None
         self._waiting: deque[Job] = deque()
-        self._running: dict[Row, Job] = {}
+        self._running: dict[BatchRow, Job] = {}
         self._wake = threading.Condition()
         self._model_in_use = threading.Lock()
         self._pauses = 0
@@ -344,7 +344,7 @@ class Scheduler:
         for job in jobs:
             _fail(job, error)
 
-    def _requeue(self, rows: Sequence[Row]) -> None:
+    def _requeue(self, rows: Sequence[BatchRow]) -> None:
         """Put running rows back to the head of the queue; what they have written stays."""
         with self._wake:
             self._waiting.extendleft(self._running.pop(row) for row in reversed(rows))
@@ -364,7 +364,7 @@ def _finish(job: Job, reason: FinishReason) -> None:
     except Exception as error:
         _fail(job, error)
         return
-    answer = Answer(
+    answer = FinishedAnswer(
         text=job.stream.text,
         finish_reason="stop" if job.stream.stopped else reason,
         prompt_tokens=len(row.prompt_ids),

@@ -16,7 +16,7 @@ from ...training.lending import ModelState, lent_out
 from ...training.progress import ProgressFunction, TrainingProgress
 from .._upstream import StreamEvent
 from ..adapters import AdapterBank, linear_shapes, meta_linear_shapes
-from ..answers import Answer, TokenScore
+from ..answers import FinishedAnswer, TokenScore
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
 from ..finetuning import TrainingJob, train
 from ..loading import is_out_of_memory, load_model
@@ -25,7 +25,7 @@ from ..responses import ResponseWriter
 from ..structured import structured_output_available
 from .choice import make_decoder
 from .closing import ClosingConstraint
-from .decoder import Decoder, Row, TokenConstraint
+from .decoder import Decoder, BatchRow, TokenConstraint
 from .options import TransformersOptions
 from .packed_linear import pack_linear_layers
 from .scheduler import Job, Scheduler
@@ -143,7 +143,7 @@ class TransformersEngine(BaseEngine):
         model = self.canonical(request.model)
         adapter = "" if self._adapters.folder(model) is None else model
         prompt_ids, max_new_tokens, sampling = self._rendered(request)
-        row = Row(prompt_ids, max_new_tokens, adapter, sampling)
+        row = BatchRow(prompt_ids, max_new_tokens, adapter, sampling)
         row.constraint = self._constraint(request, max_new_tokens)
         return Job(row, TextStream(self._writer.decode, sampling.stop))
 
@@ -244,7 +244,7 @@ class AsyncTransformersEngine(AsyncSide):
     engine_class = TransformersEngine
 
 
-def _wait(future: Future[Answer]) -> Answer:
+def _wait(future: Future[FinishedAnswer]) -> FinishedAnswer:
     """The answer; a thread that is interrupted while it waits takes its request back."""
     try:
         while True:

@@ -25,7 +25,7 @@ from ...training.adapter_folder import read_adapter_config
 from ...training.progress import ProgressFunction
 from .._upstream import StreamEvent
 from ..adapters import adapter_name, unknown_adapter
-from ..answers import Answer
+from ..answers import FinishedAnswer
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
 from ..finetuning import TrainingJob, train
 from ..loading import load_model, pick_device, pick_dtype
@@ -257,11 +257,11 @@ class VLLMEngine(BaseEngine):
         """The same for requests with a common prefix: the model, and all of the chat before its last message."""
         return json.dumps([request.model, *self.messages(request)[:-1]])
 
-    def _answer(self, choice: Mapping[str, Any], usage: Mapping[str, Any]) -> Answer:
+    def _answer(self, choice: Mapping[str, Any], usage: Mapping[str, Any]) -> FinishedAnswer:
         if choice.get("finish_reason") not in ("stop", "length"):
             raise ServerError(f"vLLM broke an answer off: finish_reason={choice.get('finish_reason')!r}.")
         details = usage.get("prompt_tokens_details") or {}
-        answer = Answer(
+        answer = FinishedAnswer(
             text=choice["text"],
             finish_reason=choice["finish_reason"],
             prompt_tokens=usage["prompt_tokens"],

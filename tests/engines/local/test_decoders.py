@@ -11,7 +11,7 @@ from transformers import GptOssConfig, LlamaConfig
 
 from bettertogether.engines.answers import SamplingOptions
 from bettertogether.engines.local.choice import make_decoder, why_not_packed_decoder
-from bettertogether.engines.local.decoder import Decision, Row
+from bettertogether.engines.local.decoder import Decision, BatchRow
 from bettertogether.engines.local.packed_decoder import LONG_ROW, PackedDecoder
 from bettertogether.engines.local.plain_decoder import PlainDecoder
 
@@ -27,15 +27,15 @@ def packed(model: Any, **options: Any) -> PackedDecoder:
     return PackedDecoder(model, bank(model), **{"cache_bytes": CACHE_BYTES, **options})
 
 
-def answers(decoder: Any, rows: list[Row]) -> list[list[int]]:
+def answers(decoder: Any, rows: list[BatchRow]) -> list[list[int]]:
     decode(decoder, rows)
     return [row.output_ids for row in rows]
 
 
-def mixed_rows() -> list[Row]:
+def mixed_rows() -> list[BatchRow]:
     """Two groups with shared prefixes, one prompt longer than a slot may be, one of a single token."""
     texts = [*prompts(6, 80), *prompts(3, 40, seed=1), *prompts(1, LONG_ROW + 50, seed=2), [7]]
-    return [Row(text, 4 + place) for place, text in enumerate(texts)]
+    return [BatchRow(text, 4 + place) for place, text in enumerate(texts)]
 
 
 @pytest.mark.parametrize("family", PACKED)
@@ -78,15 +78,15 @@ def test_a_model_with_attention_sinks_goes_the_plain_way_and_the_log_says_so(cap
 def test_a_shared_prefix_is_computed_once(model: Any) -> None:
     decoder = packed(model)
     texts = prompts(8, 100)
-    answers(decoder, [Row(text, 1) for text in texts])
+    answers(decoder, [BatchRow(text, 1) for text in texts])
     assert decoder.counters() == {"forward_passes": 2, "prefix_tokens_reused": 8 * 100}
 
 
 def test_a_lone_prompt_is_kept_for_those_that_share_a_part_of_it(model: Any) -> None:
     decoder = packed(model)
     first, second = prompts(2, 100)
-    answers(decoder, [Row(first, 1)])
-    row = Row(second, 3)
+    answers(decoder, [BatchRow(first, 1)])
+    row = BatchRow(second, 3)
     assert answers(decoder, [row]) == [generated(model, second, 3)]
     assert row.reused_tokens == 100
 
@@ -96,20 +96,20 @@ def test_a_prefix_that_extends_another_starts_from_it(model: Any) -> None:
     short, long = prompts(1, 0, own=1)[0] + prompts(1, 99, own=1)[0], prompts(1, 200, seed=3)[0]
     head = prompts(1, 300, seed=4)[0][:300]
     groups = [[head[:100] + tail for tail in (short, [1], [2, 3])], [head + tail for tail in (long, [4], [5, 6])]]
-    rows = [Row(text, 4) for group in groups for text in group]
+    rows = [BatchRow(text, 4) for group in groups for text in group]
     assert answers(decoder, rows) == [generated(model, row.prompt_ids, 4) for row in rows]
 
 
 def test_prompts_that_are_the_same_share_all_but_the_last_token(model: Any) -> None:
     prompt = prompts(1, 200)[0]
-    rows = [Row(list(prompt), 3) for _ in range(4)]
+    rows = [BatchRow(list(prompt), 3) for _ in range(4)]
     assert answers(packed(model), rows) == [generated(model, prompt, 3)] * 4
     assert [row.reused_tokens for row in rows] == [len(prompt) - 1] * 4
 
 
 def test_a_long_prompt_goes_through_in_chunks(model: Any) -> None:
     decoder = packed(model, tokens_per_pass=64)
-    rows = [Row(text, 3) for text in (*prompts(3, 150), *prompts(2, 0, own=150, seed=5))]
+    rows = [BatchRow(text, 3) for text in (*prompts(3, 150), *prompts(2, 0, own=150, seed=5))]
     assert answers(decoder, rows) == [generated(model, row.prompt_ids, 3) for row in rows]
     assert decoder.counters()["forward_passes"] > 6
 
@@ -118,22 +118,22 @@ def test_the_prefix_cache_stays_within_its_bound(model: Any) -> None:
     token_bytes = 2 * 2 * 2 * 16 * 4
     decoder = packed(model, cache_bytes=250 * token_bytes)
     for seed in range(6):
-        rows = [Row(text, 2) for text in prompts(3, 100, seed=seed)]
+        rows = [BatchRow(text, 2) for text in prompts(3, 100, seed=seed)]
         assert answers(decoder, rows) == [generated(model, row.prompt_ids, 2) for row in rows]
         assert decoder.cache_bytes <= 250 * token_bytes
 
 
 def test_a_prompt_that_does_not_fit_the_cache_is_answered_all_the_same(model: Any) -> None:
     decoder = packed(model, cache_bytes=1)
-    rows = [Row(text, 2) for text in (*prompts(3, 100), *prompts(1, LONG_ROW + 20, seed=1))]
+    rows = [BatchRow(text, 2) for text in (*prompts(3, 100), *prompts(1, LONG_ROW + 20, seed=1))]
     assert answers(decoder, rows) == [generated(model, row.prompt_ids, 2) for row in rows]
     assert decoder.cache_bytes == 0
 
 
 def test_rows_may_join_and_leave_at_any_step(model: Any) -> None:
     decoder = packed(model)
-    rows = [Row(text, 3 + place % 4) for place, text in enumerate(prompts(12, 30, own=40))]
-    running: list[Row] = []
+    rows = [BatchRow(text, 3 + place % 4) for place, text in enumerate(prompts(12, 30, own=40))]
+    running: list[BatchRow] = []
     waiting = list(rows)
     while waiting or running:
         running += decoder.admit([waiting.pop(0)]) if waiting else []
@@ -147,7 +147,7 @@ def test_rows_may_join_and_leave_at_any_step(model: Any) -> None:
 
 def test_a_released_row_goes_on_where_it_was_when_it_is_admitted_again(model: Any) -> None:
     decoder = packed(model)
-    row = Row(prompts(1, 40)[0], 8)
+    row = BatchRow(prompts(1, 40)[0], 8)
     decoder.admit([row])
     for _ in range(3):
         row.output_ids += decoder.step([row])[0].token_ids
@@ -158,7 +158,7 @@ def test_a_released_row_goes_on_where_it_was_when_it_is_admitted_again(model: An
 
 def test_after_a_reset_nothing_is_left(model: Any) -> None:
     decoder = packed(model)
-    row = Row(prompts(1, 40)[0], 4)
+    row = BatchRow(prompts(1, 40)[0], 4)
     decoder.admit([row])
     row.output_ids += decoder.step([row])[0].token_ids
     decoder.reset()
@@ -168,13 +168,13 @@ def test_after_a_reset_nothing_is_left(model: Any) -> None:
 
 def test_the_models_own_attention_is_back_after_each_pass(model: Any) -> None:
     before = model.config._attn_implementation
-    answers(packed(model), [Row(prompts(1, 40)[0], 2)])
+    answers(packed(model), [BatchRow(prompts(1, 40)[0], 2)])
     assert model.config._attn_implementation == before == "sdpa"
 
 
 def test_a_row_still_in_its_prompt_gets_no_token(model: Any) -> None:
     decoder = packed(model, tokens_per_pass=10)
-    row = Row(prompts(1, 15)[0][:15], 1)
+    row = BatchRow(prompts(1, 15)[0][:15], 1)
     decoder.admit([row])
     assert decoder.step([row]) == [Decision()]
     assert len(decoder.step([row])[0].token_ids) == 1
@@ -184,7 +184,7 @@ def test_a_row_still_in_its_prompt_gets_no_token(model: Any) -> None:
 def test_the_same_seed_gives_the_same_text_whatever_the_batch(model: Any, kind: Any) -> None:
     texts = prompts(5, 40)
     options = SamplingOptions(temperature=1.0, seed=3)
-    alone = [answers(kind(model), [Row(text, 6, sampling=options)])[0] for text in texts]
-    together = answers(kind(model), [Row(text, 6, sampling=options) for text in texts])
+    alone = [answers(kind(model), [BatchRow(text, 6, sampling=options)])[0] for text in texts]
+    together = answers(kind(model), [BatchRow(text, 6, sampling=options) for text in texts])
     assert together == alone
     assert len(set(map(tuple, together))) == 5

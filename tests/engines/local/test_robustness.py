@@ -24,7 +24,7 @@ import bettertogether.engines.local.packed_decoder as packed_decoder
 from bettertogether import LoRAConfig, TrainingConfig, local_lm
 from bettertogether.engines import TrainingProgress, TrainingRow, TransformersEngine
 from bettertogether.engines.answers import SamplingOptions
-from bettertogether.engines.local.decoder import Row
+from bettertogether.engines.local.decoder import BatchRow
 from bettertogether.engines.local.sampling import decide
 from bettertogether.errors import EngineBusyError, EngineClosedError, NumericsError
 
@@ -89,7 +89,7 @@ def test_awaiting_no_longer_than_a_time_takes_the_request_back(engine: Transform
 def test_logits_that_are_no_numbers_fail_their_row_alone(temperature: float, number: float) -> None:
     logits_B_V = torch.arange(12.0, dtype=torch.float16).reshape(3, 4)
     logits_B_V[1, 2] = number
-    rows = [Row([1], 4, sampling=SamplingOptions(temperature=temperature, seed=0, top_k=1)) for _ in range(3)]
+    rows = [BatchRow([1], 4, sampling=SamplingOptions(temperature=temperature, seed=0, top_k=1)) for _ in range(3)]
     decisions = decide(logits_B_V, rows)
     assert [decision.token_ids for decision in decisions] == [(3,), (), (3,)]
     assert isinstance(decisions[1].error, NumericsError)
@@ -102,7 +102,7 @@ def test_a_request_whose_logits_are_no_numbers_is_an_error_and_its_neighbours_ar
     expected = {number: text(engine, f"q{number}") for number in range(8)}
     bad = engine.prompt_tokens(engine.messages(ask("q3")))
 
-    def overflowing(logits_B_V: torch.Tensor, rows: Sequence[Row]) -> Any:
+    def overflowing(logits_B_V: torch.Tensor, rows: Sequence[BatchRow]) -> Any:
         logits_B_V = logits_B_V.clone()
         for place, row in enumerate(rows):
             if row.prompt_ids == bad:

@@ -13,7 +13,7 @@ import torch
 from dspy.lm15 import Config, UnsupportedFeatureError
 
 from bettertogether.engines.answers import SamplingOptions
-from bettertogether.engines.local.decoder import Row
+from bettertogether.engines.local.decoder import BatchRow
 from bettertogether.engines.local.sampling import choose, decide
 
 LOGITS_1_V = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
@@ -46,8 +46,8 @@ class Allowed:
         np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))[:] = bits
 
 
-def row(constraint: Allowed | None = None, **options: Any) -> Row:
-    return Row([1], 9, sampling=SamplingOptions(**options), constraint=constraint)
+def row(constraint: Allowed | None = None, **options: Any) -> BatchRow:
+    return BatchRow([1], 9, sampling=SamplingOptions(**options), constraint=constraint)
 
 
 def drawn(times: int = 4000, constraint: Allowed | None = None, **options: Any) -> dict[int, float]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from bettertogether.engines.answers import Answer, SamplingOptions, TokenScore
-from bettertogether.engines.local.decoder import Decision, Row
+from bettertogether.engines.answers import FinishedAnswer, SamplingOptions, TokenScore
+from bettertogether.engines.local.decoder import Decision, BatchRow
 from bettertogether.engines.local.scheduler import Job, Scheduler
 from bettertogether.engines.local.text_stream import TextStream
 from bettertogether.errors import EngineClosedError
@@ -27,19 +27,19 @@ class FakeDecoder:
     """Answers a prompt [n, ...] with the tokens n, n - 1, ..., 1 and then the end. One token a step."""
 
     def __init__(self) -> None:
-        self.held: set[Row] = set()
+        self.held: set[BatchRow] = set()
         self.batches: list[int] = []
         self.resets = 0
         self.largest = 1_000_000
-        self.fails: Callable[[Sequence[Row]], BaseException | None] = lambda rows: None
+        self.fails: Callable[[Sequence[BatchRow]], BaseException | None] = lambda rows: None
         self.gate = threading.Event()
         self.gate.set()
 
-    def admit(self, rows: Sequence[Row]) -> list[Row]:
+    def admit(self, rows: Sequence[BatchRow]) -> list[BatchRow]:
         self.held |= set(rows)
         return list(rows)
 
-    def step(self, rows: Sequence[Row]) -> list[Decision]:
+    def step(self, rows: Sequence[BatchRow]) -> list[Decision]:
         self.gate.wait()
         assert set(rows) == self.held
         if len(rows) > self.largest:
@@ -50,7 +50,7 @@ class FakeDecoder:
         scores = [row.prompt_ids[0] - len(row.output_ids) for row in rows]
         return [Decision((token,), (TokenScore(token, -1.0),)) for token in scores]
 
-    def release(self, row: Row) -> None:
+    def release(self, row: BatchRow) -> None:
         self.held.discard(row)
         row.computed = 0
 
@@ -67,7 +67,7 @@ def decode(token_ids: Sequence[int]) -> str:
 
 
 def job(count: int, limit: int = 100, **options: Any) -> Job:
-    row = Row([count], limit, sampling=SamplingOptions(**options))
+    row = BatchRow([count], limit, sampling=SamplingOptions(**options))
     return Job(row, TextStream(decode, row.sampling.stop))
 
 
@@ -89,7 +89,7 @@ def scheduler(decoder: FakeDecoder) -> Iterator[Scheduler]:
     made.close()
 
 
-def run(scheduler: Scheduler, *jobs: Job) -> list[Answer]:
+def run(scheduler: Scheduler, *jobs: Job) -> list[FinishedAnswer]:
     for one in jobs:
         scheduler.submit(one)
     return [one.future.result(timeout=10) for one in jobs]
@@ -192,7 +192,7 @@ def test_a_failed_step_fails_its_requests_with_the_error_and_no_others(
 def test_a_failed_admission_leaves_running_requests_alone(scheduler: Scheduler, decoder: FakeDecoder) -> None:
     admit = decoder.admit
 
-    def refuse(rows: Sequence[Row]) -> list[Row]:
+    def refuse(rows: Sequence[BatchRow]) -> list[BatchRow]:
         if any(row.prompt_ids == [7] for row in rows):
             raise ValueError("not this one")
         return admit(rows)
@@ -329,8 +329,8 @@ def test_tokens_that_can_not_be_read_fail_their_own_request(scheduler: Scheduler
     def broken(token_ids: Sequence[int]) -> str:
         raise UnicodeError("no text")
 
-    bad = Job(Row([4], 100, sampling=SamplingOptions(stop=("x",))), TextStream(broken, ("x",)))
-    late = Job(Row([4], 100), TextStream(broken))
+    bad = Job(BatchRow([4], 100, sampling=SamplingOptions(stop=("x",))), TextStream(broken, ("x",)))
+    late = Job(BatchRow([4], 100), TextStream(broken))
     good = job(4)
     for one in (bad, good, late):
         scheduler.submit(one)
@@ -343,7 +343,7 @@ def test_tokens_that_can_not_be_read_fail_their_own_request(scheduler: Scheduler
 def test_a_decision_that_is_an_error_ends_its_row_alone(scheduler: Scheduler, decoder: FakeDecoder) -> None:
     broken, step = ArithmeticError("not a number"), decoder.step
 
-    def some(rows: Sequence[Row]) -> list[Decision]:
+    def some(rows: Sequence[BatchRow]) -> list[Decision]:
         return [
             Decision(error=broken) if row.prompt_ids == [7] else decision
             for row, decision in zip(rows, step(rows), strict=True)
@@ -382,7 +382,7 @@ def test_a_large_request_that_comes_in_waits_where_memory_does_not_suffice_for_t
 ) -> None:
     admit = decoder.admit
 
-    def full(rows: Sequence[Row]) -> list[Row]:
+    def full(rows: Sequence[BatchRow]) -> list[BatchRow]:
         if decoder.held and any(row.prompt_ids == [7] for row in rows):
             raise OutOfMemory
         return admit(rows)
