@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from bettertogether.engines.adapters import AdapterBank, linear_shapes
-from bettertogether.engines.local.decoder import Decoder, BatchRow
+from bettertogether.engines.local.decoder import BatchRow, Decoder
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 256 + len(SPECIAL)

@@ -6,7 +6,7 @@ Paper, section 3.2 (bootstrapping); RFT, arXiv 2308.01825 (several samples); STa
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -252,47 +252,59 @@ def collect_traces(
     With teachers, each of them makes the first runs instead of the student, and the first teacher the further tries.
     """
     outputs = output_names(program)
-    labels = labels_of(examples, label_field, outputs)
     known = label_fields(examples, outputs) if label_field is None else [label_field]
-    traces: list[Trace] = []
-
-    def wave(runner: dspy.Module, indices: Iterable[int], attempt_of: Callable[[int], Attempt]) -> None:
-        jobs = [(index, attempt_of(index)) for index in indices]
-        if jobs:
-            traces.extend(options.over(runner, examples, jobs, labels))
-
-    def unsolved() -> list[int]:
-        solved = {trace.index for trace in traces if trace.passed}
-        return [index for index in range(len(examples)) if index not in solved]
-
-    source: Source = "teacher" if teachers else "student"
-    first_attempt = Attempt(source)
+    tries = _Tries(options, examples, labels_of(examples, label_field, outputs))
+    everyone = range(len(examples))
     for first in teachers or (program,):
-        wave(first, range(len(examples)), lambda _: first_attempt)
+        tries.add(first, dict.fromkeys(everyone, Attempt("teacher" if teachers else "student")))
+    traces = tries.traces
     warning = failure_warning(count_failures(traces), len(traces), options.phase, "runs")
     if warning:
         events.warn(warning)
-    sampler = (*teachers, program)[0]
-
-    def sample(number: int, again: Iterable[int]) -> None:
-        attempt = Attempt("sample", number, sampling.temperature_of(number))
-        wave(sampler, again, lambda _: attempt)
-
+    sampler = teachers[0] if teachers else program
     for number in range(1, sampling.num_samples + 1):
-        sample(number, range(len(examples)) if sampling.sample_passing else unsolved())
+        tries.sample(sampler, everyone if sampling.sample_passing else tries.unsolved(), number, sampling)
     if sampling.rescue:
-        hints = {index: hint for index in unsolved() if (hint := _hint(examples[index], known))}
-        if 0 < len(answering(sampler, known)) < len(predictors_of(sampler)):
-            wave(sampler, hints, lambda i: Attempt("rescue", 1, narrow=hints[i], leads=True))
-        failed = set(unsolved())
-        wave(sampler, [i for i in hints if i in failed], lambda i: Attempt("rescue", 1, narrow=hints[i]))
+        tries.rescue(sampler, known)
     if sampling.num_samples:
         for number in range(sampling.num_samples + 1, MOST_TRIES + 1):
-            if len(examples) - len(again := unsolved()) < sampling.enough:
-                sample(number, again)
+            if len(examples) - len(again := tries.unsolved()) < sampling.enough:
+                tries.sample(sampler, again, number, sampling)
     traces.sort(key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
     ledger = sum((trace.ledger for trace in traces), Ledger())
     return TraceSet(tuple(traces), ledger, len(examples), (warning,) if warning else ())
+
+
+@dataclass
+class _Tries:
+    """The traces of some examples, as far as they were tried."""
+
+    options: ExamplePass
+    examples: Sequence[dspy.Example]
+    labels: Sequence[str | None]
+    traces: list[Trace] = field(default_factory=list)
+
+    def unsolved(self) -> list[int]:
+        """The examples without a passing trace."""
+        solved = {trace.index for trace in self.traces if trace.passed}
+        return [index for index in range(len(self.examples)) if index not in solved]
+
+    def add(self, program: dspy.Module, attempts: Mapping[int, Attempt]) -> None:
+        """Make one attempt at each of these examples."""
+        if attempts:
+            self.traces += self.options.over(program, self.examples, list(attempts.items()), self.labels)
+
+    def sample(self, program: dspy.Module, again: Iterable[int], number: int, sampling: Sampling) -> None:
+        """Try these examples with another seed."""
+        self.add(program, dict.fromkeys(again, Attempt("sample", number, sampling.temperature_of(number))))
+
+    def rescue(self, program: dspy.Module, label_names: Sequence[str]) -> None:
+        """Try the unsolved examples with the label as a hint: for the predictors before the answer, then for it."""
+        hints = {index: hint for index in self.unsolved() if (hint := _hint(self.examples[index], label_names))}
+        if 0 < len(answering(program, label_names)) < len(predictors_of(program)):
+            self.add(program, {i: Attempt("rescue", 1, narrow=hint, leads=True) for i, hint in hints.items()})
+        failed = set(self.unsolved())
+        self.add(program, {i: Attempt("rescue", 1, narrow=hint) for i, hint in hints.items() if i in failed})
 
 
 def _hint(example: dspy.Example, fields: Sequence[str]) -> dict[str, Any]:

@@ -119,16 +119,10 @@ class LoRAFinetune(Step, Teleprompter):
         folder: str | Path | None = None,
     ) -> None:
         require_one_of("start_from", start_from, ("base", "current"))
-        if isinstance(frozen, str):
-            raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names, [{frozen!r}].")
-        if not isinstance(frozen, Sequence) or not all(isinstance(name, str) for name in frozen):
-            raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names.")
         for name, value, kind in (("lora", lora, LoRAConfig), ("training", training, TrainingConfig)):
             if not isinstance(value, kind):
                 raise ConfigError(f"{name}={value!r} is not allowed: give a {kind.__name__}(...).")
         require_switch("multitask", multitask)
-        if not isinstance(folder, str | Path | None):
-            raise ConfigError(f"folder={folder!r} is not allowed: give a path, or None for the cache.")
         if not is_number(validation_share) or not 0 <= validation_share < 1:
             raise ConfigError(f"validation_share={validation_share!r} is not allowed: give a number in [0, 1).")
         require_metric(metric, optional=True)
@@ -149,13 +143,13 @@ class LoRAFinetune(Step, Teleprompter):
         )
         self.multitask = multitask
         self.start_from = start_from
-        self.frozen = tuple(frozen)
+        self.frozen = _checked_frozen(frozen)
         self.threshold = threshold
         self.validation_share = validation_share
         self.num_threads = num_threads
         self.max_errors = max_errors
         self.seed = seed
-        self.folder = Path(folder).expanduser() if folder is not None else None
+        self.folder = _checked_folder(folder)
 
     @classmethod
     def paper(cls, metric: Metric | None = None, **options: Any) -> Self:
@@ -379,3 +373,17 @@ class LoRAFinetune(Step, Teleprompter):
                 predictor.demos = []
         tuned._compiled = True
         return tuned
+
+
+def _checked_frozen(frozen: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(frozen, str):
+        raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names, [{frozen!r}].")
+    if not isinstance(frozen, Sequence) or not all(isinstance(name, str) for name in frozen):
+        raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names.")
+    return tuple(frozen)
+
+
+def _checked_folder(folder: str | Path | None) -> Path | None:
+    if not isinstance(folder, str | Path | None):
+        raise ConfigError(f"folder={folder!r} is not allowed: give a path, or None for the cache.")
+    return None if folder is None else Path(folder).expanduser()

@@ -213,10 +213,7 @@ class FakeEngine:
         epochs, rate = training.epochs, training.learning_rate
         assert not isinstance(epochs, str)
         assert not isinstance(rate, str)
-        start = self._adapter(start_from) if start_from else _BASE
-        memory = {**start.memory, **{_key(row.messages): row.completion for row in rows}}
-        forms = {**start.forms, **{_key(form): row.completion for row in rows for form in row.forms}}
-        trained = _FakeAdapter(start.round + 1, memory, strength=start.strength, forms=forms)
+        trained = (self._adapter(start_from) if start_from else _BASE).after(rows)
         with self._lock:
             self.trainings.append(tuple(rows))
         where = trained.save(Path(folder or mkdtemp(prefix="fake-adapters-")), self.base_name)
@@ -319,6 +316,12 @@ class _FakeAdapter:
         held = [self.memory, self.strength, self.forms]
         content = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
         return adapter_model_name(base_name, self.round, content)
+
+    def after(self, rows: Sequence[TrainingRow]) -> _FakeAdapter:
+        """The adapter that is trained from this one: it knows these rows too, under each of their prompts."""
+        memory = {_key(row.messages): row.completion for row in rows}
+        forms = {_key(form): row.completion for row in rows for form in row.forms}
+        return replace(self, round=self.round + 1, memory=self.memory | memory, forms=self.forms | forms)
 
     def save(self, parent: Path, base_name: str) -> Path:
         folder = parent / self.name(base_name).removeprefix(MODEL_PREFIX)

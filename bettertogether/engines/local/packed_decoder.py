@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...training._upstream import attention_name, name_attention
 from ..adapters import AdaptedSpan, AdapterBank
-from .decoder import Decision, BatchRow
+from .decoder import BatchRow, Decision
 from .packed_attention import PACKED_ATTENTION, PackedPass, PrefixPass, PrefixTensors
 from .sampling import decide
 from .shared_prefix import SLACK, Cluster, Prefix, PrefixCache, Tokens, common_length, shared_clusters

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..adapters import AdaptedSpan, AdapterBank
-from .decoder import Decision, BatchRow
+from .decoder import BatchRow, Decision
 from .sampling import decide
 
 

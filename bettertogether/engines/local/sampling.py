@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import NumericsError
 from ..answers import TokenScore
-from .decoder import Decision, BatchRow
+from .decoder import BatchRow, Decision
 
 NUCLEUS = 1024
 """Tokens looked at first for top_p; sorting the whole vocabulary is the slow exception."""

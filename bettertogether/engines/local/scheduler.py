@@ -19,7 +19,7 @@ from typing import Any
 from ...errors import EngineClosedError
 from ...printable import get_logger
 from ..answers import FinishedAnswer, FinishReason, TokenScore
-from .decoder import Decision, Decoder, BatchRow
+from .decoder import BatchRow, Decision, Decoder
 from .text_stream import TextStream
 
 logger = get_logger(__name__)
@@ -30,7 +30,6 @@ GATHER_ROUNDS = 5
 EXIT_WAIT_S = 30.0
 """How long the end of the program may wait for a training on a daemon thread."""
 COUNTERS = ("requests", "prompt_tokens", "generated_tokens", "forced_tokens", "batches")
-
 
 TokenSink = Callable[[str, Sequence[TokenScore]], Any]
 """Is told of the text of one answer as it comes, on the worker thread. What it raises fails this answer alone."""

@@ -25,7 +25,7 @@ from ..responses import ResponseWriter
 from ..structured import structured_output_available
 from .choice import make_decoder
 from .closing import ClosingConstraint
-from .decoder import Decoder, BatchRow, TokenConstraint
+from .decoder import BatchRow, Decoder, TokenConstraint
 from .options import TransformersOptions
 from .packed_linear import pack_linear_layers
 from .scheduler import Job, Scheduler

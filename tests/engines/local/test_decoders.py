@@ -11,7 +11,7 @@ from transformers import GptOssConfig, LlamaConfig
 
 from bettertogether.engines.answers import SamplingOptions
 from bettertogether.engines.local.choice import make_decoder, why_not_packed_decoder
-from bettertogether.engines.local.decoder import Decision, BatchRow
+from bettertogether.engines.local.decoder import BatchRow, Decision
 from bettertogether.engines.local.packed_decoder import LONG_ROW, PackedDecoder
 from bettertogether.engines.local.plain_decoder import PlainDecoder
 

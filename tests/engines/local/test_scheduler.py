@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bettertogether.engines.answers import FinishedAnswer, SamplingOptions, TokenScore
-from bettertogether.engines.local.decoder import Decision, BatchRow
+from bettertogether.engines.local.decoder import BatchRow, Decision
 from bettertogether.engines.local.scheduler import Job, Scheduler
 from bettertogether.engines.local.text_stream import TextStream
 from bettertogether.errors import EngineClosedError
