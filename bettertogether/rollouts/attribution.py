@@ -48,7 +48,7 @@ class CallAttribution:
         return original, self._by_object.get(id(original)) or self._name_of_unmarked(original)
 
     def _name_of_unmarked(self, predictor: Any) -> str | None:
-        if {id(predictor), getattr(predictor, "stage", None)} & self._frozen:
+        if id(predictor) in self._frozen or getattr(predictor, "stage", None) in self._frozen:
             return FROZEN
         return next((name for look in self._by_identity if (name := look(predictor))), None)
 
