@@ -30,7 +30,7 @@ from .budget import BudgetMeter
 from .directory import DAMAGE, RunDirectory
 from .earlier import earlier_programs
 from .plan import Plan
-from .restoring import adapter_folders, is_restorable, restore_program
+from .restoring import Restoring, adapter_folders, is_restorable
 from .strategy import Steps
 
 logger = get_logger(__name__)
@@ -74,6 +74,9 @@ class Loop:
     """What ended the run early."""
     _why: str = ""
     """Why "auto" chose the round under way."""
+
+    def __post_init__(self) -> None:
+        self._restoring = Restoring(self.plan.student, self.directory.adapters)
 
     def run(self) -> None:
         """Run what is left to do. Afterwards `records` and `programs` hold every round; a failed or interrupted step
@@ -329,7 +332,7 @@ class Loop:
         """Take a finished step of an earlier sitting."""
         if record.strategy:
             try:
-                program = restore_program(self.plan.student, record, self.directory.adapters)
+                program = self._restoring.program(record)
             except BetterTogetherError:
                 raise
             except DAMAGE as error:

@@ -31,21 +31,37 @@ def is_restorable(program: dspy.Module, student: dspy.Module) -> bool:
     return same and "forward" not in program.__dict__
 
 
-def restore_program(student: dspy.Module, record: StepRecord, adapters: Path) -> dspy.Module:
-    """The program of a record: the student's structure, the recorded prompts, its LMs under the recorded names."""
-    program = load_prompts(student, record.program or {})
-    folders = record.adapter_folders
-    lms: dict[tuple[int, str], Any] = {}
-    for name, predictor in predictors_of(program).items():
-        model = record.models[name]
-        if model == predictor.lm.model:
-            continue
-        engine = local_engine(predictor.lm)
-        if engine is not None and model in folders:
-            moved = adapters / model.removeprefix(MODEL_PREFIX)
-            _add_recorded(engine, moved if moved.exists() else Path(folders[model]), model)
-        predictor.lm = lms.setdefault((id(predictor.lm), model), predictor.lm.copy(model=model))
-    return program
+class Restoring:
+    """Makes the programs of a run's records, and reads each adapter once, however many rounds and predictors use it.
+
+    `adapters` is where the run's adapters lie, whatever the records say.
+    """
+
+    def __init__(self, student: dspy.Module, adapters: Path) -> None:
+        self._student, self._adapters = student, adapters
+        self._added: set[tuple[int, str]] = set()
+        """Engine, by id, and model."""
+
+    def program(self, record: StepRecord) -> dspy.Module:
+        """The student's structure, the recorded prompts, its LMs under the recorded names."""
+        program = load_prompts(self._student, record.program or {})
+        lms: dict[tuple[int, str], Any] = {}
+        for name, predictor in predictors_of(program).items():
+            model = record.models[name]
+            if model == predictor.lm.model:
+                continue
+            engine = local_engine(predictor.lm)
+            if engine is not None and model in record.adapter_folders:
+                self._add(engine, model, Path(record.adapter_folders[model]))
+            predictor.lm = lms.setdefault((id(predictor.lm), model), predictor.lm.copy(model=model))
+        return program
+
+    def _add(self, engine: LocalEngine, model: str, folder: Path) -> None:
+        if (id(engine), model) in self._added:
+            return
+        moved = self._adapters / model.removeprefix(MODEL_PREFIX)
+        _add_recorded(engine, moved if moved.exists() else folder, model)
+        self._added.add((id(engine), model))
 
 
 def _add_recorded(engine: LocalEngine, folder: Path, model: str) -> None:

@@ -49,8 +49,11 @@ def demos_of(trace: Trace) -> dict[str, dspy.Example]:
             calls[call.predictor].append(dspy.Example({**call.inputs, **call.outputs, "augmented": True}))
     chosen = {}
     for name, demos in calls.items():
-        rng = random.Random(stable_seed(name, example_key(trace.example), len(demos)))
-        chosen[name] = rng.choice(demos[:-1]) if len(demos) > 1 and rng.random() < 0.5 else demos[-1]
+        chosen[name] = demos[-1]
+        if len(demos) > 1:
+            rng = random.Random(stable_seed(name, example_key(trace.example), len(demos)))
+            if rng.random() < 0.5:
+                chosen[name] = rng.choice(demos[:-1])
     return chosen
 
 

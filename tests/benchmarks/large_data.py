@@ -5,10 +5,11 @@
 
 A fifth as many validation examples as training examples, of `--words` words each; DSPy's caches off. The engine knows
 60% of the labels, more with demos and after training, and keeps none of its requests. Prints for each size, which runs
-in processes of its own: program calls; processor time of the run per call, less that of bare DSPy calls with the metric
-(target: under 1 ms); peak memory above that of the examples, in all and per training example; bytes and files of the
-run directory; and wall time and files opened when the finished run is resumed, and when its first two rounds are. CPU
-only; a size takes about 2 ms a call, which is a quarter of an hour for 100,000 examples.
+in processes of its own: program calls; processor time of the passes over examples per call, less that of bare DSPy
+calls with the metric (target: under 1 ms); processor time of making a training row, for which DSPy formats its prompt
+once more; processor time in all; peak memory above that of the examples, in all and per training example; size and
+files of the run directory; and wall time and files opened when the finished run is resumed, and when its first two
+rounds are. CPU only.
 
 `--packing` is the training's side: so many rows of 200 tokens are kept as a training keeps them and once packed for all
 of its passes, in the order of an epoch. It prints the memory above that of an empty process and the time, with rows in
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import functools
 import hashlib
 import json
 import logging
@@ -40,6 +42,8 @@ from sides import Figures, measure, report
 
 from bettertogether import BetterTogether, Budget
 from bettertogether.lm import engine_lm
+from bettertogether.rollouts.traces import ExamplePass
+from bettertogether.steps import weight_step
 from bettertogether.testing import Answer, FakeEngine, FakeRequest
 
 LABELS = ("animal", "body", "colour", "drink", "earth", "food", "garden", "house", "iron", "journey")
@@ -112,6 +116,24 @@ def bare_seconds(trainset: list[dspy.Example]) -> float:
     return (time.process_time() - started) / BARE_CALLS
 
 
+class Timed:
+    """Processor time of all calls of a function, which runs in one thread at a time, and of the threads that it starts;
+    and what they gave, where that is few."""
+
+    def __init__(self, holder: Any, name: str) -> None:
+        self.seconds, self.results = 0.0, list[Any]()
+        self._function = getattr(holder, name)
+        setattr(holder, name, functools.wraps(self._function)(lambda *given, **named: self._call(given, named)))
+
+    def _call(self, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        started = time.process_time()
+        result = self._function(*given, **named)
+        self.seconds += time.process_time() - started
+        if not isinstance(result, list):
+            self.results.append(result)
+        return result
+
+
 class PeakMemory:
     """The most memory that was resident meanwhile, in MiB: looked at, since what a system keeps is of the process."""
 
@@ -150,6 +172,7 @@ def compiled(run_dir: Path, size: int, words: int, budget: Budget | None = None)
     trainset, valset = examples(size, 0, words), examples(size // 5, size, words)
     bare = bare_seconds(trainset)
     before, opened = resident_mib(), Opened(run_dir)
+    passes, rows = Timed(ExamplePass, "over_many"), Timed(weight_step, "rows_from_traces")
     wall, processor = time.perf_counter(), time.process_time()
     with PeakMemory() as peak:
         program = BetterTogether(matches).compile(
@@ -159,8 +182,10 @@ def compiled(run_dir: Path, size: int, words: int, budget: Budget | None = None)
     calls = sum(record.ledger.lm_calls - record.ledger.cache_hits for record in program.report.rounds)
     return {
         "calls": calls,
-        "ms": 1000 * processor / calls,
+        "ms": 1000 * (passes.seconds / calls - bare),
+        "ms_a_row": 1000 * rows.seconds / max(1, sum(len(collected.rows) for collected in rows.results)),
         "bare_ms": 1000 * bare,
+        "processor_s": processor,
         "seconds": wall,
         "mib": peak.mib - before,
         "examples_mib": before,
@@ -185,7 +210,7 @@ def run_one(options: argparse.Namespace) -> None:
     if not options.profile:
         report(compiled(options.run_dir, options.size, options.words, budget))
         return
-    profile = cProfile.Profile()
+    profile = cProfile.Profile(time.thread_time)
     figures = profile.runcall(compiled, options.run_dir, options.size, options.words, budget)
     statistics = pstats.Stats(profile, stream=sys.stderr)
     statistics.sort_stats("cumulative").print_stats(70)
@@ -206,7 +231,8 @@ def measured(size: int, words: int, profile: bool) -> None:
         first_rounds_alone(run_dir, Path(folder) / "half")
         resumed, half = side(run_dir), side(Path(folder) / "half", "--stop-at-once")
     print(
-        f"{size:>8,} {first['calls']:>9,} {first['ms'] - first['bare_ms']:>8.2f} {first['seconds']:>8.0f} "
+        f"{size:>8,} {first['calls']:>9,} {first['ms']:>8.2f} {first['ms_a_row']:>7.2f} "
+        f"{first['processor_s']:>8.0f} "
         f"{first['mib']:>9,.0f} {1024 * first['mib'] / size:>11.1f} {sum(sizes.values()) / 1e6:>9.1f} {len(files):>6} "
         f"{resumed['seconds']:>9.1f} {half['seconds']:>9.1f} {resumed['files_opened']:>7} {half['files_opened']:>5}",
         flush=True,
@@ -263,7 +289,9 @@ def main() -> None:
     if options.packing:
         print_packing(options)
         return
-    print("examples     calls   ms/call  seconds  peak MiB  KiB/example  run MB  files  resumed s  half s    opened")
+    print(
+        "examples     calls  ms/call  ms/row    cpu s  peak MiB KiB/example    run MB  files resumed s    half s opened"
+    )
     for size in options.sizes:
         measured(size, options.words, options.profile)
 

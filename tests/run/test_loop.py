@@ -10,7 +10,17 @@ from typing import Any
 import dspy
 import pytest
 from dspy.teleprompt.teleprompt import Teleprompter
-from fakes import learner, models, number_of, numbers, parity_engine, parity_match, parity_program
+from fakes import (
+    learner,
+    models,
+    number_of,
+    numbers,
+    parity_engine,
+    parity_match,
+    parity_program,
+    two_step_engine,
+    two_step_program,
+)
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
 from bettertogether.callbacks import Callback
@@ -460,3 +470,33 @@ def test_the_users_own_steps_keep_what_they_did_and_are_no_other_call_for_it(tmp
             assert step.last.details == record.details
     asked = [json.loads((tmp_path / name / "run.json").read_text())["run"] for name in ("first", "second")]
     assert asked[0] == asked[1]
+
+
+def test_a_resumed_run_reads_an_adapter_once_for_all_rounds_and_predictors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = two_step_engine(learner)
+    read: list[str] = []
+    add_adapter = engine.add_adapter
+
+    def noted(folder: Path) -> str:
+        read.append(folder.name)
+        return add_adapter(folder)
+
+    monkeypatch.setattr(engine, "add_adapter", noted)
+
+    def report() -> CompileReport:
+        p = BootstrapFewShotRS(parity_match, num_candidates=1, num_samples=0, rescue=False, strengths=())
+        w = LoRAFinetune(parity_match, num_samples=0, rescue=False)
+        options: dict[str, Any] = {"trainset": TRAIN, "valset": VAL, "run_dir": tmp_path, "progress": False}
+        compiled = BetterTogether(parity_match, p=p, w=w).compile(
+            two_step_program(engine), strategy="w -> p", **options
+        )
+        return compiled.report
+
+    first = report()
+    adapters = [path.name for path in (tmp_path / "adapters").iterdir() if path.is_dir()]
+    assert read == adapters
+    again = report()
+    assert again.rounds == first.rounds
+    assert read == 2 * adapters
