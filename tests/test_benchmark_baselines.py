@@ -9,9 +9,11 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dspy
 import pytest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
@@ -36,6 +38,16 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         writer.writerow(["text", "sentiment", "confidence"])
         for label, word in WORDS.items():
             writer.writerows([f"the {word} thing, number {number} of the shop", label, "1"] for number in range(150))
+
+
+@pytest.fixture(autouse=True)
+def settings_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the benchmark configures for its own process ends with the test."""
+    monkeypatch.setattr(dspy, "configure_cache", lambda **options: None)
+    names = ("lm", "adapter", "num_threads", "max_errors")
+    before = contextvars.Context().run(lambda: {name: dspy.settings.get(name) for name in names})
+    yield
+    contextvars.Context().run(lambda: dspy.configure(**before))
 
 
 def cell(name: str, **changes: Any) -> Cell:
