@@ -33,6 +33,9 @@ DRAWS = 3 * N_FORMS
 
 Messages = tuple[ChatMessage, ...]
 
+TEMPLATE_TOKENS = 64
+"""Tokens that a chat template puts around a message, at most."""
+
 OWN_EXAMPLE = "form shows nothing but the row's own example"
 TOO_LONG = "form with demos too long for the context"
 
@@ -124,7 +127,7 @@ class PromptForms:
         made = []
         for demo_set in self.sets[call.predictor]:
             messages = self._form(demo_set, call, example, engine, zero_shot)
-            if messages is not None and len(engine.prompt_tokens(messages)) > room:
+            if messages is not None and too_long(messages, engine, room):
                 self.left_out[TOO_LONG] += 1
                 messages = None
             made.append(messages)
@@ -152,6 +155,13 @@ class PromptForms:
         if question and len(beginnings) < 2 and messages[-len(question) :] == question:
             beginnings.append(messages[: -len(question)])
         return messages
+
+
+def too_long(messages: Messages, engine: LocalEngine, room: int) -> bool:
+    """Whether a prompt has more than `room` tokens. Where it has no more bytes they are not counted: eight forms of
+    each row would be as much text as all of the training."""
+    most = sum(len(message["content"].encode("utf-8", "surrogatepass")) + TEMPLATE_TOKENS for message in messages)
+    return most > room and len(engine.prompt_tokens(messages)) > room
 
 
 def _drawn(sets: DemoSets, max_demos: int, seed: int) -> Iterator[tuple[str, dspy.Module]]:

@@ -26,7 +26,7 @@ from bettertogether.engines.protocol import ChatMessage
 from bettertogether.errors import ConfigError
 from bettertogether.rollouts.traces import ExamplePass, Sampling, collect_traces
 from bettertogether.steps.prompt_capture import render_prompt
-from bettertogether.steps.prompt_forms import N_FORMS, OWN_EXAMPLE, TOO_LONG, PromptForms
+from bettertogether.steps.prompt_forms import N_FORMS, OWN_EXAMPLE, TEMPLATE_TOKENS, TOO_LONG, PromptForms, too_long
 from bettertogether.steps.rows import Row
 from bettertogether.steps.rows_from_traces import Collected
 from bettertogether.steps.weight_step import LoRAFinetune
@@ -363,3 +363,21 @@ def test_a_call_of_another_adapter_has_forms_of_that_adapter() -> None:
     assert answers
     assert all(answer.startswith("{") for answer in answers)
     assert {type(row.response_format) for row in rows} == {dict}
+
+
+def test_the_tokens_of_a_form_are_counted_only_where_they_may_be_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = parity_engine(knows_all)
+    prompt_tokens, counted = engine.prompt_tokens, list[Any]()
+
+    def noted(messages: Any) -> list[int]:
+        counted.append(messages)
+        return prompt_tokens(messages)
+
+    monkeypatch.setattr(engine, "prompt_tokens", noted)
+    # Two tokens, the role and the word, which has 20 bytes.
+    messages: Form = ({"role": "user", "content": "é" * 10},)
+    assert [too_long(messages, engine, room) for room in (20 + TEMPLATE_TOKENS, 19 + TEMPLATE_TOKENS, 2, 1)] == [
+        *[False] * 3,
+        True,
+    ]
+    assert counted == [messages] * 3
