@@ -1,4 +1,8 @@
-"""The user's own configuration of accelerate, as `accelerate config` writes it, checked before anything is started."""
+"""The user's own configuration of accelerate, as `accelerate config` writes it, checked before anything is started.
+
+Of DeepSpeed's ZeRO, stages 1 and 2 share out gradients and optimizer states, which of an adapter are small: such a
+training is plain data parallelism. Stage 3 shares out the weights: FSDP2 does that here. DeepSpeed itself doesn't run.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,24 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
 from ..errors import ConfigError
+from ..printable import get_logger
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
 PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU")
 """Kinds of distribution under which each process holds the whole model."""
+SHARDED = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AccelerateFile:
     """What `accelerate launch` is told."""
 
-    name: str
-    """File name, with the ending that tells JSON from YAML."""
     text: str
+    """The configuration as JSON."""
     processes: int
     """Of all machines together."""
     machines: int = 1
@@ -34,8 +41,6 @@ class AccelerateFile:
     static: bool = True
     """Each machine's number is given to it, not found out by the machines among themselves."""
     on_cpu: bool = False
-    spawns: bool = False
-    """`--multi_gpu` has to be said: accelerate starts several processes on processors through mpirun alone."""
     bfloat16: bool = False
     """Mixed precision in bfloat16."""
 
@@ -43,7 +48,7 @@ class AccelerateFile:
 def default_file(processes: int) -> AccelerateFile:
     """Plain data parallelism on one machine, whatever the user's default configuration is."""
     values = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO" if processes == 1 else "MULTI_GPU"}
-    return AccelerateFile(name="accelerate.json", text=json.dumps(values), processes=processes)
+    return AccelerateFile(text=json.dumps(values), processes=processes)
 
 
 def read_accelerate_file(training: TrainingConfig) -> AccelerateFile:
@@ -59,20 +64,19 @@ def read_accelerate_file(training: TrainingConfig) -> AccelerateFile:
     processes = _processes(path, config, training.num_processes)
     if config.num_machines > 1:
         _check_machines(path, config, processes, bool(training.launch_command))
-    bfloat16 = str(config.mixed_precision or "no") == "bf16"
+    zero = _zero_options(path, config) if config.distributed_type.value == "DEEPSPEED" else {}
+    bfloat16 = str(config.mixed_precision or "no") == "bf16" or zero.get("bf16") is True
     if bfloat16 and training.dtype == "float32":
         raise ConfigError(f'dtype="float32", but {path} says mixed_precision: bf16. Change one of them.')
     return AccelerateFile(
-        name=f"accelerate{path.suffix}",
-        text=path.read_text(),
         processes=processes,
         machines=config.num_machines,
         main_address=config.main_process_ip,
         main_port=config.main_process_port,
         static=config.rdzv_backend in (None, "static"),
         on_cpu=config.use_cpu,
-        spawns=config.distributed_type.value == "MULTI_CPU" and processes > 1,
         bfloat16=bfloat16,
+        text=_as_launched(config, processes, zero),
     )
 
 
@@ -97,7 +101,7 @@ def _loaded(path: Path) -> Any:
 def _check_supported(path: Path, config: Any) -> None:
     """Raise ConfigError for what adapters are not trained with."""
     kind, precision = config.distributed_type.value, str(config.mixed_precision or "no")
-    if kind not in (*PLAIN, "FSDP"):
+    if kind not in (*PLAIN, "FSDP", "DEEPSPEED"):
         raise ConfigError(
             f"{path} says distributed_type: {kind}, which adapters are not trained with here. Give one of "
             f"{', '.join(PLAIN)}, or FSDP with fsdp_version: 2, which shards the base model."
@@ -121,6 +125,41 @@ def _check_supported(path: Path, config: Any) -> None:
         raise ConfigError(
             f"{path} asks for {sizes}. Adapters are trained with rows or weights in parts, not layers: 1."
         )
+
+
+def _zero_options(path: Path, config: Any) -> dict[str, Any]:
+    """{"stage", "bf16"} of a DeepSpeed configuration. Raises ConfigError for what FSDP2 doesn't do in its place."""
+    options = dict(config.deepspeed_config)
+    found = {"stage": int(options.get("zero_stage", 2)), "bf16": False}
+    offload, half = options.get("offload_param_device"), False
+    if own := options.get("deepspeed_config_file"):
+        try:
+            values = json.loads(Path(own).expanduser().read_text())
+            zero = values.get("zero_optimization", {})
+            found = {"stage": int(zero.get("stage", 0)), "bf16": values.get("bf16", {}).get("enabled") is True}
+            offload, half = zero.get("offload_param", {}).get("device"), values.get("fp16", {}).get("enabled") is True
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{path} names deepspeed_config_file: {own}, which can't be read ({error}).") from error
+    if half:
+        raise ConfigError(f"{path} asks for fp16 by {own}. Say bf16 there, or no half precision.")
+    if found["stage"] == 3 and offload not in (None, "none"):
+        raise ConfigError(
+            f"{path} keeps weights off the GPUs (offload_param on {offload}), which training here does not. Say none."
+        )
+    return found
+
+
+def _as_launched(config: Any, processes: int, zero: dict[str, Any]) -> str:
+    """The configuration as JSON, in terms of what runs here."""
+    values: dict[str, Any] = dict(config.to_dict())
+    if values["distributed_type"] == "MULTI_CPU" or zero:
+        # accelerate starts several processes on processors through mpirun alone, for other kinds by itself.
+        values["distributed_type"] = "MULTI_GPU" if processes > 1 else "NO"
+        values.pop("deepspeed_config", None)
+    if zero.get("stage") == 3:
+        logger.info("ZeRO stage 3: FSDP2 shards the model in DeepSpeed's place.")
+        values |= {"distributed_type": "FSDP", "fsdp_config": SHARDED}
+    return json.dumps(values)
 
 
 def _processes(path: Path, config: Any, asked: int) -> int:

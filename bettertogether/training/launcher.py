@@ -92,10 +92,9 @@ def _environment(file: AccelerateFile, elsewhere: bool) -> dict[str, str]:
 
 
 def _write_job(work: Path, file: AccelerateFile, environment: dict[str, str], needed: Sequence[Path | None]) -> None:
-    atomic_write(work / file.name, file.text)
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(work / file.name)]
+    atomic_write(work / "accelerate.json", file.text)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(work / "accelerate.json")]
     launch += ["--num_processes", str(file.processes), "--num_machines", str(file.machines)]
-    launch += ["--multi_gpu"] if file.spawns else []
     if file.machines == 1 and file.main_port is None:
         launch += ["--main_process_port", "0"]
     job = {
@@ -203,5 +202,8 @@ def _what_happened(work: Path, failures: Sequence[dict[str, Any]]) -> str:
     hosts = {path.read_text() for path in work.glob("process-*")}
     gone = sorted(hosts - {failure["host"] for failure in failures})
     first = failures[0]
-    lost = f"The machine {', '.join(gone)} is gone: its processes ended without a word. " if gone else ""
-    return f"{lost}What {first['host']} met:\n{last_lines(first['message'])}"
+    if gone:
+        last = first["message"].strip().splitlines()[-1]
+        lost = f"The machine {', '.join(gone)} is gone: its processes ended without a word."
+        return f"{lost} {first['host']} met:\n{last}"
+    return f"What {first['host']} met:\n{last_lines(first['message'])}"

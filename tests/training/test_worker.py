@@ -101,7 +101,7 @@ def test_a_machine_that_ended_without_a_word_is_named_beside_what_the_others_met
     for number, host in enumerate(("node0", "node1")):
         (tmp_path / f"process-{number}").write_text(host)
     fail(tmp_path, message="RuntimeError: Connection closed by peer")
-    with pytest.raises(TrainingError, match=r"machine node1 is gone(.|\n)*node0 met:\nRuntimeError: Connection closed"):
+    with pytest.raises(TrainingError, match=r"machine node1 is gone: .* node0 met:\nRuntimeError: Connection closed"):
         result_of(tmp_path, 1, processes=2)
 
 
