@@ -110,7 +110,7 @@ class TrainingConfig:
     num_processes: int = 1
     """1 trains inside this process; more starts `accelerate launch` with so many processes."""
     accelerate_config: str | Path | None = None
-    """A file that `accelerate config` wrote (FSDP2, mixed precision, several machines): training goes through
+    """A file that `accelerate config` wrote (FSDP2, ZeRO, mixed precision, several machines): training goes through
     `accelerate launch` with it, and with its number of processes. See `training/accelerate_file.py`."""
     launch_command: Sequence[str] = ()
     """What is put before the command that trains, such as ("srun", "--nodes=2", "--ntasks-per-node=1"): it starts that

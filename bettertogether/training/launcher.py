@@ -181,8 +181,8 @@ def result_of(work: Path, code: int | None, processes: int) -> TrainingResult:
     if code != 0 or failures or not path.exists():
         raise TrainingError(
             f"Training in {processes} processes ended with code {code}. {_what_happened(work, failures)}\n"
-            "The checkpoint of the last full epoch is kept: the same call goes on from there, with another number of "
-            "processes or machines, too. num_processes=1 trains in this process."
+            "The checkpoint of the last full epoch is kept: the same call goes on from there, also where the file that "
+            "accelerate_config names has fewer machines by then. num_processes=1 trains in this process."
         )
     values: dict[str, Any] = json.loads(path.read_text())
     history = tuple(TrainingProgress(**line) for line in values.pop("history"))

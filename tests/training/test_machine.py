@@ -13,7 +13,7 @@ import pytest
 from tiny import random_rows
 
 from bettertogether.errors import ConfigError
-from bettertogether.training import TrainingConfig, machine
+from bettertogether.training import TrainingConfig, launcher, machine
 from bettertogether.training.launcher import launch
 
 HERE = socket.gethostname()
@@ -87,3 +87,18 @@ def test_a_machine_that_refuses_ends_the_training_with_its_words(tmp_path: Path)
     with pytest.raises(ConfigError, match=f"{HERE} does not see the job's folder {tmp_path}/launch-.*/elsewhere"):
         launch("model", random_rows(2, shared=5), training=training, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_machines_that_do_not_all_come_end_the_training_with_the_names_of_those_that_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "hosts.yaml"
+    file.write_text(
+        "distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 2\n"
+        "main_process_ip: node0\nmain_process_port: 29500\n"
+    )
+    only_one = 'for last; do :; done; echo -n node0 > "$last/machine-0"; sleep 600'
+    training = TrainingConfig(accelerate_config=file, launch_command=("bash", "-c", only_one, "bash"))
+    monkeypatch.setattr(launcher, "TOGETHER_S", 0.0)
+    with pytest.raises(ConfigError, match="Of 2 machines only node0 came"):
+        launch("model", random_rows(2, shared=5), training=training, folder=tmp_path / "job")
