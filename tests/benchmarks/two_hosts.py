@@ -30,7 +30,7 @@ from bettertogether.errors import ConfigError, TrainingError
 from bettertogether.training import TrainingConfig
 from bettertogether.training.launcher import launch
 from bettertogether.training.progress import TrainingProgress
-from bettertogether.training.trainer import TrainedAdapter, train_adapter
+from bettertogether.training.trainer import TrainingResult, train_adapter
 
 HOSTS = (0, 1)
 NAME = f"bt{os.getpid()}h"
@@ -87,7 +87,7 @@ def kill(host: int) -> None:
             os.kill(int(pid), signal.SIGKILL)
 
 
-def losses(result: TrainedAdapter) -> list[str]:
+def losses(result: TrainingResult) -> list[str]:
     return [f"{line.loss or line.validation_loss:.6f}" for line in result.history]
 
 
