@@ -63,7 +63,18 @@ def multiplies_bfloat16_fast() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def cpu_attention(
+def flash_attends(q_B_H_N_D: Tensor, k_B_H_S_D: Tensor, v_B_H_S_D: Tensor) -> bool:
+    """Whether `flash_attention` takes these: on the CPU any whose heads are alike, on CUDA those of half precision that
+    its kernels are made for."""
+    if k_B_H_S_D.shape != v_B_H_S_D.shape:
+        return False
+    if q_B_H_N_D.device.type != "cuda":
+        return q_B_H_N_D.device.type == "cpu"
+    asked = torch.backends.cuda.SDPAParams(q_B_H_N_D, k_B_H_S_D, v_B_H_S_D, None, 0.0, False, False)
+    return torch.backends.cuda.can_use_flash_attention(asked)
+
+
+def flash_attention(
     q_B_H_N_D: Tensor,
     k_B_H_S_D: Tensor,
     v_B_H_S_D: Tensor,
@@ -72,19 +83,34 @@ def cpu_attention(
     causal: bool = False,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Flash attention on the CPU: the output, and the log of the softmax's denominator [B, H, N]."""
-    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_B_H_N_D, k_B_H_S_D, v_B_H_S_D, 0.0, causal, attn_mask=mask, scale=scale
-    )
+    """The output, and the log of the softmax's denominator [B, H, N] in float32. A mask on the CPU only; `causal` where
+    there are as many queries as keys."""
+    if q_B_H_N_D.device.type == "cpu":
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_B_H_N_D, k_B_H_S_D, v_B_H_S_D, 0.0, causal, attn_mask=mask, scale=scale
+        )
+    else:
+        out, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            q_B_H_N_D, k_B_H_S_D, v_B_H_S_D, 0.0, causal, False, scale=scale
+        )
     return out, log_sum
 
 
-def cpu_attention_backward(
+def flash_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, *, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values of `cpu_attention`."""
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, log_sum, 0.0, causal, scale=scale
+    """Gradients of queries, keys and values of `flash_attention`."""
+    grads: tuple[Tensor, Tensor, Tensor]
+    if q.device.type == "cpu":
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, log_sum, 0.0, causal, scale=scale
+        )
+        return grads
+    # The state of the random numbers, which only dropout asks for.
+    seed, offset = (q.new_empty(size, dtype=torch.uint64) for size in ((2,), ()))
+    tokens = q.shape[2], k.shape[2]
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, log_sum, None, None, *tokens, 0.0, causal, seed, offset, scale=scale
     )
     return grads
 

@@ -22,7 +22,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._upstream import attention_names, cpu_attention, cpu_attention_backward, restore_attention
+from ._upstream import (
+    attention_names,
+    flash_attends,
+    flash_attention,
+    flash_attention_backward,
+    restore_attention,
+)
 from .layers import register_attention
 from .packing import PackedRow
 
@@ -130,12 +136,14 @@ def training_attention(
     if sliding_window is not None and sliding_window < packed_layout.longest:
         mask_1_1_T_T = packed_layout.mask(sliding_window)[None, None]
         out = _sdpa(query.to(value.dtype), key.to(value.dtype), value, scale, mask=mask_1_1_T_T)
-    elif query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-        # float32 also under bfloat16: the CPU's flash backward is slower in bfloat16 (1.0 s against 0.7 s a step).
-        q, k, v = query.float(), key.float(), value.float()
-        out = _BlockAttention.apply(q, k, v, scale, packed_layout.groups)
     else:
-        out = attention_by_row(query.to(value.dtype), key.to(value.dtype), value, scale, packed_layout)
+        # float32 also under bfloat16: the CPU's flash backward is slower in bfloat16 (1.0 s against 0.7 s a step).
+        dtype = torch.float32 if query.device.type == "cpu" else value.dtype
+        q, k, v = (x.to(dtype) for x in (query, key, value))
+        if flash_attends(q, k, v):
+            out = _BlockAttention.apply(q, k, v, scale, packed_layout.groups)
+        else:
+            out = attention_by_row(q, k, v, scale, packed_layout)
     return out.to(value.dtype).transpose(1, 2), None
 
 
@@ -150,7 +158,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Attention by blocks on the CPU; float32. q [1, H, T, D], k and v [1, K, T, D]."""
+    """Attention by blocks, each by flash attention: float32 on the CPU, half precision on CUDA. q [1, H, T, D], k and v
+    [1, K, T, D]."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, groups: tuple[GroupSpans, ...]) -> Tensor:
@@ -158,11 +167,11 @@ class _BlockAttention(torch.autograd.Function):
         k_all, v_all = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         _, heads, tokens, dim = q.shape
         out = q.new_empty(1, tokens, heads, dim).transpose(1, 2)
-        log_sum = q.new_empty(1, tokens, heads).transpose(1, 2)
+        log_sum = q.new_empty(1, tokens, heads, dtype=torch.float32).transpose(1, 2)
 
         def attend(queries: Span, keys: Span, causal: bool) -> tuple[Tensor, Tensor]:
             q_part, k_part, v_part = q[:, :, queries.tokens], k_all[:, :, keys.tokens], v_all[:, :, keys.tokens]
-            return cpu_attention(q_part, k_part, v_part, scale=scale, causal=causal)
+            return flash_attention(q_part, k_part, v_part, scale=scale, causal=causal)
 
         for group in groups:
             for span in group.causal:
@@ -170,7 +179,7 @@ class _BlockAttention(torch.autograd.Function):
             if group.prefix:
                 tokens_own = group.own.tokens
                 out_prefix, log_sum_prefix = attend(group.own, group.prefix, False)
-                share = torch.sigmoid(log_sum_prefix - log_sum[:, :, tokens_own])[..., None]
+                share = torch.sigmoid(log_sum_prefix - log_sum[:, :, tokens_own])[..., None].to(out.dtype)
                 out[:, :, tokens_own] = torch.lerp(out[:, :, tokens_own], out_prefix, share)
                 log_sum[:, :, tokens_own] = torch.logaddexp(log_sum[:, :, tokens_own], log_sum_prefix)
         ctx.save_for_backward(q, k, v, out, log_sum)
@@ -188,7 +197,7 @@ class _BlockAttention(torch.autograd.Function):
 
         def attend(queries: Span, keys: Span, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
             a, b = queries.tokens, keys.tokens
-            return cpu_attention_backward(
+            return flash_attention_backward(
                 grad[:, :, a],
                 q[:, :, a],
                 k_all[:, :, b],
@@ -213,8 +222,8 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def attention_by_row(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: PackedLayout) -> Tensor:
-    """`training_attention` with plain SDPA calls, for other devices: rows padded to the group's longest, prefix keys
-    repeated."""
+    """`training_attention` with plain SDPA calls, where flash attention is not to be had (float32 on CUDA, other
+    devices): rows padded to the group's longest, prefix keys repeated."""
     parts = []
     for group in layout.groups:
         prefix = group.prefix.tokens

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ._upstream import is_stateful
@@ -29,6 +28,6 @@ class LinearUnderAutograd(nn.Linear):
 
 def register_attention(name: str, function: Any) -> None:
     """Give transformers an attention function under a name. It is given no mask: by the layout of the tokens it knows
-    what each may attend to."""
+    what each may attend to. (With a mask function registered, transformers would look into the positions of each pass
+    whether it is packed, and on a GPU wait for the answer.)"""
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)

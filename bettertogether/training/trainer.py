@@ -313,9 +313,10 @@ class _Run:
             try:
                 for batch, counts in self.sharing.passes(plan, rows):
                     losses_N = self.loss.token_losses(batch)
-                    weights_N, free_N = (each.to(total.device) * counts for each in weights.of_tokens(batch.rows))
+                    weights_N, free_F = (each.to(total.device) for each in weights.of_tokens(batch.rows))
+                    weights_N *= counts
                     (weights.mean(losses_N, weights_N) * self.sharing.loss_scale).backward()
-                    total += weights.free_mean(losses_N.detach(), weights_N, free_N)
+                    total += weights.free_mean(losses_N.detach(), weights_N, free_F)
                 return float(total), sum(self.loss.tokens(batch) for batch in plan)
             except torch.OutOfMemoryError as error:
                 self._check_splittable(plan, step, error)

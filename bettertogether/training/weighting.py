@@ -58,15 +58,17 @@ class TokenWeights:
         return cls(skeleton, by_field, sum(sum(token_weights(row, skeleton, by_field)) for row in rows), free)
 
     def of_tokens(self, rows: Iterable[TokenizedRow]) -> tuple[Tensor, Tensor]:
-        """The weights of the completion tokens of some rows of the step, and which of them are free: N each."""
+        """The weights of the completion tokens of some rows of the step [N], and the places of those that are free [F]:
+        to choose by a mask, a GPU would first have to be asked how many it leaves."""
         rows = list(rows)
         weights = [weight for row in rows for weight in token_weights(row, self.skeleton, self.by_field)]
-        return torch.tensor(weights), torch.tensor([free or not self.free for row in rows for free in row.free])
+        free = [free or not self.free for row in rows for free in row.free]
+        return torch.tensor(weights), torch.tensor(free).nonzero()[:, 0]
 
     def mean(self, losses_N: Tensor, weights_N: Tensor) -> Tensor:
         """The part of the weighted mean, a scalar."""
         return (losses_N * weights_N).sum() / self.total
 
-    def free_mean(self, losses_N: Tensor, weights_N: Tensor, free_N: Tensor) -> Tensor:
+    def free_mean(self, losses_N: Tensor, weights_N: Tensor, free_F: Tensor) -> Tensor:
         """The part of the mean over the free tokens, a scalar."""
-        return (losses_N * weights_N)[free_N].sum() / (self.free or self.total)
+        return (losses_N * weights_N)[free_F].sum() / (self.free or self.total)

@@ -116,12 +116,12 @@ def test_a_label_of_one_token_counts_as_much_as_a_long_text_and_forced_tokens_a_
     label = TokenizedRow([1], [2, 3, 4], forced=[True, False, True], fields=["", "label", "label"])
     both = TokenizedRow([1], [2, 3, 4], forced=[True, False, False], fields=["", "text", "label"])
     weights = TokenWeights.of([text, label, both], 0.1, by_field=True)
-    weights_N, free_N = weights.of_tokens([text, label, both])
+    weights_N, free_F = weights.of_tokens([text, label, both])
     expected = [0.025, 0.25, 0.25, 0.25, 0.25, 0.1, 1.0, 0.1, 0.1, 1.0, 1.0]
     assert weights_N.tolist() == pytest.approx(expected)
     assert weights.total == pytest.approx(sum(expected))
     assert weights.free == 4.0
-    assert free_N.tolist() == [weight >= 0.25 for weight in expected]
+    assert free_F.tolist() == [place for place, weight in enumerate(expected) if weight >= 0.25]
     plain, _ = TokenWeights.of([text, label], 0.1, by_field=False).of_tokens([text, label])
     assert plain.tolist() == pytest.approx([0.1, 1.0, 1.0, 1.0, 1.0, 0.1, 1.0, 0.1])
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...training._upstream import cpu_attention
+from ...training._upstream import flash_attends, flash_attention
 from ...training.layers import register_attention
 
 PACKED_ATTENTION = "bettertogether_packed"
@@ -66,11 +66,13 @@ def partial_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over some of the keys: the output [B, K, N, D], and the log of its denominator [B, K, N] in float32.
 
-    `mask_B_1_N_S` is added to the scores; every query must see one key at least.
+    `mask_B_1_N_S` is added to the scores; every query must see one key at least. The scores are never held, but for
+    layers with a softcap, and on other devices than the CPU under a mask or in float32.
     """
-    if q_B_K_N_D.device.type == "cpu" and kind.softcap is None and k_B_K_S_D.shape == v_B_K_S_D.shape:
+    on_cpu = q_B_K_N_D.device.type == "cpu"
+    if kind.softcap is None and (on_cpu or mask_B_1_N_S is None) and flash_attends(q_B_K_N_D, k_B_K_S_D, v_B_K_S_D):
         mask = None if mask_B_1_N_S is None else mask_B_1_N_S.to(q_B_K_N_D.dtype)
-        return cpu_attention(q_B_K_N_D, k_B_K_S_D, v_B_K_S_D, scale=kind.scale, mask=mask)
+        return flash_attention(q_B_K_N_D, k_B_K_S_D, v_B_K_S_D, scale=kind.scale, mask=mask)
     scores_B_K_N_S = torch.matmul(q_B_K_N_D, k_B_K_S_D.transpose(-1, -2)).float().mul_(kind.scale)
     if kind.softcap is not None:
         scores_B_K_N_S.div_(kind.softcap).tanh_().mul_(kind.softcap)
@@ -141,21 +143,37 @@ class PrefixPass:
         self.prefix.write(layer, self.start, k_K_T_D, v_K_T_D)
         heads, tokens, _ = q_H_T_D.shape
         stop = self.start + tokens
-        k_K_S_D, v_K_S_D = self.prefix.keys[layer][:, :stop], self.prefix.values[layer][:, :stop]
+        first = 0 if kind.window is None else max(0, self.start - kind.window + 1)
+        k_1_K_S_D, v_1_K_S_D = (x[layer][None, :, first:stop] for x in (self.prefix.keys, self.prefix.values))
         plain = kind.softcap is None and (kind.window is None or kind.window >= stop)
         if self.start == 0 and plain:
             out_H_T_D = nn.functional.scaled_dot_product_attention(
-                q_H_T_D[None], k_K_S_D[None], v_K_S_D[None], is_causal=True, scale=kind.scale, enable_gqa=True
+                q_H_T_D[None], k_1_K_S_D, v_1_K_S_D, is_causal=True, scale=kind.scale, enable_gqa=True
             )[0]
             return out_H_T_D.transpose(0, 1)
-        key_heads = k_K_S_D.shape[0]
-        mask_T_S = self._mask(tokens, kind.window, q_H_T_D.device)
+        key_heads = k_1_K_S_D.shape[1]
+        q_1_K_GT_D = by_key_head(q_H_T_D, key_heads)
+        if plain and flash_attends(q_1_K_GT_D, k_1_K_S_D, v_1_K_S_D):
+            return self._in_two_parts(q_H_T_D, k_1_K_S_D, v_1_K_S_D, kind)
+        mask_T_S = self._mask(tokens, kind.window, first, q_H_T_D.device)
         mask_1_1_N_S = mask_T_S.repeat(heads // key_heads, 1)[None, None]
-        out, _ = partial_attention(by_key_head(q_H_T_D, key_heads), k_K_S_D[None], v_K_S_D[None], kind, mask_1_1_N_S)
+        out, _ = partial_attention(q_1_K_GT_D, k_1_K_S_D, v_1_K_S_D, kind, mask_1_1_N_S)
         return out.reshape(heads, tokens, -1).transpose(0, 1)
 
-    def _mask(self, tokens: int, window: int | None, device: torch.device) -> Tensor:
+    def _in_two_parts(self, q_H_T_D: Tensor, k_1_K_S_D: Tensor, v_1_K_S_D: Tensor, kind: AttentionKind) -> Tensor:
+        """To the tokens before the pass, which all of its own see, and causally among its own: without a mask."""
+        heads, key_heads = q_H_T_D.shape[0], k_1_K_S_D.shape[1]
+        before, own = slice(0, self.start), slice(self.start, None)
+        k_1_H_T_D, v_1_H_T_D = (x[:, :, own].repeat_interleave(heads // key_heads, 1) for x in (k_1_K_S_D, v_1_K_S_D))
+        q_1_K_GT_D = by_key_head(q_H_T_D, key_heads)
+        out, log_sum = flash_attention(q_1_K_GT_D, k_1_K_S_D[:, :, before], v_1_K_S_D[:, :, before], scale=kind.scale)
+        out_own, log_sum_own = flash_attention(q_H_T_D[None], k_1_H_T_D, v_1_H_T_D, scale=kind.scale, causal=True)
+        whole = merge(out.reshape(out_own.shape), log_sum.reshape(log_sum_own.shape), out_own, log_sum_own)
+        return whole[0].transpose(0, 1)
+
+    def _mask(self, tokens: int, window: int | None, first: int, device: torch.device) -> Tensor:
+        """For keys from `first` on."""
         query_T_1 = torch.arange(self.start, self.start + tokens, device=device)[:, None]
-        key_1_S = torch.arange(self.start + tokens, device=device)[None]
+        key_1_S = torch.arange(first, self.start + tokens, device=device)[None]
         visible_T_S = key_1_S <= query_T_1
         return hidden(visible_T_S if window is None else visible_T_S & (key_1_S > query_T_1 - window))

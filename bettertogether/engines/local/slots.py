@@ -240,12 +240,12 @@ class SlotPass:
             for number, row in zip(numbers, rows, strict=True)
         ]
         place_M_N = [[row.stored + min(place, row.count - 1) for place in range(width)] for row in rows]
-        answers = [place < row.count for row in rows for place in range(width)]
+        answers = [number * width + place for number, row in enumerate(rows) for place in range(row.count)]
         sequence = slots == list(range(slots[0], slots[0] + len(slots)))
         return _Block(
             slots=slice(slots[0], slots[0] + len(slots)) if sequence else torch.tensor(slots, device=self.device),
             tokens=torch.tensor(token_M_N, device=self.device),
             places=torch.tensor(place_M_N, device=self.device),
             keys=keys,
-            answers=None if in_order else torch.tensor(answers, device=self.device).nonzero()[:, 0],
+            answers=None if in_order else torch.tensor(answers, device=self.device),
         )

@@ -1,0 +1,76 @@
+"""Training on a CUDA device that is not there, in bfloat16: it mixes no devices, learns as on the processor, and waits
+for the device twice a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import CudaTensor, FakeCuda, fake_cuda
+from tiny import random_rows, tiny_model
+
+from bettertogether.training.attention import PackedLayout, training_attention
+from bettertogether.training.config import LoRAConfig, TrainingConfig
+from bettertogether.training.packing import MicroBatch, TokenizedRow, pack, prefix_groups
+from bettertogether.training.trainer import train_adapter
+
+ROWS = [
+    TokenizedRow([*range(40, 60), 70 + place], [80, 81 + place, 82], forced=[True, False, True]) for place in range(4)
+]
+
+
+def losses(folder: Path, cuda: FakeCuda | None, reads: list[int]) -> list[float]:
+    """Held-out losses before training, and after each of two steps; what was read until each line of progress."""
+    model: Any = tiny_model()
+    model = model.to(torch.bfloat16).requires_grad_(False)
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "dtype": "bfloat16"}
+    training = TrainingConfig(**options, gradient_checkpointing=True)
+    if cuda is not None:
+        model = cuda.put(model)
+    lora = LoRAConfig(rank=4, target_modules=("q_proj", "down_proj"))
+    trained = train_adapter(
+        model,
+        ROWS,
+        validation_rows=ROWS[:2],
+        lora=lora,
+        training=training,
+        folder=folder / str(cuda is None),
+        on_progress=lambda line: reads.append(len(cuda.reads) if cuda else 0),
+    )
+    return [line.validation_loss for line in trained.history if line.validation_loss is not None]
+
+
+def test_training_learns_as_on_the_processor_and_reads_twice_a_step(tmp_path: Path) -> None:
+    expected, reads = losses(tmp_path, None, []), list[int]()
+    with fake_cuda() as cuda:
+        found = losses(tmp_path, cuda, reads)
+    assert found == pytest.approx(expected, rel=0.05)
+    assert found[-1] < 0.9 * found[0]
+    # The loss, and the norm of the gradient.
+    assert reads[1] - reads[0] == 2
+
+
+def test_packed_rows_are_attended_to_without_a_matrix_of_scores() -> None:
+    rows = [*random_rows(6, shared=200, seed=3), *random_rows(2, shared=0, seed=4)]
+    packed = pack(MicroBatch(tuple(prefix_groups(rows))))
+    tokens = len(packed.input_ids)
+    numbers = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, heads, tokens, 16, generator=numbers) for heads in (4, 2, 2, 4))
+
+    def outcome(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = (one, two, three) = [x.to(dtype).to(device).requires_grad_() for x in (q, k, v)]
+        layout = PackedLayout(packed, device)
+        out, _ = training_attention(torch.nn.Module(), one, two, three, None, scaling=0.25, packed_layout=layout)
+        (out.transpose(1, 2) * grad.to(dtype).to(device)).sum().backward()
+        return [out.detach().float().cpu(), *(leaf.grad.float().cpu() for leaf in leaves if leaf.grad is not None)]
+
+    expected = outcome(torch.device("cpu"), torch.float32)
+    with fake_cuda() as cuda:
+        found = outcome(torch.device("cuda:0"), torch.bfloat16)
+        assert isinstance(torch.ones(1, device="cuda:0"), CudaTensor)
+    assert cuda.largest < tokens * tokens
+    assert len(found) == len(expected) == 4
+    for rough, exact in zip(found, expected, strict=True):
+        assert float((rough - exact).norm() / exact.norm()) < 0.02
