@@ -98,7 +98,7 @@ def test_saving_again_replaces_the_whole_artifact(tmp_path: Path) -> None:
     save(tuned_program(parity_engine(learner)), tmp_path / "a")
     save(parity_program(parity_engine(learner)), tmp_path / "a")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["artifact.json"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["README.md", "artifact.json"]
 
 
 def test_a_program_can_be_saved_over_the_artifact_that_serves_its_adapter(tmp_path: Path) -> None:
