@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 
 # Before torch is imported: tiny models are fastest on one thread, and tests run beside one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that starts pytest in the background has it ignore Ctrl-C, and all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest.register_assert_rewrite("bettertogether.testing.engine_contract")
 
