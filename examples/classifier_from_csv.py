@@ -6,8 +6,8 @@
 Shows how rows become examples, how classes become the only answers that are possible, and how data is split so that the
 test says something. Without `--csv` it sorts 72 messages to a shop by the team that answers them.
 
-Hardware: two CPU cores. Printed on the 24 rows of its test, after 14 minutes on one core without AVX-512: untouched 0.333
-[0.125, 0.542], compiled 0.958 [0.833, 1.000].
+Hardware: two CPU cores. Printed on the 24 rows of its test, after 14 minutes on one core without AVX-512: untouched
+0.333 [0.125, 0.542], compiled 0.958 [0.833, 1.000].
 """
 
 from __future__ import annotations

@@ -60,9 +60,10 @@ def take_request(
     taker.callbacks = []
     # Of a predictor that is a program by itself, an optimizer may have replaced it.
     taker.__dict__.pop("forward", None)
-    used = {"adapter": adapter or dspy.settings.adapter}
+    # What is wrong with inputs is said where the program is run with them.
+    quiet = {"callbacks": [], "trace": [], "disable_history": True, "send_stream": None, "warn_on_type_mismatch": False}
     try:
-        with dspy.context(callbacks=[], trace=[], disable_history=True, send_stream=None, **used):
+        with dspy.context(adapter=adapter or dspy.settings.adapter, **quiet):
             taker(**inputs, **({"config": dict(config)} if config else {}))
     except RequestTaken as taken:
         return taken.request

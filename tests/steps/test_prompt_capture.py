@@ -292,3 +292,14 @@ def test_a_predictor_whose_forward_was_replaced_has_the_prompt_of_its_class() ->
     prompt = take_request(program, {"number": 1}, [])
     program.forward = lambda **inputs: dspy.Prediction(parity="odd")
     assert take_request(program, {"number": 1}, []) == prompt
+
+
+def test_a_prompt_that_is_only_looked_at_warns_of_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("dspy.predict.predict.logger.warning", lambda text, *_: said.append(text))
+    program = dspy.Predict("passages: list[str], question -> answer")
+    program.set_lm(plain_lm(FakeEngine(lambda request: {"answer": "a"})))
+    take_request(program, {"passages": "", "question": "q"}, [])
+    assert said == []
+    assert program(passages="", question="q").answer == "a"
+    assert len(said) == 1
