@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..records import CELLS, DataCard, WeightDetails
+from ..records import DataCard, WeightDetails
 from ..report.report import CompileReport
 from ..report.view import ReportView, RoundView, view_of
 
@@ -35,23 +35,24 @@ def _locals(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [record for record in manifest["lms"].values() if record["kind"] == "local"]
 
 
-def _adapters(manifest: Mapping[str, Any]) -> list[str]:
-    return [record["adapter"] for record in _locals(manifest) if record["adapter"]]
+def _tuned(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [record for record in _locals(manifest) if record["adapter"]]
 
 
 def _front_matter(manifest: Mapping[str, Any]) -> str:
     bases = sorted({r["base_name"] for r in _locals(manifest) if _HUB_ID.fullmatch(r["base_name"])})
-    lines = ["library_name: peft" if _adapters(manifest) else "library_name: dspy"]
+    tuned = _tuned(manifest)
+    lines = ["library_name: peft" if tuned else "library_name: dspy"]
     if bases:
         lines += ["base_model:", *(f"- {base}" for base in bases)]
-    lines += ["tags:", "- dspy", "- bettertogether", *(["- lora"] if _adapters(manifest) else [])]
+    lines += ["tags:", "- dspy", "- bettertogether", *(["- lora"] if tuned else [])]
     return "\n".join(["---", *lines, "---"])
 
 
 def _title(manifest: Mapping[str, Any], view: ReportView | None) -> str:
     name = manifest["program"].rpartition(":")[2].rpartition(".")[2]
     bases = ", ".join(sorted({f"`{record['base_name']}`" for record in _locals(manifest)}))
-    tuned = "tuned prompts and LoRA weights" if _adapters(manifest) else "tuned prompts"
+    tuned = "tuned prompts and LoRA weights" if _tuned(manifest) else "tuned prompts"
     text = f"# {name}\n\nA DSPy program of {len(manifest['predictors'])} predictor(s) with {tuned}"
     text += f", on {bases}" if bases else ""
     if view is None:
@@ -75,8 +76,8 @@ def _use(manifest: Mapping[str, Any], repo: str | None) -> Iterator[str]:
         f"dspy.configure(adapter=dspy.{manifest['adapter']}())",
         f'program = load("{place}")  # of a class of your own: load("{place}", into=YourProgram())',
     )
-    for folder in _adapters(manifest):
-        base = next(r["base_name"] for r in _locals(manifest) if r["adapter"] == folder)
+    for record in _tuned(manifest):
+        folder, base = record["adapter"], record["base_name"]
         yield f"The adapter `{folder}` is a plain PEFT folder. In peft, and behind vLLM's OpenAI server:"
         yield _code(
             "python",
@@ -95,14 +96,10 @@ def _scores(view: ReportView) -> Iterator[str]:
     yield _table(header, rows)
     cells = view.two_by_two
     if cells is not None:
-        names = dict(zip(CELLS, cells.means.values(), strict=True))
-        yield _table(
-            ["", "prompts before", "prompts after"],
-            [
-                ["weights before", names["base_old"], names["base_new"]],
-                ["weights after", names["tuned_old"], names["tuned_new"]],
-            ],
-        )
+        means = cells.means
+        before, after = [means["base_old"], means["base_new"]], [means["tuned_old"], means["tuned_new"]]
+        rows = [["weights before", *before], ["weights after", *after]]
+        yield _table(["", "prompts before", "prompts after"], rows)
         yield (
             f"From the weights {cells.weights.text}, from the prompts {cells.prompts.text}, from both together beyond "
             f"the sum of each alone {cells.both.text}."
@@ -133,8 +130,8 @@ def _data(card: DataCard) -> str:
     labels = ", ".join(f"{count} {label}" for label, count in card.kept_by_label.items())
     text = (
         f"{rows} rows from the program's own runs on {card.examples} examples, {card.examples_covered} of which gave "
+        f"any; by source: {sources}"
     )
-    text += f"any; by source: {sources}"
     return f"{text}; by label: {labels}." if labels else f"{text}."
 
 

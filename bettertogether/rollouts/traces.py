@@ -268,8 +268,10 @@ def collect_traces(
         tries.rescue(sampler, known)
     if sampling.num_samples:
         for number in range(sampling.num_samples + 1, MOST_TRIES + 1):
-            if len(examples) - len(again := tries.unsolved()) < sampling.enough:
-                tries.sample(sampler, again, number, sampling)
+            again = tries.unsolved()
+            if len(examples) - len(again) >= sampling.enough:
+                break
+            tries.sample(sampler, again, number, sampling)
     traces.sort(key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
     ledger = sum((trace.ledger for trace in traces), Ledger())
     return TraceSet(tuple(traces), ledger, len(examples), (warning,) if warning else ())

@@ -60,7 +60,7 @@ class Sharing:
 
     def rows(self, rows: Sequence[TokenizedRow]) -> Sequence[TokenizedRow]:
         """This process's rows: a run of the rows in order of their prompts, so that prefixes stay together."""
-        number, index = self.processes, self.accelerator.process_index
+        number, index = self.processes, self.index
         if number == 1:
             return rows
         ordered = sorted(rows, key=lambda row: (row.prompt_ids, row.completion_ids))
