@@ -66,6 +66,10 @@ class Trace:
 MOST_TRIES = 8
 """Tries of an example that failed, where hardly any was solved. A student that solves 5% would solve a third so."""
 
+TEMPERATURES = (0.3, 0.6, 1.0)
+"""Of those tries, in turn. What a small model gets right at once is near its likeliest answer: at 1.0 it hardly solves
+anything that it did not solve already, and guesses what it can guess."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -73,7 +77,7 @@ class Sampling:
 
     num_samples: int = 4
     """More tries for an example that failed, each with its own seed."""
-    temperature: float | Sequence[float] = 1.0
+    temperature: float | Sequence[float] = TEMPERATURES
     """Temperature of those tries; several values are used in turn."""
     rescue: bool = True
     """For examples that still fail: once more with the label as a hint, which no training row shows."""

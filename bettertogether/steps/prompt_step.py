@@ -27,7 +27,7 @@ from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import Metric, full_mark, require_metric
 from ..rollouts.rollout import RolloutStore, stable_seed
 from ..rollouts.settings import RunSettings
-from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
+from ..rollouts.traces import TEMPERATURES, ExamplePass, Sampling, TraceSet, collect_traces
 from .candidate_scores import CandidateScores, all_equal
 from .demo_sets import Candidate, DemoSets
 from .outcome import Outcome
@@ -82,7 +82,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         strengths: Sequence[float] = (0.5, 0.75),
         race: bool = True,
         num_samples: int = 1,
-        temperature: float | Sequence[float] = 1.0,
+        temperature: float | Sequence[float] = TEMPERATURES,
         rescue: bool = True,
         num_threads: int | None = None,
         max_errors: int | None = None,

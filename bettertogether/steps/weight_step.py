@@ -28,7 +28,7 @@ from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.settings import RunSettings
-from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
+from ..rollouts.traces import TEMPERATURES, ExamplePass, Sampling, TraceSet, collect_traces
 from ..training.config import LoRAConfig, TrainingConfig
 from .adapter_rows import (
     ENOUGH_HELD_OUT,
@@ -100,7 +100,7 @@ class LoRAFinetune(Step, Teleprompter):
         train_prompt: TrainPrompt = "varied",
         max_demos: int = 3,
         num_samples: int = 4,
-        temperature: float | Sequence[float] = 1.0,
+        temperature: float | Sequence[float] = TEMPERATURES,
         rescue: bool = True,
         max_rescue_share: float = 1.0,
         sample_passing: bool = False,
