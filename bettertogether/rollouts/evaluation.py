@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import dspy
+from dspy.evaluate.evaluate import EvaluationResult
+from dspy.utils.callback import with_callbacks
 
 from ..callbacks import events
 from ..errors import ConfigError, ProgramError
@@ -19,6 +22,10 @@ from .metrics import Metric, require_metric
 from .rollout import Attempt, RolloutStore
 from .settings import RunSettings
 from .traces import ExamplePass, Trace
+
+Kind = Literal["eval_full", "eval_minibatch", "eval_2x2"]
+"""What DSPy's callbacks are told of an evaluation within a compile, in the words of DSPy's own optimizers: all
+validation examples, some of them; and what those don't have."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,10 @@ def evaluate_many(
     settings: RunSettings = RunSettings(),
     *,
     phase: str = "evaluate",
+    kind: Kind | None = None,
 ) -> list[Evaluation]:
     """`evaluate` for several programs at once: their calls share the engine's batches."""
-    return Evaluator(metric, settings).evaluate(programs, examples, phase)
+    return Evaluator(metric, settings).evaluate(programs, examples, phase, kind)
 
 
 class Evaluator:
@@ -91,19 +99,61 @@ class Evaluator:
         self._pass = ExamplePass(metric, settings=settings, judge_with_trace=False, needs_verdict=False)
 
     def evaluate(
-        self, programs: Sequence[dspy.Module], examples: Sequence[dspy.Example], phase: str
+        self,
+        programs: Sequence[dspy.Module],
+        examples: Sequence[dspy.Example],
+        phase: str,
+        kind: Kind | None = None,
     ) -> list[Evaluation]:
-        """The evaluation of each program. Raises as `evaluate` does."""
+        """The evaluation of each program, which DSPy's callbacks see: that of one program as it begins and ends, those
+        of several one after another when they are done. Raises as `evaluate` does."""
         for program in programs:
             if not isinstance(program, dspy.Module):
                 raise ProgramError(f"program={program!r:.100} is not allowed: give a dspy.Module.")
         examples = check_examples(examples, "examples")
         self._pass.phase = phase
+        seen = _Evaluate(self._pass, examples)
+        if len(programs) == 1:
+            return [seen.of(programs[0], lambda: self._scored(programs, examples)[0], kind)]
+        scored = self._scored(programs, examples)
+        return [seen.of(*each, kind) for each in zip(programs, [lambda e=e: e for e in scored], strict=True)]
+
+    def _scored(self, programs: Sequence[dspy.Module], examples: Sequence[dspy.Example]) -> list[Evaluation]:
         size, attempt = len(examples), Attempt()
         jobs = [(number, index, attempt) for number in range(len(programs)) for index in range(size)]
         traces = self._pass.over_many(programs, examples, jobs) if jobs else []
         parts = [tuple(traces[size * number : size * (number + 1)]) for number in range(len(programs))]
         return [_evaluation(part) for part in parts]
+
+
+class _Evaluate(dspy.Evaluate):
+    """What DSPy's callbacks are shown as the evaluator: one of theirs, whose call does our work."""
+
+    def __init__(self, examples_pass: ExamplePass, examples: Sequence[dspy.Example]) -> None:
+        settings = examples_pass.settings
+        super().__init__(
+            devset=list(examples),
+            metric=examples_pass.metric,
+            num_threads=settings.num_threads,
+            max_errors=settings.max_errors,
+        )
+
+    def of(self, program: dspy.Module, work: Callable[[], Evaluation], kind: Kind | None) -> Evaluation:
+        """The evaluation that `work` makes."""
+        self._work = work
+        self(program, callback_metadata=None if kind is None else {"metric_key": kind})
+        return self._done
+
+    @with_callbacks
+    def __call__(self, program: dspy.Module, callback_metadata: dict[str, Any] | None = None) -> EvaluationResult:
+        self._done = self._work()
+        results = [(trace.example, _prediction(trace), trace.score) for trace in self._done.traces]
+        return EvaluationResult(score=round(100 * self._done.mean, 2), results=results)
+
+
+def _prediction(trace: Trace) -> Any:
+    """As DSPy has it: an empty one where the program failed."""
+    return dspy.Prediction() if trace.prediction is None else trace.prediction
 
 
 def _evaluation(traces: tuple[Trace, ...]) -> Evaluation:

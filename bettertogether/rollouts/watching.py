@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
+from dspy.clients.base_lm import record_history
 from dspy.signatures.signature import ensure_signature
 from dspy.utils.usage_tracker import UsageTracker
 from pydantic import BaseModel
@@ -71,6 +72,7 @@ class Record:
         self.lm = lm
         """The watched copy of `dspy.settings.lm`, for predictors without an LM."""
         self.adapter = dspy.settings.adapter
+        self.keeps_history = not dspy.settings.disable_history
         self.trace: list[Any] = []
         """DSPy's trace: (predictor, inputs, prediction) triples."""
         self.tracker = SharedTracker()
@@ -186,7 +188,7 @@ def _context(record: Record, trace: list[Any], lm: Any) -> Iterator[Record]:
             trace=trace,
             usage_tracker=record.tracker,
             lm=lm,
-            # Histories keep every prompt of a pass in memory. They are on only for `note_response`.
+            # Those of LMs and modules keep every prompt of a pass in memory. They are on only for `note_response`.
             disable_history=False,
             max_history_size=0,
         ):
@@ -326,8 +328,11 @@ def _seed_of(seed: int, rollout: int | None) -> int:
 
 
 def note_response(entry: Mapping[str, Any]) -> None:
-    """What a watched LM does in place of keeping a history. The last answer of a call is the one that counts: DSPy
-    asks once more, in another format, where it can't read the first."""
+    """What a watched LM does in place of keeping a history; `dspy.inspect_history` finds the answer all the same. The
+    last answer of a call is the one that counts: DSPy asks once more, in another format, where it can't read the
+    first."""
+    if (record := _RECORD.get()) is not None and record.keeps_history:
+        record_history(None, entry)
     if (seen := _CALL.get()) is not None:
         output = next(iter(entry["outputs"]), None)
         fields = output if isinstance(output, Mapping) else {"text": output}

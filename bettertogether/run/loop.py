@@ -18,7 +18,7 @@ from ..programs.copies import drop_results
 from ..programs.program import model_names, prompts_state, same_prompts, with_prompts
 from ..records import CELLS, Ledger, PromptDetails, StepRecord
 from ..redaction import masked
-from ..rollouts.evaluation import Evaluation, evaluate_many
+from ..rollouts.evaluation import Evaluation, Kind, evaluate_many
 from ..rollouts.failures import count_failures, failure_warning, no_difference, round_warnings, scored_example
 from ..rollouts.labels import label_fields
 from ..rollouts.metrics import FULL_MARK
@@ -196,7 +196,7 @@ class Loop:
         untrained = model_names(parent) == model_names(plan.student)
         if step.spares_valset and untrained and len(context.trainset) >= ENOUGH_FOR_BOTH:
             context = replace(context, valset=None)
-        result = step.last = step.run(parent, context.with_arguments(given))
+        result = step.run_seen(parent, context.with_arguments(given))
         drop_results(result.program)
         return result
 
@@ -212,15 +212,15 @@ class Loop:
         return trainset
 
     def _evaluate(self, program: dspy.Module, phase: str) -> Evaluation | None:
-        scored = self._evaluate_many([program], f"score {phase}")
+        scored = self._evaluate_many([program], f"score {phase}", "eval_full")
         return scored[0] if scored else None
 
-    def _evaluate_many(self, programs: Sequence[dspy.Module], phase: str) -> list[Evaluation]:
+    def _evaluate_many(self, programs: Sequence[dspy.Module], phase: str, kind: Kind) -> list[Evaluation]:
         """Each program on the valset; empty without one."""
         plan = self.plan
         if not plan.valset:
             return []
-        return evaluate_many(programs, plan.valset, plan.metric, plan.settings, phase=phase)
+        return evaluate_many(programs, plan.valset, plan.metric, plan.settings, phase=phase, kind=kind)
 
     def _two_by_two(self, parent: dspy.Module, tuned: dspy.Module) -> dict[str, Evaluation]:
         """Evaluations of {base, tuned weights} x {the student's prompts, the prompts before this step}, where those
@@ -234,7 +234,7 @@ class Loop:
             "tuned_old": with_prompts(tuned, student),
             "tuned_new": with_prompts(tuned, parent),
         }
-        scored = self._evaluate_many([programs[cell] for cell in CELLS], "score the 2x2")
+        scored = self._evaluate_many([programs[cell] for cell in CELLS], "score the 2x2", "eval_2x2")
         return dict(zip(CELLS, scored, strict=True))
 
     def _record(

@@ -44,6 +44,7 @@ class CandidateScores:
             [candidate.program for candidate in running],
             [self._validation[position] for position in positions],
             f"{len(running)} of {total} candidates, to {positions[-1] + 1} of {len(self._validation)}",
+            "eval_minibatch",
         )
         best = max(result.mean for result in results)
         for candidate, result in zip(running, results, strict=True):

@@ -14,6 +14,7 @@ from typing import Any
 
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
+from dspy.utils.callback import with_callbacks
 
 from ..programs.program import as_programs
 from ..records import Details, Ledger
@@ -81,6 +82,19 @@ class Step(ABC):
     @abstractmethod
     def run(self, student: dspy.Module, context: StepContext) -> StepResult:
         """Improve a copy of the student, its LMs kept where they are not what is improved."""
+
+    def run_seen(self, student: dspy.Module, context: StepContext) -> StepResult:
+        """`run`, which DSPy's callbacks see as a compile."""
+        teacher = context.teachers or None
+        self._seen(student, trainset=context.trainset, teacher=teacher, valset=context.valset, context=context)
+        assert self.last is not None
+        return self.last
+
+    @with_callbacks  # type: ignore[untyped-decorator]
+    def _seen(self, student: dspy.Module, *, trainset: Any, teacher: Any, valset: Any, context: StepContext) -> Any:
+        """Named arguments are what callbacks are shown."""
+        self.last = self.run(student, context)
+        return self.last.program
 
     @property
     def details(self) -> dict[str, Any]:
