@@ -144,6 +144,25 @@ def api_lm(answer: Callable[[FakeRequest], Answer]) -> dspy.LM:
     return dspy.LM("local/api", engine=OtherEngine(answer), cache=False)
 
 
+class PaidLM(dspy.BaseLM):
+    """Answers about parity as a provider behind LiteLLM does; `price` is US dollars an answer, None where LiteLLM knows
+    none."""
+
+    def __init__(self, price: float | None) -> None:
+        super().__init__("openai/paid", cache=False)
+        self.price = price
+
+    def forward(self, prompt: Any = None, messages: Any = None, **options: Any) -> Any:
+        number = re.findall(r"\[\[ ## number ## \]\]\n(\d+)", messages[-1]["content"])[0]
+        text = f"[[ ## parity ## ]]\n{right(int(number))}\n\n[[ ## completed ## ]]"
+        return types.SimpleNamespace(
+            choices=[types.SimpleNamespace(message=types.SimpleNamespace(content=text), finish_reason="stop")],
+            usage={"prompt_tokens": 10, "completion_tokens": 2},
+            model=self.model,
+            _hidden_params={"response_cost": self.price},
+        )
+
+
 def models(requests: Iterable[FakeRequest]) -> set[str]:
     return {request.model for request in requests}
 

@@ -78,6 +78,8 @@ class ProgressEvent(TypedDict):
     total: int
     tokens: NotRequired[int]
     """Prompt and generated tokens since the last event."""
+    cost: NotRequired[float | None]
+    """US dollars since the last event; None where the price of an LM is not known."""
 
 
 class TrainingEvent(TypedDict):

@@ -71,6 +71,8 @@ class MLflowCallback(Callback):
         ledger = record.ledger
         values = {"score": record.score, "step_gain": record.step_gain, "seconds": ledger.seconds}
         values |= {"lm_calls": ledger.lm_calls, "metric_calls": ledger.metric_calls, "tokens": ledger.tokens}
+        if ledger.cost != 0:
+            values["cost"] = ledger.cost
         self._mlflow.log_metrics({k: float(v) for k, v in values.items() if v is not None}, step=record.index)
         self._mlflow.set_tag(f"step_{record.index}", f"{record.name}: {record.status}")
 

@@ -15,7 +15,18 @@ from .details import (
     TrainedAdapter,
     WeightDetails,
 )
-from .record import ARROW, CELLS, STUDENT, Failure, Ledger, SavedRecord, StepRecord, StepStatus, failure_text
+from .record import (
+    ARROW,
+    CELLS,
+    STUDENT,
+    Failure,
+    Ledger,
+    SavedRecord,
+    StepRecord,
+    StepStatus,
+    failure_text,
+    total_cost,
+)
 from .saved import SCHEMA, SHOWN, Saved, Whole, read
 from .schema_1 import report_of_schema_1
 
@@ -48,4 +59,5 @@ __all__ = [
     "failure_text",
     "read",
     "report_of_schema_1",
+    "total_cost",
 ]

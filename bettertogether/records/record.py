@@ -40,9 +40,13 @@ class Ledger(Saved):
     trained_tokens: Count = 0
     """Tokens that went forward and backward in training."""
     seconds: Annotated[Finite, pydantic.Field(ge=0)] = 0.0
+    cost: Number | None = 0.0
+    """US dollars for the LM calls, by LiteLLM's prices as DSPy has them; local models cost nothing. None: that of some
+    LM that was called is not known."""
 
     def __add__(self, other: Ledger) -> Ledger:
-        return Ledger(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+        sums = {n: value + getattr(other, n) for n, value in vars(self).items() if n != "cost"}
+        return Ledger(**sums, cost=total_cost([self.cost, other.cost]))
 
     @property
     def tokens(self) -> int:
@@ -52,6 +56,12 @@ class Ledger(Saved):
     def with_seconds(self, seconds: float) -> Ledger:
         """The same work, with this wall time."""
         return replace(self, seconds=seconds)
+
+
+def total_cost(costs: Sequence[float | None]) -> float | None:
+    """The sum; None where one of them is not known."""
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if len(known) == len(costs) else None
 
 
 @dataclass(frozen=True)

@@ -307,14 +307,16 @@ def _demo(demo: Mapping[str, Any]) -> str:
 
 
 def _costs(view: ReportView) -> str:
-    rows = [_cost_cells(each.name, each.record.ledger, each.seconds) for each in view.rounds]
-    rows.append(_cost_cells("total", view.report.ledger, view.seconds))
-    return _section("Cost", _table(("round", *_LEDGER_COLUMNS.values(), "seconds"), rows, last_is_total=True))
+    rows = [_cost_cells(each.name, each.record.ledger, each.seconds, each.cost) for each in view.rounds]
+    rows.append(_cost_cells("total", view.report.ledger, view.seconds, view.cost))
+    header = ("round", *_LEDGER_COLUMNS.values(), "seconds", "US dollars")
+    size = len(header) if view.cost else len(header) - 1
+    return _section("Cost", _table(header[:size], [row[:size] for row in rows], last_is_total=True))
 
 
-def _cost_cells(name: str, ledger: Ledger, seconds: str) -> list[str]:
+def _cost_cells(name: str, ledger: Ledger, seconds: str, cost: str) -> list[str]:
     counts = [f"{getattr(ledger, column):,}" for column in _LEDGER_COLUMNS]
-    return [_Html(f"<code>{_text(name)}</code>"), *counts, seconds]
+    return [_Html(f"<code>{_text(name)}</code>"), *counts, seconds, cost]
 
 
 def _circumstances(report: ReportData) -> str:

@@ -12,8 +12,8 @@ from .view import ReportView, RoundView, TwoByTwoView
 WIDTH = 100
 """Columns of the table at most."""
 
-_HEADER = ("", "strategy", "score", "gain [95% interval]", "n", "LM calls", "tokens", "seconds", "status")
-_RIGHT = frozenset({"score", "n", "demos", "LM calls", "tokens", "seconds"})
+_HEADER = ("", "strategy", "score", "gain [95% interval]", "n", "LM calls", "tokens", "cost", "seconds", "status")
+_RIGHT = frozenset({"score", "n", "demos", "LM calls", "tokens", "cost", "seconds"})
 
 
 def render(view: ReportView) -> str:
@@ -60,11 +60,14 @@ def _title(view: ReportView) -> str:
 
 def _rounds(view: ReportView) -> list[str]:
     ledger = view.report.ledger
-    total = ["", "total", "", "", "", compact(ledger.lm_calls), compact(ledger.tokens), view.seconds, ""]
-    rows = [*map(_row, view.rounds), total]
-    widths = [max(len(row[column]) for row in (_HEADER, *rows)) for column in range(len(_HEADER))]
+    total = ["", "total", "", "", "", compact(ledger.lm_calls), compact(ledger.tokens), view.cost, view.seconds, ""]
+    rows = [list(_HEADER), *map(_row, view.rounds), total]
+    if not view.cost:
+        rows = [[cell for name, cell in zip(_HEADER, row, strict=True) if name != "cost"] for row in rows]
+    header = rows[0]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths[1] -= max(0, sum(widths) + 2 * (len(widths) - 1) - WIDTH)
-    lines = [_line(row, widths) for row in (_HEADER, *rows)]
+    lines = [_line(row, widths, header) for row in rows]
     return [lines[0], *lines[1:-1], "-" * len(max(lines, key=len)), lines[-1]]
 
 
@@ -77,12 +80,13 @@ def _row(each: RoundView) -> list[str]:
         each.examples,
         compact(each.record.ledger.lm_calls),
         compact(each.record.ledger.tokens),
+        each.cost,
         each.seconds,
         one_line(each.record.status),
     ]
 
 
-def _line(row: Sequence[str], widths: Sequence[int], header: Sequence[str] = _HEADER) -> str:
+def _line(row: Sequence[str], widths: Sequence[int], header: Sequence[str]) -> str:
     cells = [
         cell.rjust(width) if name in _RIGHT else shorten(cell, width).ljust(width)
         for name, cell, width in zip(header, row, widths, strict=True)

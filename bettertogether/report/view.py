@@ -45,6 +45,8 @@ class RoundView:
     failures: str
     """Examples that failed, counted by kind."""
     seconds: str
+    cost: str
+    """In US dollars."""
     losses: tuple[str, ...]
     """Of each adapter that it trained: the held-out losses."""
 
@@ -81,6 +83,8 @@ class ReportView:
     """Where it was measured."""
     seconds: str
     """Of the whole run."""
+    cost: str
+    """Of the whole run; "" where no LM is paid for."""
 
     @property
     def selected(self) -> RoundView:
@@ -98,6 +102,7 @@ def view_of(report: ReportData) -> ReportView:
         reasons=tuple(f"{name}: {why}." for name, why in _whys(report) if why),
         two_by_two=_two_by_two(report),
         seconds=seconds_text(report.ledger.seconds),
+        cost=cost_text(report.ledger.cost) if report.ledger.cost != 0 else "",
     )
 
 
@@ -119,6 +124,7 @@ def _round(report: ReportData, position: int) -> RoundView:
         examples="-" if record.scores is None else str(len(record.scores)),
         failures=failure_text(record.failures),
         seconds=seconds_text(record.ledger.seconds),
+        cost=cost_text(record.ledger.cost),
         losses=_losses(record),
     )
 
@@ -172,3 +178,8 @@ def _fall(loss: HeldOutLoss) -> str:
 def seconds_text(seconds: float) -> str:
     """Seconds, with a decimal below 100."""
     return f"{seconds:.1f}" if seconds < 99.95 else f"{seconds:,.0f}"
+
+
+def cost_text(cost: float | None) -> str:
+    """US dollars, with four decimals below 1; "?" where it is not known."""
+    return "?" if cost is None else f"${cost:.4f}" if cost < 1 else f"${cost:,.2f}"

@@ -18,7 +18,7 @@ from ..programs.behaviour import program_key
 from ..programs.content import by_name, example_content, fingerprint
 from ..programs.copies import Copier
 from ..programs.program import modules_of, predictors_of
-from ..records import Ledger
+from ..records import Ledger, total_cost
 from .attribution import CallAttribution
 from .rescue import HINT, as_field, hint_before_the_answer, narrow_signatures
 from .watching import Record, Seen, Watch, run_async_part, snapshot, watched_lm
@@ -233,7 +233,7 @@ class _Copy:
             strangers=strangers,
             failure=failure,
             error=error,
-            ledger=_ledger(record.tracker, len(raw_trace)),
+            ledger=_ledger(record, len(raw_trace)),
         )
 
     def _prepare(self, attempt: Attempt, seed: int | None) -> None:
@@ -375,12 +375,13 @@ def _kind(error: BaseException) -> FailureKind:
     return "timeout" if isinstance(error, TimeoutError | LMTimeoutError) else "program error"
 
 
-def _ledger(tracker: UsageTracker, calls: int) -> Ledger:
-    entries = [entry for model_entries in tracker.usage_data.values() for entry in model_entries]
+def _ledger(record: Record, calls: int) -> Ledger:
+    entries = [entry for model_entries in record.tracker.usage_data.values() for entry in model_entries]
     return Ledger(
         program_calls=1,
         lm_calls=max(calls, len(entries)),
         cache_hits=max(0, calls - len(entries)),
         prompt_tokens=sum(int(entry.get("prompt_tokens") or 0) for entry in entries),
         generated_tokens=sum(int(entry.get("completion_tokens") or 0) for entry in entries),
+        cost=total_cost(record.costs),
     )

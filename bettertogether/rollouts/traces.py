@@ -181,8 +181,10 @@ class ExamplePass:
         def note(position: int, trace: Trace) -> None:
             nonlocal done
             done += 1
-            tokens = trace.ledger.prompt_tokens + trace.ledger.generated_tokens
-            events.emit("progress", {"phase": self.phase, "done": done, "total": len(jobs), "tokens": tokens})
+            event: events.ProgressEvent = {"phase": self.phase, "done": done, "total": len(jobs)}
+            event["tokens"] = trace.ledger.prompt_tokens + trace.ledger.generated_tokens
+            event["cost"] = trace.ledger.cost
+            events.emit("progress", event)
             failed = failures[jobs[position][0]]
             if trace.failed:
                 failed[trace.index] = trace

@@ -76,6 +76,8 @@ class Record:
         self.trace: list[Any] = []
         """DSPy's trace: (predictor, inputs, prediction) triples."""
         self.tracker = SharedTracker()
+        self.costs: list[float | None] = []
+        """Of each answer, see `cost_of`."""
         self._seen: dict[int, Seen] = {}
         self._homes: set[tuple[int, int]] = set()
 
@@ -331,13 +333,22 @@ def note_response(entry: Mapping[str, Any]) -> None:
     """What a watched LM does in place of keeping a history; `dspy.inspect_history` finds the answer all the same. The
     last answer of a call is the one that counts: DSPy asks once more, in another format, where it can't read the
     first."""
-    if (record := _RECORD.get()) is not None and record.keeps_history:
-        record_history(None, entry)
+    if (record := _RECORD.get()) is not None:
+        record.costs.append(cost_of(entry))
+        if record.keeps_history:
+            record_history(None, entry)
     if (seen := _CALL.get()) is not None:
         output = next(iter(entry["outputs"]), None)
         fields = output if isinstance(output, Mapping) else {"text": output}
         seen.text, seen.thoughts = fields.get("text"), fields.get("reasoning_content")
         seen.cut = is_cut(entry["response"])
+
+
+def cost_of(entry: Mapping[str, Any]) -> float | None:
+    """What an answer cost in US dollars, by its entry in DSPy's history: nothing where it came from the cache or from a
+    model of this machine ("local/..."); None where DSPy knows no price."""
+    is_free = not entry["usage"] or str(entry["model"]).startswith("local/")
+    return 0.0 if is_free else entry["cost"]
 
 
 def is_cut(response: Any) -> bool:

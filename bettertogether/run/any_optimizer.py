@@ -17,19 +17,38 @@ from ..errors import ProgramError
 from ..lm import local_engine
 from ..programs.copies import drop_results
 from ..programs.program import as_programs, copy_for_step, modules_of, predictors_of
-from ..records import Ledger, OtherDetails
+from ..records import Ledger, OtherDetails, total_cost
 from ..rollouts.settings import RunSettings
+from ..rollouts.watching import cost_of
 from ..steps.step import StepContext, StepResult
 
 
-class _CallCounter(BaseCallback):
+class _Bill(BaseCallback):
+    """Counts the calls of LMs and what they cost. As one of DSPy's `caller_modules` it is told each answer."""
+
     def __init__(self) -> None:
         self.calls = 0
+        self._costs: list[float | None] = []
         self._lock = threading.Lock()
+        self.history = self
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: Exception | None = None) -> None:
         with self._lock:
             self.calls += 1
+
+    def __len__(self) -> int:
+        """As a history, none of whose entries is to be dropped."""
+        return 0
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """As a history."""
+        self._costs.append(cost_of(entry))
+
+    @property
+    def cost(self) -> float | None:
+        """US dollars; None where a price is not known, or where DSPy's histories are off."""
+        off = dspy.settings.disable_history or dspy.settings.max_history_size == 0
+        return None if off and self.calls else total_cost(self._costs)
 
 
 _USUAL = ("trainset", "teacher", "valset")
@@ -104,7 +123,7 @@ def run_any(
         lent(optimizer, context.settings),
         _kept_lms(as_programs(given.get("teacher"))),
         _fallback_lm(lms),
-        _counting() as counter,
+        _billed() as bill,
     ):
         result = unmark(optimizer.compile(student, **arguments))
     drop_results(result)
@@ -112,7 +131,7 @@ def run_any(
     for name, predictor in predictors_of(result).items():
         if predictor.lm is None:
             predictor.lm = lms.get(name)
-    ledger = _ledger(counter.calls, before, _engine_counters(lms.values()))
+    ledger = _ledger(bill, before, _engine_counters(lms.values()))
     return StepResult(result, ledger, OtherDetails(type(optimizer).__name__))
 
 
@@ -121,12 +140,13 @@ def _by_name(settings: RunSettings) -> dict[str, int | None]:
     return {"num_threads": settings.num_threads, "max_errors": settings.max_errors, "seed": settings.seed}
 
 
-def _ledger(calls: int, before: Mapping[str, int], after: Mapping[str, int]) -> Ledger:
+def _ledger(bill: _Bill, before: Mapping[str, int], after: Mapping[str, int]) -> Ledger:
     return Ledger(
-        lm_calls=calls,
-        cache_hits=max(0, calls - (after["requests"] - before["requests"])) if before["engines"] else 0,
+        lm_calls=bill.calls,
+        cache_hits=max(0, bill.calls - (after["requests"] - before["requests"])) if before["engines"] else 0,
         prompt_tokens=after["prompt_tokens"] - before["prompt_tokens"],
         generated_tokens=after["generated_tokens"] - before["generated_tokens"],
+        cost=bill.cost,
     )
 
 
@@ -145,10 +165,10 @@ def _engine_counters(lms: Any) -> dict[str, int]:
 
 
 @contextmanager
-def _counting() -> Iterator[_CallCounter]:
-    counter = _CallCounter()
-    with dspy.context(callbacks=[*dspy.settings.callbacks, counter]):
-        yield counter
+def _billed() -> Iterator[_Bill]:
+    bill, callers = _Bill(), dspy.settings.caller_modules or []
+    with dspy.context(callbacks=[*dspy.settings.callbacks, bill], caller_modules=[*callers, bill]):
+        yield bill
 
 
 @contextmanager

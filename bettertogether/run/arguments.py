@@ -46,8 +46,8 @@ def check_watching(*, callbacks: Any, progress: object, budget: object) -> None:
     require_switch("progress", progress)
     if not isinstance(budget, Budget | None):
         raise ConfigError(
-            f"budget={budget!r} is not allowed: give bettertogether.Budget(minutes=..., metric_calls=..., tokens=...), "
-            "or None for no limit."
+            f"budget={budget!r} is not allowed: give bettertogether.Budget(minutes=..., metric_calls=..., tokens=..., "
+            "cost=...), or None for no limit."
         )
 
 

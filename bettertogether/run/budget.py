@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from ..errors import BudgetExceeded, ConfigError
 from ..records import Ledger
 
+_LIMITS = {"minutes": ("minutes", 1), "metric_calls": ("metric calls", 0), "tokens": ("tokens", 0), "cost": ("USD", 4)}
+"""Name to unit and decimals; whole numbers where there are none."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -21,14 +24,17 @@ class Budget:
     """Calls of the metric."""
     tokens: int | None = None
     """Prompt, generated and trained tokens together."""
+    cost: float | None = None
+    """US dollars for the answers of paid LMs, see `Ledger.cost`. Raises ConfigError at the first answer of an LM whose
+    price is not known."""
 
     def __post_init__(self) -> None:
-        for name in ("minutes", "metric_calls", "tokens"):
+        for name, (_, decimals) in _LIMITS.items():
             value = getattr(self, name)
-            kinds = int | float if name == "minutes" else int
+            kinds = int | float if decimals else int
             if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and value > 0):
                 continue
-            number = "a number" if name == "minutes" else "a whole number"
+            number = "a number" if decimals else "a whole number"
             raise ConfigError(f"Budget({name}={value!r}) is not allowed: give {number} above 0, or None for no limit.")
 
     def start(self, spent: Ledger = Ledger(), *, clock: Callable[[], float] = time.monotonic) -> BudgetMeter:
@@ -60,18 +66,30 @@ class BudgetMeter:
             return self._charged.with_seconds(self._clock() - self._started_s)
 
     def check(self) -> None:
-        """Raise BudgetExceeded when a limit is reached; the message has what was used and the limits."""
+        """Raise BudgetExceeded when a limit is reached; the message has what was used and the limits. Raise ConfigError
+        where the cost is limited and not known."""
         used = self.used
         amounts = {"minutes": used.seconds / 60, "metric_calls": used.metric_calls, "tokens": used.tokens}
+        if self.budget.cost is not None:
+            amounts["cost"] = _known(used.cost, self.budget.cost)
         limits = {name: getattr(self.budget, name) for name in amounts}
         if not any(limit is not None and amounts[name] >= limit for name, limit in limits.items()):
             return
         parts = [
-            f"{amounts[name]:,.{1 if name == 'minutes' else 0}f} of {'any' if limit is None else format(limit, ',')} "
-            f"{name.replace('_', ' ')}"
-            for name, limit in limits.items()
+            f"{amounts[name]:,.{decimals}f} of {'any' if limits[name] is None else format(limits[name], ',')} {unit}"
+            for name, (unit, decimals) in _LIMITS.items()
+            if name in amounts
         ]
         raise BudgetExceeded(
             f"The budget is used up: {', '.join(parts)}. Give a larger Budget with the same run_dir to go on after "
             "the last finished step."
         )
+
+
+def _known(cost: float | None, limit: float) -> float:
+    if cost is None:
+        raise ConfigError(
+            f"Budget(cost={limit!r}) is not allowed here: an LM was called whose price DSPy does not know (it has "
+            'LiteLLM\'s; only "local/..." models cost nothing). Bound tokens, metric_calls or minutes instead.'
+        )
+    return cost

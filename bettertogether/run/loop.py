@@ -47,7 +47,8 @@ class _BudgetWatch(events.Callback):
         self._trained = 0
 
     def on_progress(self, event: events.ProgressEvent) -> None:
-        self._meter.charge(Ledger(metric_calls=1, prompt_tokens=event.get("tokens", 0)))
+        spent = Ledger(metric_calls=1, prompt_tokens=event.get("tokens", 0), cost=event.get("cost", 0.0))
+        self._meter.charge(spent)
         self._meter.check()
 
     def on_training(self, event: events.TrainingEvent) -> None:
@@ -191,7 +192,9 @@ class Loop:
         )
         step = as_step(optimizer)
         if step is None:
-            return run_any(optimizer, parent, context, given, plan.provide_traceback)
+            result = run_any(optimizer, parent, context, given, plan.provide_traceback)
+            self.meter.charge(result.ledger)
+            return result
         # Tuned weights answer the trainset by heart under any prompt, so theirs are chosen on other examples.
         untrained = model_names(parent) == model_names(plan.student)
         if step.spares_valset and untrained and len(context.trainset) >= ENOUGH_FOR_BOTH:

@@ -165,7 +165,7 @@ def test_a_record_is_shown_without_its_scores_prompts_and_details() -> None:
     assert text == (
         "StepRecord(index=0, step='', strategy='', status='complete', score=0.5, failures=(), scored_example=None, "
         "step_gain=None, ledger=Ledger(program_calls=0, metric_calls=0, lm_calls=0, cache_hits=0, prompt_tokens=0, "
-        "generated_tokens=0, trained_tokens=0, seconds=0.0), models={}, error=None)"
+        "generated_tokens=0, trained_tokens=0, seconds=0.0, cost=0.0), models={}, error=None)"
     )
 
 

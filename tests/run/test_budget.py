@@ -19,7 +19,9 @@ class Clock:
         return self.now_s
 
 
-@pytest.mark.parametrize("options", [{"minutes": 0}, {"metric_calls": -1}, {"tokens": 1.5}, {"metric_calls": True}])
+@pytest.mark.parametrize(
+    "options", [{"minutes": 0}, {"metric_calls": -1}, {"tokens": 1.5}, {"metric_calls": True}, {"cost": 0}]
+)
 def test_a_limit_that_is_no_positive_number_is_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         Budget(**options)  # type: ignore[arg-type]
