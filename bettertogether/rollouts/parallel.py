@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextvars
-import itertools
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import dspy
 
@@ -18,9 +18,6 @@ Result = TypeVar("Result")
 
 WAKE_UP_S = 0.2
 """How often the waiting thread wakes, so that Ctrl-C is heard at once."""
-
-AHEAD = 4
-"""Items that are submitted for each thread."""
 
 
 def parallel_map(
@@ -35,34 +32,41 @@ def parallel_map(
     The first exception (Ctrl-C too) stops the rest that has not started, and is raised.
     """
     results: dict[int, Result] = {}
-    threads = max(1, min(num_threads, len(items) or 1))
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="bettertogether")
-    indices: dict[Future[Result], int] = {}
-    # Not concurrent.futures.wait, which looks at every pending item each time that one is done.
-    finished: SimpleQueue[Future[Result]] = SimpleQueue()
-    waiting = iter(enumerate(items))
+    waiting = deque(range(len(items)))
+    # Not futures of a pool, which cost as much as the run of a small program.
+    finished: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
+    context = contextvars.copy_context()
 
-    def submit(count: int) -> None:
-        for index, item in itertools.islice(waiting, count):
-            future = pool.submit(contextvars.copy_context().run, function, item)
-            indices[future] = index
-            future.add_done_callback(finished.put)
+    def work() -> None:
+        while True:
+            try:
+                index = waiting.popleft()
+            except IndexError:  # nothing is left
+                return
+            try:
+                finished.put((index, context.copy().run(function, items[index]), None))
+            except BaseException as error:
+                finished.put((index, None, error))
 
+    number = max(1, min(num_threads, len(items)))
+    threads = [threading.Thread(target=work, name="bettertogether") for _ in range(number)]
     try:
-        # A few more than there are threads, so that none waits; an item that is submitted takes memory.
-        submit(AHEAD * threads)
+        for thread in threads:
+            thread.start()
         while len(results) < len(items):
             try:
-                future = finished.get(timeout=WAKE_UP_S)
+                index, result, error = finished.get(timeout=WAKE_UP_S)
             except Empty:
                 continue
-            index = indices.pop(future)
-            results[index] = future.result()
-            submit(1)
+            if error is not None:
+                raise error
+            results[index] = result
             if on_result:
                 on_result(index, results[index])
     finally:
-        pool.shutdown(wait=len(results) == len(items), cancel_futures=True)
+        waiting.clear()
+    for thread in threads:
+        thread.join()
     return [results[index] for index in range(len(items))]
 
 

@@ -6,6 +6,7 @@ how well the model knows the form and nothing of what it answers.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from .sharing import Sharing
 from .weighting import free_weights, knows_fields
 
 ROWS_AT_ONCE = 256
-"""Rows whose prefixes are sought together; the search is quadratic in them."""
+"""Rows that are in memory and whose prefixes are sought together; the search is quadratic in them."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,19 @@ def held_out_losses(
     """
     by_field = by_field and knows_fields(rows)
     names = sorted({name for row in rows for name in row.fields if name})
-    shown = [each for row in rows for each in ((row, row.shown(0)) if row.forms else (row,))]
-    mine = sharing.rows(shown)
-    parts = [mine[start : start + ROWS_AT_ONCE] for start in range(0, len(mine), ROWS_AT_ONCE)]
-    plan = [batch for part in parts for batch in loss.plan(part, max_tokens)]
-    sums_K = torch.zeros(2 + len(names), dtype=torch.float64)
+    shown = (each for row in rows for each in ((row, row.shown(0)) if row.forms else (row,)))
+    sums_K, counts_K = torch.zeros(2, 2 + len(names), dtype=torch.float64)
     with torch.no_grad():
-        for batch, counts in sharing.passes(plan, shown):
-            losses_N = loss.token_losses(batch).double().cpu()
-            if counts:
-                sums_K += _weights(batch.rows, names, by_field) @ losses_N
+        # Never all of them, which may be more than memory holds (`arrow_rows`).
+        while part := list(itertools.islice(shown, ROWS_AT_ONCE)):
+            counts_K += _weights(part, names, by_field).sum(1)
+            plan = loss.plan(sharing.rows(part), max_tokens)
+            for batch, counts in sharing.passes(plan, part):
+                losses_N = loss.token_losses(batch).double().cpu()
+                if counts:
+                    sums_K += _weights(batch.rows, names, by_field) @ losses_N
     sharing.let_go(loss.model)
     sums_K = sharing.sum(sums_K)
-    counts_K = _weights(shown, names, by_field).sum(1)
     free, all_tokens, *means = (sums_K / counts_K).tolist()
     measured = {name: mean for name, mean, count in zip(names, means, counts_K[2:], strict=True) if count > 0}
     return HeldOutLosses(free if counts_K[0] > 0 else all_tokens, all_tokens, measured)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import _thread
 import threading
 import time
-from collections.abc import Iterator
+from typing import Any
 
 import dspy
 import pytest
 from fakes import parity_engine, parity_program
 
-from bettertogether.rollouts.parallel import AHEAD, parallel_map, thread_count
+from bettertogether.rollouts.parallel import parallel_map, thread_count
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
@@ -106,22 +106,23 @@ def test_without_a_local_engine_threads_are_dspys() -> None:
         assert thread_count(dspy.Predict("q -> a"), None) == 5
 
 
-class Taken:
+class Items(list[int]):
     """Items that count how many of them were taken."""
 
-    def __init__(self, count: int) -> None:
-        self.count, self.taken = count, 0
+    taken = 0
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        for item in range(self.count):
-            self.taken += 1
-            yield item
+    def __getitem__(self, index: Any) -> Any:
+        self.taken += 1
+        return super().__getitem__(index)
 
 
 def test_items_are_taken_as_threads_get_to_them() -> None:
-    items, taken = Taken(100), list[int]()
-    parallel_map(str, items, num_threads=2, on_result=lambda index, _: taken.append(items.taken))  # type: ignore[arg-type]
-    assert taken == [*range(AHEAD * 2 + 1, 100), *[100] * (AHEAD * 2 + 1)]
+    items, both = Items(range(100)), threading.Barrier(2)
+
+    def work(item: int) -> int:
+        both.wait(60)
+        taken = items.taken
+        both.wait(60)
+        return taken
+
+    assert parallel_map(work, items, num_threads=2) == [2 * (item // 2) + 2 for item in items]

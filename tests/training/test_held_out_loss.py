@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bettertogether.errors import DataError
-from bettertogether.training import LoRAConfig, TrainingConfig
+from bettertogether.training import LoRAConfig, TrainingConfig, held_out
 from bettertogether.training.adapter import training_adapter
+from bettertogether.training.arrow_rows import write_arrow
 from bettertogether.training.held_out import HeldOutLosses, held_out_losses
-from bettertogether.training.loss import row_loss
+from bettertogether.training.loss import RowLoss, row_loss
 from bettertogether.training.packing import TokenizedRow
 from bettertogether.training.sharing import Sharing
 from bettertogether.training.trainer import TrainingResult, train_adapter
@@ -87,6 +89,17 @@ def test_a_field_without_a_free_token_has_no_loss_and_where_all_is_forced_all_co
     found = measured(tiny_model(), [row])
     assert found.free == found.all_tokens > 0
     assert found.fields == {}
+
+
+def test_rows_of_a_file_are_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = tiny_model(), marked(random_rows(4, shared=20, seed=1), forms=1)
+    expected = measured(model, rows, by_field=True)
+    monkeypatch.setattr(held_out, "ROWS_AT_ONCE", 3)
+    with row_loss(model, torch.float32, 100) as loss, mock.patch.object(RowLoss, "plan", side_effect=loss.plan) as plan:
+        found = held_out_losses(loss, write_arrow(rows, tmp_path / "rows"), 10_000, Sharing.of_this_process(), True)
+    parts = [len(call.args[0]) for call in plan.call_args_list]
+    assert parts == [3, 3, 2]
+    assert (found.free, found.all_tokens) == pytest.approx((expected.free, expected.all_tokens), rel=1e-5)
 
 
 def train(folder: Path, training: TrainingConfig = FAST, rows: list[TokenizedRow] = ROWS) -> TrainingResult:
