@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -221,11 +220,3 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return int(module.weight.shape[0]), int(module.weight.shape[1])
     return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
-
-
-def meta_linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    """`linear_shapes` of the model that a transformers config describes, without its weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return linear_shapes(AutoModelForCausalLM.from_config(config, trust_remote_code=False))

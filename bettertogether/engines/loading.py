@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedModel,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -202,6 +204,15 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Any
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ModelError(f"The weights of {card.source!r} can't be loaded: {error}") from error
     return model.to(device).eval().requires_grad_(False)
+
+
+def meta_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model that a transformers config describes, without its weights."""
+    # A copy, since the model writes its precision into it.
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    return model
 
 
 def is_out_of_memory(error: BaseException) -> bool:

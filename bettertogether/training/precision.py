@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, MissingExtraError
 from ._upstream import multiplies_bfloat16_fast, turn_checkpointing_on
@@ -43,9 +43,7 @@ def _fast_bfloat16(device: torch.device) -> bool:
 
 def checkpoint_gradients(model: PreTrainedModel, training: TrainingConfig) -> bool:
     """Turn gradient checkpointing on where the options say so; returns whether it is on. The caller restores."""
-    wanted = training.gradient_checkpointing
-    if wanted == "auto":
-        wanted = model.device.type == "cuda" and model.num_parameters() > CHECKPOINTED_PARAMETERS
+    wanted = wants_checkpointing(training, model.device, model.num_parameters())
     if wanted:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(
@@ -53,23 +51,36 @@ def checkpoint_gradients(model: PreTrainedModel, training: TrainingConfig) -> bo
                 "max_tokens_per_batch if memory is short."
             )
         turn_checkpointing_on(model)
-    return bool(wanted)
+    return wanted
 
 
-def tokens_in_memory(model: PreTrainedModel, dtype: torch.dtype) -> int:
+def wants_checkpointing(training: TrainingConfig, device: torch.device, parameters: int) -> bool:
+    """Whether the options ask for gradient checkpointing of a base model with so many parameters."""
+    if training.gradient_checkpointing == "auto":
+        return device.type == "cuda" and parameters > CHECKPOINTED_PARAMETERS
+    return training.gradient_checkpointing
+
+
+def activation_bytes(config: PretrainedConfig, dtype: torch.dtype, *, checkpointed: bool = False) -> int:
+    """Memory that a token takes in a forward and backward pass, estimated from the sizes of the layers: measured for
+    SmolLM2-135M in float32 2.1 MB, estimated 2.1 MB. Checkpointed, each layer keeps its input, and one the rest."""
+    text = config.get_text_config()
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    widest = max(inner) if isinstance(inner, (list, tuple)) else inner
+    layer = 14 * text.hidden_size + 6 * widest
+    layers = text.num_hidden_layers
+    return (layers * text.hidden_size + layer if checkpointed else layers * layer) * dtype.itemsize
+
+
+def tokens_in_memory(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> int:
     """Tokens of one forward and backward pass that half of the machine's memory holds; no bound on other devices.
 
     A processor has no out-of-memory error to react to: the process is killed. The share is of all memory, not of what
-    is free, so that a run is split the same way every time. Estimated from the sizes of the layers; measured for
-    SmolLM2-135M in float32: 2.1 MB a token, estimated 2.1 MB.
+    is free, so that a run is split the same way every time.
     """
-    if model.device.type != "cpu":
+    if device.type != "cpu":
         return sys.maxsize
-    config = model.config.get_text_config()
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    widest = max(inner) if isinstance(inner, (list, tuple)) else inner
-    kept = config.num_hidden_layers * (14 * config.hidden_size + 6 * widest) * dtype.itemsize
-    return max(1, psutil.virtual_memory().total // 2 // kept)
+    return max(1, psutil.virtual_memory().total // 2 // activation_bytes(config, dtype))
 
 
 def four_bit_copy(model: PreTrainedModel) -> PreTrainedModel:

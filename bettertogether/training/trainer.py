@@ -164,7 +164,8 @@ class _Run:
         self.parameters = adapter.parameters
         self.length = RunLength(training, int(_number(self.training.epochs)), len(rows), bool(validation_rows))
         self.total_steps = self.length.total_steps
-        self.max_tokens = min(training.max_tokens_per_batch, tokens_in_memory(adapter.base, loss.dtype))
+        most = tokens_in_memory(adapter.base.config, adapter.base.device, loss.dtype)
+        self.max_tokens = min(training.max_tokens_per_batch, most)
         self.started = time.perf_counter()
         options: dict[str, object] = {
             "training": [training.recipe().to_dict(), self.training.recipe().to_dict()],

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from small_models import SIZES, decode, generated, prompts, save_adapter, tiny_model
 from transformers import LlamaConfig
 
-from bettertogether.engines.adapters import AdaptedSpan, AdapterBank, linear_shapes, meta_linear_shapes
+from bettertogether.engines.adapters import AdaptedSpan, AdapterBank, linear_shapes
+from bettertogether.engines.loading import meta_model
 from bettertogether.engines.local.decoder import BatchRow
 from bettertogether.engines.local.packed_decoder import PackedDecoder
 from bettertogether.engines.local.plain_decoder import PlainDecoder
@@ -222,4 +223,4 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
 
 def test_the_layers_of_a_model_are_known_without_its_weights() -> None:
     model = tiny_model()
-    assert meta_linear_shapes(model.config) == linear_shapes(model)
+    assert linear_shapes(meta_model(model.config)) == linear_shapes(model)

@@ -15,11 +15,12 @@ from dspy.lm15 import Request, Response
 from ...training.lending import ModelState, lent_out
 from ...training.progress import ProgressFunction, TrainingProgress
 from .._upstream import StreamEvent
-from ..adapters import AdapterBank, linear_shapes, meta_linear_shapes
+from ..adapters import AdapterBank, linear_shapes
 from ..answers import FinishedAnswer, TokenScore
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
 from ..finetuning import TrainingJob, train
-from ..loading import is_out_of_memory, load_model
+from ..loading import is_out_of_memory, load_model, meta_model
+from ..memory_plan import announce_memory
 from ..protocol import FinetuneResult, TrainingRow
 from ..responses import ResponseWriter
 from ..structured import structured_output_available
@@ -219,14 +220,18 @@ class TransformersEngine(BaseEngine):
 
     def _layer_shapes(self) -> Mapping[str, tuple[int, int]]:
         if not self._shapes:
-            self._shapes = meta_linear_shapes(self._card.config)
+            self._shapes = linear_shapes(meta_model(self._card.config))
         return self._shapes
 
     def _loaded_model(self) -> Any:
         with self._load_lock:
             if self._model is None:
                 self._check_unchanged()
-                model = load_model(self._card, self.options.torch_device, self.options.torch_dtype)
+                options = self.options
+                place = options.torch_device, options.torch_dtype
+                requests = options.max_batch_size
+                announce_memory(self._card, *place, cache_bytes=options.cache_bytes, requests=requests)
+                model = load_model(self._card, *place)
                 pack_linear_layers(model)
                 # Now, since a training wraps layers for its time.
                 self._shapes = linear_shapes(model)

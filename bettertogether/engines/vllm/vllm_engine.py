@@ -29,6 +29,7 @@ from ..answers import FinishedAnswer
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
 from ..finetuning import TrainingJob, train
 from ..loading import load_model, pick_device, pick_dtype
+from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult
 from ..responses import ResponseWriter
 from ..structured import after_thoughts, answer_grammar
@@ -335,7 +336,9 @@ class VLLMEngine(BaseEngine):
     def _train_here(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
         """Train in this process, on a model of its own that is freed afterwards."""
         device = pick_device("auto")
-        model = load_model(self._card, device, pick_dtype("auto", device))
+        dtype = pick_dtype("auto", device)
+        announce_memory(self._card, device, dtype, lora=job.lora, training=job.training)
+        model = load_model(self._card, device, dtype)
         try:
             return train(self, job, model, self._card.source, on_progress)
         finally:
