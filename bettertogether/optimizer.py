@@ -34,7 +34,7 @@ class BetterTogether(Teleprompter):
         optimizers: Any Teleprompter under any key; the keys are the steps that a strategy names. None given:
             `p=BootstrapFewShotRS(metric)` and `w=LoRAFinetune(metric)`.
 
-    Example:
+    Examples:
         >>> student.set_lm(bettertogether.local_lm("HuggingFaceTB/SmolLM2-135M-Instruct"))
         >>> compiled = BetterTogether(metric).compile(student, trainset=trainset, valset=valset)
         >>> print(compiled.report)
