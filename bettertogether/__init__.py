@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .artifact.artifact import load, merge, save
+    from .artifact.artifact import load, merge, save, save_gguf
     from .artifact.hub import push_to_hub
     from .callbacks.display import ProgressDisplay
     from .callbacks.events import Callback
@@ -45,6 +45,7 @@ _PUBLIC = {
     "merge": ".artifact",
     "push_to_hub": ".artifact",
     "save": ".artifact",
+    "save_gguf": ".artifact",
     "stratified_split": ".rollouts.labels",
     "vllm_lm": ".lm",
 }
@@ -69,6 +70,7 @@ __all__ = [
     "merge",
     "push_to_hub",
     "save",
+    "save_gguf",
     "stratified_split",
     "vllm_lm",
 ]

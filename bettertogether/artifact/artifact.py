@@ -155,6 +155,35 @@ def merge(
 
     `predictor` picks one where the program has several adapters. `out` must be new or empty. Raises ArtifactError.
     """
+    return _merge(folder, out, predictor, base_model, gguf=False)
+
+
+def save_gguf(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    predictor: str | None = None,
+    base_model: str | Path | None = None,
+) -> Path:
+    """Write the tuned model of a saved program for llama.cpp and Ollama: `out` gets model.gguf and a Modelfile.
+
+    The weights are merged as in `merge` and keep the base's precision; tokenizer, chat template and special tokens are
+    in the file. `ollama create NAME -f out/Modelfile` takes both. Llama (with SmolLM2 and Mistral), SmolLM3, Qwen2,
+    Qwen3, Gemma, Gemma 2 and Gemma 3 can be written.
+
+    `predictor` picks one where the program has several adapters. `out` must be new or empty. Raises ArtifactError.
+    """
+    return _merge(folder, out, predictor, base_model, gguf=True)
+
+
+def _merge(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    predictor: str | None,
+    base_model: str | Path | None,
+    *,
+    gguf: bool,
+) -> Path:
     root, target = folder_argument(folder, "folder"), folder_argument(out, "out")
     if not isinstance(base_model, str | Path | None):
         raise ArtifactError(f"base_model={base_model!r:.100}: give the base model's folder or hub id.")
@@ -163,14 +192,18 @@ def merge(
     record = manifest["lms"][_adapter_to_merge(manifest, predictor)]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ArtifactError(f"{target} is not empty: give an `out` folder that is new or empty.")
-    from ..engines.merging import Base, merge_adapter
+    from ..engines.merging import Base, merge_adapter, merge_to_gguf
 
     adapter = inside(root, record["adapter"])
     require_content(adapter, record["model"])
     base = base_model or record["base"]
     try:
         compare_base(record, Base.at(base), chosen=base_model is not None)
-        merge_adapter(base, adapter, target)
+        if gguf:
+            template_kwargs = record["engine_options"].get("chat_template_kwargs")
+            merge_to_gguf(base, adapter, target, template_kwargs, record["options"].get("temperature") or 0)
+        else:
+            merge_adapter(base, adapter, target)
     except (ModelError, RunDirectoryError) as error:
         raise ArtifactError(f"{root} can't be merged: {error}") from error
     return target

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from ..errors import ModelError
+from .gguf_model import rotary_factors
 
 # GGUF names the rule that splits text before BPE; transformers reads every "gpt2" vocabulary with GPT-2's rule. For
 # these vocabularies that differs before digits ("  7" is "Ġ", "Ġ", "7" instead of "ĠĠ", "7").
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
+_LLAMA_3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def convert_gguf(gguf_file: Path, folder: Path) -> None:
@@ -21,8 +26,9 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     source, name = str(gguf_file.parent), gguf_file.name
+    reader = GGUFReader(str(gguf_file))
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32, **_not_read(reader))
     config = type(loaded.config).from_dict(_plain_config(loaded.config.to_dict()))
     # transformers refuses to save a model that was loaded from GGUF, so the weights move to a fresh one.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -30,7 +36,7 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
     tokenizer.model_max_length = config.max_position_embeddings
-    if _pre_tokenizer_name(gguf_file) in _SINGLE_DIGITS:
+    if _setting(reader, "tokenizer.ggml.pre") in _SINGLE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -45,8 +51,31 @@ def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in dropped}
 
 
-def _pre_tokenizer_name(gguf_file: Path) -> str | None:
-    from gguf import GGUFReader
+def _setting(reader: GGUFReader, name: str) -> Any:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()
 
-    field = GGUFReader(str(gguf_file)).get_field("tokenizer.ggml.pre")
-    return None if field is None else str(field.contents())
+
+def _not_read(reader: GGUFReader) -> dict[str, Any]:
+    """The settings that transformers leaves at their defaults. Raises ModelError for rotary factors of a file that are
+    not those of any Llama 3."""
+    kind = _setting(reader, "general.architecture")
+    if kind not in ("llama", "qwen3"):
+        return {}
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    settings: dict[str, Any] = {"head_dim": _setting(reader, f"{kind}.attention.key_length")}
+    if kind == "llama":
+        settings |= {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
+    if "rope_freqs.weight" in tensors:
+        factors = torch.from_numpy(tensors["rope_freqs.weight"].copy())
+        settings["rope_parameters"] = _llama_3(factors, _setting(reader, f"{kind}.rope.freq_base"))
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _llama_3(factors: torch.Tensor, theta: float) -> dict[str, Any]:
+    """The rotary parameters that make these factors: those of Llama 3.1 to 3.3 differ in the largest one."""
+    rope = {"rope_type": "llama3", "rope_theta": theta, "factor": float(factors.max())} | _LLAMA_3_ROPE
+    made = rotary_factors(LlamaConfig(head_dim=2 * len(factors), rope_parameters=rope))
+    if not torch.allclose(factors, made, rtol=1e-3):
+        raise ModelError(f"The file's rotary factors {factors.tolist()} are not those of a Llama 3.")
+    return rope

@@ -99,7 +99,7 @@ def read_card(source: str | Path) -> ModelCard:
         source=str(source),
         config=config,
         tokenizer=tokenizer,
-        eos_ids=_eos_ids(source, config),
+        eos_ids=eos_ids(source, config),
         max_length=_max_length(config),
         unknown_tokens=unknown,
     )
@@ -145,7 +145,8 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _eos_ids(source: str | Path, config: Any) -> tuple[int, ...]:
+def eos_ids(source: str | Path, config: Any) -> tuple[int, ...]:
+    """Tokens that end an answer, by the generation config of a model, or else its config."""
     try:
         eos = GenerationConfig.from_pretrained(source).eos_token_id
     except OSError:

@@ -1,8 +1,10 @@
-"""Merge a LoRA adapter into its base model and write a plain Hugging Face model."""
+"""Merge a LoRA adapter into its base model and write a plain Hugging Face model, or GGUF."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,12 @@ from ..files import atomic_folder
 from ..training.adapter_folder import read_adapter_config
 from .adapters import linear_shapes, read_weights
 from .fingerprint import model_hash, short_name
+from .gguf_model import write_gguf
+from .loading import eos_ids
+from .ollama import modelfile
+from .rendering import PromptRenderer
+
+GGUF_FILE = "model.gguf"
 
 
 def merge_adapter(base: str | Path, adapter: Path, out: Path) -> None:
@@ -24,15 +32,44 @@ def merge_adapter(base: str | Path, adapter: Path, out: Path) -> None:
 
     `out` must be new or empty; it appears when it is complete. Needs memory for the base and one layer in float32.
     """
+    model, tokenizer = _merged(base, adapter)
+    with _written_whole(out) as work:
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+
+
+def merge_to_gguf(
+    base: str | Path, adapter: Path, out: Path, template_kwargs: Mapping[str, Any] | None, temperature: float
+) -> None:
+    """As `merge_adapter`, but `out` has model.gguf and an Ollama Modelfile.
+
+    `template_kwargs` are the variables of the chat template that the adapter was trained under. Raises ModelError also
+    for a model that llama.cpp doesn't have.
+    """
+    model, tokenizer = _merged(base, adapter)
+    renderer = PromptRenderer(tokenizer, eos_ids(base, model.config), template_kwargs)
+    with _written_whole(out) as work:
+        write_gguf(work / GGUF_FILE, model, tokenizer, renderer, short_name(base))
+        text = modelfile(GGUF_FILE, renderer, tokenizer, model.config.max_position_embeddings, temperature)
+        (work / "Modelfile").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _written_whole(out: Path) -> Iterator[Path]:
+    try:
+        with atomic_folder(out) as work:
+            yield work
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{out} can't be written: {error}") from error
+
+
+def _merged(base: str | Path, adapter: Path) -> tuple[Any, Any]:
     config = read_adapter_config(adapter)
     model, tokenizer = _load(os.path.expanduser(base))
     _merge(model, read_weights(adapter, config, linear_shapes(model)), adapter)
-    try:
-        with atomic_folder(out) as work:
-            model.save_pretrained(work)
-            tokenizer.save_pretrained(work)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{out} can't be written: {error}") from error
+    return model, tokenizer
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ FINAL_CHANNEL = "<|channel|>final<|message|>"
 PLAIN_STOP = ("\n\n### User:", "\n\n### Assistant:")
 """Where a model without a chat template goes on with a turn that is not its answer, as a model that no training has
 taught the end of one does."""
+_PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] != 'system' %}"
+    "### {{ message['role'] | capitalize }}:\n{% endif %}{{ message['content'] }}\n\n{% endfor %}"
+    "### Assistant:{{ '\\n' }}"
+)
 PROBES = ("probe-system-a1", "probe-user-b2", "probe-assistant-c3", "probe-user-d4")
 
 
@@ -122,6 +127,13 @@ class PromptRenderer:
         self.end_id = self._end_of_turn(set(eos_ids))
         start = self._encode(_ANSWER)
         self._prefixes = self._encode("\n" + _ANSWER)[-len(start) :] != start
+
+    def template(self) -> str:
+        """A chat template that writes the same prompts where other programs read it: dates and variables are fixed."""
+        if not self._has_template:
+            return _PLAIN_TEMPLATE
+        used = {name: value for name, value in self._template_kwargs.items() if name in self._template}
+        return "".join(f"{{%- set {name} = {json.dumps(value)} %}}" for name, value in used.items()) + self._template
 
     def text(self, messages: Sequence[ChatMessage]) -> str:
         """The prompt as text, ending where the answer begins. Raises InvalidRequestError."""
