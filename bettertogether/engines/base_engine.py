@@ -22,7 +22,7 @@ from ._upstream import StreamEvent
 from .answers import SamplingOptions
 from .finetuning import TrainingJob, prepare
 from .fingerprint import model_hash, short_hash, short_name
-from .loading import read_card
+from .loading import located, read_card
 from .options import EngineOptions, plain
 from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, TrainingRow, require_adapter
 from .rendering import PromptRenderer, messages_of
@@ -48,7 +48,7 @@ class BaseEngine:
     supports_reasoning = False
 
     def __init__(self, model: str | Path, options: EngineOptions) -> None:
-        model = expanded(model)
+        model = located(model)
         self._card = read_card(model)
         self.options = options.resolved()
         self.short_name = short_name(model)
@@ -113,7 +113,8 @@ class BaseEngine:
         options than those given now.
         """
         asked = cls.options_class.of(options).resolved()
-        key = (cls, *_identity(expanded(model)), *asked.place().values())
+        model = located(model)
+        key = (cls, *_identity(model), *asked.place().values())
         with _SHARED_LOCK:
             engine = _SHARED.get(key)
             if engine is None:
@@ -301,13 +302,6 @@ def _forget_shared() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_shared)
-
-
-def expanded(path: str | Path) -> str | Path:
-    """A path with "~" replaced by the home folder; anything else as it is."""
-    if not str(path).startswith("~"):
-        return path
-    return type(path)(Path(path).expanduser())
 
 
 def _identity(model: str | Path) -> tuple[str, ...]:

@@ -69,7 +69,11 @@ def short_hash(content: str, traits: Mapping[str, Any]) -> str:
 
 def short_name(model: str | Path) -> str:
     """What a model is called: its folder's name, or the last part of its hub id."""
-    name = Path(str(model).rstrip("/")).resolve().name if Path(model).is_dir() else Path(model).name
+    path = Path(str(model).rstrip("/")).resolve() if Path(model).is_dir() else Path(model)
+    name = path.name
+    if path.parent.name == "snapshots":
+        # Of the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
+        name = path.parent.parent.name.rpartition("--")[2]
     # In a model name, "@" begins the adapter.
     return name.replace("@", "_")
 

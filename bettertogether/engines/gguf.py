@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,56 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from ..errors import ModelError
+from ..files import cache_folder, cached_model
+from ..printable import get_logger
+from .fingerprint import file_hash
 from .gguf_model import rotary_factors
+
+logger = get_logger(__name__)
+
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
 
 # GGUF names the rule that splits text before BPE; transformers reads every "gpt2" vocabulary with GPT-2's rule. For
 # these vocabularies that differs before digits ("  7" is "Ġ", "Ġ", "7" instead of "ĠĠ", "7").
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 _LLAMA_3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def gguf_in(path: Path) -> Path | None:
+    """The GGUF file that a path names, or that a folder without a config.json holds. Raises ModelError for several, for
+    a part of one, and for a file that is not there."""
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise ModelError(f"{path} holds {', '.join(file.name for file in files)}: give the path of one of them.")
+    else:
+        files = [path] if path.suffix == ".gguf" and not path.is_dir() else []
+    if not files:
+        return None
+    if not files[0].is_file():
+        raise ModelError(f"{files[0]} is not there: give the path of a GGUF file, or a folder or hub id of a model.")
+    if _PART.search(files[0].stem):
+        raise ModelError(f"{files[0]} is a part of a model: join the parts with `llama-gguf-split --merge` first.")
+    return files[0]
+
+
+def converted(gguf_file: Path) -> Path:
+    """The model of a GGUF file as a transformers folder, which is made in the cache at the first call, with 4 bytes a
+    weight. Raises ModelError for a file that transformers can't read."""
+
+    def fill(folder: Path) -> None:
+        logger.info("%s is converted once, to float32 in %s.", gguf_file, cache_folder())
+        try:
+            convert_gguf(gguf_file, folder)
+        except ModelError:
+            raise
+        except Exception as error:  # gguf and transformers raise whatever a file makes them
+            raise ModelError(
+                f"{gguf_file} can't be read as a model ({type(error).__name__}: {error}). Give a GGUF file of an "
+                "architecture that transformers reads, or the transformers folder it was made from."
+            ) from error
+
+    return cached_model(f"gguf/{file_hash(gguf_file)[:16]}/{gguf_file.stem}", fill)
 
 
 def convert_gguf(gguf_file: Path, folder: Path) -> None:

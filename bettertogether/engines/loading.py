@@ -10,6 +10,13 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -24,6 +31,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..errors import ConfigError, ModelError
 from ..printable import get_logger
 from ..training.adapter_settings import CONFIG_FILE
+from .gguf import converted, gguf_in
 
 logger = get_logger(__name__)
 
@@ -34,6 +42,7 @@ NO_TEXT = (
     "ForNextSentencePrediction", "BertModel", "ElectraModel", "BertForPreTraining",
 )  # fmt: skip
 """Ends of the names of architectures that don't predict the next token, though their family may have one that does."""
+_SNAPSHOT = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
 VARIABLE_ROPE = frozenset({"dynamic", "longrope"})
 
 
@@ -68,6 +77,55 @@ class ModelCard:
             )
 
 
+def located(model: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> str | Path:
+    """Where transformers finds a model: its folder or hub id, with "~" as the home folder; of a GGUF file, or a folder
+    that holds one, the folder that it is converted to; of a revision of a hub id, or one that needs a token, the folder
+    that it is downloaded to. Raises ModelError."""
+    place = type(model)(Path(model).expanduser()) if str(model).startswith("~") else model
+    try:
+        gguf_file = gguf_in(Path(place))
+        is_folder = Path(place).is_dir()
+    except PermissionError as error:
+        raise ModelError(f"{model} can't be read ({error}). Give a folder that this user may read.") from error
+    if gguf_file is not None:
+        return converted(gguf_file)
+    if is_folder or (revision is None and token is None):
+        return place
+    try:
+        snapshot = snapshot_download(
+            str(place), revision=revision, token=token, allow_patterns=list(_SNAPSHOT), ignore_patterns=["*/*"]
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded(place, error, revision) from error
+    return Path(snapshot)
+
+
+def _not_loaded(source: str | Path, error: BaseException, revision: str | None = None) -> ModelError:
+    """What to do about an error of transformers or the hub."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    name = repr(str(source))
+    if any("trust_remote_code" in str(each) for each in causes):
+        return ModelError(f"{name} needs code of its own, which is not run. Give a model that transformers knows.")
+    log_in = "log in with `hf auth login`, set HF_TOKEN, or give token=."
+    for kind, said in (
+        (GatedRepoError, f"is gated: accept its terms on https://huggingface.co/{source}, and {log_in}"),
+        (RevisionNotFoundError, f"has no revision {revision or 'main'!r}: give a branch, tag or commit of it."),
+        (RepositoryNotFoundError, f"is not on the hub, or is private: correct the name, or {log_in}"),
+        (
+            LocalEntryNotFoundError,
+            "is not in the hub's cache, and the hub can't be reached: go online, or give a folder.",
+        ),
+    ):
+        if any(isinstance(each, kind) for each in causes):
+            return ModelError(f"{name} {said}")
+    return ModelError(
+        f"{name} can't be loaded as a transformers model: {error} Give the folder of a model (config.json, "
+        "model.safetensors, tokenizer.json), a GGUF file, or a hub id that this machine can reach."
+    )
+
+
 def read_card(source: str | Path) -> ModelCard:
     """Read the config and the tokenizer of a model. Raises ModelError."""
     _check_source(source)
@@ -76,14 +134,7 @@ def read_card(source: str | Path) -> ModelCard:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         holds_adapter = find_adapter_config_file(str(source)) is not None
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"{str(source)!r} needs code of its own, which is not run. Give a model that transformers knows."
-            ) from error
-        raise ModelError(
-            f"{str(source)!r} can't be loaded as a transformers model: {error} Give the folder of a model "
-            "(config.json, model.safetensors, tokenizer.json), or a hub id that this machine can reach."
-        ) from error
+        raise _not_loaded(source, error) from error
     if holds_adapter:
         raise ModelError(
             f"{str(source)!r} holds an adapter beside the model, which transformers would put into it unasked. Give "
@@ -189,13 +240,14 @@ def pick_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """ "auto" is float32 on the CPU and bfloat16 elsewhere. Raises ConfigError."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
         raise ConfigError(f'dtype={dtype!r} is not allowed: give "auto" or one of {sorted(DTYPES)}.')
-    return DTYPES[dtype]
+    return DTYPES[name]
 
 
 def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Any:

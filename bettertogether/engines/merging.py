@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from ..training.adapter_folder import read_adapter_config
 from .adapters import linear_shapes, read_weights
 from .fingerprint import model_hash, short_name
 from .gguf_model import write_gguf
-from .loading import eos_ids
+from .loading import eos_ids, located
 from .ollama import modelfile
 from .rendering import PromptRenderer
 
@@ -67,7 +66,7 @@ def _written_whole(out: Path) -> Iterator[Path]:
 
 def _merged(base: str | Path, adapter: Path) -> tuple[Any, Any]:
     config = read_adapter_config(adapter)
-    model, tokenizer = _load(os.path.expanduser(base))
+    model, tokenizer = _load(str(located(base)))
     _merge(model, read_weights(adapter, config, linear_shapes(model)), adapter)
     return model, tokenizer
 
@@ -82,7 +81,7 @@ class Base:
     @classmethod
     def at(cls, source: str | Path) -> Base:
         """The model in a folder or under a hub id. Raises ModelError."""
-        name = os.path.expanduser(source)
+        name = str(located(source))
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         except Exception as error:

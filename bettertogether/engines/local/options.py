@@ -11,15 +11,15 @@ from ..loading import DTYPES, pick_device, pick_dtype
 from ..options import WHOLE, EngineOptions, Rule, option
 
 DEVICE = Rule(lambda value: isinstance(value, str | torch.device), '"auto", "cpu", "cuda" or "cuda:0"')
-DTYPE = Rule(lambda value: isinstance(value, str) and value in ("auto", *DTYPES), f'"auto" or one of {sorted(DTYPES)}')
+DTYPE = Rule(lambda value: value in ("auto", *DTYPES, *DTYPES.values()), f'"auto" or one of {sorted(DTYPES)}')
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersOptions(EngineOptions):
     """How a model of transformers runs in this process. Raises ConfigError, also for a device that is not there."""
 
-    dtype: str = field(default="auto", metadata=option(DTYPE, changes_answers=True, own_engine=True))
-    """ "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 elsewhere."""
+    dtype: str | torch.dtype = field(default="auto", metadata=option(DTYPE, changes_answers=True, own_engine=True))
+    """ "float32", "bfloat16", "float16", torch's own of these, or "auto": float32 on the CPU, bfloat16 elsewhere."""
     device: str | torch.device = field(default="auto", metadata=option(DEVICE, own_engine=True))
     """ "cpu", "cuda", "cuda:1", ... or "auto": CUDA where there is one."""
     max_batch_size: int = field(default=64, metadata=option(WHOLE))

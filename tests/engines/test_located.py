@@ -1,0 +1,124 @@
+"""Models come from folders, GGUF files and the hub; what can't be had says why and what to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from gguf_files import byte_level, model_of, write
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from small_models import save_model
+
+from bettertogether import local_lm
+from bettertogether.engines import loading
+from bettertogether.errors import ConfigError, ModelError
+
+
+@pytest.fixture
+def gguf_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BETTERTOGETHER_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "given"
+    folder.mkdir()
+    write(folder / "tiny.gguf", model_of("qwen2"), byte_level())
+    return folder
+
+
+def test_a_gguf_file_answers_and_so_does_the_folder_that_holds_it(gguf_folder: Path) -> None:
+    lm = local_lm(gguf_folder / "tiny.gguf", max_tokens=4, cache=False)
+    assert lm.engine.short_name == "tiny"
+    assert local_lm(str(gguf_folder)).engine is lm.engine
+    plain = gguf_folder.parent / "plain"
+    model_of("qwen2").save_pretrained(plain)
+    byte_level().save_pretrained(plain)
+    assert lm("One  1 22?") == local_lm(plain, max_tokens=4, cache=False)("One  1 22?")
+
+
+def test_a_gguf_file_is_converted_once(gguf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = loading.located(gguf_folder)
+    monkeypatch.setattr("bettertogether.engines.gguf.convert_gguf", None)
+    assert loading.located(gguf_folder / "tiny.gguf") == found
+
+
+def test_what_is_no_whole_gguf_file_is_refused(gguf_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"other\.gguf is not there: give the path of a GGUF file"):
+        local_lm(gguf_folder / "other.gguf")
+    (gguf_folder / "big-00001-of-00002.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"is a part of a model: join the parts with `llama-gguf-split --merge` first"):
+        local_lm(gguf_folder / "big-00001-of-00002.gguf")
+    with pytest.raises(ModelError, match=r"given holds big-00001-of-00002\.gguf, tiny\.gguf: give the path of one"):
+        local_lm(gguf_folder)
+    (gguf_folder / "damaged.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"damaged\.gguf can't be read as a model \("):
+        local_lm(gguf_folder / "damaged.gguf")
+    assert not list((gguf_folder.parent / "cache" / "models").rglob("damaged"))
+
+
+def hub_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
+    response: Any = httpx.Response(403, request=httpx.Request("GET", "https://hub"))
+    return kind("403 Client Error", response=response)
+
+
+ANSWERS = [
+    (hub_error(GatedRepoError), r"'me/tiny' is gated: accept its terms on https://huggingface\.co/me/tiny, and log in"),
+    (hub_error(RepositoryNotFoundError), r"'me/tiny' is not on the hub, or is private: correct the name, or log in"),
+    (hub_error(RevisionNotFoundError), r"'me/tiny' has no revision '(v2|main)': give a branch, tag or commit of it"),
+    (
+        LocalEntryNotFoundError("offline"),
+        r"'me/tiny' is not in the hub's cache, and the hub can't be reached: go online",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "said"), ANSWERS)
+@pytest.mark.parametrize("options", [{}, {"revision": "v2"}, {"token": "hf_secret"}])
+def test_what_the_hub_answers_is_said_with_what_to_do(
+    error: Exception, said: str, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        # As transformers passes it on.
+        raise OSError("You are trying to access a gated repo.") from error
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
+    monkeypatch.setattr(loading, "snapshot_download", refuse)
+    with pytest.raises(ModelError, match=f"^{said}") as caught:
+        local_lm("me/tiny", **options)
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_a_revision_is_fetched_with_the_token_and_named_after_its_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    snapshot = save_model(tmp_path / "models--me--tiny" / "snapshots" / "0123")
+
+    def download(repo: str, **options: Any) -> str:
+        asked.update(options, repo=repo)
+        return os.fspath(snapshot)
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    lm = local_lm("me/tiny", revision="v2", token="hf_secret")
+    assert (asked["repo"], asked["revision"], asked["token"]) == ("me/tiny", "v2", "hf_secret")
+    assert lm.engine.short_name == "tiny"
+    assert "hf_secret" not in repr(lm.dump_state())
+
+
+@pytest.mark.parametrize("options", [{"revision": 3}, {"token": 3}])
+def test_a_revision_or_token_of_another_type_is_refused(options: Any) -> None:
+    with pytest.raises(ConfigError, match="revision= or token= is not allowed as given: give text, or None"):
+        local_lm("me/tiny", **options)
+
+
+def test_torchs_own_dtype_is_taken(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "tiny")
+    lm = local_lm(folder, engine_options={"dtype": torch.bfloat16})
+    assert local_lm(folder, engine_options={"dtype": "bfloat16"}).engine is lm.engine
