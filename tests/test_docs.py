@@ -84,18 +84,17 @@ def names(compiled: dspy.Module) -> dict[str, Any]:
 
 
 @pytest.fixture
-def at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def at_home(compiled: dspy.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whatever needs a network or a big model is replaced by something that takes the same arguments."""
 
-    def fake_lm(*arguments: Any, **options: Any) -> dspy.LM:
-        return plain_lm(FakeEngine(says_yes))
+    lms = {"local_lm": plain_lm(FakeEngine(says_yes)), "vllm_lm": compiled.predictors()[0].lm}
 
     def boolq(name: str) -> datasets.DatasetDict:
         row = {"question": "is 2 even", "answer": True, "passage": "2 is even."}
         return datasets.DatasetDict(train=datasets.Dataset.from_list([row]))
 
-    for name in ("local_lm", "vllm_lm"):
-        monkeypatch.setattr(bettertogether, name, create_autospec(getattr(bettertogether, name), side_effect=fake_lm))
+    for name, lm in lms.items():
+        monkeypatch.setattr(bettertogether, name, create_autospec(getattr(bettertogether, name), return_value=lm))
     monkeypatch.setattr(bettertogether, "push_to_hub", create_autospec(bettertogether.push_to_hub))
     monkeypatch.setattr(datasets, "load_dataset", boolq)
     monkeypatch.chdir(tmp_path)
