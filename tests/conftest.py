@@ -13,6 +13,11 @@ import pytest
 # Before torch is imported: tiny models are fastest on one thread, and tests run beside one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+TEST_CUDA = "BETTERTOGETHER_TEST_CUDA"
+if not os.environ.get(TEST_CUDA):
+    # The same tests on every machine: where nothing else is asked for, a GPU would be taken.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # A shell that starts pytest in the background has it ignore Ctrl-C, and all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -23,6 +28,18 @@ from fakes import learner, parity_engine  # noqa: E402
 from bettertogether.testing import FakeEngine  # noqa: E402
 
 ADAPTERS = {"chat": dspy.ChatAdapter, "json": dspy.JSONAdapter, "xml": dspy.XMLAdapter}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what needs a GPU."""
+    if item.get_closest_marker("cuda") and not os.environ.get(TEST_CUDA):
+        pytest.skip(f"{TEST_CUDA} is not set: it needs a GPU")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The processor, and a GPU for those who ask for it."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -135,7 +135,7 @@ def prompts(number: int, shared: int, own: int = 20, seed: int = 0) -> list[list
 
 def generated(model: Any, prompt_ids: Sequence[int], new_tokens: int) -> list[int]:
     """What `model.generate` answers greedily; it never stops early."""
-    ids_1_T = torch.tensor([prompt_ids])
+    ids_1_T = torch.tensor([prompt_ids], device=model.device)
     options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "eos_token_id": None}
     return model.generate(ids_1_T, attention_mask=torch.ones_like(ids_1_T), **options)[0, len(prompt_ids) :].tolist()
 

@@ -41,9 +41,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compiled(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def compiled(model_folder: Path, device: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     student = dspy.Predict(Colour)
-    student.set_lm(local_lm(model_folder, max_tokens=64))
+    student.set_lm(local_lm(model_folder, max_tokens=64, engine_options={"device": device, "dtype": "float32"}))
     run_dir = tmp_path_factory.mktemp("run") / "first"
     steps = {
         "p": BootstrapFewShotRS(metric, num_candidates=1, num_samples=1),

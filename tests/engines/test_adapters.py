@@ -40,15 +40,15 @@ def make_bank(model: Any, folders: list[Path]) -> tuple[AdapterBank, list[str]]:
 
 
 @pytest.mark.parametrize("kind", [lambda m, b: PackedDecoder(m, b, cache_bytes=1 << 30), PlainDecoder])
-def test_the_base_and_all_adapters_answer_as_peft_does(folders: list[Path], kind: Any) -> None:
-    model = tiny_model()
+def test_the_base_and_all_adapters_answer_as_peft_does(folders: list[Path], kind: Any, device: str) -> None:
+    model = tiny_model().to(device)
     adapters, names = make_bank(model, folders)
     texts = prompts(3, 70)
     rows = [BatchRow(text, 6, adapter) for text in texts for adapter in ("", *names)]
     decode(kind(model, adapters), rows)
     adapters.attach(None)
     for name, folder in zip(names, folders, strict=True):
-        tuned = PeftModel.from_pretrained(tiny_model(), folder)
+        tuned = PeftModel.from_pretrained(tiny_model().to(device), folder)
         expected = [generated(tuned, text, 6) for text in texts]
         assert [row.output_ids for row in rows if row.adapter == name] == expected
     assert [row.output_ids for row in rows if not row.adapter] == [generated(model, text, 6) for text in texts]

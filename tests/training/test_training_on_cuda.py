@@ -3,17 +3,19 @@ for the device twice a step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_cuda import CudaTensor, FakeCuda, fake_cuda
+from fake_cuda import CudaTensor, fake_cuda
 from tiny import random_rows, tiny_model
 
 from bettertogether.training.attention import PackedLayout, training_attention
 from bettertogether.training.config import LoRAConfig, TrainingConfig
 from bettertogether.training.packing import MicroBatch, TokenizedRow, pack, prefix_groups
+from bettertogether.training.progress import ProgressFunction
 from bettertogether.training.trainer import train_adapter
 
 ROWS = [
@@ -21,14 +23,12 @@ ROWS = [
 ]
 
 
-def losses(folder: Path, cuda: FakeCuda | None, reads: list[int]) -> list[float]:
-    """Held-out losses before training, and after each of two steps; what was read until each line of progress."""
+def losses(folder: Path, put: Callable[[Any], Any], on_progress: ProgressFunction | None = None) -> list[float]:
+    """Held-out losses before training, and after each of two steps, on the device where the model is put."""
     model: Any = tiny_model()
-    model = model.to(torch.bfloat16).requires_grad_(False)
+    model = put(model.to(torch.bfloat16).requires_grad_(False))
     options: dict[str, Any] = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "dtype": "bfloat16"}
     training = TrainingConfig(**options, gradient_checkpointing=True)
-    if cuda is not None:
-        model = cuda.put(model)
     lora = LoRAConfig(rank=4, target_modules=("q_proj", "down_proj"))
     trained = train_adapter(
         model,
@@ -36,20 +36,26 @@ def losses(folder: Path, cuda: FakeCuda | None, reads: list[int]) -> list[float]
         validation_rows=ROWS[:2],
         lora=lora,
         training=training,
-        folder=folder / str(cuda is None),
-        on_progress=lambda line: reads.append(len(cuda.reads) if cuda else 0),
+        folder=folder,
+        on_progress=on_progress,
     )
     return [line.validation_loss for line in trained.history if line.validation_loss is not None]
 
 
 def test_training_learns_as_on_the_processor_and_reads_twice_a_step(tmp_path: Path) -> None:
-    expected, reads = losses(tmp_path, None, []), list[int]()
+    expected, reads = losses(tmp_path / "cpu", lambda model: model), list[int]()
     with fake_cuda() as cuda:
-        found = losses(tmp_path, cuda, reads)
+        found = losses(tmp_path / "cuda", cuda.put, lambda line: reads.append(len(cuda.reads)))
     assert found == pytest.approx(expected, rel=0.05)
     assert found[-1] < 0.9 * found[0]
     # The loss, and the norm of the gradient.
     assert reads[1] - reads[0] == 2
+
+
+@pytest.mark.cuda
+def test_training_on_a_gpu_learns_as_on_the_processor(tmp_path: Path) -> None:
+    expected = losses(tmp_path / "cpu", lambda model: model)
+    assert losses(tmp_path / "cuda", lambda model: model.to("cuda")) == pytest.approx(expected, rel=0.05)
 
 
 def test_packed_rows_are_attended_to_without_a_matrix_of_scores() -> None:

@@ -39,16 +39,16 @@ def mixed_rows() -> list[BatchRow]:
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_packed_passes_answer_as_generate_does(family: str) -> None:
-    model = tiny_model(PACKED[family])
+def test_packed_passes_answer_as_generate_does(family: str, device: str) -> None:
+    model = tiny_model(PACKED[family]).to(device)
     rows = mixed_rows()
     assert why_not_packed_decoder(model, bank(model)) is None
     assert answers(packed(model), rows) == [generated(model, row.prompt_ids, row.max_new_tokens) for row in rows]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_padded_batches_answer_as_generate_does(family: str) -> None:
-    model = tiny_model(PACKED[family])
+def test_padded_batches_answer_as_generate_does(family: str, device: str) -> None:
+    model = tiny_model(PACKED[family]).to(device)
     rows = mixed_rows()
     expected = [generated(model, row.prompt_ids, row.max_new_tokens) for row in rows]
     assert answers(PlainDecoder(model, bank(model)), rows) == expected
