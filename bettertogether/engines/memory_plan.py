@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import psutil
@@ -24,6 +25,16 @@ logger = get_logger(__name__)
 
 OWN_TOKENS = 1000
 """Tokens that a request is taken to have of its own: what it shares with no other, and its answer."""
+GPU_SHARE = 0.8
+"""Of what is free beside the weights, for keys and values; the rest is for what a pass computes."""
+PROCESSOR_SHARE = 0.5
+"""Other programs are on the same memory, and a processor has no error to react to: the process is killed."""
+CGROUP = Path("/sys/fs/cgroup")
+CGROUP_FILES = {
+    "memory.max": ("memory.current", "inactive_file"),
+    "memory/memory.limit_in_bytes": ("memory.usage_in_bytes", "total_inactive_file"),
+}
+"""A container's limit, what of it is used, and what of that only caches files: in both versions of control groups."""
 ADAPTER_BYTES = 5 * 4
 """Of a parameter that is trained: itself, its gradient, AdamW's two moments and the running mean, in float32."""
 
@@ -74,12 +85,16 @@ class MemoryPlan:
 
 
 def announce_memory(card: ModelCard, device: torch.device, dtype: torch.dtype, **options: Any) -> None:
-    """Say in the log what a model will take, with the options of `MemoryPlan.of`, and warn where that is more than is
-    free. Raises ModelError where a GPU can't hold the weights alone."""
+    """Say in the log what a model will take, with the options of `MemoryPlan.of` (`cache_bytes=None`: a share of the
+    free memory), and warn where that is more than is free. Raises ModelError where a GPU can't hold the weights alone.
+    """
     if getattr(card.config, "quantization_config", None) is not None:
         # Its weights take less than the shapes say.
         return
-    plan, free = MemoryPlan.of(card.config, device, dtype, **options), free_bytes(device)
+    cache_bytes = options.pop("cache_bytes", 0)
+    plan, free = MemoryPlan.of(card.config, device, dtype, cache_bytes=cache_bytes or 0, **options), free_bytes(device)
+    if cache_bytes is None:
+        plan = replace(plan, caches=cache_share(device, max(0, free - plan.weights)))
     weights = f"{_gib(plan.weights)} in {str(dtype).removeprefix('torch.')}"
     logger.info(
         "%s has %.1f million parameters: %s of %s free on %s. Caches take up to %s (%d bytes a token), a training "
@@ -111,12 +126,28 @@ def announce_memory(card: ModelCard, device: torch.device, dtype: torch.dtype, *
         )
 
 
+def cache_share(device: torch.device, free: int) -> int:
+    """Bytes for keys and values, of those that are free beside the weights."""
+    return int(free * (GPU_SHARE if device.type == "cuda" else PROCESSOR_SHARE))
+
+
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free: of a GPU with what torch kept there for later use, else of this machine."""
+    """Memory that is free: of a GPU with what torch kept there for later use, else of this machine, up to the limit of
+    a container."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *_left_in_container()])
+
+
+def _left_in_container() -> list[int]:
+    """Bytes up to the limit of the container that this runs in; none where there is no limit."""
+    for limit, (used, caching) in CGROUP_FILES.items():
+        path = CGROUP / limit
+        if path.is_file() and (text := path.read_text().strip()) != "max":
+            stat = dict(line.split() for line in path.with_name("memory.stat").read_text().splitlines())
+            return [max(0, int(text) - int(path.with_name(used).read_text()) + int(stat[caching]))]
+    return []
 
 
 def _token_bytes(text: Any, dtype: torch.dtype) -> int:

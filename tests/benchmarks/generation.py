@@ -6,11 +6,16 @@
 way does the same work. A way that is slow is timed on a part of the requests, and the time is scaled to all of them
 (`--share one-by-one=8`): one by one and in padded batches it is proportional to their number. The texts of all ways
 are compared. llama.cpp is timed when `llama_cpp` can be imported and --gguf names its file.
+
+With `--own-tokens 3000` the prompts are random and long, as where each brings passages of its own; what the engine's
+answers took in memory, and how many rows got a token in a step, is said too.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
+import resource
 import statistics
 import sys
 import time
@@ -19,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import dspy
+import psutil
 import torch
 from sklearn.datasets import load_iris
 from transformers import GenerationConfig
@@ -26,9 +32,10 @@ from transformers import GenerationConfig
 from bettertogether.engines.adapters import AdapterBank, linear_shapes
 from bettertogether.engines.loading import load_model, pick_dtype, read_card
 from bettertogether.engines.local.choice import make_decoder
-from bettertogether.engines.local.decoder import BatchRow
+from bettertogether.engines.local.decoder import BatchRow, Decision, Decoder
+from bettertogether.engines.local.job import Job
 from bettertogether.engines.local.packed_linear import pack_linear_layers
-from bettertogether.engines.local.scheduler import Job, Scheduler
+from bettertogether.engines.local.scheduler import Scheduler
 from bettertogether.engines.local.text_stream import TextStream
 from bettertogether.engines.protocol import ChatMessage
 from bettertogether.engines.rendering import PromptRenderer
@@ -70,6 +77,13 @@ def chats(requests: int, demos: int) -> list[list[ChatMessage]]:
     return [adapter.format(Iris, shots, {name: flower[name] for name in names}) for flower in flowers[demos:]]
 
 
+def long_prompts(requests: int, own_tokens: int) -> list[list[int]]:
+    """Random prompts with 100 tokens in common."""
+    numbers = random.Random(0)
+    shared, *own = ([numbers.randrange(200) for _ in range(size)] for size in (100, *[own_tokens] * requests))
+    return [shared + tokens for tokens in own]
+
+
 class Bench:
     """One model in memory, and the ways to answer with it."""
 
@@ -82,7 +96,21 @@ class Bench:
         self.renderer = PromptRenderer(self.card.tokenizer, self.card.eos_ids, None)
         adapters = AdapterBank("model", lambda: linear_shapes(self.model))
         adapters.attach(self.model)
-        self._make_decoder = lambda: make_decoder(self.model, adapters, 2 << 30)
+        self._adapters = adapters
+        self.rows_a_step: list[int] = []
+
+    def _make_decoder(self) -> Decoder:
+        """The engine's decoder, watched."""
+        decoder = make_decoder(self.model, self._adapters, None)
+        step = decoder.step
+
+        def watched(rows: Sequence[BatchRow]) -> list[Decision]:
+            decisions = step(rows)
+            self.rows_a_step += [sum(bool(decision.token_ids) for decision in decisions)]
+            return decisions
+
+        decoder.step = watched  # type: ignore[method-assign]
+        return decoder
 
     def engine(self, prompts: Prompts) -> Answers:
         """This library's, from nothing cached."""
@@ -163,7 +191,8 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--dtype", default="float32")
-    for name, default in (("requests", 64), ("demos", 8), ("new-tokens", 64), ("repeats", 3), ("padded-batch", 16)):
+    numbers = {"requests": 64, "demos": 8, "new-tokens": 64, "repeats": 3, "padded-batch": 16, "own-tokens": 0}
+    for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ways", nargs="*", default=["engine", "one_by_one", "padded", "continuous", "llama_cpp"])
     parser.add_argument("--share", nargs="*", default=["one_by_one=8", "padded=16"], help="WAY=REQUESTS, then scaled")
@@ -173,7 +202,10 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
     bench = Bench(options)
-    prompts = [bench.renderer.prompt_tokens(chat) for chat in chats(options.requests, options.demos)]
+    if options.own_tokens:
+        prompts = long_prompts(options.requests, options.own_tokens)
+    else:
+        prompts = [bench.renderer.prompt_tokens(chat) for chat in chats(options.requests, options.demos)]
     shares = dict(share.split("=") for share in options.share)
     print(f"{len(prompts)} prompts of {len(prompts[0])} tokens, {options.new_tokens} new ones each, {options.dtype}")
     reference: Answers = []
@@ -184,6 +216,7 @@ def main() -> int:
             print("llama_cpp   skipped: no --gguf")
             continue
         part = prompts[: min(int(shares.get(name, len(prompts))), len(prompts))]
+        before_bytes = psutil.Process().memory_info().rss
         seconds, answers = timed(getattr(bench, name), part, options.repeats, clock)
         seconds *= len(prompts) / len(part)
         reference, base = (reference, base) if reference else (answers, seconds)
@@ -191,6 +224,10 @@ def main() -> int:
         wrong += name not in ("engine", "llama_cpp") and same < len(part)
         text = f"same text {same}/{len(part)} (timed on {len(part)})"
         print(f"{name:11} {seconds:8.1f} s {seconds / base:6.1f}x   {text}", flush=True)
+        if name == "engine" and options.own_tokens:
+            rows = [count for count in bench.rows_a_step if count]
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before_bytes / 2**30
+            print(f"rows a step: {statistics.mean(rows):.1f}, {max(rows)} at most; {grown:.1f} GiB at the peak")
     return int(wrong > 0 and options.dtype == "float32")
 
 

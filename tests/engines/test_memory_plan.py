@@ -101,6 +101,14 @@ def test_what_fits_is_only_logged(
     assert "0.1 million parameters: 0.00 GiB in float32 of 0.00 GiB free on cuda:0" in caplog.text
 
 
+def test_caches_that_are_sized_by_what_is_free_fit(
+    folder: Path, weights: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_free(monkeypatch, weights + (10 << 30))
+    assert announced(caplog, folder, CUDA, cache_bytes=None) == ["INFO"]
+    assert "Caches take up to 8.00 GiB" in caplog.text
+
+
 @pytest.mark.parametrize(("device", "short"), [(CUDA, 0), (CPU, 0), (CPU, 2000)])
 def test_what_may_not_fit_is_a_warning(
     folder: Path,

@@ -9,6 +9,7 @@ import torch
 from ...printable import get_logger
 from ...training.layers import more_than_attention
 from ..adapters import AdapterBank
+from ..memory_plan import cache_share, free_bytes
 from .decoder import Decoder
 from .packed_decoder import PackedDecoder
 from .plain_decoder import PlainDecoder
@@ -16,11 +17,15 @@ from .plain_decoder import PlainDecoder
 logger = get_logger(__name__)
 
 
-def make_decoder(model: Any, adapters: AdapterBank, cache_bytes: int) -> Decoder:
-    """The packed decoder, or the plain one where packing does not give this model's own logits (said in the log)."""
+def make_decoder(model: Any, adapters: AdapterBank, cache_bytes: int | None) -> Decoder:
+    """The packed decoder, or the plain one where packing does not give this model's own logits (said in the log).
+
+    `cache_bytes` bounds the packed one's keys and values; None takes a share of the memory that is free now.
+    """
     reason = why_not_packed_decoder(model, adapters)
     if reason is None:
-        return PackedDecoder(model, adapters, cache_bytes=cache_bytes)
+        share = cache_share(model.device, free_bytes(model.device)) if cache_bytes is None else cache_bytes
+        return PackedDecoder(model, adapters, cache_bytes=share)
     logger.warning("%s answers in padded batches, without shared prefixes: %s.", type(model).__name__, reason)
     return PlainDecoder(model, adapters, pads=_pads_exactly(model, adapters))
 

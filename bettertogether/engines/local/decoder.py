@@ -83,6 +83,8 @@ class Decision:
     scores: tuple[TokenScore, ...] = ()
     ended: bool = False
     """The grammar allows nothing more."""
+    postponed: bool = False
+    """Memory does not suffice for the row now; it has to be released, and admitted again."""
     error: Exception | None = None
     """Why nothing could be decided; the row is then over."""
 

@@ -12,6 +12,7 @@ from ..options import WHOLE, EngineOptions, Rule, option
 
 DEVICE = Rule(lambda value: isinstance(value, str | torch.device), '"auto", "cpu", "cuda" or "cuda:0"')
 DTYPE = Rule(lambda value: value in ("auto", *DTYPES, *DTYPES.values()), f'"auto" or one of {sorted(DTYPES)}')
+MEMORY = Rule(lambda value: value is None or WHOLE.allows(value), f"None or {WHOLE.description}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,9 @@ class TransformersOptions(EngineOptions):
     """ "cpu", "cuda", "cuda:1", ... or "auto": CUDA where there is one."""
     max_batch_size: int = field(default=64, metadata=option(WHOLE))
     """Requests decoded at once."""
-    cache_bytes: int = field(default=2 << 30, metadata=option(WHOLE))
-    """Bound on the memory for shared prefixes."""
+    cache_bytes: int | None = field(default=None, metadata=option(MEMORY))
+    """Bound on the memory for keys and values, of requests and of the prefixes that they share. None: 80% of what is
+    free on a GPU when the model is loaded, half of it on a processor."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

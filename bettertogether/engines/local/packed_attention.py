@@ -104,31 +104,47 @@ def by_key_head(x_H_N_D: Tensor, key_heads: int) -> Tensor:
 
 @dataclass(eq=False)
 class PrefixTensors:
-    """Keys and values of a prefix, one tensor per layer, [K, P, D]."""
+    """Keys and values of a prefix, one tensor per layer, [K, P, D], from token `start` on."""
 
     length: int
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    parent: PrefixTensors | None = None
+    """Holds the first `start` tokens."""
+    start: int = 0
     source: PrefixTensors | None = None
-    """Prefix whose first `copied` tokens are this one's too."""
+    """Prefix with the same parent whose first `copied` tokens are this one's too."""
     copied: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
+        """Bytes of all keys and values held here."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def parts(self, length: int) -> list[tuple[PrefixTensors, int]]:
+        """Where the first `length` tokens are: each tensor's owner, and the token that it ends before."""
+        return [*([(self.parent, self.start)] if self.parent else []), (self, length)]
 
     def write(self, layer: int, start: int, k_K_T_D: Tensor, v_K_T_D: Tensor) -> None:
         """Store the keys and values of the tokens from `start` on. Layers come in order."""
-        if layer == len(self.keys):
-            self.keys.append(k_K_T_D.new_empty(k_K_T_D.shape[0], self.length, k_K_T_D.shape[2]))
-            self.values.append(v_K_T_D.new_empty(v_K_T_D.shape[0], self.length, v_K_T_D.shape[2]))
-            if self.source is not None:
-                self.keys[layer][:, : self.copied] = self.source.keys[layer][:, : self.copied]
-                self.values[layer][:, : self.copied] = self.source.values[layer][:, : self.copied]
-        stop = start + k_K_T_D.shape[1]
-        self.keys[layer][:, start:stop] = k_K_T_D
-        self.values[layer][:, start:stop] = v_K_T_D
+        new = slice(start - self.start, start - self.start + k_K_T_D.shape[1])
+        for name, x_K_T_D in (("keys", k_K_T_D), ("values", v_K_T_D)):
+            stores: list[Tensor] = getattr(self, name)
+            if layer == len(stores):
+                stores.append(x_K_T_D.new_empty(x_K_T_D.shape[0], self.length - self.start, x_K_T_D.shape[2]))
+                if self.source is not None:
+                    old = slice(0, self.copied - self.start)
+                    stores[layer][:, old] = getattr(self.source, name)[layer][:, old]
+            stores[layer][:, new] = x_K_T_D
+
+    def read(self, layer: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens [first, stop), as [K, S, D]; of more than one part they are a copy."""
+        own = slice(max(first - self.start, 0), stop - self.start)
+        k_K_S_D, v_K_S_D = self.keys[layer][:, own], self.values[layer][:, own]
+        if self.parent is None or first >= self.start:
+            return k_K_S_D, v_K_S_D
+        k_K_P_D, v_K_P_D = self.parent.read(layer, first, self.start)
+        return torch.cat([k_K_P_D, k_K_S_D], 1), torch.cat([v_K_P_D, v_K_S_D], 1)
 
 
 @dataclass(eq=False)
@@ -144,7 +160,7 @@ class PrefixPass:
         heads, tokens, _ = q_H_T_D.shape
         stop = self.start + tokens
         first = 0 if kind.window is None else max(0, self.start - kind.window + 1)
-        k_1_K_S_D, v_1_K_S_D = (x[layer][None, :, first:stop] for x in (self.prefix.keys, self.prefix.values))
+        k_1_K_S_D, v_1_K_S_D = (x[None] for x in self.prefix.read(layer, first, stop))
         plain = kind.softcap is None and (kind.window is None or kind.window >= stop)
         if self.start == 0 and plain:
             out_H_T_D = nn.functional.scaled_dot_product_attention(

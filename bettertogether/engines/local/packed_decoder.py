@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,16 +19,23 @@ from ..adapters import AdaptedSpan, AdapterBank
 from .decoder import BatchRow, Decision
 from .packed_attention import PACKED_ATTENTION, PackedPass, PrefixPass, PrefixTensors
 from .sampling import decide
-from .shared_prefix import SLACK, Cluster, Prefix, PrefixCache, Tokens, common_length, shared_clusters
+from .shared_prefix import LEAST_GAIN, SLACK, Cluster, Prefix, PrefixCache, Tokens, common_length, shared_clusters
 from .slots import SlotPass, Slots, SlotTokens
 
 LONG_ROW = 512
 """A row with more tokens of its own gets a prefix of its own, so that slots stay short."""
+LONGEST_SLOT = LONG_ROW + 64
+"""A row that has filled a slot of so many tokens gets them as a prefix, and goes on in the empty slot."""
 
 
 @dataclass(eq=False)
 class _ComputedPrefix(Prefix):
     data: PrefixTensors
+    parent: _ComputedPrefix | None = None
+    computed: int = 0
+    """Tokens whose keys and values are there."""
+    near: _ComputedPrefix | None = None
+    """While this one is computed: the prefix that its first tokens come from."""
 
 
 @dataclass(eq=False)
@@ -47,7 +55,8 @@ class PackedDecoder:
     Args:
         model: A causal language model of transformers, on its device and in eval mode.
         adapters: The adapters served on it.
-        cache_bytes: Bound on the keys and values kept for shared prefixes.
+        cache_bytes: Bound on the keys and values of all rows and prefixes. A row that needs more has it while it is
+            alone.
         tokens_per_pass: Bound on the tokens of one forward pass.
     """
 
@@ -59,6 +68,8 @@ class PackedDecoder:
         self._seats: dict[BatchRow, _Seat] = {}
         self._by_slot: list[BatchRow] = []
         self._prefixes: PrefixCache[_ComputedPrefix] = PrefixCache(cache_bytes)
+        self._computing: deque[_ComputedPrefix] = deque()
+        """Prefixes to be computed; those that another one begins with come before it."""
         self._forward_passes = 0
         self._token_bytes = self._measured_token_bytes()
         self._reused_tokens = 0
@@ -73,7 +84,7 @@ class PackedDecoder:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes held for shared prefixes."""
+        """Bytes held for prefixes."""
         return self._prefixes.size_bytes
 
     def counters(self) -> dict[str, int]:
@@ -82,32 +93,44 @@ class PackedDecoder:
 
     @torch.inference_mode()
     def admit(self, rows: Sequence[BatchRow]) -> list[BatchRow]:
-        """Find or compute the prefixes that the rows share, and give each a slot."""
+        """Find the prefixes that the rows share, and give each row the memory that it needs. While there is none for
+        the first row, the others wait too."""
         taken: list[BatchRow] = []
-        for adapter in sorted({row.adapter for row in rows}):
+        for adapter in sorted({row.adapter for row in rows}, key=lambda name: (name != rows[0].adapter, name)):
             members = [row for row in rows if row.adapter == adapter]
             prompts = [np.array(row.tokens(0, row.length), dtype=np.int64) for row in members]
-            for cluster in shared_clusters(prompts):
+            for cluster in sorted(shared_clusters(prompts), key=lambda cluster: 0 not in cluster.members):
                 must = not taken and not self._seats
                 taken += self._admit_cluster(adapter, members, prompts, cluster, must)
+                if rows[0] not in taken:
+                    return []
         return taken
 
     def _admit_cluster(
         self, adapter: str, rows: Sequence[BatchRow], prompts: Sequence[Tokens], cluster: Cluster, must: bool
     ) -> list[BatchRow]:
-        """Seat the rows of a cluster; none where their prefix does not fit now, unless they `must`."""
+        """Seat the rows of a cluster, as many as there is memory for; the first one in any case if it `must` be."""
         shared = prompts[cluster.members[0]][: cluster.length]
         if len(cluster.members) > 1 and not self._provide(adapter, shared) and not must:
             return []
         taken: list[BatchRow] = []
         for position in cluster.members:
             own = prompts[position][:-1]
-            long = own.size - self._prefixes.best(adapter, own)[1] > LONG_ROW
-            if long and not self._provide(adapter, own) and (taken or not must):
-                continue
-            self._seat(rows[position], own, *self._choose(adapter, own, shared))
+            alone = must and not taken
+            long = own.size - self._nearest(adapter, own)[1] > LONG_ROW
+            if long and not self._provide(adapter, own, alone):
+                break
+            if not self._seat(rows[position], own, *self._choose(adapter, own, shared), alone):
+                break
             taken.append(rows[position])
         return taken
+
+    def _nearest(self, adapter: str, tokens: Tokens) -> tuple[_ComputedPrefix | None, int]:
+        """The prefix that has most tokens in common with the head of `tokens`, and how many."""
+        prefix, length = self._prefixes.best(adapter, tokens)
+        if prefix is not None and prefix.parent is not None and length <= prefix.data.start:
+            prefix = prefix.parent
+        return prefix, length
 
     def _choose(self, adapter: str, own: Tokens, shared: Tokens) -> tuple[_ComputedPrefix | None, int]:
         """The prefix for a row, and how much of it.
@@ -115,8 +138,8 @@ class PackedDecoder:
         That of its cluster, or the one with most in common where that is much more. Among prefixes that serve about
         as well, the one that most rows attend to now: rows of one group cost little more than one row.
         """
-        best, length = self._prefixes.best(adapter, own)
-        cluster, cluster_length = self._prefixes.best(adapter, shared)
+        best, length = self._nearest(adapter, own)
+        cluster, cluster_length = self._nearest(adapter, shared)
         if cluster is not None and cluster_length >= length - SLACK:
             best, length = cluster, cluster_length
         groups = Counter((seat.prefix, seat.prefix_length) for seat in self._seats.values())
@@ -127,51 +150,119 @@ class PackedDecoder:
                 return prefix, used
         return best, length
 
-    def _provide(self, adapter: str, tokens: Tokens) -> bool:
-        """See to it that these tokens are in the prefix cache; False where there is no room for them."""
-        source, common = self._prefixes.best(adapter, tokens)
+    def _provide(self, adapter: str, tokens: Tokens, must: bool = False) -> bool:
+        """See to it that these tokens are in the prefix cache, or come into it as steps are made; False where there is
+        no room for them, unless they `must` be."""
+        near, common = self._nearest(adapter, tokens)
         if common == tokens.size:
             return True
-        size_bytes = tokens.size * self._token_bytes
-        if source is not None:
-            self._prefixes.use(source)
-        try:
-            if not self._prefixes.make_room(size_bytes):
-                return False
-            data = PrefixTensors(tokens.size, source=source.data if source else None, copied=common)
-            for start in range(common, tokens.size, self._tokens_per_pass):
-                piece = tokens[start : start + self._tokens_per_pass]
-                self._forward(
-                    PrefixPass(data, start),
-                    piece.tolist(),
-                    list(range(start, start + piece.size)),
-                    [AdaptedSpan(adapter, 0, None)],
-                    [piece.size - 1],
-                )
-            data.source = None
-            self._prefixes.add(_ComputedPrefix(adapter, tokens, size_bytes, data))
-        finally:
-            if source is not None:
-                self._prefixes.unuse(source)
-        return True
+        prefix = self._beginning(adapter, tokens, near, common)
+        if near is not None:
+            self._prefixes.use(near)
+        if self._prefixes.make_room(prefix.size_bytes) or must:
+            self._prefixes.use(prefix)
+            self._prefixes.add(prefix)
+            self._computing.append(prefix)
+            return True
+        if near is not None:
+            self._prefixes.unuse(near)
+        return False
 
-    def _seat(self, row: BatchRow, own: Tokens, prefix: _ComputedPrefix | None, length: int) -> None:
-        slot = len(self._by_slot)
-        self._slots.reserve(slot + 1, row.length - length + 1)
+    def _beginning(self, adapter: str, tokens: Tokens, near: _ComputedPrefix | None, common: int) -> _ComputedPrefix:
+        """A prefix of which no more is there than the tokens that it has in common with another one. It takes them from
+        there, or copies what lies between its parent and its own."""
+        parent, start = near, common
+        if near is None or common < LEAST_GAIN:
+            parent, start = None, 0
+        elif near.parent is not None:
+            parent, start = near.parent, near.data.start
+        source = near.data if near is not None and near is not parent else None
+        parent_data = None if parent is None else parent.data
+        data = PrefixTensors(tokens.size, parent=parent_data, start=start, source=source, copied=common)
+        size_bytes = (tokens.size - start) * self._token_bytes
+        return _ComputedPrefix(adapter, tokens, size_bytes, data, parent, computed=common, near=near)
+
+    def _compute(self) -> None:
+        """One pass over the prefix that is first in line."""
+        while self._computing and self._computing[0].users == 1:
+            # Whoever wanted it is gone.
+            given_up = self._computing[0]
+            self._is_there(given_up)
+            self._prefixes.drop(given_up)
+        if not self._computing:
+            return
+        prefix = self._computing[0]
+        piece = prefix.tokens[prefix.computed : prefix.computed + self._tokens_per_pass]
+        self._forward(
+            PrefixPass(prefix.data, prefix.computed),
+            piece.tolist(),
+            list(range(prefix.computed, prefix.computed + piece.size)),
+            [AdaptedSpan(prefix.adapter, 0, None)],
+            [piece.size - 1],
+        )
+        prefix.computed += piece.size
+        if prefix.computed == prefix.tokens.size:
+            self._is_there(prefix)
+
+    def _is_there(self, prefix: _ComputedPrefix) -> None:
+        """The first in line needs no more passes."""
+        self._computing.popleft()
+        self._prefixes.unuse(prefix)
+        if prefix.near is not None:
+            self._prefixes.unuse(prefix.near)
+        prefix.near = prefix.data.source = None
+
+    def _seat(self, row: BatchRow, own: Tokens, prefix: _ComputedPrefix | None, length: int, must: bool) -> bool:
+        """Give a row a slot; False where there is no room for it, unless it `must` have one."""
+        slot, capacity = len(self._by_slot), min(len(row.prompt_ids) + row.max_new_tokens - length, LONGEST_SLOT)
+        size_bytes = math.prod(self._slots.grown(slot + 1, capacity)) * self._token_bytes
         if prefix is not None:
             self._prefixes.use(prefix)
-            row.reused_tokens = length
-            self._reused_tokens += length
+        if not self._prefixes.make_room(size_bytes - self._prefixes.reserved_bytes) and not must:
+            if prefix is not None:
+                self._prefixes.unuse(prefix)
+            return False
+        self._prefixes.reserved_bytes = size_bytes
+        self._slots.reserve(slot + 1, capacity)
+        row.computed = row.reused_tokens = length
+        self._reused_tokens += length
         self._seats[row] = _Seat(slot, prefix, length, keep_prompt=2 * length < own.size)
         self._by_slot.append(row)
-        row.computed = length
+        return True
 
     @torch.inference_mode()
     def step(self, rows: Sequence[BatchRow]) -> list[Decision]:
-        """One pass over what the rows have pending, up to the bound of tokens; short rows first."""
-        ready, logits_B_V = self._pass(rows)
-        decisions = dict(zip(ready, decide(logits_B_V, ready), strict=True))
+        """One pass over a prefix that is missing, and one over what the rows have pending whose prefixes are there, up
+        to the bound of tokens; short rows first."""
+        self._compute()
+        able = [row for row in rows if self._has_prefix(row)]
+        full = [row for row in able if self._free(row) == 0 and not self._empty_slot(row)]
+        ready, logits_B_V = self._pass([row for row in able if row not in full])
+        decisions = dict(zip(ready, decide(logits_B_V, ready), strict=True)) if ready else {}
+        decisions |= {row: Decision(postponed=True) for row in full}
         return [decisions.get(row, Decision()) for row in rows]
+
+    def _has_prefix(self, row: BatchRow) -> bool:
+        seat = self._seats[row]
+        return seat.prefix is None or seat.prefix.computed >= seat.prefix_length
+
+    def _free(self, row: BatchRow) -> int:
+        """Tokens for which there is room in a row's slot."""
+        return LONGEST_SLOT - (row.computed - self._seats[row].prefix_length)
+
+    def _empty_slot(self, row: BatchRow) -> bool:
+        """Make what a row's slot holds its prefix; False where there is no room for that."""
+        seat, before = self._seats[row], self._seats[row].prefix
+        prefix = self._keep(row, row.computed, must=len(self._seats) == 1)
+        if prefix is None:
+            return False
+        self._prefixes.use(prefix)
+        seat.prefix, seat.prefix_length = prefix, row.computed
+        if before is not None:
+            self._prefixes.unuse(before)
+            if not before.users:
+                self._prefixes.drop(before)
+        return True
 
     @torch.inference_mode()
     def probe(self, prompt_ids: list[int], prefix_length: int) -> Tensor:
@@ -179,6 +270,8 @@ class PackedDecoder:
         self._provide("", np.array(prompt_ids[:prefix_length], dtype=np.int64))
         row = BatchRow(prompt_ids, 1)
         self.admit([row])
+        while self._computing:
+            self._compute()
         return self._pass([row])[1][0]
 
     def _pass(self, rows: Sequence[BatchRow]) -> tuple[list[BatchRow], Tensor]:
@@ -186,11 +279,11 @@ class PackedDecoder:
         counts: dict[BatchRow, int] = {}
         room = self._tokens_per_pass
         for row in sorted(rows, key=lambda row: row.pending):
-            counts[row] = min(row.pending, room)
+            counts[row] = min(row.pending, room, self._free(row))
             room -= counts[row]
         order = sorted((row for row in rows if counts[row]), key=self._order)
-        own_tokens = [row.computed + counts[row] - self._seats[row].prefix_length for row in order]
-        self._slots.reserve(len(self._by_slot), max(own_tokens))
+        if not order:
+            return [], torch.empty(0)
         packed = SlotPass(self._slots, [self._slot_tokens(row, counts[row]) for row in order], self._model.device)
         token_ids = [token for row in order for token in row.tokens(row.computed, row.computed + counts[row])]
         ends_of = zip(order, accumulate(counts[row] for row in order), strict=True)
@@ -199,12 +292,16 @@ class PackedDecoder:
         logits_B_V = self._forward(packed, token_ids, packed.positions(), spans, list(ready.values()))
         for row in order:
             row.computed += counts[row]
-            self._keep_prompt(row)
+            seat = self._seats[row]
+            if seat.keep_prompt and row.computed >= len(row.prompt_ids):
+                seat.keep_prompt = False
+                self._keep(row, len(row.prompt_ids))
         return list(ready), logits_B_V
 
-    def _order(self, row: BatchRow) -> tuple[str, int, int, int]:
+    def _order(self, row: BatchRow) -> tuple[str, int, int, int, int]:
         seat = self._seats[row]
-        return row.adapter, id(seat.prefix), seat.prefix_length, seat.slot
+        first = seat.prefix and (seat.prefix.parent or seat.prefix)
+        return row.adapter, id(first), id(seat.prefix), seat.prefix_length, seat.slot
 
     def _slot_tokens(self, row: BatchRow, count: int) -> SlotTokens:
         seat = self._seats[row]
@@ -216,23 +313,20 @@ class PackedDecoder:
             prefix_length=seat.prefix_length,
         )
 
-    def _keep_prompt(self, row: BatchRow) -> None:
-        """Copy a computed prompt that shares little with the cache into it."""
+    def _keep(self, row: BatchRow, size: int, must: bool = False) -> _ComputedPrefix | None:
+        """Copy the first `size` tokens of a row into the prefix cache; None where there is no room for them, unless
+        they `must` be kept."""
         seat = self._seats[row]
-        size = len(row.prompt_ids)
-        if not seat.keep_prompt or row.computed < size:
-            return
-        seat.keep_prompt = False
-        if not self._prefixes.make_room(size * self._token_bytes):
-            return
-        source = seat.prefix.data if seat.prefix else None
-        data = PrefixTensors(size, source=source, copied=seat.prefix_length)
+        tokens = np.array(row.tokens(0, size), dtype=np.int64)
+        prefix = self._beginning(row.adapter, tokens, seat.prefix, seat.prefix_length)
+        if not self._prefixes.make_room(prefix.size_bytes) and not must:
+            return None
+        own = slice(0, size - seat.prefix_length)
         for layer, (keys, values) in enumerate(zip(self._slots.keys, self._slots.values, strict=True)):
-            own = slice(0, size - seat.prefix_length)
-            data.write(layer, seat.prefix_length, keys[seat.slot][:, own], values[seat.slot][:, own])
-        data.source = None
-        tokens = np.array(row.prompt_ids, dtype=np.int64)
-        self._prefixes.add(_ComputedPrefix(row.adapter, tokens, size * self._token_bytes, data))
+            prefix.data.write(layer, seat.prefix_length, keys[seat.slot][:, own], values[seat.slot][:, own])
+        prefix.computed, prefix.near, prefix.data.source = size, None, None
+        self._prefixes.add(prefix)
+        return prefix
 
     def _forward(
         self, packed: PackedPass, token_ids: list[int], positions: list[int], spans: list[AdaptedSpan], ends: list[int]
@@ -265,6 +359,9 @@ class PackedDecoder:
             self._slots.move(moved.slot, seat.slot, last.computed - moved.prefix_length)
             moved.slot = seat.slot
             self._by_slot[seat.slot] = last
+        self._slots.shrink(len(self._seats))
+        self._prefixes.reserved_bytes = self._slots.slots * self._slots.capacity * self._token_bytes
+        self._prefixes.make_room(0)
 
     def reset(self) -> None:
         """Forget all rows and prefixes, and free their memory."""
@@ -272,6 +369,7 @@ class PackedDecoder:
             row.computed = 0
         self._seats.clear()
         self._by_slot.clear()
+        self._computing.clear()
         self._prefixes.clear()
         self._slots.clear()
 

@@ -11,16 +11,13 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 from ...errors import EngineClosedError
 from ...printable import get_logger
-from ..answers import FinishedAnswer, FinishReason, TokenScore
+from ..answers import FinishReason
 from .decoder import BatchRow, Decision, Decoder
-from .text_stream import TextStream
+from .job import Job
 
 logger = get_logger(__name__)
 
@@ -30,24 +27,6 @@ GATHER_ROUNDS = 5
 EXIT_WAIT_S = 30.0
 """How long the end of the program may wait for a training on a daemon thread."""
 COUNTERS = ("requests", "prompt_tokens", "generated_tokens", "forced_tokens", "batches")
-
-TokenSink = Callable[[str, Sequence[TokenScore]], Any]
-"""Is told of the text of one answer as it comes, on the worker thread. What it raises fails this answer alone."""
-
-
-@dataclass(eq=False)
-class Job:
-    """A request on its way through the engine."""
-
-    row: BatchRow
-    stream: TextStream
-    sink: TokenSink | None = None
-    future: Future[FinishedAnswer] = field(default_factory=Future)
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether the text must be known at each step."""
-        return self.sink is not None or bool(self.row.sampling.stop)
 
 
 class Scheduler:
@@ -118,7 +97,7 @@ class Scheduler:
                     self._thread.start()
                 self._wake.notify_all()
         if reason is not None:
-            _finish(job, reason)
+            job.finish(reason)
 
     def _begin(self, job: Job) -> FinishReason | None:
         """Write what the grammar forces from the start, which then goes through the model with the prompt."""
@@ -167,6 +146,11 @@ class Scheduler:
             if self._decoder is not None and not self._running:
                 self._decoder.reset()
 
+    def forget_decoder(self) -> None:
+        """Inside `exclusive`: free what the decoder holds; the next job makes another. Jobs under way go on then."""
+        self._requeue(list(self._running))
+        self._decoder = None
+
     def stop(self) -> None:
         """Let the worker end its step, and end it. Pending jobs are left as they are."""
         if not self.is_ours:
@@ -196,7 +180,7 @@ class Scheduler:
         self._waiting.clear()
         self._decoder = None
         for job in jobs:
-            _fail(job, error)
+            job.fail(error)
 
     def _run(self) -> None:
         try:
@@ -255,7 +239,7 @@ class Scheduler:
                 jobs = list(self._waiting)
                 self._waiting.clear()
             for job in jobs:
-                _fail(job, error)
+                job.fail(error)
         return self._decoder is not None
 
     def _next_jobs(self) -> list[Job]:
@@ -278,6 +262,10 @@ class Scheduler:
         if not jobs:
             return
         self._counters["batches"] += 1
+        for job, decision in reversed([*zip(jobs, decisions, strict=True)]):
+            if decision.postponed:
+                with self._wake:
+                    self._waiting.appendleft(self._leave(decoder, job))
         for job, decision in zip(jobs, decisions, strict=True):
             if decision.token_ids:
                 self._counters["forced_tokens"] += len(decision.token_ids) - 1
@@ -288,12 +276,11 @@ class Scheduler:
                 error = raised
             if reason is None and error is None:
                 continue
-            decoder.release(job.row)
-            del self._running[job.row]
+            self._leave(decoder, job)
             if error is not None:
-                _fail(job, error)
+                job.fail(error)
             elif reason is not None:
-                _finish(job, reason)
+                job.finish(reason)
         if not self._running:
             self.limit = min(self._max_batch_size, self.limit * 2)
 
@@ -318,10 +305,14 @@ class Scheduler:
 
     def _drop_cancelled(self, decoder: Decoder) -> None:
         for job in [job for job in self._running.values() if job.future.cancelled()]:
-            decoder.release(job.row)
-            del self._running[job.row]
+            self._leave(decoder, job)
         with self._wake:
             self._waiting = deque(job for job in self._waiting if not job.future.cancelled())
+
+    def _leave(self, decoder: Decoder, job: Job) -> Job:
+        """Take a job out of the batch."""
+        decoder.release(job.row)
+        return self._running.pop(job.row)
 
     def _handle(self, error: Exception, jobs: Sequence[Job]) -> None:
         """Go on after a failed pass with half of the requests, until the one that can't be answered is alone."""
@@ -341,7 +332,7 @@ class Scheduler:
         if not self._out_of_memory(error):
             self.limit = self._max_batch_size
         for job in jobs:
-            _fail(job, error)
+            job.fail(error)
 
     def _requeue(self, rows: Sequence[BatchRow]) -> None:
         """Put running rows back to the head of the queue; what they have written stays."""
@@ -349,42 +340,6 @@ class Scheduler:
             self._waiting.extendleft(self._running.pop(row) for row in reversed(rows))
         if self._decoder is not None:
             self._decoder.reset()
-
-
-def _finish(job: Job, reason: FinishReason) -> None:
-    """Give a job its answer."""
-    row = job.row
-    try:
-        if not job.reads_text:
-            job.stream.push(row.output_ids)
-        rest = job.stream.finish()
-        if job.sink is not None and rest:
-            job.sink(rest, ())
-    except Exception as error:
-        _fail(job, error)
-        return
-    answer = FinishedAnswer(
-        text=job.stream.text,
-        finish_reason="stop" if job.stream.stopped else reason,
-        prompt_tokens=len(row.prompt_ids),
-        reused_tokens=row.reused_tokens,
-        generated_tokens=len(row.output_ids),
-        scores=tuple(row.scores),
-        cut=job.stream.stopped,
-    )
-    if _is_awaited(job):
-        job.future.set_result(answer)
-
-
-def _fail(job: Job, error: BaseException) -> None:
-    """Give a job an error."""
-    if _is_awaited(job):
-        job.future.set_exception(error)
-
-
-def _is_awaited(job: Job) -> bool:
-    """Whether a job's future still wants an outcome."""
-    return not job.future.done() and job.future.set_running_or_notify_cancel()
 
 
 _alive: weakref.WeakSet[Scheduler] = weakref.WeakSet()

@@ -1,11 +1,13 @@
 """Find the prefixes that prompts share, and keep what was computed for them. No torch here.
 
 The prompts of one DSPy predictor share its instructions and demos, most of their tokens. `shared_clusters` finds such
-groups in a set of prompts; `PrefixCache` holds what was computed for prefixes, least recently used out first.
+groups in a set of prompts; `PrefixCache` holds what was computed for prefixes, least recently used out first, and
+keeps the account of all memory for keys and values.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -78,18 +80,22 @@ class Prefix:
     tokens: Tokens
     size_bytes: int
     data: Any = None
+    parent: Prefix | None = None
+    """Holds the first tokens of this one, too."""
     users: int = 0
-    """Rows that attend to it now; it stays while there are any."""
+    """Rows that attend to it now, and prefixes that it is the parent of; it stays while there are any."""
 
 
 P = TypeVar("P", bound=Prefix)
 
 
 class PrefixCache(Generic[P]):
-    """Computed prefixes within a bound of bytes."""
+    """Computed prefixes within a bound of bytes, beside what else counts towards it."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
+        self.reserved_bytes = 0
+        """Promised to rows, for tokens that are in no prefix."""
         self._prefixes: list[P] = []
         """Least recently used first."""
 
@@ -113,22 +119,34 @@ class PrefixCache(Generic[P]):
 
     def make_room(self, size_bytes: int) -> bool:
         """Drop unused prefixes until `size_bytes` more fit; says whether they do."""
-        excess = self.size_bytes + size_bytes - self.limit_bytes
-        if excess <= 0:
-            return True
-        unused = [prefix for prefix in self._prefixes if not prefix.users]
-        if size_bytes > self.limit_bytes or sum(prefix.size_bytes for prefix in unused) < excess:
+        excess = self.size_bytes + self.reserved_bytes + size_bytes - self.limit_bytes
+        unused = self._unused() if excess > 0 else []
+        if sum(prefix.size_bytes for prefix in unused) < excess:
             return False
         for prefix in unused:
             if excess <= 0:
                 break
-            self._prefixes.remove(prefix)
+            self.drop(prefix)
             excess -= prefix.size_bytes
         return True
 
+    def _unused(self) -> list[P]:
+        """Prefixes that can be dropped, in the order in which that may be done: parents after those they serve."""
+        unused = [prefix for prefix in self._prefixes if not prefix.users]
+        children = Counter(prefix.parent for prefix in unused if prefix.parent)
+        return unused + [prefix for prefix in self._prefixes if prefix.users and prefix.users == children[prefix]]
+
     def add(self, prefix: P) -> None:
         """Hold a prefix; `make_room` first."""
+        if prefix.parent is not None:
+            prefix.parent.users += 1
         self._prefixes.append(prefix)
+
+    def drop(self, prefix: P) -> None:
+        """Hold a prefix no longer that nothing uses."""
+        self._prefixes.remove(prefix)
+        if prefix.parent is not None:
+            prefix.parent.users -= 1
 
     def use(self, prefix: P) -> None:
         """One more row attends to a prefix, which makes it the most recently used."""
@@ -142,5 +160,6 @@ class PrefixCache(Generic[P]):
         prefix.users -= 1
 
     def clear(self) -> None:
-        """Forget every prefix."""
+        """Forget every prefix, and what was promised."""
         self._prefixes.clear()
+        self.reserved_bytes = 0

@@ -24,16 +24,17 @@ class Slots:
         self.slots = 0
         self.capacity = 0
 
+    def grown(self, slots: int, capacity: int) -> tuple[int, int]:
+        """Slots and tokens in each where there is room for so many rows of so many tokens; rounded up, so that copies
+        stay rare."""
+        return max(self.slots, 1 << (slots - 1).bit_length()), max(self.capacity, (capacity + 63) // 64 * 64)
+
     def reserve(self, slots: int, capacity: int) -> None:
-        """Make room for so many rows of so many tokens; grows by half at least, so that copies stay rare."""
-        if slots <= self.slots and capacity <= self.capacity:
-            return
-        if slots > self.slots:
-            slots = max(slots, self.slots * 3 // 2)
-        if capacity > self.capacity:
-            capacity = (max(capacity, self.capacity * 3 // 2) + 63) // 64 * 64
+        """Make room for so many rows of so many tokens."""
         used, filled = self.slots, self.capacity
-        self.slots, self.capacity = max(slots, used), max(capacity, filled)
+        self.slots, self.capacity = self.grown(slots, capacity)
+        if (self.slots, self.capacity) == (used, filled):
+            return
         for stores in (self.keys, self.values):
             for layer, old in enumerate(stores):
                 stores[layer] = old.new_zeros(self.slots, old.shape[1], self.capacity, old.shape[3])
@@ -52,6 +53,15 @@ class Slots:
         for stores in (self.keys, self.values):
             for store in stores:
                 store[target, :, :tokens] = store[source, :, :tokens]
+
+    def shrink(self, slots: int) -> None:
+        """Free the memory that so few rows leave unused; seldom, since what is in use is copied."""
+        if 0 < slots <= self.slots // 4:
+            self.slots = 1 << (slots - 1).bit_length()
+            for stores in (self.keys, self.values):
+                stores[:] = [store[: self.slots].clone() for store in stores]
+        elif not slots:
+            self.clear()
 
     def clear(self) -> None:
         """Free the memory."""
@@ -75,7 +85,7 @@ class SlotTokens:
 
 @dataclass(frozen=True)
 class _Group:
-    """Tokens [start, stop) of the pass, which attend to the same prefix."""
+    """Tokens [start, stop) of the pass, which attend to the same prefix, or part of one, up to its token `length`."""
 
     start: int
     stop: int
@@ -113,27 +123,27 @@ class SlotPass:
         self.slots.write(layer, slot_T, place_T, k_K_T_D, v_K_T_D)
         if kind.window is not None and kind.window >= self._longest:
             kind = AttentionKind(kind.scale, None, kind.softcap)
-        own_T_H_D, own_log_sum_T_H = self._attend_own(layer, q_H_T_D, kind)
-        if not self._groups:
-            return own_T_H_D
-        prefix_T_H_D = torch.zeros_like(own_T_H_D)
-        prefix_log_sum_T_H = torch.full_like(own_log_sum_T_H, float("-inf"))
-        for group in self._groups:
-            self._attend_prefix(group, layer, q_H_T_D, kind, prefix_T_H_D, prefix_log_sum_T_H)
-        return merge(prefix_T_H_D, prefix_log_sum_T_H, own_T_H_D, own_log_sum_T_H)
+        out_T_H_D, log_sum_T_H = self._attend_own(layer, q_H_T_D, kind)
+        for groups in self._groups:
+            part_T_H_D, part_log_sum_T_H = torch.zeros_like(out_T_H_D), torch.full_like(log_sum_T_H, float("-inf"))
+            for group in groups:
+                self._attend_prefix(group, layer, q_H_T_D, kind, part_T_H_D, part_log_sum_T_H)
+            out_T_H_D = merge(part_T_H_D, part_log_sum_T_H, out_T_H_D, log_sum_T_H)
+            log_sum_T_H = torch.logaddexp(part_log_sum_T_H, log_sum_T_H)
+        return out_T_H_D
 
     def _attend_prefix(
         self, group: _Group, layer: int, q_H_T_D: Tensor, kind: AttentionKind, out_T_H_D: Tensor, log_sum_T_H: Tensor
     ) -> None:
         q_H_N_D = q_H_T_D[:, group.start : group.stop]
         heads, tokens, _ = q_H_N_D.shape
-        k_K_P_D = group.prefix.keys[layer][:, : group.length]
-        v_K_P_D = group.prefix.values[layer][:, : group.length]
+        first = group.prefix.start
+        k_K_P_D, v_K_P_D = group.prefix.read(layer, first, group.length)
         key_heads = k_K_P_D.shape[0]
         mask, seen_N = None, None
         if kind.window is not None:
             position_N = self._positions[group.start : group.stop]
-            visible_N_P = torch.arange(group.length, device=self.device) > position_N[:, None] - kind.window
+            visible_N_P = torch.arange(first, group.length, device=self.device) > position_N[:, None] - kind.window
             seen_N = visible_N_P[:, -1].clone()
             visible_N_P[:, -1] = True
             mask = hidden(visible_N_P).repeat(heads // key_heads, 1)[None, None]
@@ -206,16 +216,18 @@ class SlotPass:
         return max(row.prefix_length + row.stored + row.count for row in self.rows)
 
     @cached_property
-    def _groups(self) -> list[_Group]:
-        groups: list[_Group] = []
+    def _groups(self) -> list[list[_Group]]:
+        """Of the parts that prefixes have, all first ones, then all second ones."""
+        groups: list[list[_Group]] = []
         for row, start in zip(self.rows, self._starts, strict=False):
-            if row.prefix is None or row.prefix_length == 0:
-                continue
-            last = groups[-1] if groups else None
-            if last and last.stop == start and last.prefix is row.prefix and last.length == row.prefix_length:
-                groups[-1] = _Group(last.start, start + row.count, row.prefix, row.prefix_length)
-            else:
-                groups.append(_Group(start, start + row.count, row.prefix, row.prefix_length))
+            parts = row.prefix.parts(row.prefix_length) if row.prefix is not None and row.prefix_length else []
+            groups += [[] for _ in parts[len(groups) :]]
+            for alike, (prefix, length) in zip(groups, parts, strict=False):
+                last = alike[-1] if alike else None
+                if last and last.stop == start and last.prefix is prefix and last.length == length:
+                    alike[-1] = _Group(last.start, start + row.count, prefix, length)
+                else:
+                    alike.append(_Group(start, start + row.count, prefix, length))
         return groups
 
     @cached_property

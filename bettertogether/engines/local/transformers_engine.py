@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import importlib.util
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import torch
 from dspy.lm15 import Request, Response
 
+from ...printable import get_logger
 from ...training.lending import ModelState, lent_out
 from ...training.progress import ProgressFunction, TrainingProgress
 from .._upstream import StreamEvent
@@ -27,11 +32,14 @@ from ..structured import structured_output_available
 from .choice import make_decoder
 from .closing import ClosingConstraint
 from .decoder import BatchRow, Decoder, TokenConstraint
+from .job import Job
 from .options import TransformersOptions
 from .packed_linear import pack_linear_layers
-from .scheduler import Job, Scheduler
+from .scheduler import Scheduler
 from .text_stream import TextStream
 from .thinking import ThinkingConstraint
+
+logger = get_logger(__name__)
 
 WAIT_S = 0.2
 """A waiting thread wakes so often, so that Ctrl-C reaches it."""
@@ -57,6 +65,8 @@ class TransformersEngine(BaseEngine):
 
     def __init__(self, model: str | Path, *, adapters: Sequence[str | Path] = (), **options: Any) -> None:
         super().__init__(model, TransformersOptions.of(options))
+        if self.options.torch_device.type == "cuda" and importlib.util.find_spec("vllm") is not None:
+            logger.warning("vLLM is installed, which answers faster on a GPU: vllm_lm(...) in place of local_lm(...).")
         self.concurrency = self.options.max_batch_size
         self.supports_response_schema = structured_output_available()
         self.supported_params = PARAMS | ({"response_format"} if self.supports_response_schema else frozenset())
@@ -181,6 +191,7 @@ class TransformersEngine(BaseEngine):
         """Train an adapter and serve it under a new name. See `LocalEngine.finetune`.
 
         Requests wait for the end of the training; while `on_progress` runs they are answered, so that it may ask, too.
+        Where other processes train, the model is freed for them, and loaded again for the next request.
         """
         self._scheduler.check_open()
         return super().finetune(rows, **options)
@@ -188,21 +199,36 @@ class TransformersEngine(BaseEngine):
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
         if job.training.launched:
             self._check_unchanged()
-            return train(self, job, None, self._card.source, on_progress)
+            with self._scheduler.exclusive():
+                self._unload()
+                return train(self, job, None, self._card.source, self._reporting(None, on_progress))
         with self._scheduler.exclusive():
             model = self._loaded_model()
             return train(self, job, model, self._card.source, self._reporting(model, on_progress))
 
+    def _unload(self) -> None:
+        """Free the weights; the next request loads them again."""
+        self._scheduler.forget_decoder()
+        self._adapters.attach(None)
+        self._model = None
+        if self.options.torch_device.type == "cuda":
+            # Other processes can't have what torch keeps for this one.
+            gc.collect()
+            torch.cuda.empty_cache()
+
     def _reporting(self, model: Any, on_progress: ProgressFunction | None) -> ProgressFunction:
-        """The callback with the model put back and lent to the worker while it runs; it ends a closed engine's
-        training."""
-        before = ModelState.of(model)
+        """The callback with the model lent to the worker while it runs: put back before, or, where it was unloaded,
+        loaded if it is asked. It ends a closed engine's training."""
+        before = None if model is None else ModelState.of(model)
 
         def report(line: TrainingProgress) -> None:
             self._scheduler.check_open()
-            if on_progress is not None:
-                with lent_out(model, before), self._scheduler.lent():
-                    on_progress(line)
+            if on_progress is None:
+                return
+            with nullcontext() if before is None else lent_out(model, before), self._scheduler.lent():
+                on_progress(line)
+            if before is None:
+                self._unload()
 
         return report
 
@@ -229,8 +255,7 @@ class TransformersEngine(BaseEngine):
                 self._check_unchanged()
                 options = self.options
                 place = options.torch_device, options.torch_dtype
-                requests = options.max_batch_size
-                announce_memory(self._card, *place, cache_bytes=options.cache_bytes, requests=requests)
+                announce_memory(self._card, *place, cache_bytes=options.cache_bytes)
                 model = load_model(self._card, *place)
                 pack_linear_layers(model)
                 # Now, since a training wraps layers for its time.

@@ -12,7 +12,8 @@ import pytest
 
 from bettertogether.engines.answers import FinishedAnswer, SamplingOptions, TokenScore
 from bettertogether.engines.local.decoder import BatchRow, Decision
-from bettertogether.engines.local.scheduler import Job, Scheduler
+from bettertogether.engines.local.job import Job
+from bettertogether.engines.local.scheduler import Scheduler
 from bettertogether.engines.local.text_stream import TextStream
 from bettertogether.errors import EngineClosedError
 
