@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .rollouts.labels import stratified_split
     from .run.budget import Budget
     from .steps.prompt_step import BootstrapFewShotRS
+    from .steps.prompt_templates import PromptTemplate, prompt_templates
     from .steps.weight_step import LoRAFinetune
     from .training.config import LoRAConfig, TrainingConfig
 
@@ -34,6 +35,7 @@ _PUBLIC = {
     "LoRAConfig": ".training.config",
     "LoRAFinetune": ".steps.weight_step",
     "ProgressDisplay": ".callbacks",
+    "PromptTemplate": ".steps.prompt_templates",
     "TrainingConfig": ".training.config",
     "compare": ".rollouts.evaluation",
     "default_model": ".downloads",
@@ -43,6 +45,7 @@ _PUBLIC = {
     "load": ".artifact",
     "local_lm": ".lm",
     "merge": ".artifact",
+    "prompt_templates": ".steps.prompt_templates",
     "push_to_hub": ".artifact",
     "save": ".artifact",
     "save_gguf": ".artifact",
@@ -59,6 +62,7 @@ __all__ = [
     "LoRAConfig",
     "LoRAFinetune",
     "ProgressDisplay",
+    "PromptTemplate",
     "TrainingConfig",
     "compare",
     "default_model",
@@ -68,6 +72,7 @@ __all__ = [
     "load",
     "local_lm",
     "merge",
+    "prompt_templates",
     "push_to_hub",
     "save",
     "save_gguf",

@@ -137,6 +137,10 @@ class BaseEngine:
         """The chat messages that a request is rendered from (system first). Raises UnsupportedFeatureError."""
         return messages_of(request)
 
+    def prompt_text(self, messages: Sequence[ChatMessage]) -> str:
+        """The prompt as the model's chat template writes it, ending where the answer begins."""
+        return self._renderer.text(messages)
+
     def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Token ids of a prompt, ending where the answer begins. Raises ModelError for a token unknown to the model."""
         token_ids = self._renderer.prompt_tokens(messages)

@@ -252,11 +252,16 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with its weights, frozen and in eval mode. Raises ModelError."""
+    quantized = getattr(card.config, "quantization_config", None) is not None
+    # Quantized weights are put on their device as they are read: many kinds can't be moved afterwards.
+    place = {"device_map": {"": device}} if quantized else {}
     try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(card.source, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+            card.source, dtype=dtype, trust_remote_code=False, **place
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
         raise ModelError(f"The weights of {card.source!r} can't be loaded: {error}") from error
-    return model.to(device).eval().requires_grad_(False)
+    return (model if quantized else model.to(device)).eval().requires_grad_(False)
 
 
 def meta_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:

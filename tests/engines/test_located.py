@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from small_models import save_model
+from small_models import generated, save_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from bettertogether import local_lm
 from bettertogether.engines import loading
@@ -122,3 +125,36 @@ def test_torchs_own_dtype_is_taken(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "tiny")
     lm = local_lm(folder, engine_options={"dtype": torch.bfloat16})
     assert local_lm(folder, engine_options={"dtype": "bfloat16"}).engine is lm.engine
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "package"),
+    [
+        ("bitsandbytes", {"load_in_4bit": True}, "bitsandbytes"),
+        ("gptq", {"bits": 4, "group_size": 32}, "optimum"),
+        ("awq", {"bits": 4, "group_size": 32}, "gptqmodel"),
+    ],
+)
+def test_a_quantized_model_whose_package_is_missing_says_which(
+    method: str, options: dict[str, Any], package: str, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    folder = save_model(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, **options}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=rf"^The weights of '{folder}' can't be loaded: .*{package}"):
+        loading.load_model(loading.read_card(folder), torch.device("cpu"), torch.float32)
+
+
+def test_a_4_bit_model_answers_as_transformers_does(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    folder = save_model(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=bits)
+    model.save_pretrained(folder)
+    engine = local_lm(folder).engine
+    prompt_ids = engine.prompt_tokens([{"role": "user", "content": "One?"}])
+    expected = engine._writer.decode(generated(model, prompt_ids, 8))
+    assert local_lm(folder, max_tokens=8, cache=False)("One?") == [expected]
