@@ -17,6 +17,7 @@ from .run.arguments import check_watching
 from .run.asked import asking
 from .run.budget import Budget
 from .run.directory import RunDirectory, checked_folder, new_run_directory
+from .run.estimate import Estimate, estimate
 from .run.plan import OnStepError, Plan
 from .run.sitting import carry_out
 from .steps.prompt_step import BootstrapFewShotRS
@@ -134,3 +135,48 @@ class BetterTogether(Teleprompter):
             logger.info("Run directory: %s. The same call with run_dir=%r goes on with this run.", folder, str(folder))
             with events.listening(watchers):
                 return carry_out(plan, directory, asked, budget or Budget())
+
+    def estimate(
+        self,
+        student: dspy.Module,
+        *,
+        trainset: Sequence[dspy.Example],
+        teacher: dspy.Module | Sequence[dspy.Module] | None = None,
+        valset: Sequence[dspy.Example] | None = None,
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        seed: int | None = None,
+        valset_ratio: float = 0.1,
+        strategy: str | Sequence[str] = "p -> w -> p",
+        optimizer_compile_args: Mapping[str, Mapping[str, Any]] | None = None,
+        two_by_two: bool = True,
+        max_rounds: int = 6,
+    ) -> Estimate:
+        """What `compile` with these arguments will take on this machine: calls, tokens, minutes, cost and memory.
+
+        The steps say what they will do at least, likely and at most; what that takes is measured by running up to 16
+        examples of the trainset with and without demos, 4 with a teacher, and by training for two steps. The program's
+        tools and the metric are called for that, and paid LMs are paid. Nothing is kept: no run directory, no adapter,
+        no answer in DSPy's cache; the student is not changed. Raises as `compile` does before any work, TooManyErrors
+        and TrainingError.
+        """
+        plan = Plan.of(
+            self.optimizers,
+            self.metric,
+            student=student,
+            trainset=trainset,
+            teacher=teacher,
+            valset=valset,
+            num_threads=num_threads,
+            max_errors=max_errors,
+            provide_traceback=None,
+            seed=seed,
+            valset_ratio=valset_ratio,
+            shuffle_trainset_between_steps=True,
+            strategy=strategy,
+            optimizer_compile_args=optimizer_compile_args,
+            on_step_error="return",
+            two_by_two=two_by_two,
+            max_rounds=max_rounds,
+        )
+        return estimate(plan)

@@ -85,6 +85,11 @@ class AdapterBank:
                 self._adapters[name] = replace(held, folder=folder)
         return name
 
+    def remove(self, model: str) -> None:
+        """Serve an adapter no more."""
+        with self._lock:
+            self._adapters.pop(model, None)
+
     def folder(self, model: str) -> Path | None:
         """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
         if model == MODEL_PREFIX + self._base_name:

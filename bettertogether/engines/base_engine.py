@@ -88,6 +88,10 @@ class BaseEngine:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
         raise NotImplementedError
 
+    def remove_adapter(self, model: str) -> None:
+        """Serve an adapter no more; see `LocalEngine.remove_adapter`."""
+        raise NotImplementedError
+
     def adapter_folder(self, model: str) -> Path | None:
         """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
         raise NotImplementedError

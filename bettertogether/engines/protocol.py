@@ -156,6 +156,10 @@ class LocalEngine(Protocol):
         """Serve the adapter in a PEFT folder; returns its model name, which is the same for the same content."""
         ...
 
+    def remove_adapter(self, model: str) -> None:
+        """Serve an adapter no more; its folder stays. Nothing happens for one that is not held."""
+        ...
+
     def adapter_folder(self, model: str) -> Path | None:
         """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
         ...

@@ -48,6 +48,12 @@ class Ledger(Saved):
         sums = {n: value + getattr(other, n) for n, value in vars(self).items() if n != "cost"}
         return Ledger(**sums, cost=total_cost([self.cost, other.cost]))
 
+    def times(self, factor: float) -> Ledger:
+        """So many times the same work, its counts rounded."""
+        counts = {n: round(factor * value) for n, value in vars(self).items() if n not in ("seconds", "cost")}
+        cost = None if self.cost is None else factor * self.cost
+        return Ledger(**counts, seconds=factor * self.seconds, cost=cost)
+
     @property
     def tokens(self) -> int:
         """Prompt, generated and trained tokens together."""

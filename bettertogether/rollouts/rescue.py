@@ -24,6 +24,11 @@ def answering(program: dspy.Module, labels: Collection[str]) -> set[str]:
     return {n for n, p in predictors_of(program).items() if set(labels) & p.signature.output_fields.keys()}
 
 
+def has_leads(program: dspy.Module, labels: Collection[str]) -> bool:
+    """Whether predictors come before those that answer the label, which are given a hint first."""
+    return 0 < len(answering(program, labels)) < len(predictors_of(program))
+
+
 def hint_before_the_answer(program: dspy.Module, labels: Mapping[str, Any]) -> None:
     """Give the label as a hint to all predictors but those that answer it."""
     hit = answering(program, labels)

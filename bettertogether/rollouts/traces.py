@@ -6,22 +6,21 @@ Paper, section 3.2 (bootstrapping); RFT, arXiv 2308.01825 (several samples); STa
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import dspy
 
 from ..callbacks import events
 from ..checks import is_number, require_switch, require_threshold, require_whole
 from ..errors import BetterTogetherError, ConfigError, TooManyErrors
-from ..programs.program import predictors_of
 from ..records import Ledger
 from .failures import count_failures, error_text, failure_warning
 from .labels import label_fields, labels_of, output_names
 from .metrics import Metric, Verdict, judge, require_metric, with_trace
 from .parallel import parallel_map, thread_count
-from .rescue import answering
+from .rescue import has_leads
 from .rollout import Attempt, Call, Rollout, Runner, Source
 from .settings import RunSettings
 
@@ -105,6 +104,37 @@ class Sampling:
     def temperature_of(self, number: int) -> float:
         """Temperature of the try with this number, from 1."""
         return self.temperatures[(number - 1) % len(self.temperatures)]
+
+    def carry_out(self, tries: Tries) -> None:
+        """A first run each, then more tries for those that failed: so many samples, a hint, and where hardly any
+        example is solved then, more samples."""
+        tries.first()
+        for number in range(1, self.num_samples + 1):
+            tries.sample(number, self.temperature_of(number), everyone=self.sample_passing)
+        if self.rescue:
+            tries.rescue()
+        if self.num_samples:
+            for number in range(self.num_samples + 1, MOST_TRIES + 1):
+                if tries.solved >= self.enough:
+                    break
+                tries.sample(number, self.temperature_of(number))
+
+
+class Tries(Protocol):
+    """Examples and what their tries came to, or are expected to come to."""
+
+    @property
+    def solved(self) -> float:
+        """How many examples are solved by now."""
+
+    def first(self) -> None:
+        """Run each example."""
+
+    def sample(self, number: int, temperature: float, *, everyone: bool = False) -> None:
+        """Try the unsolved examples, or all of them, with another seed."""
+
+    def rescue(self) -> None:
+        """Try the unsolved examples with the label as a hint."""
 
 
 @dataclass(frozen=True)
@@ -252,67 +282,70 @@ def collect_traces(
     teachers: Sequence[dspy.Module] = (),
     label_field: str | None = None,
 ) -> TraceSet:
-    """Traces of every example: a first run each, then more tries for those that failed, as `sampling` says: so many
-    samples, a hint, and where hardly any example is solved then, more samples.
+    """Traces of every example, as `Sampling.carry_out` says.
 
     With teachers, each of them makes the first runs instead of the student, and the first teacher the further tries.
     """
     outputs = output_names(program)
     known = label_fields(examples, outputs) if label_field is None else [label_field]
-    tries = _Tries(options, examples, labels_of(examples, label_field, outputs))
-    everyone = range(len(examples))
-    for first in teachers or (program,):
-        tries.add(first, dict.fromkeys(everyone, Attempt("teacher" if teachers else "student")))
-    traces = tries.traces
-    warning = failure_warning(count_failures(traces), len(traces), options.phase, "runs")
-    if warning:
-        events.warn(warning)
-    sampler = teachers[0] if teachers else program
-    for number in range(1, sampling.num_samples + 1):
-        tries.sample(sampler, everyone if sampling.sample_passing else tries.unsolved(), number, sampling)
-    if sampling.rescue:
-        tries.rescue(sampler, known)
-    if sampling.num_samples:
-        for number in range(sampling.num_samples + 1, MOST_TRIES + 1):
-            again = tries.unsolved()
-            if len(examples) - len(again) >= sampling.enough:
-                break
-            tries.sample(sampler, again, number, sampling)
-    traces.sort(key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
+    tries = _Tries(program, teachers, examples, labels_of(examples, label_field, outputs), known, options)
+    sampling.carry_out(tries)
+    traces = sorted(tries.traces, key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
     ledger = sum((trace.ledger for trace in traces), Ledger())
-    return TraceSet(tuple(traces), ledger, len(examples), (warning,) if warning else ())
+    return TraceSet(tuple(traces), ledger, len(examples), tries.warnings)
 
 
 @dataclass
 class _Tries:
     """The traces of some examples, as far as they were tried."""
 
-    options: ExamplePass
+    program: dspy.Module
+    teachers: Sequence[dspy.Module]
     examples: Sequence[dspy.Example]
     labels: Sequence[str | None]
+    label_names: Sequence[str]
+    options: ExamplePass
     traces: list[Trace] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
 
-    def unsolved(self) -> list[int]:
+    @property
+    def solved(self) -> int:
+        return len(self.examples) - len(self._unsolved())
+
+    def first(self) -> None:
+        for program in self.teachers or (self.program,):
+            attempt = Attempt("teacher" if self.teachers else "student")
+            self._add(program, dict.fromkeys(range(len(self.examples)), attempt))
+        warning = failure_warning(count_failures(self.traces), len(self.traces), self.options.phase, "runs")
+        if warning:
+            events.warn(warning)
+            self.warnings = (warning,)
+
+    def sample(self, number: int, temperature: float, *, everyone: bool = False) -> None:
+        again = range(len(self.examples)) if everyone else self._unsolved()
+        self._add(self._sampler, dict.fromkeys(again, Attempt("sample", number, temperature)))
+
+    def rescue(self) -> None:
+        """For the predictors before the answer, then for it."""
+        hints = {index: hint for index in self._unsolved() if (hint := _hint(self.examples[index], self.label_names))}
+        if has_leads(self._sampler, self.label_names):
+            self._add(self._sampler, {i: Attempt("rescue", 1, narrow=hint, leads=True) for i, hint in hints.items()})
+        failed = set(self._unsolved())
+        self._add(self._sampler, {i: Attempt("rescue", 1, narrow=hint) for i, hint in hints.items() if i in failed})
+
+    @property
+    def _sampler(self) -> dspy.Module:
+        return self.teachers[0] if self.teachers else self.program
+
+    def _unsolved(self) -> list[int]:
         """The examples without a passing trace."""
         solved = {trace.index for trace in self.traces if trace.passed}
         return [index for index in range(len(self.examples)) if index not in solved]
 
-    def add(self, program: dspy.Module, attempts: Mapping[int, Attempt]) -> None:
+    def _add(self, program: dspy.Module, attempts: Mapping[int, Attempt]) -> None:
         """Make one attempt at each of these examples."""
         if attempts:
             self.traces += self.options.over(program, self.examples, list(attempts.items()), self.labels)
-
-    def sample(self, program: dspy.Module, again: Iterable[int], number: int, sampling: Sampling) -> None:
-        """Try these examples with another seed."""
-        self.add(program, dict.fromkeys(again, Attempt("sample", number, sampling.temperature_of(number))))
-
-    def rescue(self, program: dspy.Module, label_names: Sequence[str]) -> None:
-        """Try the unsolved examples with the label as a hint: for the predictors before the answer, then for it."""
-        hints = {index: hint for index in self.unsolved() if (hint := _hint(self.examples[index], label_names))}
-        if 0 < len(answering(program, label_names)) < len(predictors_of(program)):
-            self.add(program, {i: Attempt("rescue", 1, narrow=hint, leads=True) for i, hint in hints.items()})
-        failed = set(self.unsolved())
-        self.add(program, {i: Attempt("rescue", 1, narrow=hint) for i, hint in hints.items() if i in failed})
 
 
 def _hint(example: dspy.Example, fields: Sequence[str]) -> dict[str, Any]:

@@ -35,9 +35,6 @@ from .strategy import Steps
 
 logger = get_logger(__name__)
 
-ENOUGH_FOR_BOTH = 20
-"""Trainset examples from which our prompt step needs no valset, where no weights were trained on them."""
-
 
 class _BudgetWatch(events.Callback):
     """Charges the meter as work is done and stops it between two units when the budget is used up."""
@@ -195,10 +192,7 @@ class Loop:
             result = run_any(optimizer, parent, context, given, plan.provide_traceback)
             self.meter.charge(result.ledger)
             return result
-        # Tuned weights answer the trainset by heart under any prompt, so theirs are chosen on other examples.
-        untrained = model_names(parent) == model_names(plan.student)
-        if step.spares_valset and untrained and len(context.trainset) >= ENOUGH_FOR_BOTH:
-            context = replace(context, valset=None)
+        context = step.sparing(context, is_tuned=model_names(parent) != model_names(plan.student))
         result = step.run_seen(parent, context.with_arguments(given))
         drop_results(result.program)
         return result

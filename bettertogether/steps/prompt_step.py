@@ -31,10 +31,11 @@ from ..rollouts.traces import TEMPERATURES, ExamplePass, Sampling, TraceSet, col
 from .candidate_scores import CandidateScores, all_equal
 from .demo_sets import Candidate, DemoSets
 from .outcome import Outcome
-from .race import choose, run_race
+from .race import choose, expected_calls, run_race
 from .rows_from_traces import select_traces, unseen_calls
 from .step import Step, StepContext, StepResult
 from .strengths import at_strengths, checked_strengths
+from .work import ExpectedTries, Outlook, Work
 
 TRAIN_SHARE = 0.3
 """Share of the examples that demos are bootstrapped from; the paper's 100 of 350 and 15 of 50."""
@@ -185,6 +186,29 @@ class BootstrapFewShotRS(Step, Teleprompter):
             None if context.valset else outcome.gain(),
             tuple(warnings),
         )
+
+    @property
+    def demos(self) -> int:  # type: ignore[override]
+        """Demos that a prompt shows, at most."""
+        return max(self.max_bootstrapped_demos, self.max_labeled_demos)
+
+    def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
+        """The tries for demos and the races of the prompts and strengths, as the outlook has them."""
+        train, validation = self.split(context.trainset, context.valset, self._settings(context.settings).seed or 0)
+        tries = ExpectedTries.of(student, train, outlook, len(context.teachers))
+        self.sampling.carry_out(tries)
+        size = len(validation)
+        prompts = 1 + outlook.has_demos + bool(self.max_labeled_demos) + self.num_candidates
+        calls = expected_calls(prompts, size, outlook.contest, race=self.race)
+        scaled = len(set(self.strengths) - {1.0}) if outlook.is_tuned else 0
+        if scaled:
+            # The best has its scores already.
+            calls += expected_calls(1 + scaled, size, outlook.contest, race=self.race) - size
+        if context.valset and outlook.is_scored:
+            calls -= size
+        emptied = replace(outlook, has_demos=False)
+        bootstrap = Work.of_runs(tries.runs, emptied, by_teacher=bool(context.teachers))
+        return bootstrap + Work(demo_runs=calls, prompts=prompts + scaled, known=0 if context.valset else size)
 
     def _settings(self, given: RunSettings) -> RunSettings:
         own = given.or_else(num_threads=self.num_threads, max_errors=self.max_errors, seed=self.seed)

@@ -14,8 +14,11 @@ were trained on the prompts of the race answer alike under most of them.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
+
+import dspy
 
 from ..records import RaceResult
 from ..rollouts.metrics import FULL_MARK
@@ -28,6 +31,9 @@ SMALLEST_SLICE = 8
 """Validation examples of a slice, at least."""
 ALIKE = 16
 """Examples with equal scores from which two candidates are held to answer alike."""
+
+RACES = 20
+"""Made-up races of which `expected_calls` is the mean."""
 
 ScoreFunction = Callable[[Sequence[Candidate], Sequence[int]], Sequence[Sequence[float]]]
 
@@ -63,6 +69,21 @@ def run_race(
             _stop_losers(running, rivals, range(part.stop), size)
             _stop_alike(running, rivals, range(part.stop), full_mark)
     return RaceResult(calls, len(new) * size - calls, CONFIDENCE)
+
+
+def expected_calls(count: int, size: int, contest: tuple[float, float], *, race: bool = True) -> float:
+    """The mean number of scores that a race of so many candidates takes, where the first has one mean score and all
+    others another."""
+    rng, totals = random.Random(0), []
+    for _ in range(RACES):
+        candidates = [Candidate(str(number), dspy.Module()) for number in range(count)]
+
+        def score(running: Sequence[Candidate], part: Sequence[int]) -> list[list[float]]:
+            means = [contest[candidate.name != "0"] for candidate in running]
+            return [[float(rng.random() < mean) for _ in part] for mean in means]
+
+        totals.append(run_race(candidates, size, score, race=race).calls_made)
+    return sum(totals) / len(totals)
 
 
 def choose(candidates: Sequence[Candidate], size: int) -> Candidate:

@@ -44,6 +44,8 @@ from .rows import Row, read_rows, write_rows
 from .rows_from_traces import Collected, LocalModel, Reasoning, RowOptions, Trainable, TrainPrompt, rows_from_traces
 from .step import Step, StepContext, StepResult
 from .training_details import fall_of_loss, rows_file, weight_details
+from .training_work import training_work
+from .work import Outlook, Work
 
 logger = get_logger(__name__)
 
@@ -222,6 +224,10 @@ class LoRAFinetune(Step, Teleprompter):
             warnings=(*collected.warnings, *collected.card.warnings),
         )
 
+    def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
+        """The tries for rows and the training on them, as the outlook has them."""
+        return training_work(self, student, context, outlook)
+
     def trainable(self, student: dspy.Module) -> Trainable:
         """By predictor name, what is to be trained. Raises NotTrainableError and ConfigError."""
         predictors = predictors_of(student)
@@ -268,7 +274,7 @@ class LoRAFinetune(Step, Teleprompter):
             )
 
         seed = settings.seed or 0
-        measured = self._measured(trainset, valset or (), seed)
+        measured = self.measured(trainset, valset or (), seed)
         traces = traces_of(trainset, "collect training data")
         return rows_from_traces(
             student,
@@ -282,7 +288,7 @@ class LoRAFinetune(Step, Teleprompter):
             seed=seed,
         )
 
-    def _measured(
+    def measured(
         self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example], seed: int
     ) -> Sequence[dspy.Example]:
         """The examples of the valset on which the epoch is chosen; none where the trainset has enough."""

@@ -182,6 +182,14 @@ class EngineContract:
         assert engine.add_adapter(moved) == result.model
         assert engine.adapter_folder(result.model) == moved
 
+    def test_an_adapter_that_was_removed_is_unknown_and_its_folder_stays(
+        self, engine: LocalEngine, tmp_path: Path
+    ) -> None:
+        result = self.finetune(engine, tmp_path, "a hue")
+        engine.remove_adapter(result.model)
+        assert _raised(lambda: engine.adapter_folder(result.model)) is UnknownAdapterError
+        assert engine.add_adapter(result.folder) == result.model
+
     def test_the_same_training_gives_the_same_adapter(self, engine: LocalEngine, tmp_path: Path) -> None:
         assert self.finetune(engine, tmp_path / "a").model == self.finetune(engine, tmp_path / "b").model
 

@@ -253,6 +253,11 @@ class FakeEngine:
             self._adapters[model] = (folder, adapter)
         return model
 
+    def remove_adapter(self, model: str) -> None:
+        """Forget an adapter."""
+        with self._lock:
+            self._adapters.pop(model, None)
+
     def adapter_folder(self, model: str) -> Path | None:
         """Where an adapter lies; None for the base."""
         if model == MODEL_PREFIX + self.base_name:

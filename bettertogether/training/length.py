@@ -65,6 +65,11 @@ class RunLength:
         self._patience = asked.patience if asked.epochs == "auto" and asked.keep_best and held_out else None
         self._steps, self._first_step_done = 0, 0.0
 
+    @property
+    def fewest_epochs(self) -> int:
+        """After which it ends where the held-out loss never falls."""
+        return self.epochs if self._patience is None else min(self.epochs, 1 + self._patience)
+
     def announce(self) -> None:
         """Say what the run takes at most, before it begins."""
         minutes = "" if self._max_minutes is None else f", {self._max_minutes:g} minutes"

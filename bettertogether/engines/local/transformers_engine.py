@@ -179,6 +179,10 @@ class TransformersEngine(BaseEngine):
         self._scheduler.check_open()
         return self._adapters.add(Path(folder).expanduser())
 
+    def remove_adapter(self, model: str) -> None:
+        """Serve an adapter no more."""
+        self._adapters.remove(self.canonical(model))
+
     def adapter_folder(self, model: str) -> Path | None:
         """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
         return self._adapters.folder(self.canonical(model))
@@ -233,8 +237,12 @@ class TransformersEngine(BaseEngine):
         return report
 
     def counters(self) -> dict[str, int]:
-        """requests, prompt_tokens, prefix_tokens_reused, generated_tokens, forced_tokens, forward_passes, batches."""
-        return self._scheduler.counters()
+        """requests, prompt_tokens, prefix_tokens_reused, generated_tokens, forced_tokens, forward_passes, batches; and,
+        on CUDA, device_peak_bytes: the most memory that this process has had there."""
+        counts = self._scheduler.counters()
+        if self.options.torch_device.type == "cuda":
+            counts["device_peak_bytes"] = torch.cuda.max_memory_allocated(self.options.torch_device)
+        return counts
 
     def close(self) -> None:
         """Stop the worker and free the weights. Pending requests fail with EngineClosedError."""

@@ -294,6 +294,11 @@ class VLLMEngine(BaseEngine):
                 "{'max_lora_rank': ...} when the engine is made, or a lower rank."
             )
 
+    def remove_adapter(self, model: str) -> None:
+        """Serve an adapter no more."""
+        with self._lock:
+            self._adapters.pop(self.canonical(model), None)
+
     def adapter_folder(self, model: str) -> Path | None:
         """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
         model = self.canonical(model)

@@ -1,0 +1,160 @@
+"""What a run costs on this machine, from a few examples run for real and two training steps."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import dspy
+
+from ..errors import NoTrainingDataError
+from ..lm import local_engine
+from ..programs.copies import copy_program
+from ..programs.program import copy_for_step, predictors_of
+from ..records import Ledger
+from ..rollouts.labels import stratified_split
+from ..rollouts.rollout import Attempt
+from ..rollouts.traces import ExamplePass, Trace, TraceSet
+from ..steps.demo_sets import DemoSets
+from ..steps.step import as_step
+from ..steps.training_probe import TrainingCosts, time_training
+from ..steps.weight_step import LoRAFinetune
+from .plan import Plan
+
+EXAMPLES = 16
+"""Of the trainset, run with and without demos."""
+TEACHER_EXAMPLES = 4
+DEMOS = 3
+"""Of a prompt, where no step says how many it shows."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What so many runs cost together."""
+
+    ledger: Ledger
+    runs: int
+
+    def of(self, runs: float) -> Ledger:
+        """What another number of them costs."""
+        return self.ledger.times(runs / self.runs)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured."""
+
+    plain: Sample
+    """Runs without demos."""
+    shown: Sample
+    """Runs with demos, whose tokens were computed before."""
+    teacher: Sample | None
+    prompt_s: float
+    """Seconds to compute the tokens of a set of demos."""
+    demo_tokens: float
+    """Tokens of a set of demos."""
+    passed: tuple[bool, ...]
+    """Of the first runs of an example: those of the first teacher, or of the student."""
+    trainings: Mapping[str, TrainingCosts]
+    """By the key of a weight step; those are left out of whose runs none could be learned from."""
+    spent: Ledger
+    """What the probe cost."""
+    memory_gib: float | None
+    """Most memory of this process so far; None where the system doesn't tell."""
+    device_memory_gib: float | None
+    """Most memory of the local engines' accelerators so far."""
+
+
+def probe(plan: Plan) -> Probe:
+    """Measure. LMs answer without DSPy's cache; nothing is written, and the plan's programs stay as they are."""
+    started = time.monotonic()
+    examples = stratified_split(plan.trainset, EXAMPLES, plan.seed)[0]
+    runs = _Runs(plan, examples)
+    plain = _uncached(plan.student)
+    for predictor in plain.predictors():
+        predictor.demos = []
+    runs.timed(plain, range(1))  # loads the model
+    alone = runs.timed(plain, range(len(examples))[1:2])
+    batch = range(len(examples))[2:] or range(len(examples))
+    without = runs.timed(plain, batch)
+    seen = TraceSet(tuple(runs.traces), Ledger(), len(examples))
+    shown = _with_demos(plan, plain, seen, examples)
+    first = runs.timed(shown, range(1))
+    with_demos = runs.timed(shown, batch)
+    teacher = None
+    if plan.teachers:
+        teacher = runs.timed(_uncached(plan.teachers[0]), range(len(examples))[:TEACHER_EXAMPLES])
+    passed = runs.traces[-teacher.runs :] if teacher else seen.traces
+    trainings = dict[str, TrainingCosts]()
+    for key, step in plan.optimizers.items():
+        if isinstance(step, LoRAFinetune):
+            with contextlib.suppress(NoTrainingDataError):
+                trainings[key] = time_training(step, plan.student, examples, seen)
+    spent = sum((trace.ledger for trace in runs.traces), Ledger()).with_seconds(time.monotonic() - started)
+    return Probe(
+        plain=without,
+        shown=with_demos,
+        teacher=teacher,
+        prompt_s=max(0.0, first.ledger.seconds - alone.ledger.seconds),
+        demo_tokens=max(0.0, (with_demos.ledger.prompt_tokens - without.ledger.prompt_tokens) / len(batch)),
+        passed=tuple(trace.passed for trace in passed),
+        trainings=trainings,
+        spent=spent,
+        memory_gib=_memory_gib(),
+        device_memory_gib=_device_memory_gib(plan.student),
+    )
+
+
+class _Runs:
+    """Runs of programs on the examples of a probe."""
+
+    def __init__(self, plan: Plan, examples: Sequence[dspy.Example]) -> None:
+        thresholds = [mark for mark in plan.thresholds.values() if mark is not None]
+        settings = replace(plan.settings, store=None)
+        self._pass = ExamplePass(plan.metric, min(thresholds, default=None), settings, phase="probe")
+        self._examples = examples
+        self.traces: list[Trace] = []
+
+    def timed(self, program: dspy.Module, positions: range) -> Sample:
+        """Run some of them at once."""
+        started = time.monotonic()
+        traces = self._pass.over(program, self._examples, [(position, Attempt()) for position in positions])
+        seconds = time.monotonic() - started
+        self.traces += traces
+        return Sample(sum((trace.ledger for trace in traces), Ledger()).with_seconds(seconds), len(traces))
+
+
+def _uncached(program: dspy.Module) -> dspy.Module:
+    """A copy whose LMs answer anew."""
+    copied, lms = copy_program(program), dict[int, dspy.BaseLM]()
+    for predictor in copied.predictors():
+        if predictor.lm is not None:
+            predictor.lm = lms.setdefault(id(predictor.lm), predictor.lm.copy(cache=False))
+    return copied
+
+
+def _with_demos(plan: Plan, plain: dspy.Module, traces: TraceSet, examples: Sequence[dspy.Example]) -> dspy.Module:
+    """The program with as many demos as the steps show, of whatever it answered; without any where none can be had."""
+    steps = [step for optimizer in plan.optimizers.values() if (step := as_step(optimizer)) is not None]
+    demos = max((step.demos for step in steps), default=0) or DEMOS
+    candidate = DemoSets(plain, traces.traces, examples).candidate("probe", demos, demos, plan.seed)
+    return copy_for_step(plain) if candidate is None else candidate.program
+
+
+def _memory_gib() -> float | None:
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _device_memory_gib(program: dspy.Module) -> float | None:
+    engines = {id(each): each for p in predictors_of(program).values() if (each := local_engine(p.lm)) is not None}
+    peaks = [peak for engine in engines.values() if (peak := engine.counters().get("device_peak_bytes"))]
+    return max(peaks) / 2**30 if peaks else None

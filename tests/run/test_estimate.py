@@ -1,0 +1,145 @@
+"""What `estimate` says before a run, against what the run takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from fakes import PaidLM, Parity, learner, numbers, parity_engine, parity_match, parity_program
+from small_models import save_model
+
+from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, local_lm
+from bettertogether.errors import StrategyError
+from bettertogether.programs.program import prompts_state
+from bettertogether.records import Ledger
+from bettertogether.rollouts.traces import Sampling
+from bettertogether.run.estimate import Estimate
+from bettertogether.run.probe import EXAMPLES, TEACHER_EXAMPLES
+from bettertogether.steps.race import expected_calls
+from bettertogether.steps.work import ExpectedTries, Outlook
+from bettertogether.testing import FakeEngine, FakeRequest
+
+TRAIN, VAL = numbers(20), numbers(16, start=100)
+HALF = Outlook(solved=0.5, again=0.5, hinted=1.0, learned=None)
+
+
+def better_together(**options: Any) -> BetterTogether:
+    return BetterTogether(
+        parity_match, p=BootstrapFewShotRS(parity_match, num_candidates=2), w=LoRAFinetune(parity_match, **options)
+    )
+
+
+def estimate(program: dspy.Module, **options: Any) -> Estimate:
+    return better_together().estimate(program, **{"trainset": TRAIN, "valset": VAL, **options})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "knows"),
+    [("p -> w -> p", learner), ("p -> w", lambda request, number: True)],
+    ids=["some are solved", "all are solved"],
+)
+def test_a_run_takes_no_less_and_no_more_than_was_estimated(
+    strategy: str, knows: Callable[[FakeRequest, int], bool]
+) -> None:
+    program = parity_program(parity_engine(knows))
+    said = estimate(program, strategy=strategy)
+    compiled = better_together().compile(program, trainset=TRAIN, valset=VAL, strategy=strategy, progress=False)
+    assert [each.name for each in said.rounds] == [record.name for record in compiled.report.rounds]
+    for each, record in zip(said.rounds, compiled.report.rounds, strict=True):
+        for name in ("lm_calls", "prompt_tokens", "generated_tokens", "trained_tokens"):
+            low, taken, high = (getattr(ledger, name) for ledger in (each.low, record.ledger, each.high))
+            assert low <= taken <= high, (each.name, name)
+
+
+def test_an_estimate_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BETTERTOGETHER_CACHE", str(tmp_path))
+    engine = parity_engine(learner)
+    program = parity_program(engine, cache=True)
+    before = prompts_state(program)
+    said = estimate(program)
+    assert engine.dump_state()["adapters"] == []
+    assert (prompts_state(program), list(tmp_path.iterdir())) == (before, [])
+    assert len(engine.requests) == said.probe.lm_calls == 2 * EXAMPLES - 1
+    program(number=TRAIN[0].number)
+    assert len(engine.requests) == said.probe.lm_calls + 1
+
+
+def test_an_estimate_says_the_range_of_each_round_and_of_all() -> None:
+    lines = str(estimate(parity_program(parity_engine(learner)), strategy="p")).splitlines()
+    assert lines[0].startswith("p: an estimate, from 31 runs and a few training steps (")
+    assert lines[2].split("  ")[0] == "round"
+    assert [line.split()[0] for line in lines[3:6]] == ["student", "p", "total"]
+    assert lines[3].split()[1] == str(len(VAL))
+
+
+def test_a_paid_teacher_costs_its_runs() -> None:
+    teacher = dspy.Predict(Parity)
+    teacher.set_lm(PaidLM(0.25))
+    said = estimate(parity_program(parity_engine(learner)), teacher=teacher, strategy="w")
+    # All are solved at once, those of the valset too that the loss is measured on.
+    assert said.likely.cost == 0.25 * (len(TRAIN) + len(VAL))
+    assert said.probe.cost == 0.25 * TEACHER_EXAMPLES
+    assert "$9.00" in str(said)
+
+
+def test_a_step_of_any_optimizer_is_told_to_be_a_guess() -> None:
+    optimizer = BetterTogether(parity_match, g=dspy.BootstrapFewShot(metric=parity_match))
+    said = optimizer.estimate(parity_program(parity_engine(learner)), trainset=TRAIN, valset=VAL, strategy="g")
+    assert said.notes == ("g (BootstrapFewShot) is not ours: its range is a guess.",)
+    assert (said.rounds[1].low.lm_calls, said.rounds[1].high.lm_calls) == (16, 20 * 36 + 16)
+
+
+def test_with_auto_the_rounds_are_the_most_that_there_may_be() -> None:
+    said = estimate(parity_program(parity_engine(learner)), strategy="auto", max_rounds=3)
+    assert [each.name for each in said.rounds] == ["student", "p", "p -> w", "p -> w -> p"]
+    assert "auto" in said.notes[0]
+
+
+def test_what_compile_refuses_an_estimate_refuses() -> None:
+    with pytest.raises(StrategyError):
+        estimate(parity_program(parity_engine(learner)), strategy="q")
+
+
+def test_expected_tries_are_those_of_a_real_schedule() -> None:
+    tries = ExpectedTries(HALF, examples=16, hints=1)
+    Sampling(num_samples=2).carry_out(tries)
+    # 16, then 8 and 4 unsolved, then a hint for 2 which solves them.
+    assert (tries.runs, tries.solved) == (16 + 8 + 4 + 2, 16)
+
+
+def test_expected_tries_go_on_where_few_are_solved() -> None:
+    tries = ExpectedTries(Outlook(solved=0, again=0, hinted=0, learned=None), examples=10, hints=1)
+    Sampling(num_samples=4, enough=1).carry_out(tries)
+    assert tries.runs == 10 + 8 * 10 + 10
+
+
+def test_a_race_is_expected_to_end_early_only_where_one_is_better() -> None:
+    assert expected_calls(5, 40, (1.0, 0.0)) == 4 * 8 + 40
+    assert expected_calls(5, 40, (0.0, 0.0)) == expected_calls(5, 40, (1.0, 0.0), race=False) == 5 * 40
+
+
+def test_a_real_training_is_timed_and_its_adapter_forgotten(tmp_path: Path) -> None:
+    lm = local_lm(save_model(tmp_path / "model"), max_tokens=64)
+    program = dspy.Predict(Parity)
+    program.set_lm(lm)
+    optimizer = better_together(training=TrainingConfig(epochs=2, batch_size=4))
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        said = optimizer.estimate(program, trainset=TRAIN, valset=VAL, strategy="w")
+    assert lm.engine.adapter_folders() == []
+    assert said.rounds[1].likely.trained_tokens > 0
+    assert said.rounds[1].likely.seconds > 0
+    assert said.memory_gib is not None
+
+
+def test_a_training_that_no_run_shows_is_not_counted() -> None:
+    program = parity_program(FakeEngine(lambda request: "nonsense"))
+    said = estimate(program, strategy="w", trainset=numbers(8))
+    assert said.notes == ("w: no run of the probe could be learned from, so its training is not counted.",)
+    assert said.high.trained_tokens == 0
+
+
+def test_a_ledger_is_scaled_with_its_cost() -> None:
+    assert Ledger(lm_calls=3, seconds=2.0, cost=1.0).times(1.5) == Ledger(lm_calls=4, seconds=3.0, cost=1.5)
