@@ -36,7 +36,8 @@ For example one that appends each round's score to a file as soon as it is known
     program = BetterTogether(metric).compile(program, trainset=trainset, callbacks=callbacks)
 
 `events` says what each method is given and when it is called. A callback observes: it can't change the run, and what it
-raises is raised by `compile`. `ProgressDisplay` (on by default) and `MLflowCallback` are callbacks too.
+raises is raised by `compile`. `ProgressDisplay` (on by default), `MLflowCallback`, `WandbCallback` and
+`TrackerCallback` (TensorBoard, trackio and others) are callbacks too.
 """
 
 from .display import ProgressDisplay
@@ -59,6 +60,8 @@ from .events import (
     warn,
 )
 from .mlflow import MLflowCallback
+from .tracker import TrackerCallback
+from .wandb import WandbCallback
 
 __all__ = [
     "Callback",
@@ -72,7 +75,9 @@ __all__ = [
     "RunStartEvent",
     "StepEndEvent",
     "StepStartEvent",
+    "TrackerCallback",
     "TrainingEvent",
+    "WandbCallback",
     "WarningEvent",
     "emit",
     "listening",
