@@ -83,8 +83,8 @@ NEVER = {"vllm", "bitsandbytes", "matplotlib", "sklearn", "optuna", "bm25s"}
 
 HEAVY = MODEL_LIBRARIES | OPTIONAL.keys() | LATE_LIBRARIES | NEVER
 
-THROUGH_OTHERS = {"tokenizers", "typing_extensions", "yaml"}
-"""Installed by transformers, pydantic and accelerate, which pin the versions that they work with."""
+THROUGH_OTHERS = {"IPython", "tokenizers", "typing_extensions", "yaml"}
+"""Installed by a notebook's kernel, transformers, pydantic and accelerate, which pin the versions they work with."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from .events import (
     TrainingEvent,
     WarningEvent,
 )
+from .notebook import NotebookView
 from .progress import ProgressState, time_text
 
 if TYPE_CHECKING:
@@ -68,26 +69,15 @@ class ProgressDisplay(Callback):
         self._output: _Output | None = None
         self._state = ProgressState(clock)
         self._console: Console | None = None
-        self._live: Live | None = None
+        self._live: Live | NotebookView | None = None
         self._last_line_s = clock()
         self._clock = clock
 
     def on_run_start(self, event: RunStartEvent) -> None:
         """Open the view."""
         self._state.run_start(event)
-        stream = self._file or sys.stderr
-        if self._quiet or stream is None:
-            return
-        from rich.console import Console
-        from rich.live import Live
-
-        self._output = _Output(stream)
-        self._console = Console(file=cast(IO[str], self._output), highlight=False)
-        if self._console.is_terminal or self._console.is_jupyter:
-            self._live = Live(get_renderable=self._state.view, console=self._console, refresh_per_second=4)
-            self._live.start()
-        else:
-            self._line(f"start {event['strategy']}")
+        self._open()
+        self._line(f"start {event['strategy']}")
 
     def on_step_start(self, event: StepStartEvent) -> None:
         """A new step in the view."""
@@ -97,17 +87,17 @@ class ProgressDisplay(Callback):
     def on_candidate(self, event: CandidateEvent) -> None:
         """The candidate and the best score so far."""
         self._state.candidate(event)
-        self._line_at_interval()
+        self._moved()
 
     def on_progress(self, event: ProgressEvent) -> None:
         """Calls done."""
         self._state.progress(event)
-        self._line_at_interval()
+        self._moved()
 
     def on_training(self, event: TrainingEvent) -> None:
         """Training steps done and the loss."""
         self._state.training(event)
-        self._line_at_interval()
+        self._moved()
 
     def on_step_end(self, event: StepEndEvent) -> None:
         """The step's score."""
@@ -141,9 +131,29 @@ class ProgressDisplay(Callback):
         if live is not None:
             live.stop()
 
-    def _line_at_interval(self) -> None:
+    def _open(self) -> None:
+        stream = self._file or sys.stderr
+        if self._quiet or stream is None:
+            return
+        from rich.console import Console
+        from rich.live import Live
+
+        self._output = _Output(stream)
+        # In a notebook, rich would not write to a file.
+        jupyter = None if self._file is None else False
+        self._console = Console(file=cast(IO[str], self._output), highlight=False, force_jupyter=jupyter)
+        if self._console.is_jupyter:
+            self._live = NotebookView(self._state.view)
+        elif self._console.is_terminal:
+            self._live = Live(get_renderable=self._state.view, console=self._console, refresh_per_second=4)
+        if self._live is not None:
+            self._live.start()
+
+    def _moved(self) -> None:
+        if isinstance(self._live, NotebookView):
+            self._live.refresh()
         if self._clock() - self._last_line_s >= self._interval_s:
-            self._line(f"{self._state.step_text()}: {self._state.phase_text()}")
+            self._line(self._state.progress_text())
 
     def _line(self, text: str, *, always: bool = False) -> None:
         if self._output is not None and self._output.gone:
@@ -154,6 +164,21 @@ class ProgressDisplay(Callback):
         self._last_line_s = self._clock()
         line = f"[bettertogether {time_text(self._state.elapsed_s)}] {one_line(text)}"
         self._console.print(line, markup=False, soft_wrap=True)
+
+
+class EvaluationDisplay(ProgressDisplay):
+    """The same for an evaluation that is no part of a run."""
+
+    def on_progress(self, event: ProgressEvent) -> None:
+        """Calls done; the first opens the view."""
+        if self._output is None:
+            self._open()
+        super().on_progress(event)
+
+    def done(self, text: str) -> None:
+        """The result in a line, and the view closed."""
+        self.close()
+        self._line(text, always=True)
 
 
 class _Output:

@@ -190,6 +190,11 @@ def emit(name: EventName, event: Event) -> None:
         listeners.deliver(name, event)
 
 
+def watched() -> bool:
+    """Whether anybody is sent the events that are emitted here."""
+    return (_current.get() or _only_run()) is not None
+
+
 @contextlib.contextmanager
 def run_end_on_error() -> Iterator[None]:
     """Send the end of the run, without a report, when the block raises; what it raises comes first in any case."""

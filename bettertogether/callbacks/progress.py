@@ -113,11 +113,12 @@ class ProgressState:
             number, total = self._current["index"] + 1, max(len(self._rounds), self._current["index"] + 1)
             return f"step {number} of {total} ({self._current['strategy'] or STUDENT})"
 
-    def phase_text(self) -> str:
-        """What is done now, how far it is, how fast, and what is left."""
+    def progress_text(self) -> str:
+        """The step, what is done in it now, how far it is, how fast, and what is left."""
         with self._lock:
             parts = [f"{self._phase or 'working'} {self._done}/{self._total}", *self._rate_texts()]
-            return ", ".join([*parts, *self._detail_texts(), *self._best_texts()])
+            step = "" if self._current is None else f"{self.step_text()}: "
+            return step + ", ".join([*parts, *self._detail_texts(), *self._best_texts()])
 
     def _rate_texts(self) -> list[str]:
         spent_s = self._event_s - self._phase_started_s
@@ -170,9 +171,9 @@ class ProgressState:
         from rich.text import Text
 
         with self._lock:
-            lines: list[RenderableType] = [
-                Text(f"{one_line(self._strategy)}   {time_text(self.elapsed_s)}", style="bold")
-            ]
+            lines: list[RenderableType] = []
+            if self._strategy:
+                lines.append(Text(f"{one_line(self._strategy)}   {time_text(self.elapsed_s)}", style="bold"))
             rounds = Table.grid(padding=(0, 2))
             for record in self._finished[-_SHOWN_ROUNDS:]:
                 score = "-" if record.score is None else f"{record.score:.3f}"
@@ -181,8 +182,9 @@ class ProgressState:
                 rounds.add_row(name, score, time_text(record.ledger.seconds), record.status)
             if self._finished:
                 lines.append(rounds)
-            if self._current is not None and len(self._finished) <= self._current["index"]:
-                lines.append(Text(f"> {one_line(self.step_text())}", style="bold cyan"))
+            if self._current is None or len(self._finished) <= self._current["index"]:
+                if self._current is not None:
+                    lines.append(Text(f"> {one_line(self.step_text())}", style="bold cyan"))
                 bar = Table.grid(padding=(0, 1))
                 counts = f"{self._done}/{self._total}" if self._total else ""
                 bar.add_row(

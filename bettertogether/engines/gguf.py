@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from ..errors import ModelError
 from ..files import cache_folder, cached_model
 from ..printable import get_logger
+from ..training.bars import no_bars
 from .fingerprint import file_hash
 from .gguf_model import rotary_factors
 
@@ -64,6 +65,7 @@ def converted(gguf_file: Path) -> Path:
     return cached_model(f"gguf/{file_hash(gguf_file)[:16]}/{gguf_file.stem}", fill)
 
 
+@no_bars()
 def convert_gguf(gguf_file: Path, folder: Path) -> None:
     """Write the model in `gguf_file` to `folder` as config, float32 safetensors and tokenizer.
 

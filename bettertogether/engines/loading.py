@@ -31,6 +31,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..errors import ConfigError, ModelError
 from ..printable import get_logger
 from ..training.adapter_settings import CONFIG_FILE
+from ..training.bars import no_bars
 from .gguf import converted, gguf_in
 
 logger = get_logger(__name__)
@@ -256,9 +257,10 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Any
     # Quantized weights are put on their device as they are read: many kinds can't be moved afterwards.
     place = {"device_map": {"": device}} if quantized else {}
     try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            card.source, dtype=dtype, trust_remote_code=False, **place
-        )
+        with no_bars():
+            model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+                card.source, dtype=dtype, trust_remote_code=False, **place
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
         raise ModelError(f"The weights of {card.source!r} can't be loaded: {error}") from error
     return (model if quantized else model.to(device)).eval().requires_grad_(False)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ..errors import ModelError
 from ..files import atomic_folder
 from ..training.adapter_folder import read_adapter_config
+from ..training.bars import no_bars
 from .adapters import linear_shapes, read_weights
 from .fingerprint import model_hash, short_name
 from .gguf_model import write_gguf
@@ -56,7 +57,7 @@ def merge_to_gguf(
 @contextmanager
 def _written_whole(out: Path) -> Iterator[Path]:
     try:
-        with atomic_folder(out) as work:
+        with atomic_folder(out) as work, no_bars():
             yield work
     except (OSError, SafetensorError) as error:
         if isinstance(error, ModelError):
@@ -100,7 +101,8 @@ def _not_loaded(base: str, error: Exception) -> ModelError:
 
 def _load(base: str) -> tuple[Any, Any]:
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
+        with no_bars():
+            model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except Exception as error:
         raise _not_loaded(base, error) from error

@@ -12,6 +12,8 @@ from dspy.evaluate.evaluate import EvaluationResult
 from dspy.utils.callback import with_callbacks
 
 from ..callbacks import events
+from ..callbacks.display import EvaluationDisplay
+from ..checks import require_switch
 from ..errors import ConfigError, ProgramError
 from ..printable import printable
 from ..records import Failure, Ledger, failure_text
@@ -62,18 +64,25 @@ def evaluate(
     seed: int = 0,
     store: RolloutStore | None = None,
     phase: str = "evaluate",
+    progress: bool = True,
 ) -> Evaluation:
-    """Run `program` on every example and score it with `metric` (called with trace=None, as DSPy evaluates).
+    """Run `program` on every example and score it with `metric` (called with trace=None, as DSPy evaluates), and show
+    how far it is, unless `progress=False`.
 
     A parse failure scores 0. An example whose program or metric raises scores 0 too, and counts against `max_errors`
     (None: `dspy.settings.max_errors`); raises TooManyErrors above it. Where more than half of the examples fail, the
     log says so at once, with the commonest reason; see `Evaluation.failures`. Raises ProgramError, DataError and
     ConfigError before any work.
     """
+    require_switch("progress", progress)
     settings = RunSettings(num_threads, max_errors, seed, store)
-    evaluation = evaluate_many([program], examples, metric, settings, phase=phase)[0]
-    if warning := failure_warning(evaluation.failures, len(evaluation.scores), phase):
-        events.warn(warning)
+    display = EvaluationDisplay() if progress and not events.watched() else None
+    with events.listening([] if display is None else [display]):
+        evaluation = evaluate_many([program], examples, metric, settings, phase=phase)[0]
+        if warning := failure_warning(evaluation.failures, len(evaluation.scores), phase):
+            events.warn(warning)
+        if display is not None:
+            display.done(f"{phase}: {evaluation.mean:.3f} on {len(evaluation.scores)} examples")
     return evaluation
 
 
@@ -144,7 +153,7 @@ class _Evaluate(dspy.Evaluate):
         self(program, callback_metadata=None if kind is None else {"metric_key": kind})
         return self._done
 
-    @with_callbacks
+    @with_callbacks  # type: ignore[untyped-decorator]
     def __call__(self, program: dspy.Module, callback_metadata: dict[str, Any] | None = None) -> EvaluationResult:
         self._done = self._work()
         results = [(trace.example, _prediction(trace), trace.score) for trace in self._done.traces]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, MissingExtraError
 from ._upstream import multiplies_bfloat16_fast, turn_checkpointing_on
+from .bars import no_bars
 from .config import TrainingConfig
 
 CHECKPOINTED_PARAMETERS = 1_000_000_000
@@ -98,10 +99,11 @@ def four_bit_copy(model: PreTrainedModel) -> PreTrainedModel:
 
     options: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     options |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
-    quantized: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(model.name_or_path),
-        quantization_config=BitsAndBytesConfig(**options),
-        device_map={"": model.device},
-        trust_remote_code=False,
-    )
+    with no_bars():
+        quantized: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(model.name_or_path),
+            quantization_config=BitsAndBytesConfig(**options),
+            device_map={"": model.device},
+            trust_remote_code=False,
+        )
     return quantized

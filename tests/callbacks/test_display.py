@@ -8,12 +8,13 @@ import logging
 import os
 import sys
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fakes import learner, numbers, parity_engine, parity_match, parity_program
 
-from bettertogether import BetterTogether, BootstrapFewShotRS
+from bettertogether import BetterTogether, BootstrapFewShotRS, evaluate
 from bettertogether.callbacks import Callback, ProgressDisplay, emit, listening, warn
 from bettertogether.errors import ConfigError
 from bettertogether.records import Ledger, StepRecord
@@ -283,3 +284,69 @@ def test_in_a_terminal_the_cursor_comes_back_after_an_interrupt(monkeypatch: pyt
         emit("run_start", {"strategy": "w", "rounds": ["", "w"]})
         raise KeyboardInterrupt
     assert file.getvalue().rstrip().endswith("\x1b[?25h")
+
+
+def test_an_evaluation_alone_shows_how_far_it_is_and_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    file = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", file)
+        evaluate(parity_program(parity_engine(learner)), numbers(4), parity_match)
+    text = file.getvalue()
+    assert "evaluate" in text
+    assert "4/4" in text
+    assert text.rstrip().endswith("] evaluate: 0.500 on 4 examples")
+
+
+def test_without_a_terminal_an_evaluation_alone_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(parity_program(parity_engine(learner)), numbers(4), parity_match)
+    assert capsys.readouterr().err == "[bettertogether 0:00] evaluate: 0.500 on 4 examples\n"
+
+
+def test_an_evaluation_within_a_run_is_shown_by_the_run_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with listening([]):
+        evaluate(parity_program(parity_engine(learner)), numbers(4), parity_match)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_evaluation_can_be_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(parity_program(parity_engine(learner)), numbers(4), parity_match, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+class Notebook:
+    """What a notebook shows: each output in its last state."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.outputs: list[str] = []
+        monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+        monkeypatch.setattr("IPython.display.display", self._display)
+
+    def _display(self, content: Any, *, raw: bool = False, display_id: bool = False, **options: Any) -> Any:
+        self.outputs.append("")
+        position = len(self.outputs) - 1
+
+        def update(content: Any, raw: bool = False) -> None:
+            self.outputs[position] = content["text/plain"]
+
+        update(content if raw else content._repr_mimebundle_([], []))
+        return SimpleNamespace(update=update)
+
+
+def test_in_a_notebook_the_view_is_one_output_that_stays_with_the_result_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("IPython")
+    notebook = Notebook(monkeypatch)
+    with listening([ProgressDisplay()]):
+        emit("run_start", {"strategy": "w", "rounds": ["", "w"]})
+        emit("step_start", {"index": 0, "step": "", "strategy": ""})
+        record = StepRecord(0, "", "", "complete", 0.5, (0.0, 1.0), ledger=Ledger(seconds=10))
+        emit("step_end", {"record": record})
+        emit("run_end", {"report": CompileReport((record,), 0, 2, "w")})
+    view, end = notebook.outputs
+    assert [line.split() for line in view.splitlines()][1] == ["student", "0.500", "0:10", "complete"]
+    assert end.strip() == "[bettertogether 0:00] done: student, score 0.500"
+
+
+def test_in_a_notebook_a_display_with_a_file_writes_lines_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert shown_run(io.StringIO()).splitlines()[-1] == "[bettertogether 0:20] done: w, score 1.000"

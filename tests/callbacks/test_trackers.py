@@ -106,7 +106,8 @@ def test_wandb_has_scores_config_summary_and_artifacts(tmp_path: Path, monkeypat
     history = [values(record.history.item) for record in found if record.WhichOneof("record_type") == "history"]
     assert [(line["round"], line["score"]) for line in history if "score" in line] == [(0, 0.5), (1, 1)]
     assert [line[f"{TRAINED}/step"] for line in history if f"{TRAINED}/loss" in line] == [1]
-    config, summary = {}, {}
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for record in found:
         config |= values(record.config.update)
         summary |= values(record.summary.update)

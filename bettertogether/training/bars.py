@@ -1,0 +1,31 @@
+"""No progress bars of other libraries between the lines of our own progress."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from transformers.utils import logging
+
+_GGUF_BAR = "transformers.modeling_gguf_pytorch_utils.tqdm"
+"""Drawn past transformers' own hook for bars."""
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Load or save models without bars; one at a time, as `from_pretrained` also sets torch's default dtype for all
+    threads. Bars of downloads stay: those take minutes."""
+    with _ONE_AT_A_TIME, mock.patch(_GGUF_BAR, logging.EmptyTqdm):
+        before = logging.set_tqdm_hook(_nothing)
+        try:
+            yield
+        finally:
+            logging.set_tqdm_hook(before)
+
+
+def _nothing(make: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    return logging.EmptyTqdm(*arguments, **options)
