@@ -143,11 +143,11 @@ def _outlooks(plan: Plan, measured: Probe) -> tuple[Outlook, Outlook, Outlook]:
         has_demos=any(predictor.demos for predictor in plan.student.predictors()),
         is_scored=bool(plan.valset) and program_key(plan.student) is not None,
     )
-    least = replace(likely, solved=most, again=most, learned=fewest, contest=(1.0, 0.0), patience=0.0)
+    least = replace(likely, solved=most, again=most, learned=fewest, contest=(1.0, 0.0), patience=0.0, forms=0.0)
     return (
         least,
         likely,
-        replace(likely, solved=fewest, again=0.0, hinted=0.0, learned=1.0, contest=(0.0, 0.0), patience=1.0),
+        replace(likely, solved=fewest, again=0.0, hinted=0.0, learned=1.0, contest=(0.0, 0.0), patience=1.0, forms=1.0),
     )
 
 

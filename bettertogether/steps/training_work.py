@@ -55,10 +55,13 @@ def _training(step: LoRAFinetune, rows: float, held_out: float, outlook: Outlook
     if isinstance(most, str):
         most = auto_epochs(math.ceil(rows), training.batch_size, held_out=held_out > 0)
     length = RunLength(training, most, math.ceil(rows), held_out > 0)
+    share = training.form_share if step.rows.train_prompt == "varied" else 0.0
+    if 0 < share < 1 and outlook.forms is not None:
+        share = outlook.forms
     epochs = length.fewest_epochs + outlook.patience * (length.epochs - length.fewest_epochs)
     return Work(
         trained_rows=epochs * rows,
-        form_batches=training.form_share * epochs * length.steps_per_epoch * (step.rows.train_prompt == "varied"),
+        form_batches=share * epochs * length.steps_per_epoch,
         held_out_rows=(epochs + 1) * held_out,
         trainings=1,
     )

@@ -27,6 +27,8 @@ class Outlook:
     """Mean scores of the best prompts in a race, and of all others."""
     patience: float = 1.0
     """How far a training goes, from its fewest epochs (0) to its most (1)."""
+    forms: float | None = None
+    """Share of the batches that show demos, where any may; None: as the training is configured."""
     calls: float = 1.0
     """Calls of a run that a weight step learns from."""
     has_demos: bool = False
