@@ -22,7 +22,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 Files = Mapping[str, Path | str]
 """Names to a file, a folder, or the text of a file that is not there yet."""
 
-_NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
+_NOT_IN_NAMES = re.compile(r"[^\w\-./]", re.ASCII)
 
 
 class Tracking(Callback):

@@ -21,7 +21,7 @@ from bettertogether import BetterTogether, LoRAFinetune
 from bettertogether.callbacks import Callback, MLflowCallback, TrackerCallback, WandbCallback
 from bettertogether.errors import ConfigError, MissingExtraError
 
-TRAINED = "step_1/adapter 1/1"
+TRAINED = "step_1/adapter_1/1"
 """How the one training of `compiled` is called: what trains, of how many."""
 
 

@@ -391,7 +391,7 @@ def test_an_adapter_beside_the_weights_is_not_put_into_the_model_unasked(tmp_pat
 
 def test_an_id_that_can_not_be_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="'nobody/nothing' can't be loaded"):
+    with pytest.raises(ModelError, match="'nobody/nothing' is not in the hub's cache, and the hub can't be reached"):
         TransformersEngine("nobody/nothing")
 
 
