@@ -23,8 +23,6 @@ from .loading import ModelCard, meta_model
 
 logger = get_logger(__name__)
 
-OWN_TOKENS = 1000
-"""Tokens that a request is taken to have of its own: what it shares with no other, and its answer."""
 GPU_SHARE = 0.8
 """Of what is free beside the weights, for keys and values; the rest is for what a pass computes."""
 PROCESSOR_SHARE = 0.5
@@ -50,7 +48,7 @@ class MemoryPlan:
     token: int
     """Bytes of the keys and values of a token, in all layers."""
     caches: int
-    """Bytes that shared prefixes may take, and requests with `OWN_TOKENS` each, as many as are answered at once."""
+    """Bytes that keys and values may take, of requests and of the prefixes that they share."""
     adapter_parameters: int
     """Of a LoRA adapter."""
     training: int
@@ -64,11 +62,10 @@ class MemoryPlan:
         dtype: torch.dtype,
         *,
         cache_bytes: int = 0,
-        requests: int = 0,
         lora: LoRAConfig = LoRAConfig(),
         training: TrainingConfig = TrainingConfig(),
     ) -> Self:
-        """The plan for the model of a transformers config: `cache_bytes` for prefixes, and so many requests at once."""
+        """The plan for the model of a transformers config."""
         model = meta_model(config, dtype)
         parameters, token = model.num_parameters(), _token_bytes(config.get_text_config(), dtype)
         adapter = _adapter_parameters(model, lora)
@@ -78,20 +75,21 @@ class MemoryPlan:
             parameters=parameters,
             weights=sum(parameter.nbytes for parameter in model.parameters()),
             token=token,
-            caches=cache_bytes + requests * OWN_TOKENS * token,
+            caches=cache_bytes,
             adapter_parameters=adapter,
             training=adapter * ADAPTER_BYTES + tokens * kept,
         )
 
 
-def announce_memory(card: ModelCard, device: torch.device, dtype: torch.dtype, **options: Any) -> None:
+def announce_memory(
+    card: ModelCard, device: torch.device, dtype: torch.dtype, *, cache_bytes: int | None = 0, **options: Any
+) -> None:
     """Say in the log what a model will take, with the options of `MemoryPlan.of` (`cache_bytes=None`: a share of the
     free memory), and warn where that is more than is free. Raises ModelError where a GPU can't hold the weights alone.
     """
     if getattr(card.config, "quantization_config", None) is not None:
         # Its weights take less than the shapes say.
         return
-    cache_bytes = options.pop("cache_bytes", 0)
     plan, free = MemoryPlan.of(card.config, device, dtype, cache_bytes=cache_bytes or 0, **options), free_bytes(device)
     if cache_bytes is None:
         plan = replace(plan, caches=cache_share(device, max(0, free - plan.weights)))

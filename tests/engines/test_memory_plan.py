@@ -51,7 +51,7 @@ QWEN25_7B = Qwen2Config(**sizes(3584, 18_944, 28, 28, 4, 152_064), tie_word_embe
 def test_known_models_have_their_numbers(
     config: PretrainedConfig, parameters: int, token: int, adapter: int, papers_adapter: int
 ) -> None:
-    plan = MemoryPlan.of(config, CUDA, torch.bfloat16, cache_bytes=2 << 30, requests=64)
+    plan = MemoryPlan.of(config, CUDA, torch.bfloat16, cache_bytes=(2 << 30) + 64_000 * token)
     assert (plan.parameters, plan.weights) == (parameters, 2 * parameters)
     assert (plan.token, plan.caches) == (token, (2 << 30) + 64_000 * token)
     # Of rank 16 on all linear layers; the paper's has 32 on queries and keys.
