@@ -13,7 +13,7 @@ from ..records import STUDENT, Ledger
 from ..report.text import compact
 from ..report.view import cost_text
 from ..steps.step import StepContext, as_step
-from ..steps.weight_step import LoRAFinetune
+from ..steps.training_step import TrainingStep
 from ..steps.work import Outlook, Work
 from . import strategy
 from .auto import kind_of
@@ -97,7 +97,7 @@ def estimate(plan: Plan) -> Estimate:
     notes += [
         f"{key}: no run of the probe could be learned from, so its training is not counted."
         for key, step in plan.optimizers.items()
-        if isinstance(step, LoRAFinetune) and key not in measured.trainings
+        if isinstance(step, TrainingStep) and key not in measured.trainings
     ]
     if plan.auto:
         notes.append('"auto" chooses its rounds as it goes, and stops when nothing gains: these are the most it runs.')
@@ -129,7 +129,7 @@ def _outlooks(plan: Plan, measured: Probe) -> tuple[Outlook, Outlook, Outlook]:
     solved, margin = sum(measured.passed) / count, 1 / math.sqrt(count)
     fewest, most = max(0.0, solved - margin), min(1.0, solved + margin)
     per_run = measured.plain.ledger.lm_calls / measured.plain.runs
-    trained = [step for step in plan.optimizers.values() if isinstance(step, LoRAFinetune)]
+    trained = [step for step in plan.optimizers.values() if isinstance(step, TrainingStep)]
     predictors = len(predictors_of(plan.student))
     share = max((len(step.trainable(plan.student)) for step in trained), default=0) / max(1, predictors)
     likely = Outlook(
