@@ -67,13 +67,12 @@ class Sharing:
         return ordered[len(ordered) * index // number : len(ordered) * (index + 1) // number]
 
     def passes(self, plan: Sequence[MicroBatch], rows: Sequence[TokenizedRow]) -> list[tuple[MicroBatch, bool]]:
-        """Micro-batches, each with whether it counts: sharded, as many as the process with the most has, filled up
-        with the shortest of `rows`, which don't count."""
+        """Micro-batches, at least one, each with whether it counts: sharded, as many as the process with the most has,
+        filled up with the shortest of `rows`, which don't count."""
         counted = [(batch, True) for batch in plan]
-        if not self.sharded:
-            return counted
+        wanted = self.most(len(plan)) if self.sharded else 1
         filler = MicroBatch((PrefixGroup(0, (min(rows, key=len),)),))
-        return counted + [(filler, False)] * (self.most(len(plan)) - len(plan))
+        return counted + [(filler, False)] * (wanted - len(plan))
 
     def most(self, number: float) -> int:
         """The largest of the processes' whole numbers."""

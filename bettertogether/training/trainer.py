@@ -7,31 +7,28 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError, TrainingError
+from ..errors import TrainingError
 from ..printable import get_logger
 from . import checkpoint
-from .adapter import ADAPTER_NAME, TrainableAdapter, save_adapter, training_adapter
+from .adapter import save_adapter
 from .auto import resolved
 from .averaging import RunningMean
 from .checkpoint import TrainingState
 from .config import LoRAConfig, TrainingConfig
-from .fused import fused_lora
 from .held_out import HeldOutLosses, held_out_losses
 from .length import RunLength
-from .loss import RowLoss, row_loss
 from .packing import MicroBatch, TokenizedRow, check_rows, drawn_form, epoch_batches
-from .precision import checkpoint_gradients, compute_dtype, four_bit_copy, tokens_in_memory
 from .progress import ProgressFunction, TrainingProgress
-from .sharing import Sharing
+from .stepper import Stepper, ready_to_step
 from .weighting import TokenWeights
 
 logger = get_logger(__name__)
@@ -91,30 +88,9 @@ def train_adapter(
     TrainingError when the loss stops being a number or memory doesn't suffice.
     """
     check_rows(rows, validation_rows)
-    sharing = Sharing.of_this_process()
-    if training.quantize_base is not None:
-        if sharing.sharded:
-            raise ConfigError("quantize_base='4bit' can't be sharded: use quantize_base=None, or no FSDP.")
-        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-        model = four_bit_copy(cast(PreTrainedModel, base_model))
-    with training_adapter(model, lora, training.seed, start_from) as adapter, _random_state_kept(adapter.base):
-        base = adapter.base
-        optimizer = _optimizer(adapter, training)
-        sharing.prepare(base, optimizer)
-        dtype = compute_dtype(base, training)
-        checkpoint_gradients(base, training)
-        longest = max(row.longest for row in itertools.chain(rows, validation_rows))
-        with row_loss(base, dtype, longest) as loss, fused_lora(base, ADAPTER_NAME, dtype, gathered=sharing.sharded):
-            sharing.let_go(base)
-            run = _Run(adapter, optimizer, sharing, loss, rows, validation_rows, training, folder, on_progress)
-            return run.train()
-
-
-def _optimizer(adapter: TrainableAdapter, training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the adapter; each step sets its learning rate."""
-    return torch.optim.AdamW(
-        adapter.parameters.values(), betas=(0.9, training.adam_beta2), weight_decay=training.weight_decay
-    )
+    longest = max(row.longest for row in itertools.chain(rows, validation_rows))
+    with ready_to_step(model, lora, training, start_from, longest) as stepper:
+        return _Run(stepper, rows, validation_rows, training, folder, on_progress).train()
 
 
 def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> float:
@@ -134,38 +110,27 @@ def _number(value: float | str) -> float:
     return value
 
 
-@contextlib.contextmanager
-def _random_state_kept(model: PreTrainedModel) -> Iterator[None]:
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield
-
-
 class _Run:
     """One training run; `state` is all that it would take to go on."""
 
     def __init__(
         self,
-        adapter: TrainableAdapter,
-        optimizer: torch.optim.AdamW,
-        sharing: Sharing,
-        loss: RowLoss,
+        stepper: Stepper,
         rows: Sequence[TokenizedRow],
         validation_rows: Sequence[TokenizedRow],
         training: TrainingConfig,
         folder: Path,
         on_progress: ProgressFunction | None,
     ) -> None:
-        self.adapter, self.optimizer, self.sharing = adapter, optimizer, sharing
-        self.loss, self.folder = loss, folder
+        self.stepper, self.folder = stepper, folder
+        self.adapter, self.sharing, self.loss = stepper.adapter, stepper.sharing, stepper.loss
+        adapter, loss = stepper.adapter, stepper.loss
         width = adapter.base.config.get_text_config().hidden_size
         self.training = resolved(training, width, len(rows), held_out=bool(validation_rows))
         self.rows, self.validation_rows, self.on_progress = rows, validation_rows, on_progress
         self.parameters = adapter.parameters
         self.length = RunLength(training, int(_number(self.training.epochs)), len(rows), bool(validation_rows))
         self.total_steps = self.length.total_steps
-        most = tokens_in_memory(adapter.base.config, adapter.base.device, loss.dtype)
-        self.max_tokens = min(training.max_tokens_per_batch, most)
         self.started = time.perf_counter()
         options: dict[str, object] = {
             "training": [training.recipe().to_dict(), self.training.recipe().to_dict()],
@@ -211,7 +176,7 @@ class _Run:
         if state is not None:
             logger.info("Going on after epoch %d of %d in %s.", state.epoch, self.length.epochs, self.folder)
             self.adapter.load(state.weights, self.folder)
-            checkpoint.restore_optimizer(self.optimizer, self.parameters, state)
+            checkpoint.restore_optimizer(self.stepper.optimizer, self.parameters, state)
             self.state, self.history = state, list(state.history)
         if self.training.scheduler == "averaged":
             self.mean = RunningMean(self.parameters, self.state.mean_weights)
@@ -249,14 +214,14 @@ class _Run:
                 break
         losses = self._held_out_losses() if self.validation_rows else None
         if losses is not None:
-            self._report(None, losses.free, self.optimizer.param_groups[0]["lr"])
+            self._report(None, losses.free, self.stepper.optimizer.param_groups[0]["lr"])
         self._finish_epoch(epoch, losses)
 
     def _finish_epoch(self, epoch: int, losses: HeldOutLosses | None) -> None:
         before, weights = self.state, self.adapter.state()
         choose = self.training.keep_best and losses is not None and before.best is not None
         better = not choose or losses.free < before.best.free  # type: ignore[union-attr]
-        first, second = checkpoint.optimizer_moments(self.optimizer, self.parameters)
+        first, second = checkpoint.optimizer_moments(self.stepper.optimizer, self.parameters)
         self.state = replace(
             before,
             epoch=epoch,
@@ -277,76 +242,25 @@ class _Run:
     def _step(self, rows: Sequence[TokenizedRow]) -> None:
         step = self.state.step + 1
         rate = learning_rate(step, self.total_steps, self.training)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.adapter.base.train()
         weights = TokenWeights.of(rows, self.training.skeleton_weight, self.training.balance_fields)
-        # Losses are already over the tokens of all processes, so that a sum is the mean.
-        loss, tokens = self.sharing.sum(
-            torch.tensor(self._gradients(rows, weights, step), dtype=torch.float64)
-        ).tolist()
-        parameters = list(self.parameters.values())
-        self.sharing.sum_gradients(parameters)
-        norm = self.sharing.clip(parameters, self.training.max_grad_norm or math.inf)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(
-                f"Step {step} of {self.total_steps}: the loss is {loss} and the gradient's norm {norm}. Lower "
-                f"the learning rate (now {self.training.learning_rate}), or use dtype='float32'. Nothing was saved "
-                "after the last full epoch."
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
+
+        def pass_loss(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+            return weights.losses(batch.rows, self.loss.token_losses(batch))
+
+        (loss,), tokens = self.stepper.step(rows, pass_loss, rate, f"Step {step} of {self.total_steps}")
         if self.mean:
             self.mean.update(step)
-        self.state = replace(self.state, step=step, tokens=self.state.tokens + round(tokens))
+        self.state = replace(self.state, step=step, tokens=self.state.tokens + tokens)
         self._report(loss, None, rate)
         if self.sharing.is_main:
             self.length.step_done(step, self._seconds)
-
-    def _gradients(self, rows: Sequence[TokenizedRow], weights: TokenWeights, step: int) -> tuple[float, int]:
-        """Add up the gradients of this process's part of a step; returns its share of the free tokens' loss, and tokens
-        run."""
-        mine = self.sharing.rows(rows)
-        while True:
-            self.optimizer.zero_grad(set_to_none=False)
-            total = torch.zeros((), device=self.adapter.base.device)
-            plan = self.loss.plan(mine, self.max_tokens)
-            try:
-                for batch, counts in self.sharing.passes(plan, rows):
-                    losses_N = self.loss.token_losses(batch)
-                    weights_N, free_F = (each.to(total.device) for each in weights.of_tokens(batch.rows))
-                    weights_N *= counts
-                    (weights.mean(losses_N, weights_N) * self.sharing.loss_scale).backward()
-                    total += weights.free_mean(losses_N.detach(), weights_N, free_F)
-                return float(total), sum(self.loss.tokens(batch) for batch in plan)
-            except torch.OutOfMemoryError as error:
-                self._check_splittable(plan, step, error)
-            # Out of the except block, so that the exception no longer keeps the failed pass's tensors.
-            self.max_tokens = max(self.loss.tokens(batch) for batch in plan) // 2
-            logger.warning("Out of memory: going on with %d tokens per forward pass.", self.max_tokens)
-            torch.cuda.empty_cache()
-
-    def _check_splittable(self, plan: Sequence[MicroBatch], step: int, error: Exception) -> None:
-        """Raise TrainingError where a pass that memory doesn't suffice for can't be run in smaller ones."""
-        where = f"Step {step} of {self.total_steps}: memory doesn't suffice for"
-        if self.sharing.sharded:
-            raise TrainingError(
-                f"{where} {self.max_tokens} tokens. Processes that share the weights can't split a step by themselves: "
-                "lower max_tokens_per_batch, or use gradient_checkpointing=True."
-            ) from error
-        if all(len(batch.rows) == 1 for batch in plan):
-            longest = max(len(row) for batch in plan for row in batch.rows)
-            raise TrainingError(
-                f"{where} a single row of {longest} tokens. Use gradient_checkpointing=True or quantize_base='4bit', "
-                "or leave out the longest rows."
-            ) from error
 
     def _held_out_losses(self) -> HeldOutLosses:
         self.adapter.base.eval()
         started = time.perf_counter()
         by_field = self.training.balance_fields
         with self.mean.in_place() if self.mean else contextlib.nullcontext():
-            losses = held_out_losses(self.loss, self.validation_rows, self.max_tokens, self.sharing, by_field)
+            losses = held_out_losses(self.loss, self.validation_rows, self.stepper.max_tokens, self.sharing, by_field)
         self.length.held_out_seconds = time.perf_counter() - started
         if not losses.finite:
             raise TrainingError(

@@ -65,10 +65,9 @@ class TokenWeights:
         free = [free or not self.free for row in rows for free in row.free]
         return torch.tensor(weights), torch.tensor(free).nonzero()[:, 0]
 
-    def mean(self, losses_N: Tensor, weights_N: Tensor) -> Tensor:
-        """The part of the weighted mean, a scalar."""
-        return (losses_N * weights_N).sum() / self.total
-
-    def free_mean(self, losses_N: Tensor, weights_N: Tensor, free_F: Tensor) -> Tensor:
-        """The part of the mean over the free tokens, a scalar."""
-        return (losses_N * weights_N)[free_F].sum() / (self.free or self.total)
+    def losses(self, rows: Iterable[TokenizedRow], losses_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The parts that some rows of the step have in its means: the weighted one of all tokens, a scalar, and that of
+        the free ones [1], without gradients."""
+        weights_N, free_F = (each.to(losses_N.device) for each in self.of_tokens(rows))
+        weighted_N = losses_N * weights_N
+        return weighted_N.sum() / self.total, weighted_N.detach()[free_F].sum()[None] / (self.free or self.total)
