@@ -1,6 +1,7 @@
 """What a compile run records, as types that are written as JSON and read back."""
 
 from .details import (
+    Blame,
     CandidateScore,
     DataCard,
     Details,
@@ -36,6 +37,7 @@ __all__ = [
     "SCHEMA",
     "SHOWN",
     "STUDENT",
+    "Blame",
     "CandidateScore",
     "DataCard",
     "Details",

@@ -175,6 +175,19 @@ class TrainedAdapter(Saved):
 
 
 @dataclass(frozen=True)
+class Blame(Saved):
+    """How many failed runs one predictor alone repairs: its calls are answered anew, those before them are answered as
+    they were, and the program goes on from there."""
+
+    calls: Count
+    """Calls of failed runs that were answered anew."""
+    failed_runs: Count
+    """The runs that these calls were of."""
+    repaired: Count
+    """Those of them that passed with any of the new answers."""
+
+
+@dataclass(frozen=True)
 class WeightDetails(Saved):
     """What a weight step did."""
 
@@ -182,6 +195,8 @@ class WeightDetails(Saved):
     adapters: Mapping[str, TrainedAdapter]
     """By model name."""
     history: tuple[LossLine, ...]
+    blame: Mapping[str, Blame] = field(default_factory=dict)
+    """By predictor, where calls of failed runs were answered anew."""
     kind: Literal["weight"] = field(default="weight", repr=False)
 
 

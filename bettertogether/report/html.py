@@ -14,7 +14,6 @@ from ..records import (
     LossLine,
     PromptDetails,
     SampleRow,
-    StepRecord,
     TrainedAdapter,
     WeightDetails,
 )
@@ -51,7 +50,7 @@ def render(view: ReportView) -> str:
         _warnings(view),
         _rounds(view),
         _two_by_two(view),
-        *(_step(each.record) for each in view.rounds[1:]),
+        *(_step(each) for each in view.rounds[1:]),
         _prompts(view.report),
         _costs(view),
         _circumstances(view.report),
@@ -190,12 +189,23 @@ def _two_by_two(view: ReportView) -> str:
     return _section("Weights or prompts?", table, forest_plot(rows, 0.0, marks))
 
 
-def _step(record: StepRecord) -> str:
+def _step(each: RoundView) -> str:
+    record = each.record
     return _section(
         f"Step {record.index}: {record.name}",
         f'<pre class="error">{_text(record.error)}</pre>' if record.error else "",
         *_did(record.details),
+        _blame(each),
     )
+
+
+def _blame(each: RoundView) -> str:
+    if not each.blame:
+        return ""
+    note = "A call is answered anew, those before it as they were; the program goes on from there."
+    header = ("predictor", "failures repaired by it alone [95% interval]", "failed runs", "calls answered anew")
+    table = _table(header, [(b.predictor, b.share, b.runs, b.calls) for b in each.blame])
+    return f'<h3>Where the failures before this step came from</h3><p class="note">{_text(note)}</p>{table}'
 
 
 def _did(details: Details | None) -> tuple[str, ...]:

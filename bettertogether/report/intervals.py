@@ -57,6 +57,16 @@ def paired_interval(
     return _bootstrap(new - old, confidence, seed, resamples)
 
 
+def share_interval(count: int, total: int, *, confidence: float = 0.95) -> Interval:
+    """Wilson's interval of a share, such as of failures that were mended: one that none or all of few show is not
+    certain, as a bootstrap of them would have it. (nan, nan) of none."""
+    if not total:
+        return UNKNOWN
+    z, share = NormalDist().inv_cdf((1 + confidence) / 2), count / total
+    middle, width = share + z * z / (2 * total), z * math.sqrt((share * (1 - share) + z * z / (4 * total)) / total)
+    return max(0.0, (middle - width) / (1 + z * z / total)), min(1.0, (middle + width) / (1 + z * z / total))
+
+
 @dataclass(frozen=True)
 class Effect:
     """A mean gain per example with its interval, in the metric's own unit."""

@@ -13,18 +13,21 @@ WIDTH = 100
 """Columns of the table at most."""
 
 _HEADER = ("", "strategy", "score", "gain [95% interval]", "n", "LM calls", "tokens", "cost", "seconds", "status")
-_RIGHT = frozenset({"score", "n", "demos", "LM calls", "tokens", "cost", "seconds"})
+_RIGHT = frozenset({"score", "n", "demos", "calls", "LM calls", "tokens", "cost", "seconds"})
 
 
 def render(view: ReportView) -> str:
     """The table of rounds ("*" marks the selected one), why "auto" ran them, what each prompt step's race says of its
-    candidates ("*" marks the chosen one), the 2x2 where it was measured, the examples that failed, the warnings."""
+    candidates ("*" marks the chosen one), which predictors failures came from, the 2x2 where it was measured, the
+    examples that failed, the warnings."""
     lines = [_title(view), "", *_rounds(view)]
     if view.reasons:
         lines += ["", *_wrapped(view.reasons)]
     for each in view.rounds:
         if isinstance(each.record.details, PromptDetails):
             lines += ["", *_candidates(view, each.name, each.record.details)]
+        if each.blame:
+            lines += ["", *_blame(each)]
     if view.two_by_two is not None:
         lines += _two_by_two(view.two_by_two)
     losses = [f"{each.name}: {text}" for each in view.rounds for text in each.losses]
@@ -100,6 +103,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def _candidates(view: ReportView, name: str, details: PromptDetails) -> list[str]:
+    header = ("", f"candidates of {one_line(name)}", "score", "n", "demos", "")
     rows = [
         [
             "*" if candidate.name == details.chosen else "",
@@ -111,10 +115,19 @@ def _candidates(view: ReportView, name: str, details: PromptDetails) -> list[str
         ]
         for candidate in details.candidates
     ]
-    header = ("", f"candidates of {one_line(name)}", "score", "n", "demos", "")
+    return _small_table(header, rows)
+
+
+def _small_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table whose second column is shortened."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     widths[1] = min(widths[1], WIDTH // 2)
     return [_line(row, widths, header) for row in (header, *rows)]
+
+
+def _blame(each: RoundView) -> list[str]:
+    header = ("", f"failures before {one_line(each.name)}", "repaired by it alone [95% interval]", "runs", "calls")
+    return _small_table(header, [["", one_line(b.predictor), b.share, b.runs, b.calls] for b in each.blame])
 
 
 def _two_by_two(cells: TwoByTwoView) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..records import HeldOutLoss, StepRecord, TrainedAdapter, WeightDetails, failure_text
 from .data import ReportData
-from .intervals import Effect, Interval
+from .intervals import Effect, Interval, share_interval
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,19 @@ class GainView:
     def text(self) -> str:
         """Both: "+0.080 [+0.020, +0.140]"."""
         return f"{self.number} {self.interval}".rstrip()
+
+
+@dataclass(frozen=True)
+class BlameView:
+    """How far failures come from one predictor."""
+
+    predictor: str
+    calls: str
+    """Calls of failed runs that were answered anew."""
+    share: str
+    """Of the failed runs, those that this predictor's new answers alone repaired: "0.75 [0.41, 0.93]"."""
+    runs: str
+    """The same as counts: "6 of 8"."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,8 @@ class RoundView:
     """In US dollars."""
     losses: tuple[str, ...]
     """Of each adapter that it trained: the held-out losses."""
+    blame: tuple[BlameView, ...]
+    """Of each predictor whose calls were answered anew, the one that most failures come from first."""
 
     @property
     def name(self) -> str:
@@ -126,7 +141,20 @@ def _round(report: ReportData, position: int) -> RoundView:
         seconds=seconds_text(record.ledger.seconds),
         cost=cost_text(record.ledger.cost),
         losses=_losses(record),
+        blame=_blame(record),
     )
+
+
+def _blame(record: StepRecord) -> tuple[BlameView, ...]:
+    if not isinstance(record.details, WeightDetails):
+        return ()
+    counted = [(name, each, each.repaired / each.failed_runs) for name, each in record.details.blame.items()]
+    views = []
+    for name, each, share in sorted(counted, key=lambda line: -line[2]):
+        low, high = share_interval(each.repaired, each.failed_runs)
+        runs = f"{each.repaired} of {each.failed_runs}"
+        views.append(BlameView(name, str(each.calls), f"{share:.2f} [{low:.2f}, {high:.2f}]", runs))
+    return tuple(views)
 
 
 def _losses(record: StepRecord) -> tuple[str, ...]:

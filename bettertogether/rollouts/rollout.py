@@ -20,14 +20,16 @@ from ..programs.copies import Copier
 from ..programs.program import modules_of, predictors_of
 from ..records import Ledger, total_cost
 from .attribution import CallAttribution
+from .replay import Answer, Branch, Replay, snapshot
 from .rescue import HINT, as_field, hint_before_the_answer, narrow_signatures
-from .watching import Record, Seen, Watch, run_async_part, snapshot, watched_lm
+from .sampled_lms import needs_seed, sampling_lm
+from .watching import Record, Seen, Watch, answer_of, run_async_part, watched_lm
 
 FailureKind = Literal["parse failure", "prompt too long", "timeout", "program error"]
 
 
-Source = Literal["student", "teacher", "sample", "rescue"]
-"""Who made a run: the student or a teacher as it is, either of them sampled, or told the label."""
+Source = Literal["student", "teacher", "sample", "branch", "rescue"]
+"""Who made a run: the student or a teacher as it is, either of them sampled, in one call alone, or told the label."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Call:
     """The answer ended at max_tokens: neither a row nor a demo may show it."""
     unfit: str | None = None
     """Why no row may be made of it, another reason than `cut`."""
+    place: int | None = field(default=None, compare=False)
+    """Position among the run's `answers`; None where it was not seen."""
+    anew: bool = field(default=False, compare=False)
+    """It is the call that a branch answers anew."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,15 @@ class Rollout:
     failure: FailureKind | None = None
     error: BaseException | None = None
     ledger: Ledger = field(default_factory=Ledger)
+    answers: tuple[Answer, ...] = field(default=(), repr=False)
+    """Of all calls that were seen, frozen sub-modules' among them, in their order."""
+    strayed: bool = False
+    """It was to answer one call of an earlier run anew, and never came to it."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """How to run: as it is, sampled, or with the label as a hint."""
+    """How to run: as it is, sampled, sampled in one call alone, or with the label as a hint."""
 
     source: Source = "student"
     number: int = 0
@@ -85,11 +95,19 @@ class Attempt:
     """Rescue: label field to the value that the answer must have."""
     leads: bool = False
     """Rescue: the label is a hint for the predictors before those that answer it, which have to find it themselves."""
+    branch: Branch | None = None
+    """An earlier run, and its call to answer anew."""
 
     @cached_property
     def key(self) -> str:
         """What tells one attempt from another."""
-        return fingerprint([self.number, self.temperature, by_name(self.narrow), *([True] if self.leads else [])])
+        parts = [self.number, self.temperature, by_name(self.narrow), *([True] if self.leads else []), *self.of_branch]
+        return fingerprint(parts)
+
+    @property
+    def of_branch(self) -> tuple[str, ...]:
+        """What tells its branch from another; empty where there is none."""
+        return () if self.branch is None else (self.branch.key,)
 
 
 def stable_seed(*parts: object) -> int:
@@ -131,7 +149,7 @@ class Runner:
         self._seed = seed
         self._key = program_key(program) if store is not None else None
         self._store = store if self._key is not None else None
-        self._needs_seeds = any(_needs_seed(predictor.lm) for predictor in program.predictors())
+        self._needs_seeds = any(needs_seed(predictor.lm) for predictor in program.predictors())
         self._attribution = CallAttribution(program)
         self._lock = threading.Lock()
         self._copier: Copier | None = None
@@ -148,7 +166,9 @@ class Runner:
         key = (self._key or "", content, f"{self._seed if changed else ''}|{attempt.key}")
         if store and (known := store.get(key)):
             return replace(known, ledger=Ledger())
-        run = self._anew(example, attempt, stable_seed(self._seed, content, attempt.number) if changed else None)
+        run = self._anew(
+            example, attempt, stable_seed(self._seed, content, attempt.number, *attempt.of_branch) if changed else None
+        )
         if store:
             store.put(key, run)
         return run
@@ -212,7 +232,8 @@ class _Copy:
         self._prepare(attempt, seed)
         prediction, failure, error = None, None, None
         lm = dspy.settings.lm
-        with self._watch.recording(self._watched(lm) if lm is not None else None) as record:
+        replay = None if attempt.branch is None else Replay(attempt.branch, attempt.number, seed)
+        with self._watch.recording(self._watched(lm) if lm is not None else None, replay) as record:
             record.runs_here()
             try:
                 prediction = _call(self._program, dict(example.inputs()))
@@ -220,12 +241,15 @@ class _Copy:
                 failure, error = _kind(caught), caught
         _hand_on_usage(record.tracker, prediction)
         calls, raw_trace, strangers = [], [], 0
+        answers: list[Answer] = []
         for entry, seen in record.in_order():
             original, name = self._attribution.owner(entry[0])
             raw_trace.append((original, *entry[1:]))
             strangers += name is None
             if name:
-                calls.append(self._call_of(entry, seen, name, record, attempt))
+                calls.append(self._call_of(entry, seen, name, record, attempt, len(answers)))
+            if seen is not None:
+                answers.append(answer_of(entry, seen))
         return Rollout(
             prediction=prediction,
             calls=tuple(calls),
@@ -234,6 +258,8 @@ class _Copy:
             failure=failure,
             error=error,
             ledger=_ledger(record, len(raw_trace)),
+            answers=tuple(answers),
+            strayed=replay is not None and not replay.came,
         )
 
     def _prepare(self, attempt: Attempt, seed: int | None) -> None:
@@ -247,7 +273,11 @@ class _Copy:
             lm = original.lm or (dspy.settings.lm if sampled else None)
             key = id(lm), sampled
             if lm is not None and key not in lms:
-                lms[key] = watched_lm(_sampling_lm(lm, attempt, seed)) if sampled else self._watched(lm)
+                lms[key] = (
+                    watched_lm(sampling_lm(lm, attempt.number, attempt.temperature, seed))
+                    if sampled
+                    else self._watched(lm)
+                )
             predictor.lm = lms.get(key)
         if attempt.leads:
             hint_before_the_answer(self._program, attempt.narrow)
@@ -263,7 +293,7 @@ class _Copy:
             self._lms[id(lm)] = lm, kept
         return kept
 
-    def _call_of(self, entry: Any, seen: Seen | None, name: str, record: Record, attempt: Attempt) -> Call:
+    def _call_of(self, entry: Any, seen: Seen | None, name: str, record: Record, attempt: Attempt, place: int) -> Call:
         predictor, inputs, prediction = entry
         if seen is None:
             fields = predictor.signature.output_fields
@@ -283,6 +313,8 @@ class _Copy:
             thoughts=seen.thoughts,
             cut=seen.cut,
             unfit=_unfit(seen, basis.lm or record.lm, own_signature, attempt),
+            place=place,
+            anew=seen.anew,
         )
 
     def _outputs(self, seen: Seen, name: str, attempt: Attempt) -> dict[str, Any]:
@@ -323,28 +355,6 @@ def _weights_of(lm: Any) -> tuple[Any, Any]:
     """What answers for an LM, whatever its options."""
     engine = getattr(lm, "engine", None)
     return engine if isinstance(engine, str) else id(engine), getattr(lm, "model", lm)
-
-
-def _needs_seed(lm: Any) -> bool:
-    """Whether an LM samples without a seed although it could take one."""
-    if lm is None or not (lm.kwargs.get("temperature") or 0) > 0 or lm.kwargs.get("seed") is not None:
-        return False
-    return "seed" in lm.supported_params
-
-
-def _sampling_lm(lm: Any, attempt: Attempt, seed: int | None) -> Any:
-    changes: dict[str, Any] = {}
-    if attempt.temperature is not None:
-        changes["temperature"] = attempt.temperature
-    if attempt.number > 0 and changes.get("temperature", lm.kwargs.get("temperature")):
-        changes["rollout_id"] = attempt.number
-    samples = (changes.get("temperature", lm.kwargs.get("temperature")) or 0) > 0
-    if samples and "seed" in lm.supported_params:
-        changes["seed"] = seed
-    sampled = lm.copy(**changes) if changes else lm
-    if "seed" in changes:
-        sampled.drawn = seed, sampled.kwargs.get("rollout_id")
-    return sampled
 
 
 def _hand_on_usage(tracker: UsageTracker, prediction: Any) -> None:

@@ -16,10 +16,12 @@ from ..callbacks import events
 from ..checks import is_number, require_switch, require_threshold, require_whole
 from ..errors import BetterTogetherError, ConfigError, TooManyErrors
 from ..records import Ledger
+from .branches import BranchPoint, branch_points
 from .failures import count_failures, error_text, failure_warning
 from .labels import label_fields, labels_of, output_names
 from .metrics import Metric, Verdict, judge, require_metric, with_trace
 from .parallel import parallel_map, thread_count
+from .replay import Answer
 from .rescue import has_leads
 from .rollout import Attempt, Call, Rollout, Runner, Source
 from .settings import RunSettings
@@ -45,6 +47,10 @@ class Trace:
     ledger: Ledger = field(default_factory=Ledger)
     strangers: int = 0
     """Calls of predictors that are none of the program's."""
+    answers: tuple[Answer, ...] = field(default=(), repr=False, compare=False)
+    """Of all its calls, for branches of it."""
+    strayed: bool = False
+    """A branch that never came to its call."""
 
     @property
     def passed(self) -> bool:
@@ -81,12 +87,15 @@ class Sampling:
     rescue: bool = True
     """For examples that still fail: once more with the label as a hint, which no training row shows."""
     sample_passing: bool = False
-    """Take the `num_samples` tries for examples that passed as well (RFT), for more distinct traces."""
+    """Take the `num_samples` tries and `branches` for examples that passed as well (RFT), for more distinct traces."""
+    branches: int = 0
+    """New answers to each call of a run that failed, the others as they were: for programs of several calls."""
     enough: int = 0
     """Where fewer examples than this are solved after all that, tries go on, up to `MOST_TRIES`; 0: they never do."""
 
     def __post_init__(self) -> None:
         require_whole("num_samples", self.num_samples, 0, meaning="a whole number, 0 for none")
+        require_whole("branches", self.branches, 0, meaning="a whole number, 0 for none")
         require_whole("enough", self.enough, 0)
         if isinstance(self.temperature, Sequence) and not isinstance(self.temperature, str):
             object.__setattr__(self, "temperature", tuple(self.temperature))
@@ -106,11 +115,14 @@ class Sampling:
         return self.temperatures[(number - 1) % len(self.temperatures)]
 
     def carry_out(self, tries: Tries) -> None:
-        """A first run each, then more tries for those that failed: so many samples, a hint, and where hardly any
-        example is solved then, more samples."""
+        """A first run each, then more tries for those that failed: so many samples, new answers to single calls, a
+        hint, and where hardly any example is solved then, more samples."""
         tries.first()
         for number in range(1, self.num_samples + 1):
             tries.sample(number, self.temperature_of(number), everyone=self.sample_passing)
+        if self.branches:
+            temperatures = [self.temperature_of(number) for number in range(1, self.branches + 1)]
+            tries.branch(temperatures, everyone=self.sample_passing)
         if self.rescue:
             tries.rescue()
         if self.num_samples:
@@ -133,6 +145,9 @@ class Tries(Protocol):
     def sample(self, number: int, temperature: float, *, everyone: bool = False) -> None:
         """Try the unsolved examples, or all of them, with another seed."""
 
+    def branch(self, temperatures: Sequence[float], *, everyone: bool = False) -> None:
+        """Answer single calls of the first runs of the unsolved examples, or of all, anew at these temperatures."""
+
     def rescue(self) -> None:
         """Try the unsolved examples with the label as a hint."""
 
@@ -146,6 +161,8 @@ class TraceSet:
     examples: int
     warnings: tuple[str, ...] = ()
     """What makes the pass meaningless; said already when it was found."""
+    branches: tuple[BranchPoint, ...] = field(default=(), repr=False)
+    """Calls that were answered anew; the runs in which they were are among the traces."""
 
     @property
     def passing(self) -> tuple[Trace, ...]:
@@ -244,6 +261,8 @@ class ExamplePass:
             detail=error_text(run.error) if run.error is not None else None,
             ledger=replace(run.ledger, metric_calls=int(judged)),
             strangers=run.strangers,
+            answers=run.answers,
+            strayed=run.strayed,
         )
 
     def _verdict(self, example: dspy.Example, run: Rollout) -> tuple[Verdict, bool]:
@@ -292,7 +311,7 @@ def collect_traces(
     sampling.carry_out(tries)
     traces = sorted(tries.traces, key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
     ledger = sum((trace.ledger for trace in traces), Ledger())
-    return TraceSet(tuple(traces), ledger, len(examples), tries.warnings)
+    return TraceSet(tuple(traces), ledger, len(examples), tries.warnings, tuple(tries.points))
 
 
 @dataclass
@@ -306,6 +325,7 @@ class _Tries:
     label_names: Sequence[str]
     options: ExamplePass
     traces: list[Trace] = field(default_factory=list)
+    points: list[BranchPoint] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
 
     @property
@@ -324,6 +344,14 @@ class _Tries:
     def sample(self, number: int, temperature: float, *, everyone: bool = False) -> None:
         again = range(len(self.examples)) if everyone else self._unsolved()
         self._add(self._sampler, dict.fromkeys(again, Attempt("sample", number, temperature)))
+
+    def branch(self, temperatures: Sequence[float], *, everyone: bool = False) -> None:
+        again = set(range(len(self.examples)) if everyone else self._unsolved())
+        first = {trace.index: trace for trace in reversed(self.traces) if not trace.attempt and trace.index in again}
+        runs = [first[index] for index in sorted(first)]
+        points = branch_points(self._sampler, self.examples, runs, self.options, temperatures, self.labels)
+        self.points += points
+        self.traces += [branch for point in points for branch in point.branches]
 
     def rescue(self) -> None:
         """For the predictors before the answer, then for it."""

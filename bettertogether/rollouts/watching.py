@@ -23,9 +23,10 @@ import dspy
 from dspy.clients.base_lm import record_history
 from dspy.signatures.signature import ensure_signature
 from dspy.utils.usage_tracker import UsageTracker
-from pydantic import BaseModel
 
 from .event_loop import run_on_loop, use_shared_loop
+from .replay import Answer, Replay, prediction_copy, snapshot
+from .sampled_lms import draw_anew
 
 
 @dataclass
@@ -50,9 +51,13 @@ class Seen:
     """What a reasoning LM thought before it."""
     cut: bool = False
     """Whether the answer ended at max_tokens."""
+    anew: bool = False
+    """Whether it is the one that a branch answers anew."""
     outputs: dict[str, Any] = field(default_factory=dict)
     """As the predictor returned them."""
     prediction: Any = None
+    returned: dspy.Prediction | None = None
+    """The prediction as the predictor returned it."""
 
 
 _CALL_TIME = ("signature", "demos", "config", "lm")
@@ -68,7 +73,8 @@ class SharedTracker(UsageTracker):
 class Record:
     """What was seen of one run."""
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(self, lm: Any, replay: Replay | None = None) -> None:
+        self.replay = replay
         self.lm = lm
         """The watched copy of `dspy.settings.lm`, for predictors without an LM."""
         self.adapter = dspy.settings.adapter
@@ -94,7 +100,8 @@ class Record:
         seen.prediction = prediction
         if isinstance(prediction, dspy.Prediction):
             fields = seen.signature.output_fields
-            seen.outputs = {name: snapshot(value) for name, value in prediction.items() if name in fields}
+            seen.returned = prediction_copy(prediction)
+            seen.outputs = {name: value for name, value in seen.returned.items() if name in fields}
             self._seen[id(prediction)] = seen
         return prediction
 
@@ -146,10 +153,10 @@ class Watch:
             module.__class__ = _watched_class(type(module))  # type: ignore[arg-type]
 
     @contextmanager
-    def recording(self, lm: Any) -> Iterator[Record]:
+    def recording(self, lm: Any, replay: Replay | None = None) -> Iterator[Record]:
         """Take down what the modules do within the block, and in threads that they start; `lm` is the watched copy of
-        `dspy.settings.lm`."""
-        self._record = record = Record(lm)
+        `dspy.settings.lm`, and `replay` knows the answers of an earlier run."""
+        self._record = record = Record(lm, replay)
         try:
             with _context(record, record.trace, lm):
                 yield record
@@ -167,19 +174,36 @@ class Watch:
         return _context(record, record.trace if self._trace is None else self._trace, watched_lm(dspy.settings.lm))
 
     @contextmanager
-    def call(self, predictor: dspy.Predict, arguments: dict[str, Any]) -> Iterator[Callable[[Any], Any]]:
-        """One call of a predictor; give its prediction to the function."""
+    def call(
+        self, predictor: dspy.Predict, arguments: dict[str, Any]
+    ) -> Iterator[tuple[dspy.Prediction | None, Callable[[Any], Any]]]:
+        """One call of a predictor: its prediction where that is known; else give it to the function."""
         with self.within() as record:
             if record is None:
-                yield lambda prediction: prediction
+                yield None, lambda prediction: prediction
                 return
             seen = _begun(predictor, arguments)
-            _draw_anew(seen.lm, arguments)
+            draw_anew(seen.lm, arguments)
+            known = None if record.replay is None else _replayed(record.replay, seen, arguments)
             token = _CALL.set(seen)
             try:
-                yield lambda prediction: record.finished(seen, prediction)
+                yield known, lambda prediction: record.finished(seen, prediction)
             finally:
                 _CALL.reset(token)
+
+
+def _replayed(replay: Replay, seen: Seen, arguments: dict[str, Any]) -> dspy.Prediction | None:
+    """The prediction of an earlier run, which then is in DSPy's trace as any other."""
+    answer, seen.anew = replay.known(seen.predictor.stage, seen.inputs)
+    if seen.anew:
+        replay.sample(seen.lm, arguments)
+    if answer is None:
+        return None
+    seen.text, seen.thoughts, seen.cut = answer.text, answer.thoughts, answer.cut
+    prediction = prediction_copy(answer.prediction)
+    if dspy.settings.trace is not None:
+        dspy.settings.trace.append((seen.predictor, {**answer.filled, **seen.inputs}, prediction))
+    return prediction
 
 
 @contextmanager
@@ -242,12 +266,12 @@ class _WatchedModule(_Watched):
 class _WatchedPredictor(_Watched):
     # Not `__call__`: a program may call `forward` itself.
     def forward(self, **arguments: Any) -> Any:
-        with self._bettertogether_watch.call(self, arguments) as finished:
-            return finished(super().forward(**arguments))  # type: ignore[misc]
+        with self._bettertogether_watch.call(self, arguments) as (known, finished):
+            return finished(super().forward(**arguments) if known is None else known)  # type: ignore[misc]
 
     async def aforward(self, **arguments: Any) -> Any:
-        with self._bettertogether_watch.call(self, arguments) as finished:
-            return finished(await super().aforward(**arguments))  # type: ignore[misc]
+        with self._bettertogether_watch.call(self, arguments) as (known, finished):
+            return finished(await super().aforward(**arguments) if known is None else known)  # type: ignore[misc]
 
 
 @functools.lru_cache(maxsize=1000)
@@ -276,6 +300,13 @@ def _begun(predictor: dspy.Predict, arguments: Mapping[str, Any]) -> Seen:
     )
 
 
+def answer_of(entry: Any, seen: Seen) -> Answer:
+    """What a call gave, for a run that is to answer it alike; `entry` is the call in DSPy's trace."""
+    assert seen.returned is not None
+    filled = {**entry[1], **seen.inputs}
+    return Answer(entry[0].stage, seen.inputs, filled, seen.returned, seen.text, seen.thoughts, seen.cut)
+
+
 def _place() -> tuple[int, int]:
     try:
         task = asyncio.current_task()
@@ -290,18 +321,6 @@ def _content(call: tuple[Any, Seen | None]) -> str:
     return repr((list(signature.fields), signature.instructions, sorted(inputs.items(), key=str), prediction))
 
 
-def snapshot(value: Any) -> Any:
-    """The value with its own lists, dicts and records, so that what a program does to it later does not show: a
-    `dspy.History` that grows, an answer that is tidied up in place."""
-    if type(value) in (list, tuple, set):
-        return type(value)(map(snapshot, value))
-    if type(value) is dict:
-        return {key: snapshot(item) for key, item in value.items()}
-    if isinstance(value, BaseModel) and not isinstance(value, dspy.Tool):
-        return value.model_copy(update={name: snapshot(getattr(value, name)) for name in type(value).model_fields})
-    return value
-
-
 def watched_lm(lm: Any) -> Any:
     """A copy of an LM that tells the predictor's call in progress how it was answered."""
     if not isinstance(lm, dspy.BaseLM) or lm.__dict__.get("update_history") is note_response:
@@ -309,24 +328,6 @@ def watched_lm(lm: Any) -> Any:
     copied = lm.copy()
     copied.update_history = note_response
     return copied
-
-
-def _draw_anew(lm: Any, arguments: dict[str, Any]) -> None:
-    """Give another rollout that a program asks for another seed, where the run gave the LM one: with the same seed
-    every rollout would be the same answer. It asks by a copy of the LM (`dspy.BestOfN`) or in the call's config."""
-    drawn = getattr(lm, "drawn", None)
-    if not drawn or lm.kwargs.get("seed") != drawn[0]:
-        return
-    seed, rollout = drawn
-    if lm.kwargs.get("rollout_id") != rollout:
-        lm.kwargs["seed"] = _seed_of(seed, lm.kwargs.get("rollout_id"))
-    config = arguments.get("config") or {}
-    if "rollout_id" in config and "seed" not in config:
-        arguments["config"] = {**config, "seed": _seed_of(lm.kwargs["seed"], config["rollout_id"])}
-
-
-def _seed_of(seed: int, rollout: int | None) -> int:
-    return (seed + (rollout or 0)) % 2**31
 
 
 def note_response(entry: Mapping[str, Any]) -> None:

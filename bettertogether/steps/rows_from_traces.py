@@ -17,7 +17,8 @@ from ..engines.protocol import FieldSpan, LocalEngine
 from ..engines.thinking import with_thoughts
 from ..errors import ConfigError, DataError, NoTrainingDataError
 from ..programs.program import predictors_of
-from ..records import DataCard, Ledger
+from ..records import Blame, DataCard, Ledger
+from ..rollouts.branches import blame
 from ..rollouts.labels import label_fields, labels_of, output_names, stratified_order
 from ..rollouts.rollout import Call
 from ..rollouts.traces import Trace, TraceSet
@@ -65,6 +66,8 @@ class Collected:
     """What makes the runs meaningless that the rows come from."""
     held_out: tuple[Row, ...] = field(default=(), repr=False)
     """Rows of a valset, on which the epoch is chosen."""
+    blame: Mapping[str, Blame] = field(default_factory=dict)
+    """Which predictors the failures come from, where single calls were answered anew."""
 
     def write(self, path: str | Path) -> Path:
         """Write the rows as JSON lines that `datasets.load_dataset("json")` and `rows=` read."""
@@ -135,15 +138,14 @@ def rows_from_traces(
     warnings = [*_label_warnings(rows, labels), *_no_labels(trainset, output_names(student)), *_no_forms(forms)]
     engines = {name: model.engine for name, model in trainable.items()}
     card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), forms=forms, warnings=warnings)
-    if held_out is None:
-        return Collected(tuple(rows), card, traces.ledger, traces.warnings)
-    apart = _held_out_traces(held_out, len(trainset))
+    apart = _held_out_traces(held_out, len(trainset)) if held_out else []
     return Collected(
         tuple(rows),
         card,
-        traces.ledger + held_out.ledger,
+        traces.ledger + (held_out.ledger if held_out else Ledger()),
         traces.warnings,
         held_out=tuple(row for trace in apart for row in rows_of(trace, Counter())),
+        blame=blame(traces.branches),
     )
 
 

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..engines.protocol import FinetuneResult
-from ..records import DataCard, HeldOutLoss, LossLine, TrainedAdapter, WeightDetails
+from ..records import HeldOutLoss, LossLine, TrainedAdapter, WeightDetails
 from .adapter_rows import AdapterKey
+from .rows_from_traces import Collected
 
 
 def rows_file(result: FinetuneResult) -> Path:
@@ -17,7 +18,7 @@ def rows_file(result: FinetuneResult) -> Path:
 
 
 def weight_details(
-    card: DataCard, results: Mapping[AdapterKey, FinetuneResult], starts: Mapping[AdapterKey, str]
+    collected: Collected, results: Mapping[AdapterKey, FinetuneResult], starts: Mapping[AdapterKey, str]
 ) -> WeightDetails:
     """What is recorded of the step: its rows, and the adapters trained on them."""
     adapters = {
@@ -34,7 +35,7 @@ def weight_details(
         for key, result in results.items()
     }
     history = tuple(LossLine(result.model, **asdict(line)) for result in results.values() for line in result.history)
-    return WeightDetails(card, adapters, history)
+    return WeightDetails(collected.card, adapters, history, collected.blame)
 
 
 def fall_of_loss(results: Iterable[FinetuneResult]) -> float | None:

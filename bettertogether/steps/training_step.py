@@ -147,7 +147,7 @@ class TrainingStep(Step, Teleprompter):
         return StepResult(
             program=self._tuned(student, trainable, results),
             ledger=(collected.ledger + trained).with_seconds(time.monotonic() - started),
-            details=weight_details(collected.card, results, starts),
+            details=weight_details(collected, results, starts),
             # From other weights than those before, the fall is no gain over the round before.
             step_gain=fall_of_loss(result for key, result in results.items() if starts[key] == key.model),
             warnings=(*collected.warnings, *collected.card.warnings),

@@ -40,6 +40,9 @@ class LoRAFinetune(TrainingStep):
         max_demos: Demos that are drawn for a "varied" prompt, at most.
         num_samples: More tries, at `temperature`, for an example whose run failed; up to 8 where fewer than 16 examples
             are solved, hints tried too. 0 turns them off.
+        branches: New answers to each call of a run that failed, at `temperature` too, the calls before it as they were:
+            a program of several modules then learns the answers that alone repair a run, and the report says which
+            module the failures come from. 0: none.
         temperature: One number, or several used in turn.
         rescue: Give an example that failed all tries one more, with its label as a hint that no row shows (STaR). Where
             predictors come before those that answer the label, they alone get the hint first, so that what they
@@ -72,6 +75,7 @@ class LoRAFinetune(TrainingStep):
         train_prompt: TrainPrompt = "varied",
         max_demos: int = 3,
         num_samples: int = 4,
+        branches: int = 0,
         temperature: float | Sequence[float] = TEMPERATURES,
         rescue: bool = True,
         max_rescue_share: float = 1.0,
@@ -104,7 +108,9 @@ class LoRAFinetune(TrainingStep):
             seed=seed,
             folder=folder,
         )
-        self.sampling = Sampling(num_samples, temperature, rescue, sample_passing, enough=ENOUGH_SOLVED)
+        self.sampling = Sampling(
+            num_samples, temperature, rescue, sample_passing, branches=branches, enough=ENOUGH_SOLVED
+        )
         self.rows = RowOptions(
             train_prompt=train_prompt,
             max_demos=max_demos,

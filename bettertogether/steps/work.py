@@ -112,6 +112,12 @@ class ExpectedTries:
         self.runs += self.examples if everyone else self.unsolved
         self.unsolved *= 1 - self.outlook.again
 
+    def branch(self, temperatures: Sequence[float], *, everyone: bool = False) -> None:
+        # A new answer to a run's call number i of n costs the calls from there on, a share 1 - (i - 1) / n of a run.
+        runs = len(temperatures) * (self.outlook.calls + 1) / 2
+        self.runs += runs * (self.examples if everyone else self.unsolved)
+        self.unsolved *= 1 - self.outlook.again
+
     def rescue(self) -> None:
         self.runs += self.hints * self.unsolved
         if self.hints:

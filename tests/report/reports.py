@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from typing import Any, cast
 
 from bettertogether.records import (
+    Blame,
     CandidateScore,
     DataCard,
     HeldOutLoss,
@@ -97,7 +98,7 @@ def full_report(text: str) -> CompileReport:
     traces = TraceCounts(4, 3, {text: 1})
     race, left_out = RaceResult(4, 0, 0.95), {text: {text: 1}}
     prompts = PromptDetails(candidates, text, 4, race, traces, {text: 1}, left_out, ({text: state},))
-    weights = WeightDetails(card, {text: adapter}, history)
+    weights = WeightDetails(card, {text: adapter}, history, {text: Blame(9, 4, 3)})
     cells = {"base_old": (0.0, 0.0), "base_new": (0.0, 1.0), "tuned_old": (1.0, 0.0), "tuned_new": (1.0, 1.0)}
     rounds = (
         record(0, "", (0.0, 0.0), program={text: {**state, "demos": []}}),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bettertogether.errors import ConfigError, DataError
-from bettertogether.report.intervals import attribution, mean_interval, paired_interval
+from bettertogether.report.intervals import attribution, mean_interval, paired_interval, share_interval
 
 
 def uneven_scores() -> list[float]:
@@ -125,3 +125,9 @@ def test_what_is_no_list_of_numbers_is_refused(scores: Any) -> None:
 def test_options_of_a_wrong_type_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="is not allowed"):
         mean_interval([0.0, 1.0], **options)
+
+
+def test_the_interval_of_a_share_is_wilsons_and_none_of_few_is_not_certain() -> None:
+    assert share_interval(6, 8) == pytest.approx((0.4093, 0.9285), abs=1e-4)  # statsmodels' proportion_confint
+    assert share_interval(0, 4) == pytest.approx((0.0, 0.4899), abs=1e-4)
+    assert all(map(math.isnan, share_interval(0, 0)))

@@ -12,6 +12,7 @@ from reports import EVIL, Page, full_report, loss_line, page_of, record, report
 
 from bettertogether.errors import DataError
 from bettertogether.records import (
+    Blame,
     CandidateScore,
     DataCard,
     HeldOutLoss,
@@ -244,3 +245,20 @@ def test_the_held_out_losses_of_a_weight_step_are_under_the_table() -> None:
     found = report(rounds=rounds, selected=1)
     text = "held-out loss of the free tokens 0.70 -> 0.12; all tokens 1.15 -> 0.11"
     assert f"w: {text}" in str(found).splitlines()
+
+
+def test_which_predictors_failures_came_from_is_in_the_table_and_on_the_page_the_guilty_first() -> None:
+    details = full_report("t").rounds[2].details
+    assert isinstance(details, WeightDetails)
+    guilt = {"innocent": Blame(12, 8, 0), "guilty": Blame(8, 8, 6)}
+    rounds = (record(0, "", (0.0,)), record(1, "w", (1.0,), details=replace(details, blame=guilt)))
+    found = report(rounds=rounds, selected=1)
+    lines = [line.split() for line in str(found).splitlines()]
+    start = lines.index(
+        ["failures", "before", "w", "repaired", "by", "it", "alone", "[95%", "interval]", "runs", "calls"]
+    )
+    assert lines[start + 1 : start + 3] == [
+        ["guilty", "0.75", "[0.41,", "0.93]", "6", "of", "8", "8"],
+        ["innocent", "0.00", "[0.00,", "0.32]", "0", "of", "8", "12"],
+    ]
+    assert "guilty0.75 [0.41, 0.93]6 of 88" in Page(page_of(found)).text

@@ -48,6 +48,7 @@ PROMPTS = [
     ("race", None),
 ]
 WEIGHTS = [
+    ("branches", -1),
     ("lora", 5),
     ("lora", {"rank": 4}),
     ("lora", None),

@@ -13,12 +13,14 @@ from fakes import (
     TwoSteps,
     api_lm,
     learner,
+    number_of,
     numbers,
     parity_engine,
     parity_match,
     parity_program,
     plain_lm,
     reply,
+    right,
     two_step_engine,
     two_step_program,
 )
@@ -34,11 +36,11 @@ from bettertogether.errors import (
     TooManyErrors,
 )
 from bettertogether.programs.program import prompts_state
-from bettertogether.records import WeightDetails
+from bettertogether.records import Blame, WeightDetails
 from bettertogether.steps.adapter_rows import hold_out
 from bettertogether.steps.rows import Row, read_rows, write_rows
 from bettertogether.steps.weight_step import LoRAFinetune
-from bettertogether.testing import FakeEngine
+from bettertogether.testing import FakeEngine, FakeRequest
 from bettertogether.training.config import LoRAConfig, TrainingConfig
 
 
@@ -446,6 +448,22 @@ def test_the_paper_takes_one_run_an_example_and_its_own_configs() -> None:
     assert (optimizer.sampling.num_samples, optimizer.sampling.rescue, optimizer.rows.balance) == (0, False, False)
     assert (optimizer.validation_share, optimizer.rows.train_prompt) == (0.0, "vanilla")
     assert LoRAFinetune.paper(parity_match, num_samples=2).sampling.num_samples == 2
+
+
+def test_answers_that_alone_repair_a_run_are_learned_and_the_blame_is_in_the_details() -> None:
+    def answer(request: FakeRequest) -> str:
+        if "1. `parity`" in request.system:
+            return reply(request, parity=right(number_of(request)) if "good" in request.user else "none")
+        return reply(request, remark="good" if request.temperature else "bad")
+
+    engine = FakeEngine(answer)
+    optimizer = step(branches=2)
+    optimizer.compile(two_step_program(engine), trainset=numbers(4))
+    details = optimizer.last.details if optimizer.last else None
+    assert isinstance(details, WeightDetails)
+    assert details.blame == {"remark": Blame(4, 4, 4), "decide": Blame(4, 4, 0)}
+    assert details.data_card.kept_by_source == {"branch": 8}
+    assert ["good" in row.completion for row in engine.trainings[0]] == [True, False] * 4
 
 
 @pytest.mark.parametrize(
