@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dspy.lm15 import Config, UnsupportedFeatureError
 
@@ -26,6 +27,8 @@ class SamplingOptions:
     """Texts that end the answer; they are not part of it."""
     logprobs: int | None = None
     """Report log probabilities: of the chosen tokens, and of so many of the likeliest; None: none."""
+    store: bool = False
+    """Report the tokens as they were sampled, see `SampledAnswer`."""
 
     @classmethod
     def from_config(cls, config: Config) -> SamplingOptions:
@@ -34,7 +37,7 @@ class SamplingOptions:
             if getattr(config, name):
                 raise UnsupportedFeatureError(
                     f"{name}={getattr(config, name)!r} is not supported by the local engine. Allowed: temperature, "
-                    "max_tokens, top_p, top_k, stop, seed, logprobs and response_format. Leave it out.",
+                    "max_tokens, top_p, top_k, stop, seed, logprobs, store and response_format. Leave it out.",
                     feature=f"config.{name}",
                 )
         return cls(
@@ -44,6 +47,7 @@ class SamplingOptions:
             seed=config.seed,
             stop=config.stop,
             logprobs=config.logprobs,
+            store=bool(config.store),
         )
 
     @property
@@ -62,6 +66,22 @@ class TokenScore:
     """The likeliest tokens and their log probabilities, likeliest first."""
 
 
+@dataclass(frozen=True)
+class SampledAnswer:
+    """An answer as it was sampled, in tokens; what a policy is trained on. A request with `store=True` gets it as its
+    response's `provider_data`."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    """The token that ended it included, where one did."""
+    forced: list[bool]
+    """For each of these tokens, whether the model had no say in it: the answer's grammar left no other, or wanted the
+    end for lack of room."""
+    response_format: Mapping[str, Any] | None
+    """Whose grammar the other tokens were sampled under; None: there was none."""
+    temperature: float
+
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -77,3 +97,5 @@ class FinishedAnswer:
     scores: tuple[TokenScore, ...]
     cut: bool
     """Whether a stop text cut the text short of its tokens."""
+    sampled: SampledAnswer | None = None
+    """Where the request asked for it."""

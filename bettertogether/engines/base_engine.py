@@ -7,19 +7,21 @@ import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 from dspy.clients.engines.base import validate_request
 from dspy.lm15 import ContextLengthError, Request, Response
+from numpy.typing import NDArray
 
 from ..checks import require_strength
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, TrainingError
 from ..files import cache_folder
 from ..training.arrow_rows import row_folder
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.progress import ProgressFunction
 from ._upstream import StreamEvent
-from .answers import SamplingOptions
+from .answers import SampledAnswer, SamplingOptions
 from .finetuning import TrainingJob, prepare
 from .fingerprint import model_hash, short_hash, short_name
 from .loading import located, read_card
@@ -30,8 +32,11 @@ from .strength import scaled_folder
 from .structured import GrammarCompiler, structured_output_available
 from .training_turn import TrainingTurn
 
+if TYPE_CHECKING:
+    from .local.decoder import TokenConstraint
+
 DEFAULT_MAX_TOKENS = 1024
-PARAMS = frozenset({"temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "logprobs"})
+PARAMS = frozenset({"temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "logprobs", "store"})
 
 
 class BaseEngine:
@@ -172,6 +177,36 @@ class BaseEngine:
         first = sum(end <= begins for _, end in places[:-1])
         answer = self._grammars.constraint(response_format).forced_of(self.completion_tokens(completion)[first:])
         return [False] * first + answer if any(answer) else []
+
+    def _constraint(self, response_format: Mapping[str, Any] | None, room: int) -> TokenConstraint | None:
+        """What an answer of `room` tokens must follow; None: nothing."""
+        return None if response_format is None else self._grammars.constraint(response_format)
+
+    def choices(self, answer: SampledAnswer) -> list[NDArray[np.uint32] | None]:
+        """For each token of a sampled answer, the tokens that the model chose it from, one bit each [W]; None where it
+        had the choice of all, or none (`forced`). Raises TrainingError for tokens that break the grammar."""
+        constraint = self._constraint(answer.response_format, self.max_length)
+        if constraint is None:
+            return [None] * len(answer.token_ids)
+        masks: list[NDArray[np.uint32] | None] = []
+        for token_id, forced in zip(answer.token_ids, answer.forced, strict=True):
+            bits_W = None if forced else np.zeros((self._card.vocabulary + 31) // 32, dtype=np.uint32)
+            try:
+                if constraint.ended:
+                    # What a server appends where nothing may follow.
+                    masks.append(bits_W)
+                    continue
+                if bits_W is not None:
+                    constraint.fill_mask(bits_W.ctypes.data, bits_W.nbytes)
+                constraint.advance(token_id)
+            except RuntimeError as error:
+                raise TrainingError(
+                    f"A sampled answer can't be trained on, as it is none of its grammar's: {error}. A server has to "
+                    "hold answers to the grammar that it is sent (vLLM: by llguidance, its structured outputs' backend "
+                    "'guidance')."
+                ) from error
+            masks.append(bits_W)
+        return masks
 
     def _rendered(self, request: Request) -> tuple[list[int], int, SamplingOptions]:
         """The prompt's tokens, how many the answer may have at most, and how they are picked.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from dspy.lm15 import (
@@ -55,6 +56,7 @@ class ResponseWriter:
             usage=_usage(answer),
             logprobs=self._scores(answer.scores) if scored else None,
             logprobs_complete=not (scored and answer.cut),
+            provider_data=None if answer.sampled is None else asdict(answer.sampled),
         )
 
     def _parts(self, text: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -61,6 +61,9 @@ class Call:
     """Position among the run's `answers`; None where it was not seen."""
     anew: bool = field(default=False, compare=False)
     """It is the call that a branch answers anew."""
+    sampled: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
+    """Its answers in tokens, where the LM gives those (`engines.answers.SampledAnswer`): the last is that of `text`;
+    those before it could not be read."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Rollout:
     calls: tuple[Call, ...]
     raw_trace: tuple[Any, ...]
     """DSPy's trace: (predictor, inputs, prediction) triples, with the program's own predictors."""
+    unread: tuple[Call, ...] = ()
+    """Calls that raised, since their answer could not be read. They are not among `calls`."""
     strangers: int = 0
     """Calls of predictors that are none of the program's, such as one that `forward` makes."""
     failure: FailureKind | None = None
@@ -254,6 +259,7 @@ class _Copy:
             prediction=prediction,
             calls=tuple(calls),
             raw_trace=tuple(raw_trace),
+            unread=tuple(self._unread(record, attempt)),
             strangers=strangers,
             failure=failure,
             error=error,
@@ -261,6 +267,11 @@ class _Copy:
             answers=tuple(answers),
             strayed=replay is not None and not replay.came,
         )
+
+    def _unread(self, record: Record, attempt: Attempt) -> Iterator[Call]:
+        for seen in record.unread:
+            if name := self._attribution.owner(seen.predictor)[1]:
+                yield self._call_of((seen.predictor, seen.inputs, None), seen, name, record, attempt, None)
 
     def _prepare(self, attempt: Attempt, seed: int | None) -> None:
         """Undo what a run before left, and give the predictors the LMs and prompts of this one."""
@@ -293,7 +304,9 @@ class _Copy:
             self._lms[id(lm)] = lm, kept
         return kept
 
-    def _call_of(self, entry: Any, seen: Seen | None, name: str, record: Record, attempt: Attempt, place: int) -> Call:
+    def _call_of(
+        self, entry: Any, seen: Seen | None, name: str, record: Record, attempt: Attempt, place: int | None
+    ) -> Call:
         predictor, inputs, prediction = entry
         if seen is None:
             fields = predictor.signature.output_fields
@@ -312,6 +325,7 @@ class _Copy:
             text=seen.text,
             thoughts=seen.thoughts,
             cut=seen.cut,
+            sampled=tuple(seen.sampled),
             unfit=_unfit(seen, basis.lm or record.lm, own_signature, attempt),
             place=place,
             anew=seen.anew,

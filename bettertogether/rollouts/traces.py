@@ -51,6 +51,8 @@ class Trace:
     """Of all its calls, for branches of it."""
     strayed: bool = False
     """A branch that never came to its call."""
+    unread: tuple[Call, ...] = ()
+    """Calls that raised, since their answer could not be read. They are not among `calls`."""
 
     @property
     def passed(self) -> bool:
@@ -263,6 +265,7 @@ class ExamplePass:
             strangers=run.strangers,
             answers=run.answers,
             strayed=run.strayed,
+            unread=run.unread,
         )
 
     def _verdict(self, example: dspy.Example, run: Rollout) -> tuple[Verdict, bool]:

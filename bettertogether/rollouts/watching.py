@@ -22,6 +22,7 @@ from typing import Any
 import dspy
 from dspy.clients.base_lm import record_history
 from dspy.signatures.signature import ensure_signature
+from dspy.utils.exceptions import AdapterParseError
 from dspy.utils.usage_tracker import UsageTracker
 
 from .event_loop import run_on_loop, use_shared_loop
@@ -53,6 +54,8 @@ class Seen:
     """Whether the answer ended at max_tokens."""
     anew: bool = False
     """Whether it is the one that a branch answers anew."""
+    sampled: list[Mapping[str, Any]] = field(default_factory=list)
+    """Each of its answers in tokens, where the LM gives those (`SampledAnswer`)."""
     outputs: dict[str, Any] = field(default_factory=dict)
     """As the predictor returned them."""
     prediction: Any = None
@@ -84,6 +87,8 @@ class Record:
         self.tracker = SharedTracker()
         self.costs: list[float | None] = []
         """Of each answer, see `cost_of`."""
+        self.unread: list[Seen] = []
+        """Calls with answers that DSPy's adapter could not read, and that therefore are in no trace."""
         self._seen: dict[int, Seen] = {}
         self._homes: set[tuple[int, int]] = set()
 
@@ -188,6 +193,9 @@ class Watch:
             token = _CALL.set(seen)
             try:
                 yield known, lambda prediction: record.finished(seen, prediction)
+            except AdapterParseError:
+                record.unread.append(seen)
+                raise
             finally:
                 _CALL.reset(token)
 
@@ -343,6 +351,8 @@ def note_response(entry: Mapping[str, Any]) -> None:
         fields = output if isinstance(output, Mapping) else {"text": output}
         seen.text, seen.thoughts = fields.get("text"), fields.get("reasoning_content")
         seen.cut = is_cut(entry["response"])
+        if "token_ids" in (tokens := _of(entry["response"], "provider_data") or {}):
+            seen.sampled.append(tokens)
 
 
 def cost_of(entry: Mapping[str, Any]) -> float | None:

@@ -5,7 +5,8 @@ bodies of all completions so far, `/told` what else was posted: loads and unload
 wake_up. Environment: FAKE_VLLM_ANSWER=text is the answer to all; FAKE_VLLM_FAILS=text ends with that text in the log;
 FAKE_VLLM_DIES_AFTER=n exits at the n-th completion; FAKE_VLLM_STATUS=n is the status of all completions;
 FAKE_VLLM_PAUSES=s waits so many seconds after each word of a stream, and before any other answer;
-FAKE_VLLM_CERTIFICATE=file makes it https; FAKE_VLLM_SLEEPLESS=1 makes it a version that can't sleep.
+FAKE_VLLM_CERTIFICATE=file makes it https; FAKE_VLLM_SLEEPLESS=1 makes it a version that can't sleep,
+FAKE_VLLM_IS_OLD=1 one that gives no token ids.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ def choice(text: str, body: dict[str, Any], numbers: list[str], finish: str | No
         tokens = [f"token_id:{word[1:]}" for word in numbers]
         logprobs = {"tokens": tokens, "token_logprobs": [-0.5] * len(tokens)}
         logprobs["top_logprobs"] = [{token: -0.5, "token_id:9": -1.5} for token in tokens]
-    return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish, "stop_reason": None}
+    made = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish, "stop_reason": None}
+    if body.get("return_token_ids") and "FAKE_VLLM_IS_OLD" not in os.environ:
+        made["token_ids"] = [*(int(word[1:]) for word in numbers), body["stop_token_ids"][0]]
+    return made
 
 
 class Handler(BaseHTTPRequestHandler):

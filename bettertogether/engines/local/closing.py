@@ -47,6 +47,11 @@ class ClosingConstraint:
         self.shortened = False
         """Whether the answer was closed where the model might have gone on."""
 
+    @property
+    def closing(self) -> bool:
+        """Whether the next token is given, for want of room."""
+        return self._closer is not None
+
     def spend(self, tokens: int) -> None:
         """Tokens of the room that went elsewhere."""
         self._left -= tokens

@@ -46,6 +46,10 @@ class BatchRow:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     constraint: TokenConstraint | None = None
     output_ids: list[int] = field(default_factory=list)
+    end_ids: list[int] = field(default_factory=list)
+    """The token that ended the answer and is no part of it."""
+    forced: list[bool] = field(default_factory=list)
+    """For each token of these, whether the model had no say in it."""
     scores: list[TokenScore] = field(default_factory=list)
     computed: int = 0
     """Tokens of prompt and output whose keys and values the decoder holds."""
@@ -85,6 +89,8 @@ class Decision:
     """The grammar allows nothing more."""
     postponed: bool = False
     """Memory does not suffice for the row now; it has to be released, and admitted again."""
+    picked: bool = True
+    """Whether the model chose the first token."""
     error: Exception | None = None
     """Why nothing could be decided; the row is then over."""
 

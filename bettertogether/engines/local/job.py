@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..answers import FinishedAnswer, FinishReason, TokenScore
+from ..answers import FinishedAnswer, FinishReason, SampledAnswer, TokenScore
 from .decoder import BatchRow
 from .text_stream import TextStream
 
@@ -21,6 +21,8 @@ class Job:
 
     row: BatchRow
     stream: TextStream
+    response_format: Any = None
+    """Of the request."""
     sink: TokenSink | None = None
     future: Future[FinishedAnswer] = field(default_factory=Future)
 
@@ -49,9 +51,20 @@ class Job:
             generated_tokens=len(row.output_ids),
             scores=tuple(row.scores),
             cut=self.stream.stopped,
+            sampled=self._sampled() if row.sampling.store else None,
         )
         if self._is_awaited():
             self.future.set_result(answer)
+
+    def _sampled(self) -> SampledAnswer:
+        row = self.row
+        return SampledAnswer(
+            prompt_token_ids=row.prompt_ids,
+            token_ids=[*row.output_ids, *row.end_ids],
+            forced=row.forced,
+            response_format=self.response_format,
+            temperature=row.sampling.temperature,
+        )
 
     def fail(self, error: BaseException) -> None:
         """Give it an error."""

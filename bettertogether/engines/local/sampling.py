@@ -48,13 +48,14 @@ def _decision(row: BatchRow, token_id: int, score: TokenScore | None) -> Decisio
     scores = () if score is None else (score,)
     if row.constraint is None:
         return Decision((token_id,), scores)
+    picked = not getattr(row.constraint, "closing", False)
     try:
         row.constraint.advance(token_id)
         # A forced token is not scored, so a row that wants scores picks each one (the mask leaves one to pick).
         forced = row.constraint.forced() if row.sampling.logprobs is None else []
     except Exception as error:
         return Decision(error=error)
-    return Decision((token_id, *forced), scores, row.constraint.ended)
+    return Decision((token_id, *forced), scores, row.constraint.ended, picked=picked)
 
 
 def choose(logits_B_V: Tensor, rows: Sequence[BatchRow]) -> list[int]:

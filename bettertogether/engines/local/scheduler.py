@@ -106,7 +106,7 @@ class Scheduler:
             return None
         forced = constraint.forced()
         self._counters["forced_tokens"] += len(forced)
-        return self._take(job, Decision(tuple(forced), ended=constraint.ended))
+        return self._take(job, Decision(tuple(forced), picked=False, ended=constraint.ended))
 
     def counters(self) -> dict[str, int]:
         """Work done so far."""
@@ -290,8 +290,11 @@ class Scheduler:
         token_ids = list(decision.token_ids)[: row.max_new_tokens - len(row.output_ids)]
         complete = decision.ended and len(token_ids) == len(decision.token_ids)
         end = next((place for place, token in enumerate(token_ids) if token in self._eos_ids), None)
-        token_ids = token_ids[:end]
+        if end is not None:
+            token_ids, row.end_ids = token_ids[:end], [token_ids[end]]
         row.output_ids += token_ids
+        new = len(row.output_ids) + len(row.end_ids) - len(row.forced)
+        row.forced += [place > 0 or not decision.picked for place in range(new)]
         scores = decision.scores[: len(token_ids)]
         row.scores += scores
         self._counters["generated_tokens"] += len(token_ids)

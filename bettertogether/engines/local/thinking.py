@@ -48,6 +48,11 @@ class ThinkingConstraint:
         return bool(getattr(self._answer, "shortened", False))
 
     @property
+    def closing(self) -> bool:
+        """Whether the next token is given, for want of room."""
+        return bool(getattr(self._answer, "closing", False))
+
+    @property
     def ended(self) -> bool:
         """Whether the answer is complete and nothing may follow."""
         return not self._thinking and not self._next and self._answer is not None and self._answer.ended

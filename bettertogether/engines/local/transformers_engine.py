@@ -155,14 +155,13 @@ class TransformersEngine(BaseEngine):
         adapter = "" if self._adapters.folder(model) is None else model
         prompt_ids, max_new_tokens, sampling = self._rendered(request)
         row = BatchRow(prompt_ids, max_new_tokens, adapter, sampling)
-        row.constraint = self._constraint(request, max_new_tokens)
-        return Job(row, TextStream(self._writer.decode, sampling.stop))
+        row.constraint = self._constraint(request.config.response_format, max_new_tokens)
+        return Job(row, TextStream(self._writer.decode, sampling.stop), request.config.response_format)
 
-    def _constraint(self, request: Request, room: int) -> TokenConstraint | None:
-        """What an answer of `room` tokens must follow."""
+    def _constraint(self, response_format: Mapping[str, Any] | None, room: int) -> TokenConstraint | None:
         answer: ClosingConstraint | None = None
-        if request.config.response_format is not None:
-            answer = ClosingConstraint(self._grammars.constraint(request.config.response_format), room)
+        if response_format is not None:
+            answer = ClosingConstraint(self._grammars.constraint(response_format), room)
         if not self._renderer.thinks:
             return answer
         return ThinkingConstraint(

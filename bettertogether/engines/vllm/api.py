@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import httpx
-from dspy.lm15 import AuthError, InvalidRequestError, RateLimitError, ServerError
+from dspy.lm15 import AuthError, InvalidRequestError, RateLimitError, Request, ServerError
 
-from ..answers import SamplingOptions, TokenScore
+from ...errors import ModelError
+from ..answers import SampledAnswer, SamplingOptions, TokenScore
 
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
 """A server fills fields that are not sent from the model's generation_config.json."""
@@ -20,6 +21,8 @@ def sampling_fields(sampling: SamplingOptions) -> dict[str, Any]:
     fields: dict[str, Any] = {**NEUTRAL, "stop": list(sampling.stop), "seed": sampling.seed}
     if sampling.logprobs is not None:
         fields |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
+    if sampling.store:
+        fields["return_token_ids"] = True
     if sampling.greedy:
         return fields | {"temperature": 0.0}
     return fields | {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
@@ -36,6 +39,24 @@ def scores_of(choice: Mapping[str, Any]) -> list[TokenScore]:
         likeliest = sorted(((_token_id(key), value) for key, value in (top or {}).items()), key=lambda pair: -pair[1])
         scores.append(TokenScore(_token_id(token), logprob, tuple(likeliest)))
     return scores
+
+
+def sampled_of(choice: Mapping[str, Any], request: Request, prompt_ids: list[int]) -> SampledAnswer:
+    """An answer in tokens. Raises ModelError where the server gave none."""
+    token_ids = choice.get("token_ids")
+    if token_ids is None:
+        raise ModelError(
+            "The vLLM server gave no token ids, without which a policy can't be trained: use vLLM 0.10.2 or later, or "
+            "local_lm(...)."
+        )
+    return SampledAnswer(
+        prompt_token_ids=prompt_ids,
+        token_ids=token_ids,
+        # It samples each token, also where the grammar leaves one alone.
+        forced=[False] * len(token_ids),
+        response_format=request.config.response_format,
+        temperature=request.config.temperature or 0.0,
+    )
 
 
 def _token_id(text: str) -> int:

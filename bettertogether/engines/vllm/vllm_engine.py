@@ -33,7 +33,7 @@ from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult
 from ..responses import ResponseWriter
 from ..structured import after_thoughts, answer_grammar
-from .api import chunks_of, sampling_fields, scores_of
+from .api import chunks_of, sampled_of, sampling_fields, scores_of
 from .fleet import Fleet, meet
 from .gate import Gate
 from .member import Adapter, Member
@@ -154,6 +154,8 @@ class VLLMEngine(BaseEngine):
         with self._gate.together(self._kind(request.model)), self._asked(request, body) as reply:
             content = reply.json()
             answer = self._answer(content["choices"][0], content["usage"])
+            if request.config.store:
+                answer = replace(answer, sampled=sampled_of(content["choices"][0], request, body["prompt"]))
         return self._writer.response(request, answer)
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:

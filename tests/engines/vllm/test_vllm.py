@@ -151,6 +151,27 @@ def test_log_probabilities_and_usage_come_back(served: VLLMEngine) -> None:
     assert (response.usage.output_tokens, response.usage.cache_read_tokens) == (5, 2)
 
 
+def test_an_answer_that_is_to_be_stored_comes_in_tokens(served: VLLMEngine) -> None:
+    asked = request(served, store=True, temperature=1.0, seed=4)
+    response = served.complete(asked)
+    numbers = [int(word[1:]) for word in (response.text or "").split()]
+    assert response.provider_data == {
+        "prompt_token_ids": served.prompt_tokens(served.messages(asked)),
+        "token_ids": [*numbers, min(served._eos_ids)],
+        "forced": [False] * (len(numbers) + 1),
+        "response_format": None,
+        "temperature": 1.0,
+    }
+
+
+def test_a_server_that_gives_no_tokens_is_an_error_with_the_ways_out(
+    alone: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM_IS_OLD", "1")
+    with pytest.raises(ModelError, match=r"use vLLM 0\.10\.2 or later, or local_lm"):
+        alone.complete(request(alone, store=True))
+
+
 def test_requests_of_an_event_loop_are_answered_together(served: VLLMEngine) -> None:
     async def ask() -> list[str | None]:
         asked = (served.asynchronous.complete(request(served, word)) for word in ("red", "blue"))
