@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -39,18 +40,24 @@ class RunningMean:
         """A copy on the CPU."""
         return all_whole(self._mean)
 
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """The model runs with the mean in place of its weights."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
+        return in_place(self._parameters, self._mean)
 
-    def _swap(self) -> None:
-        with torch.no_grad():
-            for key, parameter in self._parameters.items():
-                weights = parameter.detach().clone()
-                parameter.copy_(self._mean[key])
-                self._mean[key] = weights
+
+@contextlib.contextmanager
+def in_place(parameters: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model runs with other weights in place of its own, which are on its device as they are."""
+    _swap(parameters, others)
+    try:
+        yield
+    finally:
+        _swap(parameters, others)
+
+
+def _swap(parameters: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            weights = parameter.detach().clone()
+            parameter.copy_(others[key])
+            others[key].copy_(weights)

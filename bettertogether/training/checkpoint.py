@@ -77,21 +77,27 @@ def save_state(folder: Path, state: TrainingState, run: str) -> None:
     """Write the state of run `run` (a fingerprint) under `folder`/checkpoint; earlier ones go once it is complete."""
     parent = folder / FOLDER
     target = parent / f"epoch-{state.epoch}"
-    with atomic_folder(target, _put_anew) as work:
-        tensors = {f"{name}/{key}": tensor for name in _TENSORS for key, tensor in getattr(state, name).items()}
-        atomic_write(work / "tensors.safetensors", save(tensors))
-        without: dict[str, Any] = {name: {} for name in _TENSORS}
-        values = asdict(replace(state, **without))
-        values = {key: value for key, value in values.items() if key not in _TENSORS}
-        atomic_write(work / "state.json", json.dumps({"schema": SCHEMA, "run": run, **values}))
+    with atomic_folder(target, put_anew) as work:
+        write_state(work, state, run)
     for other in parent.iterdir():
         if other != target:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _put_anew(work: Path, target: Path) -> None:
+def put_anew(work: Path, target: Path) -> None:
+    """For `atomic_folder`: the folder takes the place of what is there."""
     shutil.rmtree(target, ignore_errors=True)
     os.replace(work, target)
+
+
+def write_state(folder: Path, state: TrainingState, run: str) -> None:
+    """Write the state of run `run` into a folder."""
+    tensors = {f"{name}/{key}": tensor for name in _TENSORS for key, tensor in getattr(state, name).items()}
+    atomic_write(folder / "tensors.safetensors", save(tensors))
+    without: dict[str, Any] = {name: {} for name in _TENSORS}
+    values = asdict(replace(state, **without))
+    values = {key: value for key, value in values.items() if key not in _TENSORS}
+    atomic_write(folder / "state.json", json.dumps({"schema": SCHEMA, "run": run, **values}))
 
 
 def load_state(folder: Path, run: str) -> TrainingState | None:
@@ -100,12 +106,16 @@ def load_state(folder: Path, run: str) -> TrainingState | None:
     names = [path.name for path in parent.glob("epoch-*")] if parent.is_dir() else []
     if not names:
         return None
-    latest = parent / max(names, key=lambda name: int(name.removeprefix("epoch-")))
+    return read_state(parent / max(names, key=lambda name: int(name.removeprefix("epoch-"))), run)
+
+
+def read_state(folder: Path, run: str) -> TrainingState | None:
+    """The state of run `run` in a folder; None when it is another run's. Raises TrainingError."""
     try:
-        values = json.loads((latest / "state.json").read_text())
+        values = json.loads((folder / "state.json").read_text())
         if values.pop("schema") != SCHEMA or values.pop("run") != run:
             return None
-        tensors = load_file(latest / "tensors.safetensors")
+        tensors = load_file(folder / "tensors.safetensors")
         history = tuple(TrainingProgress(**line) for line in values.pop("history"))
         for name in ("base", "best"):
             values[name] = values[name] and HeldOutLosses(**values[name])
@@ -116,7 +126,7 @@ def load_state(folder: Path, run: str) -> TrainingState | None:
         return TrainingState(history=history, **values, **parts)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise TrainingError(
-            f"The checkpoint in {latest} is damaged ({error!r}): delete {parent} and train again."
+            f"The checkpoint in {folder} is damaged ({error!r}): delete {folder.parent} and train again."
         ) from error
 
 

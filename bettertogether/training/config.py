@@ -191,3 +191,58 @@ class TrainingConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """How to learn from rewards (GRPO); the defaults are on-policy, without a reference.
+
+    What a `TrainingConfig` says of AdamW, precision and memory holds here too: `learning_rate` ("auto": a tenth of that
+    for rows), `adam_beta2`, `weight_decay`, `max_grad_norm`, `warmup_ratio`, `scheduler` ("averaged" is constant here),
+    `max_tokens_per_batch`, `dtype`, `gradient_checkpointing`, `quantize_base` and `seed`.
+    """
+
+    steps: int = 40
+    """Steps: each runs the program with the adapter as it is then, and learns from its answers."""
+    examples_per_step: int = 8
+    """Examples that a step learns from: those whose runs differ in reward."""
+    group_size: int = 8
+    """Runs of the program on each example, at least 2."""
+    most_draws: int = 3
+    """Where all runs of an example have one reward, another example is drawn, up to so many times `examples_per_step`
+    in all."""
+    temperature: float = 1.0
+    """Of the runs, above 0 and at most 2. At 1.0 answers come from the model's own distribution."""
+    divide_by_deviation: bool = False
+    """Divide advantages by the standard deviation of their group's rewards, as GRPO does. It makes much of groups in
+    which all but one run are alike."""
+    unread_reward: float = -1.0
+    """Reward of an answer that could not be read."""
+    updates: int = 1
+    """Updates of the adapter on the answers of one step."""
+    clip: float = 0.2
+    """With several updates: a token's part ends where its probability has changed by this share."""
+    kl_weight: float = 0.0
+    """Weight of the divergence from the adapter that the training started from, in the loss; 0 does not compute it."""
+    fade_demos: bool = False
+    """Runs show the program's demos in a share of the examples that falls from all to none over the steps (arXiv
+    2603.18953), and the tuned program has none."""
+    score_every: int = 5
+    """Steps after which the program is scored on examples held out; the best adapter is kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "examples_per_step", "most_draws", "updates", "score_every"):
+            require_whole(name, getattr(self, name), 1)
+        require_whole("group_size", self.group_size, 2, meaning="2 or more: runs are compared to each other")
+        heat, clip, weight, unread = self.temperature, self.clip, self.kl_weight, self.unread_reward
+        sampled = "a number above 0, at most 2: at 0 all runs of an example are the same"
+        _require(is_number(heat) and 0 < heat <= 2, "temperature", heat, sampled)
+        _require(is_number(clip) and 0 < clip < 1, "clip", clip, "a number between 0 and 1")
+        _require(is_number(weight) and weight >= 0, "kl_weight", weight, "0 or more")
+        _require(is_number(unread), "unread_reward", unread, "a number")
+        require_switch("divide_by_deviation", self.divide_by_deviation)
+        require_switch("fade_demos", self.fade_demos)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)

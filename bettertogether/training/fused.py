@@ -17,6 +17,7 @@ from peft.tuners.lora.layer import Linear as LoRALinear
 from torch import Tensor, nn
 
 from .layers import LinearUnderAutograd
+from .token_masks import forbid
 
 CHUNK_ELEMENTS = 1 << 20
 """Logits handled at once in the loss: 4 MiB in float32."""
@@ -107,20 +108,28 @@ def fused_forward(
 
 class _CompletionLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_N_V: Tensor, labels_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, logits_N_V: Tensor, labels_N: Tensor, temperature_N: Tensor | None, bits_N_W: Tensor | None
+    ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
         grad_N_V = torch.empty_like(logits_N_V) if needs_grad else None
-        losses_N = logits_N_V.new_empty(len(labels_N), dtype=torch.float32)
+        exact = torch.promote_types(logits_N_V.dtype, torch.float32)
+        losses_N = logits_N_V.new_empty(len(labels_N), dtype=exact)
         step = max(1, CHUNK_ELEMENTS // logits_N_V.shape[1])
         for start in range(0, len(labels_N), step):
-            chunk = logits_N_V[start : start + step].float()
-            labels = labels_N[start : start + step, None]
+            part = slice(start, start + step)
+            chunk = logits_N_V[part].to(exact)
+            if temperature_N is not None:
+                chunk = chunk / temperature_N[part, None]
+            if bits_N_W is not None:
+                chunk = forbid(chunk.clone() if temperature_N is None else chunk, bits_N_W[part])
+            labels = labels_N[part, None]
             log_sum = torch.logsumexp(chunk, 1, keepdim=True)
-            losses_N[start : start + step] = (log_sum - chunk.gather(1, labels)).squeeze(1)
+            losses_N[part] = (log_sum - chunk.gather(1, labels)).squeeze(1)
             if grad_N_V is not None:
                 probabilities = torch.sub(chunk, log_sum).exp_()
                 probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1.0))
-                grad_N_V[start : start + step] = probabilities
+                grad_N_V[part] = probabilities if temperature_N is None else probabilities / temperature_N[part, None]
         ctx.save_for_backward(grad_N_V)
         return losses_N
 
@@ -128,10 +137,16 @@ class _CompletionLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_N_V,) = ctx.saved_tensors
         # In place, for want of room for another N x V; autograd refuses a second backward pass over it.
-        return grad_N_V.mul_(grads[0][:, None].to(grad_N_V.dtype)), None
+        return grad_N_V.mul_(grads[0][:, None].to(grad_N_V.dtype)), None, None, None
 
 
-def completion_losses(logits_N_V: Tensor, labels_N: Tensor) -> Tensor:
-    """Cross-entropy in nats of each of N predictions, in float32 whatever the logits are. Backward runs once."""
-    result: Tensor = _CompletionLoss.apply(logits_N_V, labels_N)
+def completion_losses(
+    logits_N_V: Tensor, labels_N: Tensor, temperature_N: Tensor | None = None, bits_N_W: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy in nats of each of N predictions, in float32 at least. Backward runs once.
+
+    With a temperature above 0, and the bits of the tokens that are allowed (`token_masks.on_device`), it is that of
+    the distribution that such tokens are sampled from.
+    """
+    result: Tensor = _CompletionLoss.apply(logits_N_V, labels_N, temperature_N, bits_N_W)
     return result

@@ -63,18 +63,25 @@ class RowLoss:
 
     def token_losses(self, batch: MicroBatch) -> Tensor:
         """Losses [N] of the completion tokens of a micro-batch's rows, one row after the other, in float32."""
-        device = self.model.device
-        # enabled=False is said too, so that an autocast of the caller's does not reach in here.
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            logits_N_V = self._packed_logits(batch) if self.packed else self._padded_logits(batch)
         labels = [token for row in batch.rows for token in row.completion_ids]
-        return completion_losses(logits_N_V, torch.tensor(labels, device=device))
+        return completion_losses(self.logits(batch), torch.tensor(labels, device=self.model.device))
 
-    def _packed_logits(self, batch: MicroBatch) -> Tensor:
+    def logits(self, batch: MicroBatch, places: Sequence[int] | None = None) -> Tensor:
+        """Logits [N, V] that the completion tokens of a micro-batch's rows are predicted from, one row after the other;
+        of the tokens at these places among them, where some are given."""
+        # enabled=False is said too, so that an autocast of the caller's does not reach in here.
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            if self.packed:
+                return self._packed_logits(batch, places)
+            logits_N_V = self._padded_logits(batch)
+            return logits_N_V if places is None else logits_N_V[torch.tensor(places, device=logits_N_V.device)]
+
+    def _packed_logits(self, batch: MicroBatch, places: Sequence[int] | None = None) -> Tensor:
         packed, device = pack(batch), self.model.device
+        kept = packed.logit_positions if places is None else [packed.logit_positions[place] for place in places]
         return _logits(
             self.model,
-            torch.tensor(packed.logit_positions, device=device),
+            torch.tensor(kept, device=device),
             input_ids=torch.tensor([packed.input_ids], device=device),
             position_ids=torch.tensor([packed.position_ids], device=device),
             packed_layout=PackedLayout(packed, device),

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import NumericsError
+from ...training.token_masks import any_token, forbid, on_device
 from ..answers import TokenScore
 from .decoder import BatchRow, Decision
 
@@ -109,17 +109,11 @@ def _masked(logits_B_V: Tensor, rows: Sequence[BatchRow], positions: Sequence[in
     constraints = [rows[position].constraint for position in positions]
     if not any(constraints):
         return logits_R_V
-    vocabulary = logits_R_V.shape[1]
-    words = (vocabulary + 31) // 32
-    bits_R_W = np.full((len(positions), words), 0xFFFFFFFF, dtype=np.uint32)
+    bits_R_W = any_token(len(positions), logits_R_V.shape[1])
     for bits_W, constraint in zip(bits_R_W, constraints, strict=True):
         if constraint is not None:
-            constraint.fill_mask(bits_W.ctypes.data, words * 4)
-    # As bits to where the logits are: an eighth of what a byte a token would be.
-    bytes_R_W4 = torch.from_numpy(bits_R_W.view(np.uint8)).to(logits_R_V.device)
-    bit_8 = torch.arange(8, dtype=torch.uint8, device=logits_R_V.device)
-    allowed_R_V = (bytes_R_W4[..., None] >> bit_8 & 1).flatten(1)[:, :vocabulary]
-    return logits_R_V.masked_fill_(allowed_R_V == 0, float("-inf"))
+            constraint.fill_mask(bits_W.ctypes.data, bits_W.nbytes)
+    return forbid(logits_R_V, on_device(bits_R_W, logits_R_V.device))
 
 
 def _draw(
