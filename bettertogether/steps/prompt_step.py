@@ -174,7 +174,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         sets = DemoSets(start, select_traces(traces.traces), train)
         candidates = self._candidates(student, start, context.earlier, sets, seed)
         scoring = CandidateScores(candidates, validation, self.metric, settings)
-        candidates, race = self._race(candidates, len(validation), scoring, adapters_folder(context))
+        candidates, race = self._race(candidates, len(validation), scoring, context)
         warnings += scoring.warnings or _said(all_equal(candidates, self.threshold))
         outcome = Outcome(candidates, len(validation))
         warnings += _said(*_left_out(sets))
@@ -264,14 +264,17 @@ class BootstrapFewShotRS(Step, Teleprompter):
         return None
 
     def _race(
-        self, candidates: list[Candidate], size: int, scoring: CandidateScores, folder: Path
+        self, candidates: list[Candidate], size: int, scoring: CandidateScores, context: StepContext
     ) -> tuple[list[Candidate], RaceResult]:
         """The race of the prompts, then that of the winner's against themselves at other strengths; with all that
         took part."""
         mark = full_mark(self.threshold)
-        prompts = run_race(candidates, size, scoring, race=self.race, full_mark=mark)
+        # A valset the program given was scored on as a round: its answers are kept, so all of them count.
+        known = candidates[:1] if context.valset else []
+        prompts = run_race(known, size, scoring, race=False)
+        prompts += run_race(candidates, size, scoring, race=self.race, full_mark=mark)
         best = choose(candidates, size)
-        scaled = at_strengths(best, self.strengths, folder)
+        scaled = at_strengths(best, self.strengths, adapters_folder(context))
         scoring.add(scaled)
         strengths = run_race([best, *scaled], size, scoring, race=self.race, full_mark=mark)
         return [*candidates, *scaled], prompts + strengths

@@ -79,3 +79,14 @@ def test_earlier_demos_that_do_not_fit_the_context_are_dropped_and_counted() -> 
     result = looked_at_again([with_demos(engine, 95, 96)], program, max_labeled_demos=0, max_bootstrapped_demos=0)
     assert [(c.name, c.demos) for c in prompt_details(result).candidates] == [("current", 0), ("earlier 1", 1)]
     assert prompt_details(result).dropped_demos == {"self": 1}
+
+
+def test_the_prompts_given_are_not_taken_for_equal_before_all_of_their_scores_on_a_valset_are_known() -> None:
+    trainset, valset = numbers(20), numbers(40, start=200)
+    optimizer = BootstrapFewShotRS(parity_match, num_candidates=0, max_labeled_demos=0)
+    hard = optimizer.split(trainset, valset, 0)[1][-1].number
+    engine = parity_engine(lambda request, number: number != hard or request.demos > 0)
+    result = optimizer.run(with_demos(engine, 95), StepContext(trainset, valset, original=parity_program(engine)))
+    scores = {candidate.name: (candidate.score, candidate.stopped) for candidate in prompt_details(result).candidates}
+    assert scores == {"current": (1.0, False), "zero-shot": (39 / 40, False)}
+    assert prompt_details(result).chosen == "current"
