@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 import dspy
@@ -68,6 +68,8 @@ def _only(value: Any, label: Any) -> Any:
 
 
 HINT = "The right final result is known: "
+TALK_OF_A_HINT = ("right final result is known", "write what leads to it", "the hint", "given hint")
+"""In lower case, what an answer to a prompt with a hint has where it makes no sense without it."""
 
 
 def hint_of(labels: Mapping[str, Any]) -> str:
@@ -75,6 +77,12 @@ def hint_of(labels: Mapping[str, Any]) -> str:
     shown = {name: value.value if isinstance(value, enum.Enum) else value for name, value in labels.items()}
     listed = ", ".join(f"`{name}` = {value!r}" for name, value in shown.items())
     return f"{HINT}{listed}. Write what leads to it."
+
+
+def talks_about_hint(answers: Iterable[Any]) -> bool:
+    """Whether answers to prompts with a hint tell of it."""
+    text = " ".join(str(answer).lower() for answer in answers)
+    return any(words in text for words in TALK_OF_A_HINT)
 
 
 def as_field(label: Any, annotation: Any) -> Any:

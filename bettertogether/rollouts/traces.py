@@ -22,7 +22,7 @@ from .labels import label_fields, labels_of, output_names
 from .metrics import Metric, Verdict, judge, require_metric, with_trace
 from .parallel import parallel_map, thread_count
 from .replay import Answer
-from .rescue import has_leads
+from .rescue import has_leads, talks_about_hint
 from .rollout import Attempt, Call, Rollout, Runner, Source
 from .settings import RunSettings
 
@@ -250,6 +250,8 @@ class ExamplePass:
 
     def _judged(self, index: int, example: dspy.Example, run: Rollout, attempt: Attempt) -> Trace:
         verdict, failed = self._verdict(example, run)
+        if attempt.source == "rescue" and verdict.passed and talks_about_hint(run.answers):
+            verdict = replace(verdict, passed=False, reason="answer talks about the hint")
         judged = run.error is None and self.metric is not None
         return Trace(
             index=index,

@@ -171,27 +171,33 @@ def _works(plan: Plan, rounds: Sequence[Steps], case: int, start: Outlook) -> It
             known=0.0,
         )
         work = _step_work(plan, steps, case, before)
-        if before.is_scored and work.known:
+        if before.is_scored and kind != "weight":
             after = replace(after, known=(1.0, work.known / len(plan.trainset), 0.0)[case])
         outlooks[steps] = after
         yield work + _score_work(plan, steps, before, after)
 
 
-def _step_work(plan: Plan, steps: Steps, case: int, outlook: Outlook) -> Work:
-    optimizer = plan.optimizers[steps[-1]]
+def _context(plan: Plan, steps: Steps, outlook: Outlook) -> StepContext | None:
+    """What a step of ours is given."""
+    step = as_step(plan.optimizers[steps[-1]])
+    if step is None:
+        return None
     context = StepContext(plan.trainset, plan.valset or None, plan.teachers, plan.student, settings=plan.settings)
-    work, step = None, as_step(optimizer)
-    if step is not None:
-        context = step.sparing(context, is_tuned=outlook.is_tuned)
-        work = step.work(plan.student, context.with_arguments(plan.compile_args.get(steps[-1], {})), outlook)
+    context = step.sparing(context, is_tuned=outlook.is_tuned)
+    return context.with_arguments(plan.compile_args.get(steps[-1], {}))
+
+
+def _step_work(plan: Plan, steps: Steps, case: int, outlook: Outlook) -> Work:
+    step, context = as_step(plan.optimizers[steps[-1]]), _context(plan, steps, outlook)
+    work = step.work(plan.student, context, outlook) if step and context else None
     return work or Work(demo_runs=PASSES_OF_OTHERS[case] * (len(plan.trainset) + len(plan.valset)))
 
 
 def _score_work(plan: Plan, steps: Steps, before: Outlook, after: Outlook) -> Work:
     """Scoring the round, and the cells of its 2x2 that no other round has scored."""
-    step, size = as_step(plan.optimizers[steps[-1]]), len(plan.valset)
+    context, size = _context(plan, steps, before), len(plan.valset)
     is_weight = kind_of(plan.optimizers[steps[-1]]) == "weight"
-    chosen_on_valset = step is not None and not is_weight and before.is_tuned and before.is_scored
+    chosen_on_valset = not is_weight and context is not None and context.valset and before.is_scored
     work = Work() if chosen_on_valset else Work.of_runs(size, after)
     if plan.two_by_two and is_weight and before.has_demos:
         work += Work(plain_runs=size) if before.is_scored else Work(plain_runs=2 * size, demo_runs=2 * size)

@@ -40,6 +40,10 @@ from .work import ExpectedTries, Outlook, Work
 TRAIN_SHARE = 0.3
 """Share of the examples that demos are bootstrapped from; the paper's 100 of 350 and 15 of 50."""
 MOST_TRAIN, MOST_VALIDATION = 100, 250
+ENOUGH_TO_SPLIT = 20
+"""Examples of a trainset from which a small valset is not chosen on."""
+SMALL_SHARE = 1 / 3
+"""A valset of less than this share of the trainset is small: it has not half of what the trainset could hold out."""
 FEWEST_NEW = 2
 """Demo sets that are sampled, at least, however many earlier rounds found."""
 SAMPLING_TRIES = 5
@@ -186,6 +190,15 @@ class BootstrapFewShotRS(Step, Teleprompter):
             None if context.valset else outcome.gain(),
             tuple(warnings),
         )
+
+    def sparing(self, context: StepContext, *, is_tuned: bool) -> StepContext:
+        """Without its valset where the trainset has enough examples for demos and for the choice, or the valset too few
+        for the choice. Else all of the trainset is for demos. Tuned weights answer the trainset by heart under any
+        prompt, so theirs are always chosen on the valset."""
+        size = len(context.trainset)
+        enough = size >= (self.train_size or MOST_TRAIN) + (self.val_size or MOST_VALIDATION)
+        small = size >= ENOUGH_TO_SPLIT and len(context.valset or ()) < SMALL_SHARE * size
+        return replace(context, valset=None) if not is_tuned and (enough or small) else context
 
     @property
     def demos(self) -> int:  # type: ignore[override]

@@ -151,11 +151,9 @@ def rows_from_traces(
 
 def _chosen(traces: TraceSet, options: RowOptions, dropped: Dropped) -> list[Trace]:
     """The traces to learn from; all others are counted in `dropped`, and the calls in them that can't be learned."""
-    plain = [trace for trace in traces.traces if not hint_leaks(trace)]
     unchosen = Counter(traces.reasons())
-    unchosen["answer talks about the hint"] += len(traces.traces) - len(plain)
     chosen = select_traces(
-        plain,
+        traces.traces,
         max_per_example=options.max_traces_per_example,
         max_rescue_share=options.max_rescue_share,
         dropped=unchosen,
@@ -176,7 +174,7 @@ def _balanced(
 
 def _held_out_traces(traces: TraceSet, trainset_size: int) -> list[Trace]:
     """One passing trace of each example of the valset, whose positions come after those in the trainset."""
-    moved = [replace(trace, index=trainset_size + trace.index) for trace in traces.traces if not hint_leaks(trace)]
+    moved = [replace(trace, index=trainset_size + trace.index) for trace in traces.traces]
     return select_traces(moved, max_per_example=1)
 
 
@@ -220,14 +218,6 @@ def _limit_rescued(traces: list[Trace], max_share: float, dropped: Counter[str])
     # Spread over the labels, which the head of a sorted trainset would not be.
     chosen = stratified_order(rescued, [trace.label for trace in rescued], seed=0)[:room]
     return sorted([*own, *chosen], key=lambda trace: (trace.index, trace.attempt))
-
-
-def hint_leaks(trace: Trace) -> bool:
-    """Whether a rescued answer talks about its hint, so that it makes no sense without it."""
-    if trace.source != "rescue":
-        return False
-    text = " ".join(str(value).lower() for call in trace.calls for value in call.outputs.values())
-    return any(word in text for word in ("right final result is known", "the hint", "given hint"))
 
 
 def _rows_of(

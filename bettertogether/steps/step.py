@@ -22,9 +22,6 @@ from ..rollouts.settings import RunSettings
 from .rows import Row
 from .work import Outlook, Work
 
-ENOUGH_FOR_BOTH = 20
-"""Trainset examples from which our prompt step needs no valset, where no weights were trained on them."""
-
 _SETTINGS = ("num_threads", "max_errors", "seed", "store")
 
 
@@ -78,18 +75,15 @@ class Step(ABC):
 
     threshold: float | None = None
     """Score from which an example counts as solved; None: the full mark."""
-    spares_valset = True
-    """Whether it is to do without the valset where the trainset is large enough to hold some out."""
     demos = 0
     """Demos that its prompts show, at most; 0: it searches none."""
     last: StepResult | None = None
     """What the last `compile`, or the last step of a `BetterTogether`, gave."""
 
     def sparing(self, context: StepContext, *, is_tuned: bool) -> StepContext:
-        """The context without its valset, where the step does without it. Tuned weights answer the trainset by heart
-        under any prompt, so theirs are chosen on other examples."""
-        spares = self.spares_valset and not is_tuned and len(context.trainset) >= ENOUGH_FOR_BOTH
-        return replace(context, valset=None) if spares else context
+        """The context, without its valset where the step does better without it. `is_tuned`: the student's weights were
+        trained on the trainset."""
+        return context
 
     def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work | None:
         """What `run` would do if all goes as in the outlook; None: it can't say."""

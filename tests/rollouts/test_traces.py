@@ -322,6 +322,23 @@ def test_what_comes_before_the_answer_is_led_to_it_first_and_the_answer_given_on
     assert [t.source for t in traces.traces] == ["student", "rescue", *["student", "rescue", "rescue"] * 2]
 
 
+@pytest.mark.parametrize(
+    "remark", ["As the right final result is known: `x`", "Given the hint, it is", "Write what leads to it."]
+)
+@pytest.mark.parametrize("hinted", [True, False])
+def test_a_rescued_run_in_which_an_answer_talks_about_the_hint_has_not_passed(remark: str, hinted: bool) -> None:
+    def answer(request: FakeRequest) -> str:
+        told, number = "is known" in request.system, number_of(request)
+        if "1. `parity`" not in request.system:
+            return reply(request, remark=remark)
+        return reply(request, parity=right(number) if told or not hinted else wrong(number))
+
+    program = two_step_program(FakeEngine(answer))
+    traces = collect_traces(program, numbers(1), ExamplePass(parity_match), sampling=Sampling(0))
+    assert [trace.passed for trace in traces.traces] == ([False] * 3 if hinted else [True])
+    assert traces.reasons().get("answer talks about the hint", 0) == int(hinted)
+
+
 def test_rescue_false_never_hints() -> None:
     engine = parity_engine(lambda *_: False)
     collect(engine, 2, Sampling(num_samples=1, rescue=False))

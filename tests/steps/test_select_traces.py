@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
 from fakes import numbers
 
 from bettertogether.rollouts.metrics import Verdict
 from bettertogether.rollouts.rollout import Call, Source
 from bettertogether.rollouts.traces import Trace
-from bettertogether.steps.rows_from_traces import hint_leaks, select_traces
+from bettertogether.steps.rows_from_traces import select_traces
 
 
 def trace(index: int, answer: str = "x", *, source: Source = "student", attempt: int = 0, passed: bool = True) -> Trace:
@@ -45,10 +44,3 @@ def test_a_rescue_share_of_zero_keeps_none_and_of_one_all() -> None:
     traces = [trace(0), trace(1, source="rescue")]
     assert select_traces(traces, max_rescue_share=0.0) == traces[:1]
     assert select_traces(traces, max_rescue_share=1.0) == traces
-
-
-@pytest.mark.parametrize("answer", ["As the right final result is known", "Given the hint, it is"])
-def test_a_rescued_answer_that_talks_about_its_hint_leaks(answer: str) -> None:
-    assert hint_leaks(trace(0, answer, source="rescue"))
-    assert not hint_leaks(trace(0, answer))
-    assert not hint_leaks(trace(0, "odd", source="rescue"))
