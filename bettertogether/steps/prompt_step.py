@@ -59,8 +59,9 @@ class BootstrapFewShotRS(Step, Teleprompter):
             prompts given, the zero-shot prompt and the labels alone.
         max_bootstrapped_demos: Demos of a set that come from traces, at most.
         max_labeled_demos: Demos of a set in all, filled up with labelled examples of the trainset.
-        train_size: Examples to bootstrap from; None: 30% of the trainset, at most 100.
-        val_size: Examples to score candidates on, none of which is bootstrapped from; None: the rest, at most 250.
+        train_size: Examples to bootstrap from; None: all of the trainset, or 30% where it is split; at most 100.
+        val_size: Examples to score candidates on, none of which is bootstrapped from; None: all of the valset, or where
+            the trainset is split the rest of it, at most 250.
         threshold: Score from which an example counts as solved; None: 1.0, the full mark.
         restart: Start from the original prompts (`restart_from=` of `compile`), as the paper does, not from the prompts
             given. Those are a candidate either way, so the step never loses what it was given.

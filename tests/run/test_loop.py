@@ -200,17 +200,13 @@ def test_each_step_gets_the_trainset_in_another_order(engine: FakeEngine) -> Non
     assert orders == [list(range(40, 80))] * 2
 
 
-def test_our_prompt_step_keeps_the_valset_for_selection_when_there_is_enough_data(engine: FakeEngine) -> None:
-    report = compile_(engine, "p").report
+def test_prompts_are_chosen_on_the_valset_and_on_a_small_one_only_for_weights_that_were_tuned(
+    engine: FakeEngine,
+) -> None:
+    assert compile_(engine, "p").report.rounds[1].details.validation_examples == len(VAL)
+    report = compile_(engine, valset=VAL[:8]).report
     assert report.rounds[1].details.validation_examples == 28
-    few = compile_(engine, "p", trainset=numbers(10)).report
-    assert few.rounds[1].details.validation_examples == 20
-
-
-def test_prompts_for_tuned_weights_are_chosen_on_examples_that_they_were_not_trained_on(engine: FakeEngine) -> None:
-    report = compile_(engine).report
-    assert report.rounds[1].details.validation_examples == 28
-    assert report.rounds[3].details.validation_examples == len(VAL)
+    assert report.rounds[3].details.validation_examples == 8
 
 
 def test_the_steps_share_runs_of_the_same_program(engine: FakeEngine) -> None:

@@ -27,6 +27,7 @@ from bettertogether.records import PromptDetails
 from bettertogether.rollouts.rollout import RolloutStore
 from bettertogether.steps.prompt_capture import render_prompt
 from bettertogether.steps.prompt_step import BootstrapFewShotRS
+from bettertogether.steps.step import StepContext
 from bettertogether.testing import FakeEngine, FakeRequest
 
 
@@ -357,3 +358,24 @@ def test_a_program_whose_calls_are_not_seen_gets_a_warning_that_says_why_it_has_
     assert len(warnings) == 1
     assert "3 of the runs that passed made no call that was seen" in warnings[0]
     assert "Keep predictors as attributes" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("train", "valset", "is_tuned", "options", "chooses_on_it"),
+    [
+        (40, 40, False, {}, True),
+        (36, 12, False, {}, True),
+        (36, 4, False, {}, False),
+        (36, 4, True, {}, True),
+        (19, 1, False, {}, True),
+        (349, 200, False, {}, True),
+        (350, 200, False, {}, False),
+        (350, 200, True, {}, True),
+        (50, 50, False, {"train_size": 15, "val_size": 35}, False),
+    ],
+)
+def test_in_a_strategy_it_chooses_on_the_valset_but_where_that_is_small_or_the_trainset_has_enough_for_both(
+    train: int, valset: int, is_tuned: bool, options: dict[str, int], chooses_on_it: bool
+) -> None:
+    context = StepContext(numbers(train), numbers(valset, start=1000))
+    assert bool(step(**options).sparing(context, is_tuned=is_tuned).valset) is chooses_on_it
