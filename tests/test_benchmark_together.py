@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 from together_cell import accepted  # noqa: E402
 from together_tables import Gain, Result, differences_table, gain_of, load, means_table, tables  # noqa: E402
-from together_tasks import TASKS, reply_match, sentence_match  # noqa: E402
+from together_tasks import TASKS, reply_match, scene_match, sentence_match  # noqa: E402
 from together_texts import FACTS  # noqa: E402
 
 STRATEGIES = ("", "p", "w", "w -> w", "p -> w", "w -> p", "p -> w -> p")
@@ -177,6 +177,20 @@ def test_the_answer_of_two_hops_stands_at_the_end_of_the_second_fact() -> None:
 def test_a_sentence_is_right_if_it_is_one_and_has_the_words(sentence: str, right: bool) -> None:
     example = dspy.Example(words="train, dog, river").with_inputs("words")
     assert sentence_match(example, dspy.Prediction(sentence=sentence)) is right
+
+
+@pytest.mark.parametrize(
+    ("sentence", "right"),
+    [
+        ("The old dog left the river by train.", True),
+        ("The dog, a train and the river are far from one another in this old town.", True),
+        ("A dog, train and river are far from one another.", False),
+        ("The old dog left the river by bus.", False),
+    ],
+)
+def test_a_scene_is_right_if_its_words_are_not_listed(sentence: str, right: bool) -> None:
+    example = dspy.Example(words="train, dog, river").with_inputs("words")
+    assert scene_match(example, dspy.Prediction(sentence=sentence)) is right
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class Rollout:
     """It was to answer one call of an earlier run anew, and never came to it."""
 
     @property
-    def answers(self) -> list[Any]:
+    def outputs(self) -> list[Any]:
         """The values of all output fields of all calls."""
         return [value for call in self.calls for value in call.outputs.values()]
 

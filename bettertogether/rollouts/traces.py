@@ -250,7 +250,7 @@ class ExamplePass:
 
     def _judged(self, index: int, example: dspy.Example, run: Rollout, attempt: Attempt) -> Trace:
         verdict, failed = self._verdict(example, run)
-        if attempt.source == "rescue" and verdict.passed and talks_about_hint(run.answers):
+        if attempt.source == "rescue" and verdict.passed and talks_about_hint(run.outputs):
             verdict = replace(verdict, passed=False, reason="answer talks about the hint")
         judged = run.error is None and self.metric is not None
         return Trace(

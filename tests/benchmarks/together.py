@@ -2,7 +2,7 @@
 
     pip install scikit-learn
     python tests/benchmarks/together.py --results FOLDER
-        [--tasks sentiment iris router hops arithmetic orders sentence reply]
+        [--tasks sentiment iris router hops arithmetic orders sentence scene reply]
         [--seeds 0 1 2] [--model smollm|gemma|fake|FOLDER] [--repeats] [--auto] [--theirs] [--limit 50] [--test 150]
     python tests/benchmarks/together.py --results FOLDER --train-prompt vanilla      # an ablation, beside the default
     python tests/benchmarks/together.py --results FOLDER --table                     # print what is there
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from together_results import Cell, Outcome
 from together_tables import load, tables
 
-TASK_NAMES = ("sentiment", "iris", "router", "hops", "arithmetic", "orders", "sentence", "reply")
+TASK_NAMES = ("sentiment", "iris", "router", "hops", "arithmetic", "orders", "sentence", "scene", "reply")
 
 
 def number_or_word(text: str) -> float | int | str:

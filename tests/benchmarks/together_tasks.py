@@ -1,8 +1,8 @@
-"""The tasks of the benchmark `together.py`: small enough for 135M parameters on two cores, of eight different kinds.
+"""The tasks of the benchmark `together.py`: small enough for 135M parameters on two cores, of nine different kinds.
 
 Inputs have fewer than 80 tokens, answers few; train, validation and test are disjoint, drawn by seed. Where a program
-has more than one call, the data have labels for the last one only. `sentence` and `reply` have no labels at all: only
-the metric knows what is right.
+has more than one call, the data have labels for the last one only. `sentence`, `scene` and `reply` have no labels at
+all: only the metric knows what is right.
 """
 
 from __future__ import annotations
@@ -168,6 +168,13 @@ class Compose(dspy.Signature):
     sentence: str = dspy.OutputField()
 
 
+class Link(dspy.Signature):
+    """Write one sentence of at most sixteen words that contains all of the words, not as a list."""
+
+    words: str = dspy.InputField()
+    sentence: str = dspy.OutputField()
+
+
 class Reply(dspy.Signature):
     """Write the customer one short sentence that names the product."""
 
@@ -219,6 +226,13 @@ def sentence_match(example: dspy.Example, prediction: dspy.Prediction, trace: An
     return 6 <= len(words) <= 12 and set(example.words.split(", ")) <= set(words)
 
 
+def scene_match(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+    """Whether it is one sentence of six to sixteen words with all that were asked for, no two of them only listed."""
+    asked, words = example.words.split(", "), words_of_one_sentence(prediction.sentence)
+    listed = any(f"{first}, {second}" in prediction.sentence.lower() for first in asked for second in asked)
+    return 6 <= len(words) <= 16 and set(asked) <= set(words) and not listed
+
+
 def reply_match(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
     """Whether it is one sentence of four to twelve words that names the product."""
     words = words_of_one_sentence(prediction.reply)
@@ -235,6 +249,7 @@ TASKS = {
         Task("arithmetic", _generated(sum_question), lambda: dspy.ChainOfThought(Solve), answer_match, 64),
         Task("orders", _generated(order_text), lambda: dspy.Predict(ReadOrder), order_match, 64),
         Task("sentence", _generated(three_words), lambda: dspy.Predict(Compose), sentence_match, 32),
+        Task("scene", _generated(three_words), lambda: dspy.Predict(Link), scene_match, 40),
         Task("reply", _generated(bought), Desk, reply_match, 32),
     )
 }
