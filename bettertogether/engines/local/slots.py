@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +13,18 @@ import torch
 from torch import Tensor
 
 from .packed_attention import AttentionKind, PrefixTensors, by_key_head, hidden, merge, partial_attention
+
+PRIVATE: dict[str, int] = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+"""Memory that a forked process has a copy of."""
+
+
+def zeros_on_demand(like: Tensor, *shape: int) -> Tensor:
+    """Zeros of a tensor's type and device. On a processor their memory is taken only where they are written, so that
+    an answer that ends early never has that of its longest."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    memory = mmap.mmap(-1, like.itemsize * math.prod(shape), **PRIVATE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 class Slots:
@@ -37,14 +52,14 @@ class Slots:
             return
         for stores in (self.keys, self.values):
             for layer, old in enumerate(stores):
-                stores[layer] = old.new_zeros(self.slots, old.shape[1], self.capacity, old.shape[3])
+                stores[layer] = zeros_on_demand(old, self.slots, old.shape[1], self.capacity, old.shape[3])
                 stores[layer][:used, :, :filled] = old
 
     def write(self, layer: int, slot_T: Tensor, place_T: Tensor, k_K_T_D: Tensor, v_K_T_D: Tensor) -> None:
         """Store keys and values of tokens, each at its place in its slot."""
         if layer == len(self.keys):
             for stores, x in ((self.keys, k_K_T_D), (self.values, v_K_T_D)):
-                stores.append(x.new_zeros(self.slots, x.shape[0], self.capacity, x.shape[2]))
+                stores.append(zeros_on_demand(x, self.slots, x.shape[0], self.capacity, x.shape[2]))
         self.keys[layer][slot_T, :, place_T] = k_K_T_D.transpose(0, 1)
         self.values[layer][slot_T, :, place_T] = v_K_T_D.transpose(0, 1)
 
