@@ -52,7 +52,8 @@ class _ActiveSpan:
 
 @dataclass(frozen=True)
 class _Adapter:
-    folder: Path
+    folder: Path | None
+    """None: it is in memory alone."""
     weights: dict[str, tuple[Tensor, Tensor]]
     """Layer name to (A as [in, rank], scaled B as [rank, out])."""
 
@@ -81,9 +82,16 @@ class AdapterBank:
                 weights = read_weights(folder, read_adapter_config(folder), self._layer_shapes())
                 self._adapters[name] = _Adapter(folder, weights)
                 self._attach()
-            elif not held.folder.exists():
+            elif held.folder is None or not held.folder.exists():
                 self._adapters[name] = replace(held, folder=folder)
         return name
+
+    def put(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Serve an adapter that is in memory alone, under a name: the config and the weights of a PEFT folder."""
+        weights = layer_weights(tensors, config, self._layer_shapes(), name)
+        with self._lock:
+            self._adapters[name] = _Adapter(None, weights)
+            self._attach()
 
     def remove(self, model: str) -> None:
         """Serve an adapter no more."""
@@ -91,7 +99,8 @@ class AdapterBank:
             self._adapters.pop(model, None)
 
     def folder(self, model: str) -> Path | None:
-        """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
+        """Folder of the adapter a model name stands for; None for the base, and for one in memory. Raises
+        UnknownAdapterError."""
         if model == MODEL_PREFIX + self._base_name:
             return None
         with self._lock:
@@ -100,9 +109,9 @@ class AdapterBank:
             raise unknown_adapter(model, self._base_name, self._adapters)
 
     def folders(self) -> list[Path]:
-        """Folders of all adapters, in the order they were added."""
+        """Folders of all adapters that have one, in the order they were added."""
         with self._lock:
-            return [adapter.folder for adapter in self._adapters.values()]
+            return [adapter.folder for adapter in self._adapters.values() if adapter.folder is not None]
 
     def attach(self, model: nn.Module | None) -> None:
         """Serve the adapters on this model from now on; None frees them from it."""
@@ -190,7 +199,13 @@ def read_weights(
     """Layer name to (A as [in, rank], scaled B as [rank, out]), for a base whose layers have these (in, out). Raises
     ModelError."""
     path = folder / WEIGHTS_FILE
-    tensors = read_tensors(path)
+    return layer_weights(read_tensors(path), config, shapes, path)
+
+
+def layer_weights(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], path: object
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`read_weights` of what a PEFT folder holds; errors name its `path`."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer, dot, kind = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")

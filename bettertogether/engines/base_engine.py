@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,7 +20,7 @@ from ..checks import require_strength
 from ..errors import ConfigError, ModelError, TrainingError
 from ..files import cache_folder
 from ..training.arrow_rows import row_folder
-from ..training.config import LoRAConfig, TrainingConfig
+from ..training.config import LoRAConfig, PolicyConfig, TrainingConfig
 from ..training.progress import ProgressFunction
 from ._upstream import StreamEvent
 from .answers import SampledAnswer, SamplingOptions
@@ -26,13 +28,14 @@ from .finetuning import TrainingJob, prepare
 from .fingerprint import model_hash, short_hash, short_name
 from .loading import located, read_card
 from .options import EngineOptions, plain
-from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, TrainingRow, require_adapter
+from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, PolicySession, TrainingRow, require_adapter
 from .rendering import PromptRenderer, messages_of
 from .strength import scaled_folder
 from .structured import GrammarCompiler, structured_output_available
 from .training_turn import TrainingTurn
 
 if TYPE_CHECKING:
+    from ..training.policy import PolicyTraining
     from .local.decoder import TokenConstraint
 
 DEFAULT_MAX_TOKENS = 1024
@@ -64,6 +67,9 @@ class BaseEngine:
         self.base_name = f"{self.short_name}-{short_hash(self.base_hash, traits)}"
         self.max_length = self._card.max_length
         self._turn = TrainingTurn()
+        self.in_sessions: Counter[str] = Counter()
+        """Adapters that policy sessions answer with, and how many do: those with the same weights have the same name.
+        """
         template_kwargs = self.options.chat_template_kwargs
         self._renderer = PromptRenderer(self._card.tokenizer, self._card.eos_ids, template_kwargs)
         self._eos_ids = frozenset({*self._card.eos_ids, self._renderer.end_id})
@@ -249,6 +255,34 @@ class BaseEngine:
                 result = self._train(job, None if on_progress is None else self._turn.marking(on_progress))
         self.add_adapter(result.folder)
         return result
+
+    def policy_session(
+        self,
+        *,
+        policy: PolicyConfig = PolicyConfig(),
+        lora: LoRAConfig = LoRAConfig(),
+        training: TrainingConfig = TrainingConfig(),
+        start_from: str | None = None,
+        folder: Path | None = None,
+    ) -> AbstractContextManager[PolicySession]:
+        """An adapter that learns from rewards while this engine answers with it. See `PolicyEngine`."""
+        from .policy import policy_session
+
+        parent = Path(folder).expanduser() if folder is not None else self._adapters_folder()
+        origin = None if start_from is None else (start_from, self.adapter_folder(start_from))
+        return policy_session(self, policy, lora, training, origin, parent)
+
+    def trained_model(self) -> AbstractContextManager[Any]:
+        """The model that a policy session trains."""
+        raise NotImplementedError
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Train inside the block, while nothing is answered."""
+        raise NotImplementedError
+
+    def serve(self, training: PolicyTraining, round_number: int, folder: Path) -> str:
+        """Answer with the adapter of a policy session as it is now; returns its model name."""
+        raise NotImplementedError
 
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
         """Run a training on this engine's model."""

@@ -8,6 +8,7 @@ package talks to models through it, so a test can put `bettertogether.testing.Fa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
@@ -15,9 +16,10 @@ from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 from dspy.lm15 import Request, Response
 
 from ..errors import ConfigError
-from ..training.config import LoRAConfig, TrainingConfig
-from ..training.progress import ProgressFunction, TrainingProgress
+from ..training.config import LoRAConfig, PolicyConfig, TrainingConfig
+from ..training.progress import PolicyUpdate, ProgressFunction, TrainingProgress
 from ._upstream import StreamEvent
+from .answers import SampledAnswer
 
 
 class ChatMessage(TypedDict):
@@ -185,6 +187,62 @@ class LocalEngine(Protocol):
 
     def close(self) -> None:
         """Stop the worker and free the weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class RewardedAnswer:
+    """An answer as it was sampled, and how good it was."""
+
+    sampled: SampledAnswer
+    advantage: float
+    """Its reward minus the mean of its group."""
+
+
+class PolicySession(Protocol):
+    """An adapter that learns from rewards while its engine answers with it."""
+
+    model: str
+    """The name to ask for the adapter as it is now; another one after each change."""
+
+    def update(self, answers: Sequence[RewardedAnswer]) -> PolicyUpdate:
+        """Learn from the answers of a step, and answer with the new weights. Raises TrainingError, and
+        NoTrainingDataError where no answer has a token that was the model's choice."""
+        ...
+
+    def keep(self) -> None:
+        """Take the weights as they are for the best so far."""
+        ...
+
+    def save(self, folder: Path, run: str) -> None:
+        """Write the state of a run, by its name, into a folder: all that it takes to go on."""
+        ...
+
+    def load(self, folder: Path, run: str) -> None:
+        """Go on from what `save` wrote. Raises TrainingError for another run's state."""
+        ...
+
+    def finish(self) -> tuple[str, Path]:
+        """Write the best adapter, the last one where none was kept, and serve it; its model name and its folder."""
+        ...
+
+
+@runtime_checkable
+class PolicyEngine(LocalEngine, Protocol):
+    """An engine whose model can learn from rewards. Requests with `store=True` get a `SampledAnswer`."""
+
+    def policy_session(
+        self,
+        *,
+        policy: PolicyConfig = PolicyConfig(),
+        lora: LoRAConfig = LoRAConfig(),
+        training: TrainingConfig = TrainingConfig(),
+        start_from: str | None = None,
+        folder: Path | None = None,
+    ) -> AbstractContextManager[PolicySession]:
+        """An adapter that learns from rewards inside the block, new or going on from the adapter `start_from`. Nothing
+        is written but what `save` and `finish` write, these under `folder` (a cache folder when None). Several sessions
+        may be open at once. Raises ConfigError for a training in other processes."""
         ...
 
 

@@ -55,7 +55,7 @@ class TrainableAdapter:
 
     def digest(self) -> str:
         """SHA-256 (hex) of the options and the weights."""
-        return hashlib.sha256(config_json(self.config).encode() + save(self.state())).hexdigest()
+        return adapter_digest(self.config, self.state())
 
     def load(self, state: Mapping[str, Tensor], source: object) -> None:
         """Set the weights. Raises ModelError, naming `source`, when they are another adapter's."""
@@ -73,6 +73,11 @@ class TrainableAdapter:
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(like(state[key], parameter))
+
+
+def adapter_digest(config: LoraConfig, state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of an adapter's options and weights."""
+    return hashlib.sha256(config_json(config).encode() + save(dict(state))).hexdigest()
 
 
 def save_adapter(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:

@@ -30,6 +30,12 @@ def auto_learning_rate(hidden_size: int) -> float:
     return rate * float(width / hidden_size) ** RATE_EXPONENT
 
 
+def auto_policy_rate(hidden_size: int) -> float:
+    """The same for learning from rewards: a tenth. A reward says little of which token earned it, so that each step
+    goes in a direction that is mostly noise."""
+    return auto_learning_rate(hidden_size) / 10
+
+
 def auto_epochs(rows: int, batch_size: int, held_out: bool = True) -> int:
     """Passes over the rows, at most: as many as make the steps above, within bounds. `held_out`: whether there are rows
     whose loss can end the training earlier."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ._upstream import AttentionNames, attention_names, restore_attention
 
-SWITCHES = ("training", "forward", "gradient_checkpointing", "_gradient_checkpointing_func")
+SWITCHES = ("training", "forward", "gradient_checkpointing", "_gradient_checkpointing_func", "peft_config")
 """Attributes of modules that a training changes."""
 
 

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from ..errors import NoTrainingDataError, TrainingError
 from . import checkpoint
-from .adapter import save_adapter
 from .averaging import in_place
 from .checkpoint import TrainingState
 from .config import PolicyConfig
 from .fused import completion_losses
 from .loss import RowLoss
 from .packing import MicroBatch, TokenizedRow
+from .progress import PolicyUpdate
+from .sharing import all_whole
 from .stepper import Stepper
 from .token_masks import any_token, on_device
 from .trainer import learning_rate
@@ -50,20 +51,7 @@ class PolicyRow(TokenizedRow):
     temperature: float = 1.0
     """At which it was sampled."""
     masks: Callable[[], Masks] | None = field(default=None, compare=False, repr=False)
-    """Asked in each forward pass, since masks are as wide as the vocabulary; None: there was no grammar."""
-
-
-@dataclass(frozen=True)
-class PolicyUpdate:
-    """What the updates of a step came to."""
-
-    loss: float
-    """Before the weights changed."""
-    kl: float | None
-    """Nats per free token by which the policy was away from the reference; None where `kl_weight` is 0."""
-    learning_rate: float
-    tokens: int
-    """Run through the model, shared prompts once."""
+    """Asked in each forward pass, since masks are as wide as the vocabulary; None: all tokens, everywhere."""
 
 
 def choice_logprobs(loss: RowLoss, batch: MicroBatch) -> Tensor:
@@ -107,16 +95,16 @@ def _of_tokens(rows: Sequence[PolicyRow], values: Sequence[float]) -> Tensor:
 
 def _bits(rows: Sequence[PolicyRow], logits_F_V: Tensor) -> Tensor | None:
     """Which tokens each free token was chosen from, for `completion_losses`; None: all of them, everywhere."""
-    if all(row.masks is None for row in rows):
+    masks: list[NDArray[np.uint32] | None] = []
+    for row in rows:
+        of_tokens = row.masks() if row.masks is not None else [None] * len(row.completion_ids)
+        masks += [mask for mask, free in zip(of_tokens, row.free, strict=True) if free]
+    if all(mask is None for mask in masks):
         return None
     bits_F_W = any_token(*logits_F_V.shape)
-    place = 0
-    for row in rows:
-        masks = [None] * len(row.completion_ids) if row.masks is None else row.masks()
-        for mask, free in zip(masks, row.free, strict=True):
-            if free and mask is not None:
-                bits_F_W[place] = mask
-            place += free
+    for place, mask in enumerate(masks):
+        if mask is not None:
+            bits_F_W[place] = mask
     return on_device(bits_F_W, logits_F_V.device)
 
 
@@ -125,7 +113,8 @@ class PolicyTraining:
 
     def __init__(self, stepper: Stepper, config: PolicyConfig) -> None:
         self._stepper, self._config = stepper, config
-        self.adapter = stepper.adapter
+        self.adapter_config = stepper.adapter.config
+        # Kept, since a model that is lent out for answers has them not.
         self._parameters = stepper.adapter.parameters
         self._reference = {key: weights.detach().clone() for key, weights in self._parameters.items()}
         """What it started from. A new adapter changes nothing: then that is the base."""
@@ -176,18 +165,23 @@ class PolicyTraining:
 
     def keep(self) -> None:
         """Take the weights as they are for the best so far."""
-        self._best = self.adapter.state()
+        self._best = self.weights()
 
-    def write(self, folder: Path) -> None:
-        """Write the best adapter, the last one where none was kept, as a plain PEFT folder."""
-        save_adapter(folder, self.adapter.config, self._best or self.adapter.state())
+    @property
+    def best(self) -> Mapping[str, Tensor]:
+        """A copy of the best weights on the CPU, by PEFT key; those of now where none were kept."""
+        return self._best or self.weights()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The same of the weights as they are now."""
+        return all_whole(self._parameters)
 
     def save(self, folder: Path, run: str) -> None:
         """Write the state of a run, by its name, into a folder."""
         first, second = checkpoint.optimizer_moments(self._stepper.optimizer, self._parameters)
         state = TrainingState(
             step=self._updates,
-            weights=self.adapter.state(),
+            weights=self.weights(),
             best_weights=self._best,
             first_moments=first,
             second_moments=second,
@@ -199,7 +193,7 @@ class PolicyTraining:
         state = checkpoint.read_state(folder, run)
         if state is None:
             raise TrainingError(f"The checkpoint in {folder} is another run's: delete {folder.parent} and train again.")
-        self.adapter.load(state.weights, folder)
+        self._stepper.adapter.load(state.weights, folder)
         checkpoint.restore_optimizer(self._stepper.optimizer, self._parameters, state)
         self._best, self._updates = state.best_weights, state.step
 

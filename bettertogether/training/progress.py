@@ -26,3 +26,16 @@ class TrainingProgress:
 
 
 ProgressFunction = Callable[[TrainingProgress], None]
+
+
+@dataclass(frozen=True)
+class PolicyUpdate:
+    """What the updates of a step came to."""
+
+    loss: float
+    """Before the weights changed."""
+    kl: float | None
+    """Nats per free token by which the policy was away from the reference; None where `kl_weight` is 0."""
+    learning_rate: float
+    tokens: int
+    """Run through the model, shared prompts once."""

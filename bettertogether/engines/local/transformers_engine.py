@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib.util
+import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from dspy.lm15 import Request, Response
 
 from ...printable import get_logger
+from ...training.adapter import adapter_digest, config_json
 from ...training.lending import ModelState, lent_out
 from ...training.progress import ProgressFunction, TrainingProgress
 from .._upstream import StreamEvent
@@ -26,7 +28,7 @@ from ..base_engine import PARAMS, AsyncSide, BaseEngine
 from ..finetuning import TrainingJob, train
 from ..loading import is_out_of_memory, load_model, meta_model
 from ..memory_plan import announce_memory
-from ..protocol import FinetuneResult, TrainingRow
+from ..protocol import MODEL_PREFIX, FinetuneResult, TrainingRow, adapter_model_name
 from ..responses import ResponseWriter
 from ..structured import structured_output_available
 from .choice import make_decoder
@@ -38,6 +40,9 @@ from .packed_linear import pack_linear_layers
 from .scheduler import Scheduler
 from .text_stream import TextStream
 from .thinking import ThinkingConstraint
+
+if TYPE_CHECKING:
+    from ...training.policy import PolicyTraining
 
 logger = get_logger(__name__)
 
@@ -152,7 +157,8 @@ class TransformersEngine(BaseEngine):
     def _job(self, request: Request) -> Job:
         self._scheduler.check_open()
         model = self.canonical(request.model)
-        adapter = "" if self._adapters.folder(model) is None else model
+        self._adapters.folder(model)
+        adapter = "" if model == MODEL_PREFIX + self.base_name else model
         prompt_ids, max_new_tokens, sampling = self._rendered(request)
         row = BatchRow(prompt_ids, max_new_tokens, adapter, sampling)
         row.constraint = self._constraint(request.config.response_format, max_new_tokens)
@@ -208,6 +214,26 @@ class TransformersEngine(BaseEngine):
         with self._scheduler.exclusive():
             model = self._loaded_model()
             return train(self, job, model, self._card.source, self._reporting(model, on_progress))
+
+    @contextmanager
+    def trained_model(self) -> Iterator[Any]:
+        """The model that answers."""
+        self._scheduler.check_open()
+        yield self._loaded_model()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Train inside the block, while nothing is answered."""
+        self._scheduler.check_open()
+        with self._turn.taken(self.short_name), self._scheduler.exclusive():
+            yield
+
+    def serve(self, training: PolicyTraining, round_number: int, folder: Path) -> str:
+        """Answer with the adapter as it is now, which stays in memory."""
+        config, weights = training.adapter_config, training.weights()
+        name = adapter_model_name(self.base_name, round_number, adapter_digest(config, weights))
+        self._adapters.put(name, json.loads(config_json(config)), weights)
+        return name
 
     def _unload(self) -> None:
         """Free the weights; the next request loads them again."""

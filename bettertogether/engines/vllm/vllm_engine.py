@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import torch
@@ -21,7 +22,8 @@ from dspy.lm15 import Request, Response, ServerError
 
 from ...errors import ConfigError, EngineBusyError, EngineClosedError, ModelError
 from ...printable import get_logger
-from ...training.adapter_folder import read_adapter_config
+from ...training.adapter import save_adapter
+from ...training.adapter_folder import read_adapter_config, write_round
 from ...training.progress import ProgressFunction
 from .._upstream import StreamEvent
 from ..adapters import adapter_name, unknown_adapter
@@ -41,6 +43,9 @@ from .options import VLLMOptions, is_cut, server_options_for
 from .serve_options import replicas
 from .server import VLLMServer
 from .stream import Put, StreamReader
+
+if TYPE_CHECKING:
+    from ...training.policy import PolicyTraining
 
 logger = get_logger(__name__)
 
@@ -343,16 +348,45 @@ class VLLMEngine(BaseEngine):
     def _train_here(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
         """Train in this process, on a model of its own that is freed afterwards."""
         device = pick_device("auto")
-        dtype = pick_dtype("auto", device)
-        announce_memory(self._card, device, dtype, lora=job.lora, training=job.training)
-        model = load_model(self._card, device, dtype)
-        try:
+        announce_memory(self._card, device, pick_dtype("auto", device), lora=job.lora, training=job.training)
+        with self._own_model() as model:
             return train(self, job, model, self._card.source, on_progress)
+
+    @contextmanager
+    def _own_model(self) -> Iterator[Any]:
+        device = pick_device("auto")
+        model = load_model(self._card, device, pick_dtype("auto", device))
+        try:
+            yield model
         finally:
             del model
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def trained_model(self) -> AbstractContextManager[Any]:
+        """A model of this process's own, beside that of the server, freed after the block. Raises ConfigError for one
+        that thinks: the server has another grammar for its thoughts."""
+        if self._renderer.thinks:
+            raise ConfigError(
+                f"{self.short_name} thinks before it answers: behind a server it can't learn from rewards. Use "
+                "local_lm(...), or engine_options={'chat_template_kwargs': {'enable_thinking': False}}."
+            )
+        self._check_unchanged()
+        return self._own_model()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Train inside the block; a server of ours rests meanwhile, see `stop_while_training`."""
+        with self._turn.taken(self.short_name), self._paused():
+            yield
+
+    def serve(self, training: PolicyTraining, round_number: int, folder: Path) -> str:
+        """Answer with the adapter as it is now, which the server loads from `folder`."""
+        work = Path(tempfile.mkdtemp(dir=folder))
+        save_adapter(work, training.adapter_config, training.weights())
+        write_round(work, round_number, self.base_name)
+        return self.add_adapter(work)
 
     def counters(self) -> dict[str, int]:
         """requests, prompt_tokens, prefix_tokens_reused, generated_tokens."""

@@ -23,9 +23,17 @@ from transformers import Phi3Config
 
 from bettertogether import vllm_lm
 from bettertogether.engines import VLLMEngine
-from bettertogether.engines.protocol import TrainingRow
+from bettertogether.engines.answers import SampledAnswer
+from bettertogether.engines.protocol import RewardedAnswer, TrainingRow
 from bettertogether.engines.vllm.server import free_port
-from bettertogether.errors import ConfigError, EngineBusyError, EngineClosedError, MissingExtraError, ModelError
+from bettertogether.errors import (
+    ConfigError,
+    EngineBusyError,
+    EngineClosedError,
+    MissingExtraError,
+    ModelError,
+    UnknownAdapterError,
+)
 from bettertogether.testing import EngineContract
 from bettertogether.training.config import LoRAConfig, TrainingConfig
 
@@ -162,6 +170,24 @@ def test_an_answer_that_is_to_be_stored_comes_in_tokens(served: VLLMEngine) -> N
         "response_format": None,
         "temperature": 1.0,
     }
+
+
+def test_what_learns_from_rewards_is_loaded_by_the_server_after_each_update(served: VLLMEngine, tmp_path: Path) -> None:
+    def rewarded(model: str, advantage: float) -> RewardedAnswer:
+        response = served.complete(request(served, model=model, store=True, temperature=1.0, seed=int(advantage)))
+        return RewardedAnswer(SampledAnswer(**response.provider_data or {}), advantage)
+
+    with served.policy_session(folder=tmp_path / "adapters", lora=LoRAConfig(rank=4), training=SHORT) as session:
+        first = session.model
+        session.update([rewarded(first, 1.0), rewarded(first, -1.0)])
+        second = session.model
+        served.complete(request(served, model=second))
+        name, _ = session.finish()
+    assert first != second == name
+    assert served.complete(request(served, model=name)).text
+    with pytest.raises(UnknownAdapterError):
+        served.complete(request(served, model=first))
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == [name.partition("/")[2]]
 
 
 def test_a_server_that_gives_no_tokens_is_an_error_with_the_ways_out(
