@@ -31,8 +31,8 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from ..records import CELLS, DataCard, StepRecord, WeightDetails
 from ..report.intervals import Effect, paired_interval
 from ..rollouts.metrics import FULL_MARK
+from ..steps.adapter_step import AdapterStep
 from ..steps.prompt_step import BootstrapFewShotRS
-from ..steps.training_step import TrainingStep
 
 CONFIDENCE = 0.68
 """Of the intervals here: about one standard error to each side. A round too many costs minutes, a stop too early the
@@ -42,7 +42,7 @@ FEW = 0.5
 
 Kind = Literal["prompt", "weight", "other"]
 
-WEIGHT_STEPS = (TrainingStep, FinetuneTeleprompter)
+WEIGHT_STEPS = (AdapterStep, FinetuneTeleprompter)
 PROMPT_STEPS = (
     BootstrapFewShotRS,
     dspy.AvatarOptimizer,
@@ -176,7 +176,7 @@ class _Auto:
     @property
     def _mark(self) -> float:
         """From which score weight steps learn from a run."""
-        marks = [step.threshold for step in self.optimizers.values() if isinstance(step, TrainingStep)]
+        marks = [step.threshold for step in self.optimizers.values() if isinstance(step, AdapterStep)]
         return min([mark for mark in marks if mark is not None], default=FULL_MARK)
 
     def _kind(self, key: str) -> Kind:

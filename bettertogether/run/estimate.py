@@ -12,6 +12,7 @@ from ..programs.program import predictors_of
 from ..records import STUDENT, Ledger
 from ..report.text import compact
 from ..report.view import cost_text
+from ..steps.adapter_step import AdapterStep
 from ..steps.step import StepContext, as_step
 from ..steps.training_step import TrainingStep
 from ..steps.work import Outlook, Work
@@ -129,7 +130,7 @@ def _outlooks(plan: Plan, measured: Probe) -> tuple[Outlook, Outlook, Outlook]:
     solved, margin = sum(measured.passed) / count, 1 / math.sqrt(count)
     fewest, most = max(0.0, solved - margin), min(1.0, solved + margin)
     per_run = measured.plain.ledger.lm_calls / measured.plain.runs
-    trained = [step for step in plan.optimizers.values() if isinstance(step, TrainingStep)]
+    trained = [step for step in plan.optimizers.values() if isinstance(step, AdapterStep)]
     predictors = len(predictors_of(plan.student))
     share = max((len(step.trainable(plan.student)) for step in trained), default=0) / max(1, predictors)
     likely = Outlook(

@@ -15,8 +15,8 @@ from ..programs.program import as_programs, predictors_of, require_program
 from ..rollouts.metrics import Metric
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.settings import RunSettings
+from ..steps.adapter_step import AdapterStep
 from ..steps.step import Step
-from ..steps.training_step import TrainingStep
 from . import strategy as strategies
 from .arguments import check_compile_args, check_options
 from .held_out import split_valset
@@ -152,7 +152,7 @@ def _check_trainable(
 ) -> None:
     """Check that the steps can work on this student, with these teachers."""
     for key, optimizer in sorted(optimizers.items()):
-        if isinstance(optimizer, TrainingStep):
+        if isinstance(optimizer, AdapterStep):
             optimizer.trainable(student)
         elif isinstance(optimizer, dspy.BootstrapFinetune):
             _check_provider(key, student)

@@ -1,4 +1,4 @@
-"""What all steps that train adapters have in common: `TrainingStep`.
+"""What all steps that train adapters on rows have in common: `TrainingStep`.
 
 They collect rows, train one adapter per LM on them (or one per predictor), and put the tuned LM into the predictors.
 """
@@ -7,29 +7,23 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 import dspy
-from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..callbacks import events
-from ..checks import is_number, require_one_of, require_pass_options, require_switch, require_threshold
 from ..engines.protocol import MODEL_PREFIX, FinetuneResult
-from ..errors import ConfigError, DataError, NoTrainingDataError, NotTrainableError
-from ..lm import local_engine, require_engine
+from ..errors import ConfigError, DataError, NoTrainingDataError
 from ..printable import get_logger
-from ..programs.program import as_programs, copy_for_step, predictors_of, require_program, require_reachable
+from ..programs.program import as_programs, require_program, require_reachable
 from ..records import Ledger
 from ..rollouts.examples import check_examples
 from ..rollouts.labels import stratified_split
-from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
-from ..training.config import LoRAConfig, TrainingConfig
 from .adapter_rows import (
     ENOUGH_HELD_OUT,
     FEWEST_HELD_OUT,
@@ -39,63 +33,24 @@ from .adapter_rows import (
     hold_out,
     rows_by_adapter,
 )
+from .adapter_step import AdapterStep
 from .data_card import make_data_card
 from .rows import Row, read_rows, write_rows
-from .rows_from_traces import Collected, LocalModel, Trainable
-from .step import Step, StepContext, StepResult
+from .rows_from_traces import Collected, Trainable
+from .step import StepContext, StepResult
 from .training_details import fall_of_loss, rows_file, weight_details
 
 logger = get_logger(__name__)
 
 
-class TrainingStep(Step, Teleprompter):
-    """Base of the steps that train adapters; a subclass says what on (`collect`). `LoRAFinetune` says what the
+class TrainingStep(AdapterStep):
+    """Base of the steps that train adapters on rows; a subclass says what on (`collect`). `LoRAFinetune` says what the
     arguments mean."""
 
-    spares_valset = False
     sampling: Sampling
     """How the program is run for rows."""
     label_field: str | None = None
     """Field that holds the examples' label; None finds it."""
-
-    def __init__(
-        self,
-        metric: Metric | None,
-        *,
-        lora: LoRAConfig,
-        training: TrainingConfig,
-        multitask: bool,
-        start_from: Literal["base", "current"],
-        frozen: Sequence[str],
-        threshold: float | None,
-        validation_share: float,
-        num_threads: int | None,
-        max_errors: int | None,
-        seed: int,
-        folder: str | Path | None,
-    ) -> None:
-        require_one_of("start_from", start_from, ("base", "current"))
-        for name, value, kind in (("lora", lora, LoRAConfig), ("training", training, TrainingConfig)):
-            if not isinstance(value, kind):
-                raise ConfigError(f"{name}={value!r} is not allowed: give a {kind.__name__}(...).")
-        require_switch("multitask", multitask)
-        if not is_number(validation_share) or not 0 <= validation_share < 1:
-            raise ConfigError(f"validation_share={validation_share!r} is not allowed: give a number in [0, 1).")
-        require_metric(metric, optional=True)
-        require_pass_options(num_threads, max_errors, seed)
-        require_threshold(threshold)
-        self.metric = metric
-        self.lora = lora
-        self.training = training
-        self.multitask = multitask
-        self.start_from = start_from
-        self.frozen = _checked_frozen(frozen)
-        self.threshold = threshold
-        self.validation_share = validation_share
-        self.num_threads = num_threads
-        self.max_errors = max_errors
-        self.seed = seed
-        self.folder = _checked_folder(folder)
 
     def compile(
         self,
@@ -145,29 +100,13 @@ class TrainingStep(Step, Teleprompter):
         results = self._train(collected, trainable, context.settings.seed, folder)
         trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
         return StepResult(
-            program=self._tuned(student, trainable, results),
+            program=self._tuned(student, trainable, {key: result.model for key, result in results.items()}),
             ledger=(collected.ledger + trained).with_seconds(time.monotonic() - started),
             details=weight_details(collected, results, starts),
             # From other weights than those before, the fall is no gain over the round before.
             step_gain=fall_of_loss(result for key, result in results.items() if starts[key] == key.model),
             warnings=(*collected.warnings, *collected.card.warnings),
         )
-
-    def trainable(self, student: dspy.Module) -> Trainable:
-        """By predictor name, what is to be trained. Raises NotTrainableError and ConfigError."""
-        predictors = predictors_of(student)
-        unknown = sorted(set(self.frozen) - predictors.keys())
-        if unknown:
-            raise ConfigError(f"frozen={unknown} are not predictors of the program: it has {sorted(predictors)}.")
-        active = {name: p for name, p in predictors.items() if name not in self.frozen}
-        found = {n: LocalModel(engine, p.lm) for n, p in active.items() if (engine := local_engine(p.lm)) is not None}
-        if not found and active:
-            require_engine(*next((p.lm, name) for name, p in active.items()))
-        if not found:
-            raise NotTrainableError(f"frozen={list(self.frozen)} leaves no predictor to train: freeze fewer.")
-        for name in active.keys() - found.keys():
-            logger.info("Predictor %r keeps its LM %s, which is not local.", name, active[name].lm.model)
-        return found
 
     def collect(
         self,
@@ -220,11 +159,6 @@ class TrainingStep(Step, Teleprompter):
         seed: int,
     ) -> Collected:
         """The rows of these runs, and apart those of `held_out`, the runs on `valset`. Raises as `collect` does."""
-
-    @property
-    def clears_demos(self) -> bool:
-        """Whether the tuned program runs without demos."""
-        return False
 
     def measured(
         self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example], seed: int
@@ -287,47 +221,3 @@ class TrainingStep(Step, Teleprompter):
         if enough_held_out(apart):
             return list(rows), list(apart)
         return hold_out(rows, self.validation_share, seed)
-
-    def _starts(self, trainable: Trainable) -> dict[AdapterKey, str]:
-        """The model that each adapter is trained from."""
-        return {
-            adapter_key(name, lm, self.multitask): lm.model
-            if self.start_from == "current"
-            else MODEL_PREFIX + engine.base_name
-            for name, (engine, lm) in trainable.items()
-        }
-
-    def _tuned(
-        self,
-        student: dspy.Module,
-        trainable: Trainable,
-        results: Mapping[AdapterKey, FinetuneResult],
-    ) -> dspy.Module:
-        tuned = copy_for_step(student)
-        lms: dict[tuple[int, str], Any] = {}
-        for name, predictor in predictors_of(tuned).items():
-            if name not in trainable:
-                continue
-            lm = trainable[name].lm
-            result = results.get(adapter_key(name, lm, self.multitask))
-            if result is None:
-                continue
-            predictor.lm = lms.setdefault((id(lm), result.model), lm.copy(model=result.model))
-            if self.clears_demos:
-                predictor.demos = []
-        tuned._compiled = True
-        return tuned
-
-
-def _checked_frozen(frozen: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(frozen, str):
-        raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names, [{frozen!r}].")
-    if not isinstance(frozen, Sequence) or not all(isinstance(name, str) for name in frozen):
-        raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names.")
-    return tuple(frozen)
-
-
-def _checked_folder(folder: str | Path | None) -> Path | None:
-    if not isinstance(folder, str | Path | None):
-        raise ConfigError(f"folder={folder!r} is not allowed: give a path, or None for the cache.")
-    return None if folder is None else Path(folder).expanduser()

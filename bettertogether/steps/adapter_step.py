@@ -1,0 +1,136 @@
+"""What all steps that train adapters have in common: `AdapterStep`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
+
+from ..checks import is_number, require_one_of, require_pass_options, require_switch, require_threshold
+from ..engines.protocol import MODEL_PREFIX
+from ..errors import ConfigError, NotTrainableError
+from ..lm import local_engine, require_engine
+from ..printable import get_logger
+from ..programs.program import copy_for_step, predictors_of
+from ..rollouts.metrics import Metric, require_metric
+from ..training.config import LoRAConfig, TrainingConfig
+from .adapter_rows import AdapterKey, adapter_key
+from .rows_from_traces import LocalModel, Trainable
+from .step import Step
+
+logger = get_logger(__name__)
+
+
+class AdapterStep(Step, Teleprompter):
+    """Base of the steps that train one adapter per LM, or one per predictor, and put the tuned LMs into the program.
+    `LoRAFinetune` says what the arguments mean."""
+
+    spares_valset = False
+
+    def __init__(
+        self,
+        metric: Metric | None,
+        *,
+        lora: LoRAConfig,
+        training: TrainingConfig,
+        multitask: bool,
+        start_from: Literal["base", "current"],
+        frozen: Sequence[str],
+        threshold: float | None,
+        validation_share: float,
+        num_threads: int | None,
+        max_errors: int | None,
+        seed: int,
+        folder: str | Path | None,
+    ) -> None:
+        require_one_of("start_from", start_from, ("base", "current"))
+        for name, value, kind in (("lora", lora, LoRAConfig), ("training", training, TrainingConfig)):
+            if not isinstance(value, kind):
+                raise ConfigError(f"{name}={value!r} is not allowed: give a {kind.__name__}(...).")
+        require_switch("multitask", multitask)
+        if not is_number(validation_share) or not 0 <= validation_share < 1:
+            raise ConfigError(f"validation_share={validation_share!r} is not allowed: give a number in [0, 1).")
+        require_metric(metric, optional=True)
+        require_pass_options(num_threads, max_errors, seed)
+        require_threshold(threshold)
+        self.metric = metric
+        self.lora = lora
+        self.training = training
+        self.multitask = multitask
+        self.start_from = start_from
+        self.frozen = _checked_frozen(frozen)
+        self.threshold = threshold
+        self.validation_share = validation_share
+        self.num_threads = num_threads
+        self.max_errors = max_errors
+        self.seed = seed
+        self.folder = _checked_folder(folder)
+
+    def trainable(self, student: dspy.Module) -> Trainable:
+        """By predictor name, what is to be trained. Raises NotTrainableError and ConfigError."""
+        predictors = predictors_of(student)
+        unknown = sorted(set(self.frozen) - predictors.keys())
+        if unknown:
+            raise ConfigError(f"frozen={unknown} are not predictors of the program: it has {sorted(predictors)}.")
+        active = {name: p for name, p in predictors.items() if name not in self.frozen}
+        found = {n: LocalModel(engine, p.lm) for n, p in active.items() if (engine := local_engine(p.lm)) is not None}
+        if not found and active:
+            require_engine(*next((p.lm, name) for name, p in active.items()))
+        if not found:
+            raise NotTrainableError(f"frozen={list(self.frozen)} leaves no predictor to train: freeze fewer.")
+        for name in active.keys() - found.keys():
+            logger.info("Predictor %r keeps its LM %s, which is not local.", name, active[name].lm.model)
+        return found
+
+    @property
+    def clears_demos(self) -> bool:
+        """Whether the tuned program runs without demos."""
+        return False
+
+    def _starts(self, trainable: Trainable) -> dict[AdapterKey, str]:
+        """The model that each adapter is trained from."""
+        return {
+            adapter_key(name, lm, self.multitask): lm.model
+            if self.start_from == "current"
+            else MODEL_PREFIX + engine.base_name
+            for name, (engine, lm) in trainable.items()
+        }
+
+    def _tuned(
+        self,
+        student: dspy.Module,
+        trainable: Trainable,
+        models: Mapping[AdapterKey, str],
+    ) -> dspy.Module:
+        """A copy of the student whose predictors ask the models of their adapters, where there are any."""
+        tuned = copy_for_step(student)
+        lms: dict[tuple[int, str], Any] = {}
+        for name, predictor in predictors_of(tuned).items():
+            if name not in trainable:
+                continue
+            lm = trainable[name].lm
+            model = models.get(adapter_key(name, lm, self.multitask))
+            if model is None:
+                continue
+            predictor.lm = lms.setdefault((id(lm), model), lm.copy(model=model))
+            if self.clears_demos:
+                predictor.demos = []
+        tuned._compiled = True
+        return tuned
+
+
+def _checked_frozen(frozen: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(frozen, str):
+        raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names, [{frozen!r}].")
+    if not isinstance(frozen, Sequence) or not all(isinstance(name, str) for name in frozen):
+        raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names.")
+    return tuple(frozen)
+
+
+def _checked_folder(folder: str | Path | None) -> Path | None:
+    if not isinstance(folder, str | Path | None):
+        raise ConfigError(f"folder={folder!r} is not allowed: give a path, or None for the cache.")
+    return None if folder is None else Path(folder).expanduser()
