@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .rollouts.from_datasets import examples_from
     from .rollouts.labels import stratified_split
     from .run.budget import Budget
+    from .steps.preference_step import PreferenceFinetune
     from .steps.prompt_step import BootstrapFewShotRS
     from .steps.prompt_templates import PromptTemplate, prompt_templates
     from .steps.weight_step import LoRAFinetune
@@ -34,6 +35,7 @@ _PUBLIC = {
     "CompileReport": ".report",
     "LoRAConfig": ".training.config",
     "LoRAFinetune": ".steps.weight_step",
+    "PreferenceFinetune": ".steps.preference_step",
     "ProgressDisplay": ".callbacks",
     "PromptTemplate": ".steps.prompt_templates",
     "TrainingConfig": ".training.config",
@@ -61,6 +63,7 @@ __all__ = [
     "CompileReport",
     "LoRAConfig",
     "LoRAFinetune",
+    "PreferenceFinetune",
     "ProgressDisplay",
     "PromptTemplate",
     "TrainingConfig",

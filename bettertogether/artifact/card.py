@@ -125,11 +125,11 @@ def _training(view: ReportView) -> Iterator[str]:
 
 
 def _data(card: DataCard) -> str:
-    rows = sum(card.kept_by_predictor.values())
+    rows, kind = sum(card.kept_by_predictor.values()), "pairs of answers" if card.pairs else "rows"
     sources = ", ".join(f"{count} {source}" for source, count in card.kept_by_source.items())
     labels = ", ".join(f"{count} {label}" for label, count in card.kept_by_label.items())
     text = (
-        f"{rows} rows from the program's own runs on {card.examples} examples, {card.examples_covered} of which gave "
+        f"{rows} {kind} from the program's own runs on {card.examples} examples, {card.examples_covered} of which gave "
         f"any; by source: {sources}"
     )
     return f"{text}; by label: {labels}." if labels else f"{text}."

@@ -65,7 +65,8 @@ def tokens_of(
     long_forms = 0
     for index, row in enumerate(rows):
         prompt_ids, completion_ids = engine.prompt_tokens(row.messages), engine.completion_tokens(row.completion)
-        length = len(prompt_ids) + len(completion_ids)
+        rejected_ids = [] if row.rejected is None else engine.completion_tokens(row.rejected)
+        length = len(prompt_ids) + max(len(completion_ids), len(rejected_ids))
         if length > engine.max_length:
             skipped.append((index, f"prompt+completion {length} tokens > max_length {engine.max_length}"))
             continue
@@ -73,8 +74,15 @@ def tokens_of(
         fitting = [form for form in forms if len(form) + len(completion_ids) <= engine.max_length]
         long_forms += len(forms) - len(fitting)
         forced = engine.forced_tokens(row.completion, row.response_format)
-        fields = _fields(engine, row)
-        yield TokenizedRow(prompt_ids, completion_ids, forms=fitting, forced=forced, fields=fields)
+        yield TokenizedRow(
+            prompt_ids,
+            completion_ids,
+            forms=fitting,
+            forced=forced,
+            fields=_fields(engine, row),
+            rejected_ids=rejected_ids,
+            rejected_forced=[] if row.rejected is None else engine.forced_tokens(row.rejected, row.response_format),
+        )
     if long_forms:
         logger.warning(
             "Left out of the training: %d of %d prompts with demos, too long for %s (%d tokens).",

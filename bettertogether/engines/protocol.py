@@ -41,7 +41,8 @@ class FieldSpan(NamedTuple):
 class TrainingRow:
     """One call to learn: the messages that the engine would receive, and the answer to give.
 
-    The loss is on the completion alone, which the engine ends with the model's end-of-turn token.
+    The loss is on the completion alone, which the engine ends with the model's end-of-turn token. With `rejected` it is
+    a pair, of which the model learns to prefer the completion.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -54,6 +55,8 @@ class TrainingRow:
     """What the request asks of the answer, as the engine gets it: tells which tokens the grammar leaves free."""
     fields: tuple[FieldSpan, ...] = ()
     """Where the output fields' values lie in the completion; the held-out loss is given for each."""
+    rejected: str | None = None
+    """A worse answer to the same prompt, which a pair has, and no other form of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,14 @@ class FinetuneResult:
     seconds: float
     base_validation_loss: float | None = None
     """Held-out loss before training; None without validation rows. It is the mean over the completion tokens that the
-    grammar of `response_format` leaves free; over all of them where nothing is forced."""
+    grammar of `response_format` leaves free; over all of them where nothing is forced. Of pairs, the mean over them."""
     validation_loss: float | None = None
     """Held-out loss of the weights kept."""
     skipped_rows: tuple[tuple[int, str], ...] = field(default=())
     """Rows left out, as (index, reason)."""
     all_tokens_loss: tuple[float | None, float | None] = (None, None)
-    """Held-out loss over all completion tokens, before training and of the weights kept."""
+    """Held-out loss over all completion tokens, before training and of the weights kept; of pairs, over those of the
+    chosen answers."""
     field_losses: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
     """By output field: the held-out loss of the free tokens of its values, before training and of the weights kept."""
 
@@ -145,9 +149,9 @@ class LocalEngine(Protocol):
         folder: Path | None = None,
         on_progress: ProgressFunction | None = None,
     ) -> FinetuneResult:
-        """Train an adapter and serve it under a new name. `start_from` is the model name of an adapter to continue
-        from; None starts at the base weights. The adapter's folder is `folder`/<adapter name> (a cache folder when
-        None)."""
+        """Train an adapter and serve it under a new name, on rows or on pairs. `start_from` is the model name of an
+        adapter to continue from; None starts at the base weights. The adapter's folder is `folder`/<adapter name> (a
+        cache folder when None). Raises NoTrainingDataError without rows, DataError for pairs among rows."""
         ...
 
     def canonical(self, model: str) -> str:

@@ -92,6 +92,7 @@ class SampleRow(TypedDict, total=False):
 
     prompt: str | Sequence[Mapping[str, Any]] | None
     completion: str | Sequence[Mapping[str, Any]] | None
+    rejected: str | Sequence[Mapping[str, Any]] | None
     predictor: Plain
     example: Plain
     label: Plain
@@ -124,6 +125,8 @@ class DataCard(Saved):
     (those of earlier prompt steps), "traces" and "labels"."""
     forms_left_out: Mapping[str, Count] = field(default_factory=dict)
     """Prompts with demos in whose place a row shows the zero-shot prompt, by reason."""
+    pairs: Count = 0
+    """Rows that are pairs: two answers to a prompt, of which one is to be preferred."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,10 @@ class LossLine(Saved):
     epoch: Finite
     """Passes over the rows done."""
     loss: Number | None
-    """Mean loss per completion token of this step's rows; None on a line that only gives `validation_loss`."""
+    """Mean loss per completion token of this step's rows, or per pair; None on a line that only gives
+    `validation_loss`."""
     validation_loss: Number | None
-    """Mean loss per completion token of the rows held out, where it was measured."""
+    """The same of the rows held out, where it was measured."""
     tokens: Count
     """Tokens trained on so far."""
     learning_rate: Finite
@@ -166,10 +170,12 @@ class TrainedAdapter(Saved):
     best_epoch: Count
     """The epoch whose weights were kept, from 1."""
     held_out_loss: HeldOutLoss
-    """Of the completion tokens that the answer's grammar leaves free; of all where it leaves none or there is none."""
+    """Of the completion tokens that the answer's grammar leaves free; of all where it leaves none or there is none; of
+    pairs, per pair."""
     skipped_rows: tuple[tuple[Whole, str], ...]
     """Rows left out, as (index, reason)."""
     all_tokens_loss: HeldOutLoss = HeldOutLoss(None, None)
+    """Of all completion tokens; of pairs, of those of the chosen answers."""
     field_losses: Mapping[str, HeldOutLoss] = field(default_factory=dict)
     """Of the free tokens in the values of each output field."""
 

@@ -213,7 +213,8 @@ def _did(details: Details | None) -> tuple[str, ...]:
         case PromptDetails():
             return (_candidates(details),)
         case WeightDetails():
-            return _losses(details.history), _held_out(details.adapters), _data_card(details.data_card)
+            unit = "pair" if details.data_card.pairs else "token"
+            return _losses(details.history, unit), _held_out(details.adapters, unit), _data_card(details.data_card)
         case _:
             return ()
 
@@ -231,7 +232,7 @@ def _candidates(details: PromptDetails) -> str:
     return _fold(f"Prompt candidates ({len(rows)})", table, is_open=len(rows) <= 12)
 
 
-def _losses(history: Sequence[LossLine]) -> str:
+def _losses(history: Sequence[LossLine], unit: str) -> str:
     charts = []
     for adapter in dict.fromkeys(line.adapter for line in history):
         lines = [line for line in history if line.adapter == adapter]
@@ -239,21 +240,21 @@ def _losses(history: Sequence[LossLine]) -> str:
         held_out = _points((line.step, line.validation_loss) for line in lines)
         curves = [Curve("training", training, "#94a3b8", width=1.5)] if training else []
         curves += [Curve("held out", held_out, _COLORS[0], dots=True)] if held_out else []
-        charts.append(line_chart(curves, "optimizer steps", f"Loss per token, {adapter}"))
+        charts.append(line_chart(curves, "optimizer steps", f"Loss per {unit}, {adapter}"))
     return "".join(charts)
 
 
-def _held_out(adapters: Mapping[str, TrainedAdapter]) -> str:
+def _held_out(adapters: Mapping[str, TrainedAdapter], unit: str) -> str:
+    title, *names = "Loss per token of rows held out", "free tokens", "all tokens"
+    if unit == "pair":
+        title, *names = "Loss of pairs held out", "pairs", "tokens of chosen answers"
     rows = []
     for adapter in adapters.values():
-        losses = {"free tokens": adapter.held_out_loss, "all tokens": adapter.all_tokens_loss, **adapter.field_losses}
+        losses = dict(zip(names, (adapter.held_out_loss, adapter.all_tokens_loss), strict=True))
+        losses |= adapter.field_losses
         measured = [(what, loss) for what, loss in losses.items() if loss.before is not None and loss.after is not None]
         rows += [[adapter.trained_from, what, f"{loss.before:.3f}", f"{loss.after:.3f}"] for what, loss in measured]
-    return (
-        _fold("Loss per token of rows held out", _table(("trained from", "of", "before", "after"), rows))
-        if rows
-        else ""
-    )
+    return _fold(title, _table(("trained from", "of", "before", "after"), rows)) if rows else ""
 
 
 def _points(pairs: Iterable[tuple[int, float | None]]) -> tuple[Point, ...]:
@@ -264,6 +265,8 @@ def _data_card(card: DataCard) -> str:
     counts = {title: getattr(card, name) for name, title in _CARD_COUNTS.items()}
     groups = "".join(f"<div><h4>{_text(title)}</h4>{bars(each)}</div>" for title, each in counts.items() if each)
     facts = [f"{card.examples_covered} of {card.examples} examples gave rows"]
+    if card.pairs:
+        facts.append(f"{card.pairs} pairs: two answers to a prompt, of which one is to be preferred")
     if card.rows_with_demos:
         facts.append(f"{card.rows_with_demos} rows are shown with demos too")
     for name, spread in (("prompt tokens", card.prompt_tokens), ("completion tokens", card.completion_tokens)):
@@ -276,6 +279,7 @@ def _data_card(card: DataCard) -> str:
 
 def _sample(number: int, row: SampleRow) -> str:
     turns = [*_turns(row.get("prompt")), *(("answer to learn", text) for _, text in _turns(row.get("completion")))]
+    turns += [("answer to avoid", text) for _, text in _turns(row.get("rejected"))]
     body = "".join(f'<div class="turn"><b>{_text(role)}</b><pre>{_text(text)}</pre></div>' for role, text in turns)
     known = [str(row[key]) for key in ("predictor", "label", "source") if row.get(key) not in (None, "")]
     return _fold(f"Sample row {number}: {', '.join(known)}", body)

@@ -160,7 +160,8 @@ def _blame(record: StepRecord) -> tuple[BlameView, ...]:
 def _losses(record: StepRecord) -> tuple[str, ...]:
     if not isinstance(record.details, WeightDetails):
         return ()
-    texts = {name: loss_text(adapter) for name, adapter in record.details.adapters.items()}
+    pairs = record.details.data_card.pairs > 0
+    texts = {name: loss_text(adapter, pairs) for name, adapter in record.details.adapters.items()}
     several = len(texts) > 1
     return tuple(f"{name}: {text}" if several else text for name, text in texts.items() if text)
 
@@ -184,9 +185,12 @@ def _two_by_two(report: ReportData) -> TwoByTwoView | None:
     )
 
 
-def loss_text(adapter: TrainedAdapter) -> str:
-    """The held-out losses of an adapter, before and after its training; "" where they were not measured."""
+def loss_text(adapter: TrainedAdapter, pairs: bool = False) -> str:
+    """The held-out losses of an adapter, before and after its training, on pairs or on rows; "" where they were not
+    measured."""
     free, everything = _fall(adapter.held_out_loss), _fall(adapter.all_tokens_loss)
+    if pairs:
+        return free and f"held-out loss of pairs {free}; of their chosen answers, per token, {everything}"
     if not free or not everything or adapter.held_out_loss == adapter.all_tokens_loss:
         return free and f"held-out loss of all tokens {free}{_by_field(adapter)}"
     return f"held-out loss of the free tokens {free}{_by_field(adapter)}; all tokens {everything}"

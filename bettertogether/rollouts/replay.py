@@ -65,6 +65,8 @@ class Replay:
         for answer in branch.answers[:-1]:
             self._known[answer.asked].append(answer)
         self._lock = threading.Lock()
+        self.given = 0
+        """Calls that were answered as they were."""
         self.came = False
         """Whether the run has come to the call that is answered anew. One that asks something else when it is run again
         never does."""
@@ -74,6 +76,7 @@ class Replay:
         asked = fingerprint([mark, inputs])
         with self._lock:
             if answers := self._known[asked]:
+                self.given += 1
                 return answers.popleft(), False
             anew = not self.came and asked == self._branch.answers[-1].asked
             self.came = self.came or anew

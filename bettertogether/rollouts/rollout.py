@@ -268,7 +268,7 @@ class _Copy:
             strangers=strangers,
             failure=failure,
             error=error,
-            ledger=_ledger(record, len(raw_trace)),
+            ledger=_ledger(record, len(raw_trace) - (replay.given if replay else 0)),
             answers=tuple(answers),
             strayed=replay is not None and not replay.came,
         )

@@ -21,7 +21,7 @@ from ..rollouts.traces import ExamplePass, Trace, TraceSet
 from ..steps.demo_sets import DemoSets
 from ..steps.step import as_step
 from ..steps.training_probe import TrainingCosts, time_training
-from ..steps.weight_step import LoRAFinetune
+from ..steps.training_step import TrainingStep
 from .plan import Plan
 
 EXAMPLES = 16
@@ -90,7 +90,7 @@ def probe(plan: Plan) -> Probe:
     passed = runs.traces[-teacher.runs :] if teacher else seen.traces
     trainings = dict[str, TrainingCosts]()
     for key, step in plan.optimizers.items():
-        if isinstance(step, LoRAFinetune):
+        if isinstance(step, TrainingStep):
             with contextlib.suppress(NoTrainingDataError):
                 trainings[key] = time_training(step, plan.student, examples, seen)
     spent = sum((trace.ledger for trace in runs.traces), Ledger()).with_seconds(time.monotonic() - started)

@@ -51,6 +51,7 @@ def make_data_card(
         rows_with_demos=sum(bool(row.forms) for row in rows),
         demo_sets=dict(forms.count_by_source()) if forms else {},
         forms_left_out=dict(forms.left_out) if forms else {},
+        pairs=sum(row.rejected is not None for row in rows),
     )
 
 

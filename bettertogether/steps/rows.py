@@ -38,6 +38,8 @@ class Row:
     """What the request asks of the answer, as the engine gets it."""
     fields: tuple[FieldSpan, ...] = ()
     """Where the values of output fields stand in the completion."""
+    rejected: str | None = None
+    """A worse answer to the same prompt; with it the row is a pair."""
 
     @property
     def training_row(self) -> TrainingRow:
@@ -48,6 +50,7 @@ class Row:
             forms=self.forms,
             response_format=self.response_format,
             fields=self.fields,
+            rejected=self.rejected,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -64,7 +67,7 @@ class Row:
     @property
     def sample(self) -> SampleRow:
         """The row as a data card shows it, without its other forms."""
-        return {
+        sample: SampleRow = {
             "prompt": list(self.messages),
             "completion": [{"role": "assistant", "content": self.completion}],
             "predictor": self.predictor,
@@ -72,13 +75,15 @@ class Row:
             "label": self.label,
             "source": self.source,
         }
+        if self.rejected is not None:
+            sample["rejected"] = [{"role": "assistant", "content": self.rejected}]
+        return sample
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         """Inverse of `to_json`. Raises DataError."""
         try:
-            answer = data["completion"]
-            text = answer if isinstance(answer, str) else answer[-1]["content"]
+            text = _text(data["completion"])
             asked = data.get("response_format")
             return cls(
                 _messages(data["prompt"]),
@@ -90,12 +95,19 @@ class Row:
                 tuple(_messages(form) for form in data.get("forms") or ()),
                 None if asked is None else json.loads(asked),
                 tuple(_span(span, text) for span in data.get("fields") or ()),
+                _text(data["rejected"]) if data.get("rejected") else None,
             )
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise DataError(
                 f'Not a row: {json.dumps(data, default=str)[:200]} ({error!r}). A row is {{"prompt": [messages], '
-                '"completion": text or [message], "predictor": name}}.'
+                '"completion": text or [message], "predictor": name}}; a pair has "rejected" too, like "completion".'
             ) from error
+
+
+def _text(answer: Any) -> str:
+    """Of an answer that is text or messages."""
+    text: str = answer if isinstance(answer, str) else answer[-1]["content"]
+    return text
 
 
 def _messages(turns: Iterable[Mapping[str, str]]) -> tuple[ChatMessage, ...]:

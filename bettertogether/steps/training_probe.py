@@ -15,8 +15,7 @@ from ..rollouts.metrics import FULL_MARK, Verdict
 from ..rollouts.traces import TraceSet
 from ..training.progress import TrainingProgress
 from .adapter_rows import adapter_key, rows_by_adapter
-from .rows_from_traces import rows_from_traces
-from .weight_step import LoRAFinetune
+from .training_step import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,14 @@ class TrainingCosts:
 
 
 def time_training(
-    step: LoRAFinetune, student: dspy.Module, examples: Sequence[dspy.Example], traces: TraceSet
+    step: TrainingStep, student: dspy.Module, examples: Sequence[dspy.Example], traces: TraceSet
 ) -> TrainingCosts:
     """Train on a batch of what these runs answered, right or wrong, twice. The adapter's folder is deleted and its
     engine forgets it. Raises what `finetune` raises, and NoTrainingDataError where no call was seen."""
     started, lines = time.monotonic(), list[tuple[float, TrainingProgress]]()
     taken = replace(traces, traces=tuple(replace(each, verdict=Verdict(FULL_MARK, True)) for each in traces.traces))
     trainable = step.trainable(student)
-    rows = rows_from_traces(student, examples, taken, trainable, replace(step.rows, balance=False)).rows
+    rows = step.probe_rows(student, examples, taken, trainable)
     key, group = max(rows_by_adapter(rows, trainable, step.multitask).items(), key=lambda item: len(item[1]))
     engine = next(each.engine for name, each in trainable.items() if adapter_key(name, each.lm, step.multitask) == key)
     batch = [row.training_row for row in group[: step.training.batch_size]]

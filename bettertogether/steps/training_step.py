@@ -44,11 +44,15 @@ logger = get_logger(__name__)
 
 
 class TrainingStep(AdapterStep):
-    """Base of the steps that train adapters on rows; a subclass says what on (`collect`). `LoRAFinetune` says what the
+    """Base of the steps that train adapters on rows; a subclass says on which (`rows_of`). `LoRAFinetune` says what the
     arguments mean."""
 
     sampling: Sampling
     """How the program is run for rows."""
+    learns_pairs = False
+    """Whether the rows are pairs."""
+    rows_per_call = 1
+    """Rows that a call of a solved example gives, at most."""
     label_field: str | None = None
     """Field that holds the examples' label; None finds it."""
 
@@ -160,6 +164,17 @@ class TrainingStep(AdapterStep):
     ) -> Collected:
         """The rows of these runs, and apart those of `held_out`, the runs on `valset`. Raises as `collect` does."""
 
+    @abstractmethod
+    def probe_rows(
+        self, student: dspy.Module, examples: Sequence[dspy.Example], traces: TraceSet, trainable: Trainable
+    ) -> Sequence[Row]:
+        """Rows as the step trains on, of runs that all pass, to time a training."""
+
+    @property
+    def shows_forms(self) -> bool:
+        """Whether rows are shown with demos of other examples too."""
+        return False
+
     def measured(
         self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example], seed: int
     ) -> Sequence[dspy.Example]:
@@ -176,6 +191,11 @@ class TrainingStep(AdapterStep):
         given = tuple(read_rows(Path(rows).expanduser()) if isinstance(rows, str | Path) else rows)
         if not given:
             raise NoTrainingDataError("rows= is empty: give at least one row, or leave it out to collect them.")
+        if any((row.rejected is not None) != self.learns_pairs for row in given):
+            raise DataError(
+                f"rows= are not all {'pairs, with a' if self.learns_pairs else 'without a'} rejected answer, which "
+                f"{type(self).__name__} learns from: PreferenceFinetune learns pairs, LoRAFinetune rows."
+            )
         unknown = sorted({row.predictor for row in given} - trainable.keys()) if not self.multitask else []
         if unknown:
             raise DataError(f"rows= are for {unknown}; with multitask=False they must be for {sorted(trainable)}.")

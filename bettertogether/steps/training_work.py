@@ -16,10 +16,10 @@ from .step import StepContext
 from .work import ExpectedTries, Outlook, Work
 
 if TYPE_CHECKING:
-    from .weight_step import LoRAFinetune
+    from .training_step import TrainingStep
 
 
-def training_work(step: LoRAFinetune, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
+def training_work(step: TrainingStep, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
     """The work of the step as the outlook has it."""
     if context.rows is not None:
         given = read_rows(Path(context.rows)) if isinstance(context.rows, str | Path) else context.rows
@@ -35,7 +35,7 @@ def training_work(step: LoRAFinetune, student: dspy.Module, context: StepContext
 
 
 def _tried(
-    step: LoRAFinetune,
+    step: TrainingStep,
     student: dspy.Module,
     examples: Sequence[dspy.Example],
     context: StepContext,
@@ -47,21 +47,23 @@ def _tried(
     step.sampling.carry_out(tries)
     learned = tries.solved if outlook.learned is None else outlook.learned * len(examples)
     runs = tries.runs - (0 if context.teachers else known * len(examples))
-    return Work.of_runs(runs, outlook, by_teacher=bool(context.teachers)), max(1.0, outlook.calls * learned)
+    rows = max(1.0, step.rows_per_call * outlook.calls * learned)
+    return Work.of_runs(runs, outlook, by_teacher=bool(context.teachers)), rows
 
 
-def _training(step: LoRAFinetune, rows: float, held_out: float, outlook: Outlook) -> Work:
+def _training(step: TrainingStep, rows: float, held_out: float, outlook: Outlook) -> Work:
     training, most = step.training, step.training.epochs
     if isinstance(most, str):
         most = auto_epochs(math.ceil(rows), training.batch_size, held_out=held_out > 0)
     length = RunLength(training, most, math.ceil(rows), held_out > 0)
-    share = training.form_share if step.rows.train_prompt == "varied" else 0.0
+    share = training.form_share if step.shows_forms else 0.0
     if 0 < share < 1 and outlook.forms is not None:
         share = outlook.forms
     epochs = length.fewest_epochs + outlook.patience * (length.epochs - length.fewest_epochs)
     return Work(
         trained_rows=epochs * rows,
         form_batches=share * epochs * length.steps_per_epoch,
-        held_out_rows=(epochs + 1) * held_out,
+        # The reference judges each pair once.
+        held_out_rows=(epochs + 1) * held_out + (rows + held_out if step.learns_pairs else 0),
         trainings=1,
     )

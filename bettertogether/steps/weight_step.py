@@ -7,6 +7,7 @@ per LM on them (or one per predictor), and put the tuned LM into the predictors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,6 +16,7 @@ import dspy
 from ..rollouts.metrics import Metric
 from ..rollouts.traces import TEMPERATURES, Sampling, TraceSet
 from ..training.config import LoRAConfig, TrainingConfig
+from .rows import Row
 from .rows_from_traces import Collected, Reasoning, RowOptions, Trainable, TrainPrompt, rows_from_traces
 from .step import StepContext
 from .training_step import TrainingStep
@@ -123,6 +125,11 @@ class LoRAFinetune(TrainingStep):
         self.label_field = label_field
 
     @property
+    def shows_forms(self) -> bool:
+        """Whether rows are shown with demos of other examples too."""
+        return self.rows.train_prompt == "varied"
+
+    @property
     def clears_demos(self) -> bool:
         """Whether the tuned program runs without demos: rows were shown without any."""
         return self.rows.train_prompt == "vanilla"
@@ -145,6 +152,12 @@ class LoRAFinetune(TrainingStep):
     def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
         """The tries for rows and the training on them, as the outlook has them."""
         return training_work(self, student, context, outlook)
+
+    def probe_rows(
+        self, student: dspy.Module, examples: Sequence[dspy.Example], traces: TraceSet, trainable: Trainable
+    ) -> Sequence[Row]:
+        """The rows of these runs."""
+        return rows_from_traces(student, examples, traces, trainable, replace(self.rows, balance=False)).rows
 
     def rows_of(
         self,

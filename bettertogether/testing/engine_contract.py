@@ -28,7 +28,7 @@ from typing import Any
 from dspy.lm15 import Config, Message, Request, StreamDeltaEvent, TextDelta
 
 from ..engines.protocol import MODEL_PREFIX, FinetuneResult, LocalEngine, TrainingRow, adapter_round
-from ..errors import ConfigError, NoTrainingDataError, UnknownAdapterError
+from ..errors import ConfigError, DataError, NoTrainingDataError, UnknownAdapterError
 from ..lm import engine_lm
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.progress import TrainingProgress
@@ -226,6 +226,18 @@ class EngineContract:
 
     def test_training_without_rows_is_an_error(self, engine: LocalEngine, tmp_path: Path) -> None:
         assert _raised(lambda: engine.finetune([], folder=tmp_path)) is NoTrainingDataError
+
+    def test_pairs_are_trained_on_and_held_out(self, engine: LocalEngine, tmp_path: Path) -> None:
+        pairs = [replace(row, rejected="a sound") for row in self.rows(engine)]
+        result = engine.finetune(
+            pairs, validation_rows=pairs[:2], lora=self.lora, training=self.training, folder=tmp_path
+        )
+        assert None not in (result.base_validation_loss, result.validation_loss)
+
+    def test_pairs_among_rows_are_an_error(self, engine: LocalEngine, tmp_path: Path) -> None:
+        first, *others = self.rows(engine)
+        mixed = [replace(first, rejected="a sound"), *others]
+        assert _raised(lambda: engine.finetune(mixed, folder=tmp_path, training=self.training)) is DataError
 
     def test_training_reports_its_progress_and_returns_it(self, engine: LocalEngine, tmp_path: Path) -> None:
         lines: list[TrainingProgress] = []

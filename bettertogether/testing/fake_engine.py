@@ -41,7 +41,7 @@ from ..engines.protocol import (
     adapter_round,
     require_adapter,
 )
-from ..errors import NoTrainingDataError, UnknownAdapterError
+from ..errors import DataError, NoTrainingDataError, UnknownAdapterError
 from ..training.auto import resolved
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.progress import ProgressFunction, TrainingProgress
@@ -205,11 +205,14 @@ class FakeEngine:
         folder: Path | None = None,
         on_progress: ProgressFunction | None = None,
     ) -> FinetuneResult:
-        """Remember every row under each of its prompts; the held-out loss falls by a half where there are validation
-        rows, and so does that of each of their fields."""
+        """Remember every row under each of its prompts, and of a pair the answer to prefer; the held-out loss falls by
+        a half where there are validation rows, and so does that of each of their fields."""
         if not rows:
             raise NoTrainingDataError("no rows")
-        training = resolved(training, FAKE_WIDTH, len(rows), held_out=bool(validation_rows))
+        pairs = {row.rejected is not None for row in (*rows, *validation_rows)}
+        if len(pairs) > 1:
+            raise DataError("pairs among rows: give pairs alone, or rows alone.")
+        training = resolved(training, FAKE_WIDTH, len(rows), held_out=bool(validation_rows), pairs=True in pairs)
         epochs, rate = training.epochs, training.learning_rate
         assert not isinstance(epochs, str)
         assert not isinstance(rate, str)

@@ -67,6 +67,8 @@ def write_arrow(rows: Iterable[TokenizedRow], path: Path) -> ArrowRows:
         forms=List(tokens),
         forced=List(Value("bool")),
         fields=List(Value("string")),
+        rejected_ids=tokens,
+        rejected_forced=List(Value("bool")),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with ArrowWriter(path=str(path), features=features, writer_batch_size=_AT_ONCE) as writer:

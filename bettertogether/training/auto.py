@@ -9,6 +9,7 @@ from dataclasses import replace
 from .config import TrainingConfig
 
 RATE_AT_WIDTH = (5e-4, 2000)
+PAIR_RATE_AT_WIDTH = (1e-4, 4096)
 RATE_EXPONENT = 0.781
 MEASURED_STEPS = 100
 """Optimizer steps on few rows, at most, where a held-out loss says when to stop: a label of three that four numbers
@@ -20,13 +21,14 @@ ENOUGH_STEPS = 1000
 """Rows that give so many steps are gone through once."""
 
 
-def auto_learning_rate(hidden_size: int) -> float:
-    """The peak learning rate for LoRA on a model of this width: 1.3e-3 at 576, 2.9e-4 at 4096.
+def auto_learning_rate(hidden_size: int, pairs: bool = False) -> float:
+    """The peak learning rate for LoRA on a model of this width: 1.3e-3 at 576, 2.9e-4 at 4096; of pairs 4.6e-4 and
+    1e-4.
 
     The rule of thinking machines' tinker-cookbook (`hyperparam_utils.py`) for alpha 32: ten times that of full
-    fine-tuning, which falls with a power of the width.
+    fine-tuning, which falls with a power of the width. A preference takes 1e-5 in full fine-tuning of 7B parameters.
     """
-    rate, width = RATE_AT_WIDTH
+    rate, width = PAIR_RATE_AT_WIDTH if pairs else RATE_AT_WIDTH
     return rate * float(width / hidden_size) ** RATE_EXPONENT
 
 
@@ -46,11 +48,14 @@ def auto_epochs(rows: int, batch_size: int, held_out: bool = True) -> int:
     return min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(most / steps)))
 
 
-def resolved(training: TrainingConfig, hidden_size: int, rows: int, held_out: bool = True) -> TrainingConfig:
-    """The configuration with numbers in place of "auto"; of the epochs, the most that there may be."""
+def resolved(
+    training: TrainingConfig, hidden_size: int, rows: int, held_out: bool = True, pairs: bool = False
+) -> TrainingConfig:
+    """The configuration with numbers in place of "auto"; of the epochs, the most that there may be. `pairs`: the rows
+    are pairs."""
     rate, epochs = training.learning_rate, training.epochs
     return replace(
         training,
-        learning_rate=auto_learning_rate(hidden_size) if rate == "auto" else rate,
+        learning_rate=auto_learning_rate(hidden_size, pairs) if rate == "auto" else rate,
         epochs=auto_epochs(rows, training.batch_size, held_out) if epochs == "auto" else epochs,
     )

@@ -115,6 +115,10 @@ class TrainingConfig:
     launch_command: Sequence[str] = ()
     """What is put before the command that trains, such as ("srun", "--nodes=2", "--ntasks-per-node=1"): it starts that
     command once on each machine. The run's directory has to be on a file system that all of them share."""
+    beta: float = 0.1
+    """Of pairs: how far their preference may move the model from the reference, less the larger it is (DPO)."""
+    nll_weight: float = 1.0
+    """Of pairs: weight of the chosen answer's mean loss per token, beside the preference (Iterative RPO)."""
     seed: int = 0
     """Seed of the adapter's initial weights and of the row order."""
 
@@ -135,9 +139,10 @@ class TrainingConfig:
         schedulers = ("averaged", "cosine", "linear", "constant")
         _require(self.scheduler in schedulers, "scheduler", self.scheduler, f"one of {schedulers}")
         _require(is_number(warmup) and 0 <= warmup < 1, "warmup_ratio", warmup, "a number in [0, 1)")
+        _require(_is_positive(self.beta), "beta", self.beta, "a number above 0")
         beta2 = self.adam_beta2
         _require(is_number(beta2) and 0 <= beta2 < 1, "adam_beta2", beta2, "a number in [0, 1)")
-        for name in ("weight_decay", "max_grad_norm"):
+        for name in ("weight_decay", "max_grad_norm", "nll_weight"):
             value = getattr(self, name)
             _require(is_number(value) and value >= 0, name, value, "0 or more")
         _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, '"auto", "float32" or "bfloat16"')

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .loss import RowLoss
-from .packing import TokenizedRow
+from .packing import MicroBatch, TokenizedRow
 from .sharing import Sharing
 from .weighting import free_weights, knows_fields
 
@@ -29,8 +29,9 @@ class HeldOutLosses:
 
     free: float
     """Of the tokens that the grammar leaves free, each output field of a row with the same weight where that is asked
-    for; of all, where it leaves none."""
+    for; of all, where it leaves none. Of pairs, the mean loss of a pair."""
     all_tokens: float
+    """Of pairs, the mean loss of a token of the chosen answers."""
     fields: Mapping[str, float] = field(default_factory=dict)
     """By output field, of the free tokens of its values."""
 
@@ -38,6 +39,23 @@ class HeldOutLosses:
     def finite(self) -> bool:
         """Whether all of them are numbers."""
         return all(map(math.isfinite, (self.free, self.all_tokens, *self.fields.values())))
+
+
+@torch.no_grad()
+def forward_passes(
+    loss: RowLoss, rows: Iterable[TokenizedRow], max_tokens: int, sharing: Sharing
+) -> Iterator[tuple[MicroBatch, Tensor]]:
+    """The passes over this process's share of many rows, each with the losses [N] of its completion tokens, in float64
+    on the CPU. All processes have to go through all of their passes."""
+    rows = iter(rows)
+    # Never all of them, which may be more than memory holds (`arrow_rows`).
+    while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        plan = loss.plan(sharing.rows(part), max_tokens)
+        for batch, counts in sharing.passes(plan, part):
+            losses_N = loss.token_losses(batch).double().cpu()
+            if counts:
+                yield batch, losses_N
+    sharing.let_go(loss.model)
 
 
 def held_out_losses(
@@ -54,18 +72,11 @@ def held_out_losses(
     by_field = by_field and knows_fields(rows)
     names = sorted({name for row in rows for name in row.fields if name})
     shown = (each for row in rows for each in ((row, row.shown(0)) if row.forms else (row,)))
-    sums_K, counts_K = torch.zeros(2, 2 + len(names), dtype=torch.float64)
-    with torch.no_grad():
-        # Never all of them, which may be more than memory holds (`arrow_rows`).
-        while part := list(itertools.islice(shown, ROWS_AT_ONCE)):
-            counts_K += _weights(part, names, by_field).sum(1)
-            plan = loss.plan(sharing.rows(part), max_tokens)
-            for batch, counts in sharing.passes(plan, part):
-                losses_N = loss.token_losses(batch).double().cpu()
-                if counts:
-                    sums_K += _weights(batch.rows, names, by_field) @ losses_N
-    sharing.let_go(loss.model)
-    sums_K = sharing.sum(sums_K)
+    sums_2_K = torch.zeros(2, 2 + len(names), dtype=torch.float64)
+    for batch, losses_N in forward_passes(loss, shown, max_tokens, sharing):
+        weights_K_N = _weights(batch.rows, names, by_field)
+        sums_2_K += torch.stack([weights_K_N @ losses_N, weights_K_N.sum(1)])
+    sums_K, counts_K = sharing.sum(sums_2_K)
     free, all_tokens, *means = (sums_K / counts_K).tolist()
     measured = {name: mean for name, mean, count in zip(names, means, counts_K[2:], strict=True) if count > 0}
     return HeldOutLosses(free if counts_K[0] > 0 else all_tokens, all_tokens, measured)

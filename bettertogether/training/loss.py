@@ -42,7 +42,17 @@ class RowLoss:
     """Of the forward pass; bfloat16 runs under autocast."""
 
     def plan(self, rows: Sequence[TokenizedRow], max_tokens: int) -> list[MicroBatch]:
-        """Split rows into forward passes of at most `max_tokens` tokens, a longer row alone."""
+        """Split rows into forward passes of at most `max_tokens` tokens, a longer row alone. The answers of a pair go
+        together."""
+        batches = self._plan([answer for row in rows for answer in row.answers], max_tokens)
+        if len(batches) == 1 or not any(row.rejected_ids for row in rows):
+            return batches
+        if len(rows) == 1:
+            return [MicroBatch(tuple(group for batch in batches for group in batch.groups))]
+        ordered, half = sorted(rows, key=lambda row: row.prompt_ids), len(rows) // 2
+        return self.plan(ordered[:half], max_tokens) + self.plan(ordered[half:], max_tokens)
+
+    def _plan(self, rows: Sequence[TokenizedRow], max_tokens: int) -> list[MicroBatch]:
         logits = max(1, LOGIT_ELEMENTS // self.model.config.get_text_config().vocab_size)
         if self.packed:
             return micro_batches(rows, max_tokens, logits)

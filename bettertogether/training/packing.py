@@ -25,7 +25,8 @@ MIN_SHARED_TOKENS = 8
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """One prompt and the answer to learn, as token ids; the loss is on `completion_ids` alone."""
+    """One prompt and the answer to learn, as token ids; the loss is on `completion_ids` alone. With `rejected_ids` a
+    pair: the answer to prefer, and another to the same prompt."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -35,6 +36,10 @@ class TokenizedRow:
     """For each completion token, whether the answer's grammar leaves no choice there; empty: none is forced."""
     fields: list[str] = field(default_factory=list)
     """For each completion token, the output field that it belongs to, or ""; empty: to none."""
+    rejected_ids: list[int] = field(default_factory=list)
+    """A pair's other answer; empty: the row is none."""
+    rejected_forced: list[bool] = field(default_factory=list)
+    """`forced` of the other answer's tokens."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -42,7 +47,16 @@ class TokenizedRow:
     @property
     def longest(self) -> int:
         """Tokens of the row under its longest prompt."""
-        return max(map(len, (self.prompt_ids, *self.forms))) + len(self.completion_ids)
+        longest = max(len(self.completion_ids), len(self.rejected_ids))
+        return max(map(len, (self.prompt_ids, *self.forms))) + longest
+
+    @property
+    def answers(self) -> tuple[TokenizedRow, ...]:
+        """What goes through the model together: the row itself, or both answers of a pair."""
+        if not self.rejected_ids:
+            return (self,)
+        chosen = AnswerRow(self.prompt_ids, self.completion_ids, forced=self.forced, fields=self.fields, pair=self)
+        return chosen, AnswerRow(self.prompt_ids, self.rejected_ids, forced=self.rejected_forced, pair=self)
 
     @property
     def free(self) -> list[bool]:
@@ -54,13 +68,27 @@ class TokenizedRow:
         return replace(self, prompt_ids=self.forms[form % len(self.forms)]) if self.forms else self
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerRow(TokenizedRow):
+    """One of the answers of a pair."""
+
+    pair: TokenizedRow
+
+    @property
+    def is_rejected(self) -> bool:
+        """Which of them."""
+        return self.completion_ids is self.pair.rejected_ids
+
+
 def check_rows(rows: Sequence[TokenizedRow], validation_rows: Sequence[TokenizedRow]) -> None:
-    """Raises NoTrainingDataError without rows, and DataError for a row that can't be trained on."""
+    """Raises NoTrainingDataError without rows, and DataError for a row that can't be trained on, and for pairs among
+    others."""
     if not rows:
         raise NoTrainingDataError(
             "There are 0 training rows. Lower the threshold of the metric, sample more answers per example, or give "
             "more training examples."
         )
+    are_pairs = bool(rows[0].rejected_ids)
     for name, part in (("rows", rows), ("validation_rows", validation_rows)):
         for index, row in enumerate(part):
             prompts, tokens = [row.prompt_ids, *row.forms], len(row.completion_ids)
@@ -69,12 +97,17 @@ def check_rows(rows: Sequence[TokenizedRow], validation_rows: Sequence[Tokenized
                     f"{name}[{index}] has {min(map(len, prompts))} prompt and {tokens} completion tokens: each row "
                     "needs at least one of both. Leave it out."
                 )
-            for marks in ("forced", "fields"):
-                if (given := len(getattr(row, marks))) not in (0, tokens):
+            for marks, kind in (("forced", "completion"), ("fields", "completion"), ("rejected_forced", "rejected")):
+                tokens, given = len(getattr(row, f"{kind}_ids")), len(getattr(row, marks))
+                if given not in (0, tokens):
                     raise DataError(
-                        f"{name}[{index}] has {tokens} completion tokens and {given} {marks}: give one for each, or "
-                        "none."
+                        f"{name}[{index}] has {tokens} {kind} tokens and {given} {marks}: give one for each, or none."
                     )
+            if bool(row.rejected_ids) != are_pairs or (row.rejected_ids and row.forms):
+                raise DataError(
+                    f"{name}[{index}] has {'a' if row.rejected_ids else 'no'} rejected answer and {len(row.forms)} "
+                    "forms: give rows, or pairs, which have a single prompt, and not both at once."
+                )
 
 
 @dataclass(frozen=True)
@@ -100,6 +133,11 @@ class MicroBatch:
     def rows(self) -> tuple[TokenizedRow, ...]:
         """All rows, in packed order."""
         return tuple(row for group in self.groups for row in group.rows)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it holds one row, or one pair, which can't be split."""
+        return len({id(row.pair) if isinstance(row, AnswerRow) else id(row) for row in self.rows}) == 1
 
     @property
     def tokens(self) -> int:

@@ -16,8 +16,8 @@ class TrainingProgress:
     epoch: float
     """Passes over the rows done; 0.5 is half of the first."""
     loss: float | None
-    """Mean loss of this step's completion tokens, those that the answer's grammar leaves free; None on a line that only
-    reports `validation_loss`."""
+    """Mean loss of this step's completion tokens, those that the answer's grammar leaves free; of pairs, the mean loss
+    of a pair. None on a line that only reports `validation_loss`."""
     validation_loss: float | None
     """The same of the validation rows: at step 0 and at the end of each epoch, else None."""
     tokens: int

@@ -71,7 +71,7 @@ class Sharing:
         filled up with the shortest of `rows`, which don't count."""
         counted = [(batch, True) for batch in plan]
         wanted = self.most(len(plan)) if self.sharded else 1
-        filler = MicroBatch((PrefixGroup(0, (min(rows, key=len),)),))
+        filler = MicroBatch(tuple(PrefixGroup(0, (row,)) for row in min(rows, key=len).answers))
         return counted + [(filler, False)] * (wanted - len(plan))
 
     def most(self, number: float) -> int:

@@ -100,11 +100,11 @@ class Stepper:
                 f"{where} {self.max_tokens} tokens. Processes that share the weights can't split a step by themselves: "
                 "lower max_tokens_per_batch, or use gradient_checkpointing=True."
             ) from error
-        if all(len(batch.rows) == 1 for batch in plan):
-            longest = max(len(row) for batch in plan for row in batch.rows)
+        if all(batch.is_single for batch in plan):
+            longest = max(self.loss.tokens(batch) for batch in plan)
             raise TrainingError(
-                f"{where} a single row of {longest} tokens. Use gradient_checkpointing=True or quantize_base='4bit', "
-                "or leave out the longest rows."
+                f"{where} a single row or pair of {longest} tokens. Use gradient_checkpointing=True or "
+                "quantize_base='4bit', or leave out the longest rows."
             ) from error
 
 

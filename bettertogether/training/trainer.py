@@ -24,12 +24,13 @@ from .auto import resolved
 from .averaging import RunningMean
 from .checkpoint import TrainingState
 from .config import LoRAConfig, TrainingConfig
-from .held_out import HeldOutLosses, held_out_losses
+from .held_out import HeldOutLosses
 from .length import RunLength
+from .objective import Objective, RowObjective
 from .packing import MicroBatch, TokenizedRow, check_rows, drawn_form, epoch_batches
+from .preference import PairObjective
 from .progress import ProgressFunction, TrainingProgress
 from .stepper import Stepper, ready_to_step
-from .weighting import TokenWeights
 
 logger = get_logger(__name__)
 
@@ -77,11 +78,12 @@ def train_adapter(
 
     The loss of an optimizer step is the mean over the completion tokens of its rows, in which each output field of a
     row counts alike (`balance_fields`) and tokens that the answer's grammar forces count `skeleton_weight`; the loss
-    that is reported is that of the others, the free ones. Base weights don't change, other adapters of a PeftModel are
-    kept, and on return, also after an exception, the model is as before. A run that was killed goes on from its last
-    full epoch when it is called again with the same arguments, and gives the same result as an uninterrupted one.
-    `start_from` is the PEFT folder of an adapter to continue from, with its own rank and layers. Under `accelerate
-    launch` the processes share each step's rows, and with FSDP2 the weights; the model stays sharded then.
+    that is reported is that of the others, the free ones. Of pairs it is that of `preference.PairLoss`. Base weights
+    don't change, other adapters of a PeftModel are kept, and on return, also after an exception, the model is as
+    before. A run that was killed goes on from its last full epoch when it is called again with the same arguments, and
+    gives the same result as an uninterrupted one. `start_from` is the PEFT folder of an adapter to continue from, with
+    its own rank and layers. Under `accelerate launch` the processes share each step's rows, and with FSDP2 the weights;
+    the model stays sharded then.
 
     Raises NoTrainingDataError without rows, DataError for a row that can't be trained on, ConfigError for options
     that can't be had on this model or machine, ModelError for a `start_from` that is no adapter of this model, and
@@ -123,10 +125,12 @@ class _Run:
         on_progress: ProgressFunction | None,
     ) -> None:
         self.stepper, self.folder = stepper, folder
-        self.adapter, self.sharing, self.loss = stepper.adapter, stepper.sharing, stepper.loss
+        self.adapter, self.sharing = stepper.adapter, stepper.sharing
         adapter, loss = stepper.adapter, stepper.loss
         width = adapter.base.config.get_text_config().hidden_size
-        self.training = resolved(training, width, len(rows), held_out=bool(validation_rows))
+        pairs = bool(rows[0].rejected_ids)
+        self.training = resolved(training, width, len(rows), held_out=bool(validation_rows), pairs=pairs)
+        self.objective: Objective = (PairObjective if pairs else RowObjective)(stepper, self.training)
         self.rows, self.validation_rows, self.on_progress = rows, validation_rows, on_progress
         self.parameters = adapter.parameters
         self.length = RunLength(training, int(_number(self.training.epochs)), len(rows), bool(validation_rows))
@@ -145,6 +149,8 @@ class _Run:
 
     def train(self) -> TrainingResult:
         """Run the epochs that are left, and write the adapter."""
+        # Before the weights of a checkpoint are there.
+        self.rows, self.validation_rows = map(self.objective.prepared, (self.rows, self.validation_rows))
         self._resume()
         if self.sharing.is_main:
             self.length.announce()
@@ -242,10 +248,10 @@ class _Run:
     def _step(self, rows: Sequence[TokenizedRow]) -> None:
         step = self.state.step + 1
         rate = learning_rate(step, self.total_steps, self.training)
-        weights = TokenWeights.of(rows, self.training.skeleton_weight, self.training.balance_fields)
+        of_step = self.objective.of_step(rows)
 
         def pass_loss(batch: MicroBatch) -> tuple[Tensor, Tensor]:
-            return weights.losses(batch.rows, self.loss.token_losses(batch))
+            return of_step.losses(batch.rows, self.stepper.loss.token_losses(batch))
 
         (loss,), tokens = self.stepper.step(rows, pass_loss, rate, f"Step {step} of {self.total_steps}")
         if self.mean:
@@ -258,9 +264,8 @@ class _Run:
     def _held_out_losses(self) -> HeldOutLosses:
         self.adapter.base.eval()
         started = time.perf_counter()
-        by_field = self.training.balance_fields
         with self.mean.in_place() if self.mean else contextlib.nullcontext():
-            losses = held_out_losses(self.loss, self.validation_rows, self.stepper.max_tokens, self.sharing, by_field)
+            losses = self.objective.held_out(self.validation_rows)
         self.length.held_out_seconds = time.perf_counter() - started
         if not losses.finite:
             raise TrainingError(

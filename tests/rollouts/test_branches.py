@@ -71,7 +71,7 @@ def test_calls_before_the_one_answered_anew_are_not_made_and_those_after_it_are_
     assert remark == [(True, 0.9), (False, 0.0)] * 4
     assert decide == [(False, 0.9)] * 4
     assert len({request.seed for request in engine.requests[10:]}) == 4
-    assert [branch.ledger.lm_calls for branch in traces.branches[1].branches] == [2] * 4
+    assert [branch.ledger.lm_calls for branch in traces.branches[1].branches] == [1] * 4
 
 
 def test_a_call_answered_anew_has_the_inputs_that_it_had_and_the_run_shows_what_came_before() -> None:

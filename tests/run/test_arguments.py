@@ -106,6 +106,8 @@ TRAINING = [
     ("epochs", True),
     ("batch_size", "x"),
     ("max_tokens_per_batch", 0),
+    ("beta", 0),
+    ("nll_weight", -1),
     ("num_processes", None),
     ("accelerate_config", 5),
     ("launch_command", "srun"),

@@ -29,6 +29,11 @@ def test_the_learning_rate_falls_with_a_power_of_the_width(hidden_size: int, rat
     assert auto_learning_rate(hidden_size) == pytest.approx(rate, rel=1e-2)
 
 
+def test_pairs_take_a_third_of_the_rate_of_rows() -> None:
+    assert [auto_learning_rate(width, pairs=True) for width in (576, 4096)] == pytest.approx([4.63e-4, 1e-4], rel=1e-2)
+    assert resolved(TrainingConfig(), 4096, 64, pairs=True).learning_rate == 1e-4
+
+
 @pytest.mark.parametrize(
     ("rows", "epochs", "blind"),
     [(1, 20, 20), (40, 20, 6), (64, 13, 4), (200, 4, 2), (300, 3, 2), (7992, 2, 2), (7993, 1, 1), (100_000, 1, 1)],

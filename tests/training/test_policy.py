@@ -37,7 +37,8 @@ def sampled_rows(shared: int, *, masked: bool, seed: int = 0) -> list[PolicyRow]
         forced = [False, *(draw.random() < 0.4 for _ in row.completion_ids[1:])]
         masks = _masks(row.completion_ids, draw) if masked and place % 3 else None
         heat, advantage = draw.choice([0.5, 1.0, 1.7]), draw.uniform(-1, 1)
-        rows.append(PolicyRow(row.prompt_ids, row.completion_ids, [], forced, [], advantage, heat, masks))
+        marks: Any = {"forced": forced, "advantage": advantage, "temperature": heat, "masks": masks}
+        rows.append(PolicyRow(row.prompt_ids, row.completion_ids, **marks))
     return rows
 
 

@@ -1,0 +1,242 @@
+"""The preference step makes pairs of what single calls answered, and trains adapters on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from fakes import (
+    api_lm,
+    field_of,
+    number_of,
+    numbers,
+    outputs_of,
+    parity_match,
+    plain_lm,
+    reply,
+    right,
+    two_step_program,
+)
+from fakes import wrong as wrong_parity
+
+from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, PreferenceFinetune
+from bettertogether.errors import ConfigError, DataError, NoTrainingDataError, NotTrainableError
+from bettertogether.records import Blame, WeightDetails
+from bettertogether.steps.rows import Row, read_rows
+from bettertogether.testing import FakeEngine, FakeRequest
+
+
+def answer(request: FakeRequest) -> str:
+    """The remark is "bad 0" at temperature 0, and else one of six, of which half are good; only then is the parity
+    right, whatever its temperature. What it was taught to remark it remarks at temperature 0."""
+    number = number_of(request)
+    if request.learned is not None and not request.temperature:
+        return request.learned
+    if "remark" in outputs_of(request):
+        draw = (request.seed or 0) % 6 if request.temperature else 0
+        return reply(request, remark=f"{'good' if draw % 2 else 'bad'} {draw}")
+    return reply(request, parity=right(number) if "good" in field_of(request, "remark") else wrong_parity(number))
+
+
+def step(**options: Any) -> PreferenceFinetune:
+    return PreferenceFinetune(parity_match, **({"validation_share": 0.0, "num_samples": 6} | options))
+
+
+def details_of(optimizer: Any) -> WeightDetails:
+    assert isinstance(optimizer.last.details, WeightDetails)
+    return optimizer.last.details
+
+
+def texts(rows: Sequence[Any], name: str) -> set[tuple[str, str]]:
+    """Of each pair, the first words of a field in its answers."""
+
+    def text(answer: str) -> str:
+        return answer.partition(f"[[ ## {name} ## ]]\n")[2].split(" ")[0]
+
+    return {(text(row.completion), text(row.rejected)) for row in rows}
+
+
+def test_where_one_module_is_at_fault_it_takes_the_blame_all_pairs_are_its_and_its_lm_alone_is_tuned() -> None:
+    engine = FakeEngine(answer)
+    student, optimizer = two_step_program(engine), step(multitask=False)
+    compiled = optimizer.compile(student, trainset=numbers(8))
+    details = details_of(optimizer)
+    assert details.blame == {"remark": Blame(8, 8, 8), "decide": Blame(8, 8, 0)}
+    assert details.data_card.kept_by_predictor == {"remark": 16}
+    assert details.data_card.pairs == 16
+    assert [texts(rows, "remark") for rows in engine.trainings] == [{("good", "bad")}]
+    assert compiled.decide.lm is student.decide.lm
+    assert compiled.remark.lm.model.startswith("local/fake@r1-")
+    assert [compiled(number=number).parity for number in range(8)] == [right(number) for number in range(8)]
+
+
+def test_the_answers_of_a_pair_have_one_prompt_the_one_that_the_program_sends() -> None:
+    engine = FakeEngine(answer)
+    student = two_step_program(engine)
+    student.remark.demos = [dspy.Example(number=50, remark="good 9")]
+    step().compile(student, trainset=numbers(2))
+    sent = {repr(request.messages) for request in engine.requests if "remark" in outputs_of(request)}
+    assert {repr(row.messages) for row in engine.trainings[0]} == sent
+    assert all("good 9" in repr(row.messages) and not row.forms for row in engine.trainings[0])
+
+
+def test_a_run_that_passed_gives_pairs_with_the_new_answers_that_fail() -> None:
+    def good_at_first(request: FakeRequest) -> str:
+        if "remark" in outputs_of(request) and not request.temperature:
+            return reply(request, remark="good 7")
+        return answer(request)
+
+    engine = FakeEngine(good_at_first)
+    optimizer = step()
+    optimizer.compile(two_step_program(engine), trainset=numbers(3))
+    assert texts(engine.trainings[0], "remark") == {("good", "bad")}
+    assert details_of(optimizer).blame == {}
+
+
+def test_pairs_are_distinct_and_bounded_by_example_and_predictor() -> None:
+    engine = FakeEngine(answer)
+    optimizer = step(max_pairs_per_example=1, num_samples=12)
+    optimizer.compile(two_step_program(engine), trainset=numbers(4))
+    assert len(engine.trainings[0]) == 4
+    step(max_pairs_per_example=50, num_samples=12).compile(two_step_program(engine), trainset=numbers(4))
+    pairs = [(repr(row.messages), row.completion, row.rejected) for row in engine.trainings[1]]
+    assert len(set(pairs)) == len(pairs) <= 4 * 3
+    dropped = details_of(optimizer).data_card.dropped_by_reason
+    assert dropped["over max_pairs_per_example"] == len(pairs) - 4
+
+
+def test_an_answer_that_passes_and_fails_is_of_no_pair() -> None:
+    class Flaky:
+        calls = 0
+
+        def __call__(self, example: Any, prediction: Any, trace: Any = None) -> bool:
+            self.calls += 1
+            return self.calls % 2 == 0
+
+    def alike(request: FakeRequest) -> str:
+        return reply(request, **{name: "1" for name in outputs_of(request)})
+
+    optimizer = PreferenceFinetune(Flaky(), num_threads=1)
+    with pytest.raises(NoTrainingDataError, match=r"1 x decide: the same answer passed and failed"):
+        optimizer.compile(two_step_program(FakeEngine(alike)), trainset=numbers(1))
+
+
+def test_a_frozen_predictor_takes_its_blame_and_gives_no_pairs() -> None:
+    optimizer = step(frozen=["remark"])
+    with pytest.raises(NoTrainingDataError, match="no answer of the call passed"):
+        optimizer.compile(two_step_program(FakeEngine(answer)), trainset=numbers(3))
+    collected = step(frozen=["decide"]).collect(two_step_program(FakeEngine(answer)), trainset=numbers(3))
+    assert collected.blame["decide"].repaired == 0
+
+
+@pytest.mark.parametrize(("score", "passed"), [(0.0, 0), (1.0, 15)])
+def test_a_metric_that_gives_all_runs_the_same_score_is_an_error_that_says_so(score: float, passed: int) -> None:
+    engine = FakeEngine(answer)
+    optimizer = PreferenceFinetune(lambda example, prediction, trace=None: score, num_samples=2)
+    message = rf"No pairs: 15 runs on 3 examples, {passed} passed\. The metric gave all of them the score {score:g}\."
+    with pytest.raises(NoTrainingDataError, match=message):
+        optimizer.compile(two_step_program(engine), trainset=numbers(3))
+    assert engine.trainings == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, r"temperature=0\.0"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"max_pairs_per_example": 0}, "max_pairs_per_example=0"),
+        ({"metric": None}, "metric=None"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PreferenceFinetune(**({"metric": parity_match} | options))
+
+
+def test_an_lm_that_can_not_be_trained_is_an_error_before_any_work() -> None:
+    program = two_step_program(FakeEngine(answer))
+    program.set_lm(api_lm(answer))
+    optimizer = BetterTogether(parity_match, r=step())
+    with pytest.raises(NotTrainableError, match="local_lm"):
+        optimizer.compile(program, trainset=numbers(8), strategy="r")
+    assert program.remark.lm.engine.fake.requests == []
+
+
+def test_a_preference_step_goes_on_with_the_weights_and_prompts_of_the_steps_before(tmp_path: Path) -> None:
+    engine = FakeEngine(answer)
+    w = LoRAFinetune(parity_match, num_samples=0, rescue=False, branches=2, max_traces_per_example=1)
+
+    def compiled() -> dspy.Module:
+        optimizer = BetterTogether(
+            parity_match, p=BootstrapFewShotRS(parity_match, num_candidates=1, rescue=False), w=w, r=step(num_samples=3)
+        )
+        return optimizer.compile(
+            two_step_program(engine),
+            trainset=numbers(6, start=20),
+            valset=numbers(4),
+            strategy="p -> w -> r -> p",
+            run_dir=tmp_path,
+            progress=False,
+        )
+
+    report = compiled().report
+    assert [(record.name, record.status) for record in report.rounds] == [
+        ("student", "complete"),
+        ("p", "complete"),
+        ("p -> w", "complete"),
+        ("p -> w -> r", "complete"),
+        ("p -> w -> r -> p", "complete"),
+    ]
+    before, after = (record.models or {} for record in report.rounds[2:4])
+    assert [set(models.values()) for models in (before, after)] == [{before["remark"]}, {after["remark"]}]
+    assert before["remark"].startswith("local/fake@r1-")
+    assert after["remark"].startswith("local/fake@r2-")
+    asked = len(engine.requests)
+    assert compiled().report.to_dict()["rounds"] == report.to_dict()["rounds"]
+    assert len(engine.requests) == asked
+
+
+def test_the_pairs_file_reads_back_as_what_was_trained_on() -> None:
+    engine = FakeEngine(answer)
+    optimizer = step()
+    optimizer.compile(two_step_program(engine), trainset=numbers(4))
+    file = Path(next(iter(details_of(optimizer).adapters.values())).rows)
+    assert tuple(row.training_row for row in read_rows(file)) == engine.trainings[0]
+    step().compile(two_step_program(engine), trainset=[], rows=file)
+    assert engine.trainings[1] == engine.trainings[0]
+
+
+@pytest.mark.parametrize("kind", [LoRAFinetune, PreferenceFinetune])
+def test_rows_of_the_other_kind_are_refused(kind: Any) -> None:
+    rejected = "b" if kind is LoRAFinetune else None
+    rows = [Row(({"role": "user", "content": "q"},), "a", "remark", 0, rejected=rejected)]
+    with pytest.raises(DataError, match="PreferenceFinetune learns pairs, LoRAFinetune rows"):
+        kind(parity_match).compile(two_step_program(FakeEngine(answer)), trainset=[], rows=rows)
+
+
+def test_a_run_takes_what_was_estimated_and_the_report_says_what_became_of_pairs_of_the_valset() -> None:
+    engine = FakeEngine(answer)
+    optimizer = BetterTogether(parity_match, r=PreferenceFinetune(parity_match, num_samples=6))
+    given: dict[str, Any] = {"trainset": numbers(8, start=20), "valset": numbers(5), "strategy": "r"}
+    said = optimizer.estimate(two_step_program(engine), **given).rounds[1]
+    report = optimizer.compile(two_step_program(engine), progress=False, **given).report
+    for name in ("lm_calls", "prompt_tokens", "trained_tokens"):
+        least, taken, most = (getattr(each, name) for each in (said.low, report.rounds[1].ledger, said.high))
+        assert least <= taken <= most, name
+    text = "r: held-out loss of pairs 2.00 -> 1.00; of their chosen answers, per token, 2.00 -> 1.00"
+    assert text in str(report).splitlines()
+    details = report.rounds[1].details
+    assert isinstance(details, WeightDetails)
+    assert details.data_card.pairs == len(engine.trainings[-1]) == 16
+
+
+def test_two_lms_are_each_trained_on_the_pairs_of_their_predictors() -> None:
+    first, second = FakeEngine(answer), FakeEngine(answer, base_name="other")
+    program = two_step_program(first)
+    program.decide.lm = plain_lm(second)
+    compiled = step().compile(program, trainset=numbers(4))
+    assert (len(first.trainings), len(second.trainings)) == (1, 0)
+    assert compiled.decide.lm is program.decide.lm
