@@ -140,12 +140,14 @@ def generated(model: Any, prompt_ids: Sequence[int], new_tokens: int) -> list[in
     return model.generate(ids_1_T, attention_mask=torch.ones_like(ids_1_T), **options)[0, len(prompt_ids) :].tolist()
 
 
-def decode(decoder: Decoder, rows: Sequence[BatchRow]) -> None:
-    """Run rows to their `max_new_tokens`; each leaves when it is done, and those not admitted join later."""
+def decode(decoder: Decoder, rows: Sequence[BatchRow], most: int = 1000) -> None:
+    """Run rows to their `max_new_tokens`, so many at once at most; each leaves when it is done, and those not admitted
+    join later."""
     waiting = list(rows)
     running: list[BatchRow] = []
     while waiting or running:
-        taken = decoder.admit(waiting) if waiting else []
+        next_rows = waiting[: most - len(running)]
+        taken = decoder.admit(next_rows) if next_rows else []
         waiting = [row for row in waiting if row not in taken]
         running += taken
         for row, decision in zip(list(running), decoder.step(running), strict=True):

@@ -45,9 +45,9 @@ def family(request: pytest.FixtureRequest) -> tuple[Family, Any]:
 def test_answers_are_generates(family: tuple[Family, Any]) -> None:
     expected, model = family
     decoder = make_decoder(model, bank(model), 1 << 24)
-    rows = [BatchRow(text, NEW_TOKENS) for text in TEXTS]
-    decode(decoder, rows)
-    assert [row.output_ids for row in rows] == [generated(model, text, NEW_TOKENS) for text in TEXTS]
+    rows = [BatchRow(text, NEW_TOKENS + place) for place, text in enumerate(TEXTS)]
+    decode(decoder, rows, most=2)
+    assert [row.output_ids for row in rows] == [generated(model, row.prompt_ids, row.max_new_tokens) for row in rows]
     assert isinstance(decoder, PackedDecoder) == expected.fast
 
 
