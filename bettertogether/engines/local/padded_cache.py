@@ -38,10 +38,11 @@ def keep(cache: Any, places: Tensor, columns: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = min(layer.cumulative_length, columns)
-        if isinstance(layer, DynamicLayer) and layer.is_initialized:
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
             layer.keys, layer.values = layer.keys[..., -columns:, :], layer.values[..., -columns:, :]
 
 
-def _below(upper_B_K_T_D: Tensor, lower_B_K_T_D: Tensor) -> Tensor:
+def _below(upper_B_K_T_D: Tensor | None, lower_B_K_T_D: Tensor | None) -> Tensor:
+    assert upper_B_K_T_D is not None and lower_B_K_T_D is not None
     longest = max(upper_B_K_T_D.shape[-2], lower_B_K_T_D.shape[-2])
     return torch.cat([pad(x, (0, 0, longest - x.shape[-2], 0)) for x in (upper_B_K_T_D, lower_B_K_T_D)])
