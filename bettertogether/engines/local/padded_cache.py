@@ -43,6 +43,7 @@ def keep(cache: Any, places: Tensor, columns: int) -> None:
 
 
 def _below(upper_B_K_T_D: Tensor | None, lower_B_K_T_D: Tensor | None) -> Tensor:
-    assert upper_B_K_T_D is not None and lower_B_K_T_D is not None
+    assert upper_B_K_T_D is not None
+    assert lower_B_K_T_D is not None
     longest = max(upper_B_K_T_D.shape[-2], lower_B_K_T_D.shape[-2])
     return torch.cat([pad(x, (0, 0, longest - x.shape[-2], 0)) for x in (upper_B_K_T_D, lower_B_K_T_D)])
