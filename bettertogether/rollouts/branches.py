@@ -48,7 +48,7 @@ def branch_points(
 ) -> list[BranchPoint]:
     """Answer calls of these runs of the program anew, once at each of the temperatures. Tools are called again, and
     calls that can't be seen are made anew. Raises TooManyErrors."""
-    calls = [(run, call) for run in runs for call in _spread(run.calls)]
+    calls = [(run, call) for run in runs for call in _spread((*run.calls, *run.unread))]
     jobs = [
         (run.index, Attempt("branch", number, branch=Branch(run.answers[: place + 1], temperature)))
         for run, call in calls
@@ -60,7 +60,7 @@ def branch_points(
 
 
 def _spread(calls: Sequence[Call]) -> list[Call]:
-    """The calls that were seen, at most `MOST_CALLS` of each predictor, the first and the last among them."""
+    """Those that can be answered anew, at most `MOST_CALLS` of each predictor, the first and the last among them."""
     by_predictor: dict[str, list[Call]] = defaultdict(list)
     for call in calls:
         if call.place is not None:

@@ -28,7 +28,7 @@ class Answer:
     filled: Mapping[str, Any]
     """The same with the signature's defaults, as DSPy's trace has them."""
     prediction: dspy.Prediction
-    """As the predictor returned it."""
+    """As the predictor returned it; empty where the answer could not be read."""
     text: str | None
     thoughts: str | None
     cut: bool

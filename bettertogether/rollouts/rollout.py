@@ -11,18 +11,18 @@ from typing import Any, Literal
 
 import dspy
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMTimeoutError
-from dspy.utils.usage_tracker import UsageTracker
 
 from ..errors import PromptTooLongError
 from ..programs.behaviour import program_key
 from ..programs.content import by_name, example_content, fingerprint
 from ..programs.copies import Copier
 from ..programs.program import modules_of, predictors_of
-from ..records import Ledger, total_cost
+from ..records import Ledger
 from .attribution import CallAttribution
 from .replay import Answer, Branch, Replay, snapshot
 from .rescue import HINT, as_field, hint_before_the_answer, narrow_signatures
 from .sampled_lms import needs_seed, sampling_lm
+from .usage import hand_on_usage, used
 from .watching import Record, Seen, Watch, answer_of, run_async_part, watched_lm
 
 FailureKind = Literal["parse failure", "prompt too long", "timeout", "program error"]
@@ -82,7 +82,8 @@ class Rollout:
     error: BaseException | None = None
     ledger: Ledger = field(default_factory=Ledger)
     answers: tuple[Answer, ...] = field(default=(), repr=False)
-    """Of all calls that were seen, frozen sub-modules' among them, in their order."""
+    """Of all calls that were seen, frozen sub-modules' among them, in their order; an unread one that ended the run is
+    the last."""
     strayed: bool = False
     """It was to answer one call of an earlier run anew, and never came to it."""
 
@@ -249,7 +250,7 @@ class _Copy:
                 prediction = _call(self._program, dict(example.inputs()))
             except Exception as caught:
                 failure, error = _kind(caught), caught
-        _hand_on_usage(record.tracker, prediction)
+        hand_on_usage(record.tracker, prediction)
         calls, raw_trace, strangers = [], [], 0
         answers: list[Answer] = []
         for entry, seen in record.in_order():
@@ -260,23 +261,26 @@ class _Copy:
                 calls.append(self._call_of(entry, seen, name, record, attempt, len(answers)))
             if seen is not None:
                 answers.append(answer_of(entry, seen))
+        ended = record.unread[-1] if failure == "parse failure" and record.unread else None
         return Rollout(
             prediction=prediction,
             calls=tuple(calls),
             raw_trace=tuple(raw_trace),
-            unread=tuple(self._unread(record, attempt)),
+            unread=tuple(self._unread(record, attempt, ended, len(answers))),
             strangers=strangers,
             failure=failure,
             error=error,
-            ledger=_ledger(record, len(raw_trace) - (replay.given if replay else 0)),
-            answers=tuple(answers),
+            ledger=used(record, len(raw_trace) - (replay.given if replay else 0)),
+            answers=(*answers, *([answer_of((ended.predictor, {}), ended)] if ended else [])),
             strayed=replay is not None and not replay.came,
         )
 
-    def _unread(self, record: Record, attempt: Attempt) -> Iterator[Call]:
+    def _unread(self, record: Record, attempt: Attempt, ended: Seen | None, last: int) -> Iterator[Call]:
+        """The calls whose answer could not be read; the one that ended the run has the last place."""
         for seen in record.unread:
             if name := self._attribution.owner(seen.predictor)[1]:
-                yield self._call_of((seen.predictor, seen.inputs, None), seen, name, record, attempt, None)
+                place = last if seen is ended else None
+                yield self._call_of((seen.predictor, seen.inputs, None), seen, name, record, attempt, place)
 
     def _prepare(self, attempt: Attempt, seed: int | None) -> None:
         """Undo what a run before left, and give the predictors the LMs and prompts of this one."""
@@ -376,17 +380,6 @@ def _weights_of(lm: Any) -> tuple[Any, Any]:
     return engine if isinstance(engine, str) else id(engine), getattr(lm, "model", lm)
 
 
-def _hand_on_usage(tracker: UsageTracker, prediction: Any) -> None:
-    """To DSPy's tracker outside of the run, and to the prediction, as DSPy would have."""
-    if dspy.settings.track_usage and isinstance(prediction, dspy.Prediction):
-        prediction.set_lm_usage(tracker.get_total_tokens())
-    outer = dspy.settings.usage_tracker
-    if outer:
-        for model, entries in tracker.usage_data.items():
-            for entry in entries:
-                outer.add_usage(model, entry)
-
-
 def _call(program: dspy.Module, inputs: dict[str, Any]) -> Any:
     if hasattr(type(program), "forward") or "forward" in vars(program):
         return program(**inputs)
@@ -402,15 +395,3 @@ def _kind(error: BaseException) -> FailureKind:
     if isinstance(error, ContextWindowExceededError) or isinstance(error.__cause__, PromptTooLongError):
         return "prompt too long"
     return "timeout" if isinstance(error, TimeoutError | LMTimeoutError) else "program error"
-
-
-def _ledger(record: Record, calls: int) -> Ledger:
-    entries = [entry for model_entries in record.tracker.usage_data.values() for entry in model_entries]
-    return Ledger(
-        program_calls=1,
-        lm_calls=max(calls, len(entries)),
-        cache_hits=max(0, calls - len(entries)),
-        prompt_tokens=sum(int(entry.get("prompt_tokens") or 0) for entry in entries),
-        generated_tokens=sum(int(entry.get("completion_tokens") or 0) for entry in entries),
-        cost=total_cost(record.costs),
-    )

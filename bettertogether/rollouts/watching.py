@@ -310,9 +310,8 @@ def _begun(predictor: dspy.Predict, arguments: Mapping[str, Any]) -> Seen:
 
 def answer_of(entry: Any, seen: Seen) -> Answer:
     """What a call gave, for a run that is to answer it alike; `entry` is the call in DSPy's trace."""
-    assert seen.returned is not None
-    filled = {**entry[1], **seen.inputs}
-    return Answer(entry[0].stage, seen.inputs, filled, seen.returned, seen.text, seen.thoughts, seen.cut)
+    filled, returned = {**entry[1], **seen.inputs}, seen.returned or dspy.Prediction()
+    return Answer(entry[0].stage, seen.inputs, filled, returned, seen.text, seen.thoughts, seen.cut)
 
 
 def _place() -> tuple[int, int]:

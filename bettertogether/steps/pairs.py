@@ -89,7 +89,7 @@ def _answers(
     """The answers to one prompt, and whether their runs passed: that of the run, then the new ones."""
     first: Row | None = None
     for trace in (point.run, *point.answered):
-        call = point.call if trace is point.run else next((each for each in trace.calls if each.anew), None)
+        call = next((each for each in trace.calls if each.anew or each is point.call), None)
         if call is None:
             dropped[point.call.predictor, "an answer that could not be read"] += 1
             continue

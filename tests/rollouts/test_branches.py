@@ -218,6 +218,18 @@ def test_each_predictor_is_answered_by_its_own_lm_be_it_local_or_not() -> None:
     assert (found["remark"].repaired > 3, found["decide"].repaired) == (True, 0)
 
 
+def test_a_call_whose_answer_can_not_be_read_takes_the_blame_for_the_run_that_it_ended() -> None:
+    def answer(request: FakeRequest) -> str:
+        number = number_of(request)
+        if "remark" in outputs_of(request):
+            return reply(request, remark="plain")
+        return reply(request, parity=right(number)) if is_good(request) else "no field at all"
+
+    found = blame(traces_of(two_steps(FakeEngine(answer)), examples=4).branches)
+    assert found["remark"] == Blame(calls=4, failed_runs=4, repaired=0)
+    assert (found["decide"].calls, found["decide"].repaired > 2) == (4, True)
+
+
 def test_runs_that_passed_are_branched_where_it_is_asked_for_and_take_no_blame() -> None:
     def answer(request: FakeRequest) -> str:
         number = number_of(request)
