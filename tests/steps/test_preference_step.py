@@ -22,7 +22,7 @@ from fakes import (
 )
 from fakes import wrong as wrong_parity
 
-from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, PreferenceFinetune
+from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune, PreferenceFinetune
 from bettertogether.errors import ConfigError, DataError, NoTrainingDataError, NotTrainableError
 from bettertogether.records import Blame, WeightDetails
 from bettertogether.steps.rows import Row, read_rows
@@ -240,3 +240,17 @@ def test_two_lms_are_each_trained_on_the_pairs_of_their_predictors() -> None:
     compiled = step().compile(program, trainset=numbers(4))
     assert (len(first.trainings), len(second.trainings)) == (1, 0)
     assert compiled.decide.lm is program.decide.lm
+
+
+def test_a_budget_that_ends_among_the_new_answers_gives_the_best_round_so_far_and_a_larger_one_goes_on(
+    tmp_path: Path,
+) -> None:
+    def compiled(**options: Any) -> dspy.Module:
+        optimizer = BetterTogether(parity_match, r=step())
+        given: dict[str, Any] = {"trainset": numbers(4, start=20), "valset": numbers(4), "strategy": "r"}
+        program = two_step_program(FakeEngine(answer))
+        return optimizer.compile(program, run_dir=tmp_path, progress=False, **given, **options)
+
+    cut = compiled(budget=Budget(metric_calls=20))
+    assert [(record.name, record.status) for record in cut.report.rounds] == [("student", "complete"), ("r", "skipped")]
+    assert [record.status for record in compiled().report.rounds] == ["complete", "complete"]
