@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from .rollouts.from_datasets import examples_from
     from .rollouts.labels import stratified_split
     from .run.budget import Budget
+    from .steps.policy_step import PolicyFinetune
     from .steps.preference_step import PreferenceFinetune
     from .steps.prompt_step import BootstrapFewShotRS
     from .steps.prompt_templates import PromptTemplate, prompt_templates
     from .steps.weight_step import LoRAFinetune
-    from .training.config import LoRAConfig, TrainingConfig
+    from .training.config import LoRAConfig, PolicyConfig, TrainingConfig
 
 _PUBLIC = {
     "BetterTogether": ".optimizer",
@@ -35,6 +36,8 @@ _PUBLIC = {
     "CompileReport": ".report",
     "LoRAConfig": ".training.config",
     "LoRAFinetune": ".steps.weight_step",
+    "PolicyConfig": ".training.config",
+    "PolicyFinetune": ".steps.policy_step",
     "PreferenceFinetune": ".steps.preference_step",
     "ProgressDisplay": ".callbacks",
     "PromptTemplate": ".steps.prompt_templates",
@@ -63,6 +66,8 @@ __all__ = [
     "CompileReport",
     "LoRAConfig",
     "LoRAFinetune",
+    "PolicyConfig",
+    "PolicyFinetune",
     "PreferenceFinetune",
     "ProgressDisplay",
     "PromptTemplate",

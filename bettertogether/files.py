@@ -98,6 +98,12 @@ def atomic_folder(target: Path, put: Callable[[Path, Path], object] = os.replace
         shutil.rmtree(work, ignore_errors=True)
 
 
+def put_anew(work: Path, target: Path) -> None:
+    """For `atomic_folder`: the folder takes the place of what is there."""
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(work, target)
+
+
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
@@ -210,6 +216,27 @@ class FileLock:
         if self._claim is not None:
             self._claim.unlink(missing_ok=True)
             self._claim = None
+
+
+@contextlib.contextmanager
+def working_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Where a training works: a folder named by what is asked, so that the same call after a kill finds the checkpoint
+    that was left there; one of its own while the same training goes on elsewhere."""
+    parent.mkdir(parents=True, exist_ok=True)
+    path = parent / f".{name}.lock"
+    try:
+        lock = FileLock(path)
+    except RunDirectoryError:
+        yield Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
+        return
+    try:
+        folder = parent / name
+        folder.mkdir(exist_ok=True)
+        yield folder
+        # Before the lock ends: whoever opened the file meanwhile finds it locked.
+        path.unlink(missing_ok=True)
+    finally:
+        lock.release()
 
 
 def _claimed(path: Path) -> Path:

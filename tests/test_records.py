@@ -206,5 +206,7 @@ def test_an_adapter_of_a_record_without_the_losses_of_all_tokens_and_fields_is_r
     data = as_json(RECORDS["weight"])
     for adapter in data["details"]["adapters"].values():
         del adapter["all_tokens_loss"], adapter["field_losses"]
-    (adapter,) = StepRecord.from_dict(data).details.adapters.values()  # type: ignore[union-attr]
+    details = StepRecord.from_dict(data).details
+    assert isinstance(details, WeightDetails)
+    (adapter,) = details.adapters.values()
     assert (adapter.all_tokens_loss, adapter.field_losses) == (HeldOutLoss(None, None), {})

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from ..errors import ConfigError
 from ..printable import get_logger
-from ..records import StepRecord
+from ..records import RewardLine, StepRecord
 
 if TYPE_CHECKING:
     from ..report.report import CompileReport
@@ -88,6 +88,8 @@ class TrainingEvent(TypedDict):
     progress: TrainingProgress
     adapter: NotRequired[str]
     """Which adapter, when a step trains several; a predictor's or LM's name."""
+    rewards: NotRequired[RewardLine]
+    """What the step's runs earned, where it learned from rewards."""
 
 
 class WarningEvent(TypedDict):

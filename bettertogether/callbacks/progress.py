@@ -154,6 +154,9 @@ class ProgressState:
             line = self._training["progress"]
             texts += [f"loss {line.loss:.3f}"] if line.loss is not None else []
             texts += [f"held-out loss {line.validation_loss:.3f}"] if line.validation_loss is not None else []
+            if (rewards := self._training.get("rewards")) is not None:
+                texts += [f"reward {rewards.reward:.3f}"] if rewards.reward is not None else []
+                texts += [f"{rewards.kept_groups} of {rewards.groups} groups differ in reward"]
         return texts
 
     def _best_texts(self) -> list[str]:

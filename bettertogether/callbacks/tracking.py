@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..files import json_text
-from ..records import StepRecord, WeightDetails
+from ..records import PolicyDetails, WeightDetails
 from .events import Callback, RunEndEvent, RunStartEvent, StepEndEvent, StepStartEvent, TrainingEvent, WarningEvent
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -49,6 +49,8 @@ class Tracking(Callback):
         """Log the losses of this training step."""
         line = event["progress"]
         values = {"loss": line.loss, "validation_loss": line.validation_loss, "learning_rate": line.learning_rate}
+        if (rewards := event.get("rewards")) is not None:
+            values |= {name: value for name, value in asdict(rewards).items() if name != "step"}
         prefix = f"step_{self._index}/{_as_name(event.get('adapter', 'adapter'))}"
         known = {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
         self._log(known, line.step, f"{prefix}/step")
@@ -68,8 +70,8 @@ class Tracking(Callback):
             values["cost"] = ledger.cost
         self._log({name: float(value) for name, value in values.items() if value is not None}, record.index, "round")
         self._note(f"step_{record.index}", f"{record.name}: {record.status}")
-        if isinstance(record.details, WeightDetails):
-            self._keep(f"step_{record.index}", "model", self._trained(record, record.details))
+        if isinstance(record.details, WeightDetails | PolicyDetails):
+            self._keep(f"step_{record.index}", "model", self._trained(record.details))
 
     def on_run_end(self, event: RunEndEvent) -> None:
         """Log which round was selected, keep the report, and end as the run did."""
@@ -89,8 +91,10 @@ class Tracking(Callback):
         """End where the compile run was stopped."""
         self._end("KILLED")
 
-    def _trained(self, record: StepRecord, details: WeightDetails) -> Files:
-        files: dict[str, Path | str] = {"data_card.json": json_text(asdict(details.data_card))}
+    def _trained(self, details: WeightDetails | PolicyDetails) -> Files:
+        files: dict[str, Path | str] = {}
+        if isinstance(details, WeightDetails):
+            files["data_card.json"] = json_text(asdict(details.data_card))
         for adapter in details.adapters.values():
             recorded = Path(adapter.folder)
             moved = self._folder / "adapters" / recorded.name

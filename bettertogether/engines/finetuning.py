@@ -7,15 +7,13 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import NoTrainingDataError, RunDirectoryError
-from ..files import FileLock
+from ..errors import NoTrainingDataError
+from ..files import working_folder
 from ..printable import get_logger
 from ..training.adapter_folder import content_hash, holds_content, write_round
 from ..training.arrow_rows import kept
@@ -143,7 +141,7 @@ def train(
     engine: Tokenizing, job: TrainingJob, model: Any, source: str, on_progress: ProgressFunction | None
 ) -> FinetuneResult:
     """Run a training. `model` is trained in this process; None trains `source` in processes of their own."""
-    with _working_folder(job, engine.base_name) as folder:
+    with working_folder(job.parent, f"training-{_digest(job, engine.base_name)}") as folder:
         trained = _run(job, model, source, folder, on_progress)
         write_round(trained.folder, job.round_number, engine.base_name)
         content = content_hash(trained.folder)
@@ -198,28 +196,6 @@ def _digest(job: TrainingJob, base_name: str) -> str:
     for row in itertools.chain(job.rows, job.validation_rows):
         digest.update(json.dumps(vars(row)).encode())
     return digest.hexdigest()[:12]
-
-
-@contextmanager
-def _working_folder(job: TrainingJob, base_name: str) -> Iterator[Path]:
-    """Where a training works: a folder named by what is asked, so that the same call after a kill finds the checkpoint
-    that the trainer left there; one of its own while the same training goes on elsewhere."""
-    job.parent.mkdir(parents=True, exist_ok=True)
-    name = f"training-{_digest(job, base_name)}"
-    path = job.parent / f".{name}.lock"
-    try:
-        lock = FileLock(path)
-    except RunDirectoryError:
-        yield Path(tempfile.mkdtemp(prefix=f"{name}-", dir=job.parent))
-        return
-    try:
-        folder = job.parent / name
-        folder.mkdir(exist_ok=True)
-        yield folder
-        # Before the lock ends: whoever opened the file meanwhile finds it locked.
-        path.unlink(missing_ok=True)
-    finally:
-        lock.release()
 
 
 def move_by_content(source: Path, target: Path, content: str) -> Path:

@@ -207,6 +207,52 @@ class WeightDetails(Saved):
 
 
 @dataclass(frozen=True)
+class RewardLine(Saved):
+    """One step of learning from rewards."""
+
+    step: Count
+    """From 1; 0 is the program as it was before."""
+    reward: Finite | None = None
+    """Mean reward of the step's runs; None on line 0."""
+    spread: Finite | None = None
+    """Standard deviation of the rewards of an example's runs, the mean of the examples."""
+    examples: Count = 0
+    """Examples that were run."""
+    kept_groups: Count = 0
+    """Groups of answers to one call whose rewards differ: those that were learned from."""
+    groups: Count = 0
+    """All groups."""
+    kl: Number | None = None
+    """Nats per free token from the adapter that the training started from; None where it is not computed."""
+    tokens_per_s: Finite = 0.0
+    """Prompt, generated and trained tokens of the step in a second of it."""
+    held_out_score: Finite | None = None
+    """Mean score of the examples held out after this step, where it was measured."""
+
+
+@dataclass(frozen=True)
+class RewardedAdapter(Saved):
+    """An adapter that learned from rewards."""
+
+    trained_from: str
+    """Model name, and the predictor where each has its own adapter."""
+    folder: str
+
+
+@dataclass(frozen=True)
+class PolicyDetails(Saved):
+    """What a policy step did."""
+
+    adapters: Mapping[str, RewardedAdapter]
+    """By model name; none where no step scored as high as the program before them."""
+    history: tuple[RewardLine, ...]
+    best_step: Count
+    """The step whose adapter was kept."""
+    held_out_examples: Count
+    kind: Literal["policy"] = field(default="policy", repr=False)
+
+
+@dataclass(frozen=True)
 class OtherDetails(Saved):
     """What is known of a step by any other Teleprompter."""
 
@@ -215,5 +261,5 @@ class OtherDetails(Saved):
     kind: Literal["other"] = field(default="other", repr=False)
 
 
-Details = Annotated[PromptDetails | WeightDetails | OtherDetails, pydantic.Field(discriminator="kind")]
+Details = Annotated[PromptDetails | WeightDetails | PolicyDetails | OtherDetails, pydantic.Field(discriminator="kind")]
 """Told apart by `kind`."""

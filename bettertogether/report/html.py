@@ -12,7 +12,9 @@ from ..records import (
     Details,
     Ledger,
     LossLine,
+    PolicyDetails,
     PromptDetails,
+    RewardLine,
     SampleRow,
     TrainedAdapter,
     WeightDetails,
@@ -215,6 +217,8 @@ def _did(details: Details | None) -> tuple[str, ...]:
         case WeightDetails():
             unit = "pair" if details.data_card.pairs else "token"
             return _losses(details.history, unit), _held_out(details.adapters, unit), _data_card(details.data_card)
+        case PolicyDetails():
+            return (_rewards(details.history),)
         case _:
             return ()
 
@@ -242,6 +246,31 @@ def _losses(history: Sequence[LossLine], unit: str) -> str:
         curves += [Curve("held out", held_out, _COLORS[0], dots=True)] if held_out else []
         charts.append(line_chart(curves, "optimizer steps", f"Loss per {unit}, {adapter}"))
     return "".join(charts)
+
+
+def _rewards(history: Sequence[RewardLine]) -> str:
+    earned = _points((line.step, line.reward) for line in history)
+    held_out = _points((line.step, line.held_out_score) for line in history)
+    curves = [Curve("runs", earned, "#94a3b8", width=1.5)] if earned else []
+    curves += [Curve("examples held out", held_out, _COLORS[0], dots=True)] if held_out else []
+    header = ("step", "reward", "spread", "examples", "groups that differ", "KL", "tokens/s", "held-out score")
+    rows = [
+        (
+            f"{line.step}",
+            *(_number(value) for value in (line.reward, line.spread)),
+            f"{line.examples}",
+            f"{line.kept_groups} of {line.groups}",
+            _number(line.kl),
+            f"{line.tokens_per_s:,.0f}",
+            _number(line.held_out_score),
+        )
+        for line in history
+    ]
+    return line_chart(curves, "steps", "Mean reward") + _fold("Rewards by step", _table(header, rows))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _held_out(adapters: Mapping[str, TrainedAdapter], unit: str) -> str:

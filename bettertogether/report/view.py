@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..records import HeldOutLoss, StepRecord, TrainedAdapter, WeightDetails, failure_text
+from ..records import HeldOutLoss, PolicyDetails, StepRecord, TrainedAdapter, WeightDetails, failure_text
 from .data import ReportData
 from .intervals import Effect, Interval, share_interval
 
@@ -61,7 +61,7 @@ class RoundView:
     cost: str
     """In US dollars."""
     losses: tuple[str, ...]
-    """Of each adapter that it trained: the held-out losses."""
+    """Of each adapter that it trained: the held-out losses. Where it learned from rewards, what became of those."""
     blame: tuple[BlameView, ...]
     """Of each predictor whose calls were answered anew, the one that most failures come from first."""
 
@@ -158,6 +158,8 @@ def _blame(record: StepRecord) -> tuple[BlameView, ...]:
 
 
 def _losses(record: StepRecord) -> tuple[str, ...]:
+    if isinstance(record.details, PolicyDetails):
+        return (rewards_text(record.details),)
     if not isinstance(record.details, WeightDetails):
         return ()
     pairs = record.details.data_card.pairs > 0
@@ -194,6 +196,17 @@ def loss_text(adapter: TrainedAdapter, pairs: bool = False) -> str:
     if not free or not everything or adapter.held_out_loss == adapter.all_tokens_loss:
         return free and f"held-out loss of all tokens {free}{_by_field(adapter)}"
     return f"held-out loss of the free tokens {free}{_by_field(adapter)}; all tokens {everything}"
+
+
+def rewards_text(details: PolicyDetails) -> str:
+    """The reward of the first and the last step, and the score on examples held out, before and of the step kept."""
+    rewards = [f"{line.reward:.3f}" for line in details.history if line.reward is not None]
+    scores = {line.step: line.held_out_score for line in details.history if line.held_out_score is not None}
+    text = f"reward {' -> '.join(dict.fromkeys([*rewards[:1], *rewards[-1:]]))} in {len(rewards)} steps"
+    if 0 not in scores:
+        return text
+    kept = f"{scores[0]:.3f} -> {scores[details.best_step]:.3f} (step {details.best_step})"
+    return f"{text}; score on {details.held_out_examples} examples held out {kept}"
 
 
 def _by_field(adapter: TrainedAdapter) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..errors import TrainingError
-from ..files import atomic_folder, atomic_write
+from ..files import atomic_folder, atomic_write, put_anew
 from .held_out import HeldOutLosses
 from .packing import TokenizedRow
 from .progress import TrainingProgress
@@ -82,12 +81,6 @@ def save_state(folder: Path, state: TrainingState, run: str) -> None:
     for other in parent.iterdir():
         if other != target:
             shutil.rmtree(other, ignore_errors=True)
-
-
-def put_anew(work: Path, target: Path) -> None:
-    """For `atomic_folder`: the folder takes the place of what is there."""
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(work, target)
 
 
 def write_state(folder: Path, state: TrainingState, run: str) -> None:

@@ -1,0 +1,264 @@
+"""The steps of learning from rewards: run, compare, learn, score. After each of them all is written that it takes to go
+on, so that a call after a kill comes to the same adapter."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from statistics import fmean
+
+import dspy
+
+from ..callbacks import events
+from ..engines.protocol import PolicySession, RewardedAnswer
+from ..errors import NoTrainingDataError, TrainingError
+from ..files import atomic_folder, atomic_write, put_anew
+from ..printable import get_logger
+from ..programs.program import predictors_of
+from ..records import SCHEMA, Ledger, RewardLine, Saved, read
+from ..rollouts.evaluation import evaluate_many
+from ..rollouts.metrics import Metric
+from ..rollouts.rollout import Attempt
+from ..rollouts.settings import RunSettings
+from ..rollouts.traces import ExamplePass, Trace
+from ..training.config import PolicyConfig
+from ..training.progress import PolicyUpdate, TrainingProgress
+from .adapter_rows import AdapterKey
+from .policy_groups import Groups, compared, reward_of, spread_of
+from .rows_from_traces import unseen_calls
+
+logger = get_logger(__name__)
+
+PATIENCE = 3
+"""Steps in a row in which no runs of an example differed in reward, after which there is nothing left to learn."""
+
+
+@dataclass(frozen=True)
+class RunState(Saved):
+    """Where a run stands."""
+
+    step: int = 0
+    """Steps done."""
+    drawn: int = 0
+    """Examples drawn, those that were drawn again counted again."""
+    idle: int = 0
+    """Steps in a row, up to now, that learned nothing."""
+    best_step: int = 0
+    best_score: float | None = None
+    """Mean score of the examples held out; None where there are none."""
+    history: tuple[RewardLine, ...] = ()
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@dataclass
+class PolicyRun:
+    """A program that learns from its rewards; `state` is all but the adapters."""
+
+    program: Callable[[Mapping[AdapterKey, str]], dspy.Module]
+    """A copy of the student that asks these models."""
+    adapters: Mapping[str, AdapterKey]
+    """By predictor, those that are trained."""
+    sessions: Mapping[AdapterKey, PolicySession]
+    trainset: Sequence[dspy.Example]
+    held_out: Sequence[dspy.Example]
+    metric: Metric
+    policy: PolicyConfig
+    settings: RunSettings
+    folder: Path
+    """Where the run is written down."""
+    name: str
+    """Hash of all that decides how it goes."""
+    state: RunState = field(default_factory=RunState)
+
+    def run(self) -> RunState:
+        """Take the steps that are left."""
+        self._resume()
+        if not self.state.history:
+            score = self._score(0)
+            self.state = replace(self.state, best_score=score, history=(RewardLine(0, held_out_score=score),))
+        while self.state.step < self.policy.steps and self.state.idle < PATIENCE:
+            line, updates = self._step()
+            self._save()
+            # Only now, since whoever watches may end the run.
+            self._tell(line, updates)
+        if self.state.step < self.policy.steps:
+            logger.info("The training ends after %d steps: all runs of an example earn the same.", self.state.step)
+        return self.state
+
+    def _step(self) -> tuple[RewardLine, Sequence[PolicyUpdate]]:
+        started, policy, before = time.monotonic(), self.policy, self.state
+        self.state = replace(before, step=before.step + 1)
+        traces, groups = self._runs()
+        updates = self._learn(groups)
+        if not groups.kept:
+            self._check_learnable(traces)
+        spent = sum((trace.ledger for trace in traces), Ledger(trained_tokens=sum(each.tokens for each in updates)))
+        seconds = time.monotonic() - started
+        line = RewardLine(
+            step=self.state.step,
+            reward=fmean(reward_of(trace, policy) for trace in traces),
+            spread=spread_of(traces, policy),
+            examples=len({trace.index for trace in traces}),
+            kept_groups=groups.kept,
+            groups=groups.kept + groups.dropped,
+            kl=fmean(each.kl for each in updates if each.kl is not None) if policy.kl_weight and updates else None,
+            tokens_per_s=spent.tokens / max(seconds, 1e-9),
+        )
+        self.state = replace(self.state, idle=0 if groups.kept else before.idle + 1, ledger=before.ledger + spent)
+        is_last = self.state.step == policy.steps or self.state.idle == PATIENCE
+        if is_last or self.state.step % policy.score_every == 0:
+            line = replace(line, held_out_score=self._scored())
+        self.state = replace(self.state, history=(*before.history, line))
+        return line, updates
+
+    def _runs(self) -> tuple[list[Trace], Groups]:
+        """Runs of so many examples that enough of them differ in reward, or as many as may be drawn."""
+        policy, drawn, traces = self.policy, list[int](), list[Trace]()
+        programs = [self._program(with_demos=True), self._program(with_demos=False)]
+        most = min(policy.most_draws * policy.examples_per_step, len(self.trainset))
+        options = ExamplePass(
+            self.metric,
+            settings=replace(self.settings, store=None),
+            phase=f"step {self.state.step} of {policy.steps}",
+            judge_with_trace=False,
+            needs_verdict=False,
+        )
+        groups = compared(traces, self.adapters, policy)
+        while (missing := min(policy.examples_per_step - len(groups.examples), most - len(drawn))) > 0:
+            new = self._drawn(missing, drawn)
+            drawn += new
+            jobs = [
+                (int(place >= round(self._demo_share * len(new))), index, self._attempt(number))
+                for place, index in enumerate(new)
+                for number in range(policy.group_size)
+            ]
+            traces += options.over_many(programs, self.trainset, jobs)
+            groups = compared(traces, self.adapters, policy)
+        return traces, groups
+
+    def _attempt(self, number: int) -> Attempt:
+        """No two of a training have the same number, and so the same seed."""
+        first = (self.state.step - 1) * self.policy.group_size + 1
+        return Attempt("sample", first + number, self.policy.temperature)
+
+    @property
+    def _demo_share(self) -> float:
+        """The share of examples whose runs show the program's demos."""
+        if not self.policy.fade_demos:
+            return 1.0
+        return 1 - (self.state.step - 1) / max(1, self.policy.steps - 1)
+
+    def _drawn(self, number: int, taken: Sequence[int]) -> list[int]:
+        """So many more examples that this step has not taken, in a seeded order that comes to all of them in turn."""
+        found = list[int]()
+        while len(found) < number:
+            turn, place = divmod(self.state.drawn, len(self.trainset))
+            order = random.Random(f"{self.settings.seed}/{turn}").sample(range(len(self.trainset)), len(self.trainset))
+            if order[place] not in (*taken, *found):
+                found.append(order[place])
+            self.state = replace(self.state, drawn=self.state.drawn + 1)
+        return found
+
+    def _program(self, *, with_demos: bool, sampled: bool = True) -> dspy.Module:
+        """The program with the adapters as they are now; its answers come in tokens where it is to be sampled."""
+        program = self.program({key: session.model for key, session in self.sessions.items()})
+        lms = dict[int, dspy.LM]()
+        for name, predictor in predictors_of(program).items():
+            if name not in self.adapters:
+                continue
+            if sampled:
+                predictor.lm = lms.setdefault(id(predictor.lm), predictor.lm.copy(store=True, cache=False))
+            if not with_demos:
+                predictor.demos = []
+        return program
+
+    def _learn(self, groups: Groups) -> list[PolicyUpdate]:
+        answers: dict[AdapterKey, list[RewardedAnswer]] = defaultdict(list)
+        for predictor, each in groups.answers.items():
+            answers[self.adapters[predictor]] += each
+        return [session.update(answers[key]) for key, session in self.sessions.items() if answers[key]]
+
+    def _check_learnable(self, traces: Sequence[Trace]) -> None:
+        """Raise NoTrainingDataError where the very first runs say that there is nothing to learn from."""
+        if self.state.step > 1:
+            return
+        calls = [call for trace in traces for call in (*trace.calls, *trace.unread) if call.predictor in self.adapters]
+        if not any(call.sampled for call in calls):
+            raise NoTrainingDataError(f"There is nothing to learn from. {unseen_calls(len(traces))}")
+        rewards = sorted({round(reward_of(trace, self.policy), 6) for trace in traces})
+        examples = len({trace.index for trace in traces})
+        raise NoTrainingDataError(
+            f"There is nothing to learn from: {len(traces)} runs of {examples} examples, {self.policy.group_size} of "
+            f"each, and all of an example earned the same (rewards: {rewards[:5]}). Give a metric with partial credit, "
+            "examples that are neither too hard nor too easy for the program, or a larger group_size; or let it learn "
+            "from right runs first (LoRAFinetune)."
+        )
+
+    def _scored(self) -> float | None:
+        """Score the adapters as they are; of those that score best, the last ones are kept."""
+        score, best = self._score(self.state.step), self.state.best_score
+        if score is None or best is None or score >= best:
+            self.state = replace(self.state, best_step=self.state.step, best_score=score)
+            for session in self.sessions.values():
+                session.keep()
+        return score
+
+    def _score(self, step: int) -> float | None:
+        if not self.held_out:
+            return None
+        program = self._program(with_demos=not self.policy.fade_demos, sampled=False)
+        settings = replace(self.settings, store=None)
+        phase = f"step {step} of {self.policy.steps}: score"
+        scored = evaluate_many([program], self.held_out, self.metric, settings, phase=phase, kind="eval_minibatch")[0]
+        self.state = replace(self.state, ledger=self.state.ledger + scored.ledger)
+        return scored.mean
+
+    def _tell(self, line: RewardLine, updates: Sequence[PolicyUpdate]) -> None:
+        progress = TrainingProgress(
+            step=self.state.step,
+            total_steps=self.policy.steps,
+            epoch=self.state.drawn / len(self.trainset),
+            loss=fmean(each.loss for each in updates) if updates else None,
+            validation_loss=None,
+            tokens=self.state.ledger.trained_tokens,
+            learning_rate=updates[0].learning_rate if updates else 0.0,
+        )
+        events.emit("training", {"progress": progress, "rewards": line})
+
+    def _save(self) -> None:
+        target = self.folder / f"step-{self.state.step}"
+        with atomic_folder(target, put_anew) as work:
+            for number, session in zip(count(), self.sessions.values()):
+                (work / str(number)).mkdir()
+                session.save(work / str(number), self.name)
+            atomic_write(work / "state.json", json.dumps({"schema": SCHEMA, "run": self.name, **asdict(self.state)}))
+        for other in self._saved():
+            if other != target:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def _saved(self) -> Iterator[Path]:
+        return self.folder.glob("step-*")
+
+    def _resume(self) -> None:
+        latest = max(self._saved(), key=lambda path: int(path.name.removeprefix("step-")), default=None)
+        if latest is None:
+            return
+        try:
+            values = json.loads((latest / "state.json").read_text())
+            if values.pop("run") != self.name:
+                return
+            self.state = read(RunState, "checkpoint", values, lambda fields: fields)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise TrainingError(
+                f"The checkpoint in {latest} is damaged ({error}): delete {self.folder} and train again."
+            ) from error
+        for number, session in zip(count(), self.sessions.values()):
+            session.load(latest / str(number), self.name)
+        logger.info("Going on after step %d of %d in %s.", self.state.step, self.policy.steps, self.folder)

@@ -1,0 +1,272 @@
+"""The policy step: `PolicyFinetune`, GRPO for programs (mmGRPO, arXiv 2508.04660) with LoRA adapters."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+
+from ..callbacks import events
+from ..engines.protocol import MODEL_PREFIX, PolicyEngine
+from ..errors import ConfigError, DataError, NotTrainableError
+from ..files import cache_folder, working_folder
+from ..programs.behaviour import BehaviourWalk
+from ..programs.content import dataset_hash
+from ..programs.program import predictors_of, require_program, require_reachable
+from ..records import PolicyDetails, RewardedAdapter
+from ..rollouts.examples import check_examples
+from ..rollouts.labels import stratified_split
+from ..rollouts.metrics import Metric, require_metric
+from ..rollouts.settings import RunSettings
+from ..training.config import LoRAConfig, PolicyConfig, TrainingConfig
+from .adapter_rows import ENOUGH_HELD_OUT, FEWEST_HELD_OUT, MOST_SHARE, AdapterKey, adapter_key
+from .adapter_step import AdapterStep
+from .policy_run import PolicyRun, RunState
+from .rows_from_traces import Trainable
+from .step import StepContext, StepResult
+from .work import Outlook, Work
+
+_WHOLE_DISTRIBUTION: Mapping[str, tuple[Any, ...]] = {"top_p": (None, 1, 1.0), "top_k": (None,), "n": (None, 1)}
+"""Options of an LM, and what they have to be for its answers to be single draws from its whole distribution."""
+
+
+class PolicyFinetune(AdapterStep):
+    """Train a program's local LMs by the rewards of its own runs.
+
+    In each step the program is run several times on each of a few examples, with its weights as they are then; every
+    answer is made likelier or less likely by how much better its run was than the others on its example. So it learns
+    from failures as well as from success, and needs no label that a right answer could be copied from.
+
+    Args:
+        metric: `(example, prediction, trace=None)` to a bool, a number or `Prediction(score, feedback)`: the reward.
+            It is given no trace.
+        policy: How to learn from rewards.
+        lora: Shape of the adapter.
+        training: AdamW, precision and memory; see `PolicyConfig` for what counts here.
+        multitask: One adapter per LM, fed by all predictors that use it; False: one adapter per predictor.
+        start_from: "current" goes on with the adapter in use; "base" trains a new one on the base weights.
+        frozen: Names of predictors to leave alone. Those whose LM is not local are left alone anyway.
+        validation_share: Share of the trainset's examples held out to choose the best step. Where that is fewer than
+            16 and there is a valset, up to 16 examples of it are scored instead. 0: none, and the last step is kept.
+        num_threads, max_errors, seed: As in `dspy.Evaluate`; `compile` may be given its own.
+        folder: Where adapters are written; None: the cache.
+    """
+
+    def __init__(
+        self,
+        metric: Metric,
+        *,
+        policy: PolicyConfig = PolicyConfig(),
+        lora: LoRAConfig = LoRAConfig(),
+        training: TrainingConfig = TrainingConfig(),
+        multitask: bool = True,
+        start_from: Literal["base", "current"] = "current",
+        frozen: Sequence[str] = (),
+        validation_share: float = 0.1,
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        seed: int = 0,
+        folder: str | Path | None = None,
+    ) -> None:
+        if not isinstance(policy, PolicyConfig):
+            raise ConfigError(f"policy={policy!r} is not allowed: give a PolicyConfig(...).")
+        require_metric(metric)
+        super().__init__(
+            metric,
+            lora=lora,
+            training=training,
+            multitask=multitask,
+            start_from=start_from,
+            frozen=frozen,
+            threshold=None,
+            validation_share=validation_share,
+            num_threads=num_threads,
+            max_errors=max_errors,
+            seed=seed,
+            folder=folder,
+        )
+        if training.launched:
+            raise ConfigError(
+                "training=TrainingConfig(...) asks for other processes, where nothing answers that could be learned "
+                "from: leave out num_processes, accelerate_config and launch_command."
+            )
+        self.policy = policy
+
+    def compile(
+        self,
+        student: dspy.Module,
+        *,
+        trainset: Sequence[dspy.Example],
+        teacher: None = None,
+        valset: Sequence[dspy.Example] | None = None,
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        seed: int | None = None,
+        folder: str | Path | None = None,
+    ) -> dspy.Module:
+        """A copy of the student whose predictors use tuned LMs. A teacher's answers are none of the policy's.
+
+        Raises ProgramError, NotTrainableError, ConfigError, TooManyErrors, TrainingError, and NoTrainingDataError
+        where no runs of an example differ in reward.
+        """
+        if teacher is not None:
+            raise ConfigError("teacher= is not allowed: a policy learns from its own answers. Use LoRAFinetune for it.")
+        settings = RunSettings(num_threads, max_errors, seed)
+        self.last = self.run(student, StepContext(trainset, valset, folder=folder, settings=settings))
+        return self.last.program
+
+    def run(self, student: dspy.Module, context: StepContext) -> StepResult:
+        """`compile` with its arguments in one, and all that it found out in its result."""
+        started = time.monotonic()
+        require_reachable(require_program(student))
+        trainable = self.trainable(student)
+        if not context.trainset:
+            raise DataError("trainset cannot be empty: give the examples to run the program on.")
+        check_examples(context.trainset, "trainset")
+        check_examples(context.valset or (), "valset")
+        assert self.metric is not None
+        settings = context.settings.or_else(num_threads=self.num_threads, max_errors=self.max_errors, seed=self.seed)
+        trainset, held_out = self._split(context.trainset, context.valset or (), settings.seed or 0)
+        asked = [self._asked(student), *map(dataset_hash, (trainset, held_out)), settings.seed]
+        name = BehaviourWalk(lasting=True).of(asked)
+        folder = self.folder if context.folder is None else Path(context.folder).expanduser()
+        folder = cache_folder() / "adapters" if folder is None else folder
+        starts = self._starts(trainable)
+        with working_folder(folder, f"policy-{name[:12]}") as work:
+            with ExitStack() as open_sessions:
+                sessions = self._sessions(trainable, starts, settings, folder, open_sessions)
+                run = PolicyRun(
+                    program=partial(self._tuned, student, trainable),
+                    adapters={name: adapter_key(name, lm, self.multitask) for name, (_, lm) in trainable.items()},
+                    sessions=sessions,
+                    trainset=trainset,
+                    held_out=held_out,
+                    metric=self.metric,
+                    policy=self.policy,
+                    settings=settings,
+                    folder=work,
+                    name=name,
+                )
+                state = run.run()
+                written = {key: session.finish() for key, session in sessions.items()} if state.best_step else {}
+            shutil.rmtree(work)
+        warnings = () if written else (_unchanged(state),)
+        for warning in warnings:
+            events.warn(warning)
+        program = self._tuned(student, trainable, starts | {key: model for key, (model, _) in written.items()})
+        if self.policy.fade_demos:
+            for name in trainable:
+                predictors_of(program)[name].demos = []
+        return StepResult(
+            program=program,
+            ledger=state.ledger.with_seconds(time.monotonic() - started),
+            details=PolicyDetails(
+                adapters={
+                    model: RewardedAdapter(f"{starts[key]} {key.predictor}".strip(), str(where))
+                    for key, (model, where) in written.items()
+                },
+                history=state.history,
+                best_step=state.best_step,
+                held_out_examples=len(held_out),
+            ),
+            step_gain=_gain(state) if len(trainset) < len(context.trainset) else None,
+            warnings=warnings,
+        )
+
+    def _asked(self, student: dspy.Module) -> list[Any]:
+        """What decides how a training goes, but for the examples and the seed."""
+        options = [self.policy.to_dict(), self.lora.to_dict(), self.training.to_dict(), self.multitask, self.start_from]
+        return [student, dspy.settings.adapter, self.metric, options, self.frozen]
+
+    def trainable(self, student: dspy.Module) -> Trainable:
+        """By predictor name, what is to be trained. Raises NotTrainableError, and ConfigError for LMs whose answers
+        are not drawn from their whole distribution."""
+        found = super().trainable(student)
+        for name, (engine, lm) in found.items():
+            if not isinstance(engine, PolicyEngine):
+                raise NotTrainableError(
+                    f"Predictor {name!r} uses {lm.model!r}, whose engine ({type(engine).__name__}) can't learn from "
+                    f"rewards: use local_lm(...) or vllm_lm(...), or freeze it: frozen=[{name!r}]."
+                )
+            for option, allowed in _WHOLE_DISTRIBUTION.items():
+                if (value := lm.kwargs.get(option)) not in allowed:
+                    raise ConfigError(
+                        f"The LM of predictor {name!r} has {option}={value!r}: a policy's answers have to be single "
+                        f"draws from all that it might say. Make the LM without {option}."
+                    )
+        return found
+
+    def _split(
+        self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example], seed: int
+    ) -> tuple[Sequence[dspy.Example], Sequence[dspy.Example]]:
+        """The examples to learn from, and those to choose the best step on."""
+        share = self.validation_share
+        if not share:
+            return trainset, ()
+        number = round(share * len(trainset))
+        if number < ENOUGH_HELD_OUT and len(valset) >= FEWEST_HELD_OUT:
+            return trainset, stratified_split(valset, ENOUGH_HELD_OUT, seed)[0]
+        number = max(number, FEWEST_HELD_OUT)
+        if number > max(share, MOST_SHARE) * len(trainset):
+            return trainset, ()
+        held_out, rest = stratified_split(trainset, number, seed)
+        return rest, held_out
+
+    def _sessions(
+        self,
+        trainable: Trainable,
+        starts: Mapping[AdapterKey, str],
+        settings: RunSettings,
+        folder: Path,
+        stack: ExitStack,
+    ) -> dict[AdapterKey, Any]:
+        """One for each adapter, open as long as the stack."""
+        sessions: dict[AdapterKey, Any] = {}
+        training = self.training if settings.seed is None else replace(self.training, seed=settings.seed)
+        for name, (engine, lm) in trainable.items():
+            key = adapter_key(name, lm, self.multitask)
+            if key not in sessions:
+                assert isinstance(engine, PolicyEngine)
+                base = MODEL_PREFIX + engine.base_name
+                session = engine.policy_session(
+                    policy=self.policy,
+                    lora=self.lora,
+                    training=training,
+                    start_from=starts[key] if starts[key] != base else None,
+                    folder=folder,
+                )
+                sessions[key] = stack.enter_context(session)
+        return sessions
+
+    def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
+        """The runs of all steps, the answers trained on, and the scoring of the examples held out."""
+        policy = self.policy
+        trainset, held_out = self._split(context.trainset, context.valset or (), context.settings.seed or 0)
+        # At most all draws are made, at least the fewest; in between where about half of the examples are neither
+        # always solved nor never.
+        draws = 1 + outlook.patience * (policy.most_draws - 1)
+        examples = min(draws * policy.examples_per_step, len(trainset))
+        learned = min(policy.examples_per_step, len(trainset)) * policy.group_size * policy.steps
+        scored = (1 + -(-policy.steps // policy.score_every)) * len(held_out)
+        runs = Work.of_runs(examples * policy.group_size * policy.steps + scored, outlook)
+        return runs + Work(trained_rows=outlook.calls * learned * policy.updates, trainings=1)
+
+
+def _gain(state: RunState) -> float | None:
+    """By how much the score on examples held out rose."""
+    before = state.history[0].held_out_score
+    return None if before is None or state.best_score is None else state.best_score - before
+
+
+def _unchanged(state: RunState) -> str:
+    return (
+        f"No step scored as high on the examples held out as the program before them ({state.best_score:.3f}), which "
+        "is given back as it was. Lower the learning rate, give more steps or examples, or a larger group_size."
+    )

@@ -1,0 +1,316 @@
+"""The policy step: a program learns what its metric rewards, only where it may, and goes on after a kill."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+import pytest
+from fakes import numbers, parity_engine, parity_match, parity_program
+from small_models import PACKED, byte_tokenizer, random_model
+
+from bettertogether import BetterTogether, Budget, PolicyConfig, PolicyFinetune
+from bettertogether.callbacks import Callback, events
+from bettertogether.engines import TransformersEngine
+from bettertogether.errors import ConfigError, NoTrainingDataError, NotTrainableError
+from bettertogether.lm import engine_lm
+from bettertogether.programs.program import model_names
+from bettertogether.records import PolicyDetails
+from bettertogether.steps.step import StepContext
+from bettertogether.steps.work import Outlook
+from bettertogether.training.config import LoRAConfig, TrainingConfig
+
+POLICY: dict[str, Any] = {"steps": 3, "examples_per_step": 2, "group_size": 6, "most_draws": 1, "score_every": 3}
+QUICK: dict[str, Any] = {
+    "policy": PolicyConfig(**POLICY),
+    "lora": LoRAConfig(rank=4),
+    "training": TrainingConfig(learning_rate=0.01, warmup_ratio=0.0, dtype="float32"),
+}
+SHORT = {**QUICK, "policy": PolicyConfig(**{**POLICY, "steps": 2})}
+
+
+class Pick(dspy.Signature):
+    """Pick."""
+
+    word: str = dspy.InputField()
+    letter: Literal["a", "b", "c", "d"] = dspy.OutputField()
+
+
+class Twice(dspy.Module):
+    """A letter, and another one that is picked by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = dspy.Predict(Pick)
+        self.second = dspy.Predict(Pick)
+
+    def forward(self, word: str) -> dspy.Prediction:
+        first = self.first(word=word).letter
+        return dspy.Prediction(first=first, letter=self.second(word=first).letter)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is not sure of its letters."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    random_model(PACKED["llama"], std=0.05).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[TransformersEngine]:
+    made = TransformersEngine(folder)
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        yield made
+    made.close()
+
+
+def words(count: int, start: int = 0) -> list[dspy.Example]:
+    return [dspy.Example(word=f"w{number}").with_inputs("word") for number in range(start, start + count)]
+
+
+def program_of(
+    engine: TransformersEngine, kind: Callable[[], dspy.Module] = lambda: dspy.Predict(Pick), **options: Any
+) -> dspy.Module:
+    program = kind()
+    program.set_lm(engine_lm(engine, cache=False, max_tokens=40, **options))
+    return program
+
+
+def is_a(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
+    return float(prediction.letter == "a")
+
+
+def tuned(step: PolicyFinetune, program: dspy.Module, **options: Any) -> dspy.Module:
+    return step.compile(program, **{"trainset": words(4), "valset": words(4, start=4), **options})
+
+
+def details_of(step: PolicyFinetune) -> PolicyDetails:
+    assert step.last is not None
+    assert isinstance(step.last.details, PolicyDetails)
+    return step.last.details
+
+
+def rewards_of(step: PolicyFinetune) -> list[float | None]:
+    return [line.reward for line in details_of(step).history]
+
+
+def test_a_program_learns_the_letter_that_is_rewarded(engine: TransformersEngine, tmp_path: Path) -> None:
+    step, student = PolicyFinetune(is_a, folder=tmp_path, **QUICK), program_of(engine)
+    assert student(word="w9").letter != "a"
+    program = tuned(step, student)
+    assert program(word="w9").letter == "a"
+    assert student(word="w9").letter != "a"
+    none, first, *_, last = rewards_of(step)
+    assert none is None
+    assert first is not None
+    assert last is not None
+    assert first < 0.3 < 0.6 < last
+    details = details_of(step)
+    assert [line.held_out_score for line in details.history] == [0.0, None, None, 1.0]
+    assert (details.best_step, details.held_out_examples, list(details.adapters)) == (3, 4, [program.lm.model])
+    assert (step.ledger.program_calls, step.step_gain) == (3 * 12 + 2 * 4, None)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [program.lm.model.partition("/")[2]]
+
+
+def test_of_two_modules_each_learns_in_an_adapter_of_its_own(engine: TransformersEngine, tmp_path: Path) -> None:
+    step = PolicyFinetune(is_a, folder=tmp_path, multitask=False, **QUICK)
+    program = tuned(step, program_of(engine, Twice))
+    assert len(set(model_names(program).values())) == 2
+    trained_from = [adapter.trained_from for adapter in details_of(step).adapters.values()]
+    assert trained_from == [f"local/{engine.base_name} first", f"local/{engine.base_name} second"]
+    assert [line.groups for line in details_of(step).history] == [0, 4, 4, 4]
+    assert program(word="w9").letter == "a"
+
+
+def test_a_frozen_module_stays_as_it_was(engine: TransformersEngine, tmp_path: Path) -> None:
+    step = PolicyFinetune(is_a, folder=tmp_path, frozen=["first"], **SHORT)
+    program = tuned(step, program_of(engine, Twice))
+    assert model_names(program) == {
+        "first": f"local/{engine.base_name}",
+        "second": next(iter(details_of(step).adapters)),
+    }
+    assert [line.groups for line in details_of(step).history] == [0, 2, 2]
+
+
+class Killer(Callback):
+    """Interrupts in the middle of the runs of a step."""
+
+    def __init__(self, phase: str) -> None:
+        self.phase = phase
+
+    def on_progress(self, event: events.ProgressEvent) -> None:
+        if event["phase"] == self.phase and event["done"] == 5:
+            raise KeyboardInterrupt
+
+
+def test_after_a_kill_in_the_middle_of_a_step_the_same_call_ends_with_the_same_adapters(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    def step(folder: str) -> PolicyFinetune:
+        return PolicyFinetune(is_a, folder=tmp_path / folder, multitask=False, **SHORT)
+
+    whole = step("whole")
+    expected = model_names(tuned(whole, program_of(engine, Twice)))
+    killed = step("killed")
+    with pytest.raises(KeyboardInterrupt), events.listening([Killer("step 2 of 2")]):
+        tuned(killed, program_of(engine, Twice))
+    before = engine.counters()["requests"]
+    resumed = step("killed")
+    assert model_names(tuned(resumed, program_of(engine, Twice))) == expected
+    # The runs and the scoring of the last step, two calls each.
+    assert engine.counters()["requests"] - before == 2 * (12 + 4)
+    assert rewards_of(resumed) == rewards_of(whole)
+    assert resumed.ledger.program_calls == whole.ledger.program_calls
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir() if path.is_dir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir() if path.is_dir()
+    )
+
+
+def test_a_budget_ends_it_between_two_steps_and_a_larger_one_goes_on(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    def compiled(budget: Budget | None, run_dir: str) -> dspy.Module:
+        optimizer = BetterTogether(is_a, r=PolicyFinetune(is_a, **SHORT))
+        return optimizer.compile(
+            program_of(engine),
+            trainset=words(4),
+            valset=words(4, start=4),
+            strategy="r",
+            run_dir=tmp_path / run_dir,
+            budget=budget,
+            progress=False,
+        )
+
+    whole = compiled(None, "whole")
+    short = compiled(Budget(metric_calls=4 + 4 + 12 + 3), "short")
+    assert "The budget is used up" in str(short.report)
+    longer = compiled(Budget(metric_calls=1000), "short")
+    assert model_names(longer) == model_names(whole)
+    assert "reward 0." in str(longer.report)
+    assert "in 2 steps; score on 4 examples held out 0.000 -> " in str(longer.report)
+    assert "Mean reward" in (tmp_path / "short" / "report.html").read_text()
+
+
+def test_demos_fade_from_all_runs_to_none_and_the_tuned_program_has_none(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float | None, int]] = []
+    complete = engine.complete
+
+    def noted(request: Any) -> Any:
+        asked.append((request.config.temperature, sum(message.role == "assistant" for message in request.messages)))
+        return complete(request)
+
+    monkeypatch.setattr(engine, "complete", noted)
+    student = program_of(engine)
+    student.demos = [dspy.Example(word="x", letter="a").with_inputs("word")]
+    fading = PolicyConfig(**{**POLICY, "fade_demos": True})
+    step = PolicyFinetune(is_a, folder=tmp_path, validation_share=0, **{**QUICK, "policy": fading})
+    program = tuned(step, student)
+    demos = [demos for _, demos in asked]
+    assert [sum(demos[start : start + 12]) for start in (0, 12, 24)] == [12, 6, 0]
+    assert program.demos == []
+    assert {temperature for temperature, _ in asked} == {1.0}
+
+
+def test_examples_whose_runs_are_alike_are_replaced_by_others(engine: TransformersEngine, tmp_path: Path) -> None:
+    def only_w1(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
+        return float(example.word != "w1" or prediction.letter == "a")
+
+    policy = PolicyConfig(**{**POLICY, "steps": 2, "most_draws": 2})
+    step = PolicyFinetune(only_w1, folder=tmp_path, validation_share=0, **{**QUICK, "policy": policy})
+    tuned(step, program_of(engine))
+    assert [(line.examples, line.kept_groups, line.groups) for line in details_of(step).history[1:]] == [(4, 1, 4)] * 2
+
+
+def test_what_does_worse_than_before_is_not_taken(engine: TransformersEngine, tmp_path: Path) -> None:
+    def is_d_when_scored(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
+        return float(prediction.letter == ("d" if example.word > "w3" else "a"))
+
+    step = PolicyFinetune(is_d_when_scored, folder=tmp_path, **QUICK)
+    program = tuned(step, program_of(engine))
+    assert program.lm.model == f"local/{engine.base_name}"
+    assert details_of(step).best_step == 0
+    assert re.search(r"No step scored as high .* \(1\.000\), which is given back as it was", step.warnings[0])
+
+
+def same(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
+    return 0.5
+
+
+def test_a_metric_that_gives_all_runs_the_same_is_an_error_after_the_first_draws(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    with pytest.raises(NoTrainingDataError, match=r"12 runs of 2 examples, 6 of each, and all .*rewards: \[0\.5\]"):
+        tuned(PolicyFinetune(same, folder=tmp_path, **QUICK), program_of(engine))
+
+
+def test_answers_that_can_not_be_read_are_told_by_their_reward(engine: TransformersEngine, tmp_path: Path) -> None:
+    with (
+        dspy.context(adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)),
+        pytest.raises(NoTrainingDataError, match=r"rewards: \[-1\.0\]"),
+    ):
+        tuned(PolicyFinetune(is_a, folder=tmp_path, **QUICK), program_of(engine))
+
+
+def test_an_engine_that_can_not_learn_from_rewards_is_refused_before_any_run() -> None:
+    engine = parity_engine(lambda *_: True)
+    optimizer = BetterTogether(parity_match, r=PolicyFinetune(parity_match))
+    with pytest.raises(NotTrainableError, match=r"engine \(FakeEngine\) can't learn from rewards: use local_lm"):
+        optimizer.compile(parity_program(engine), trainset=numbers(8), valset=numbers(4), strategy="r", progress=False)
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("option", [{"top_p": 0.9}, {"top_k": 5}, {"n": 2}])
+def test_an_lm_that_does_not_draw_from_all_it_might_say_is_refused(
+    engine: TransformersEngine, option: dict[str, Any]
+) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(ConfigError, match=rf"has {name}={value}: .* Make the LM without {name}"):
+        PolicyFinetune(is_a).trainable(program_of(engine, **option))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"metric": None}, "metric"),
+        ({"metric": is_a, "policy": {"steps": 3}}, "give a PolicyConfig"),
+        ({"metric": is_a, "training": TrainingConfig(num_processes=2)}, "leave out num_processes"),
+    ],
+)
+def test_arguments_that_can_not_be_are_refused_at_once(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        PolicyFinetune(**options)
+
+
+def test_a_teacher_is_refused(engine: TransformersEngine) -> None:
+    with pytest.raises(ConfigError, match="teacher= is not allowed"):
+        PolicyFinetune(is_a).compile(program_of(engine), trainset=words(4), teacher=program_of(engine))
+
+
+def test_its_work_is_the_runs_of_all_steps_and_the_scores(engine: TransformersEngine) -> None:
+    policy = PolicyConfig(**{**POLICY, "most_draws": 2})
+    step, program = PolicyFinetune(is_a, policy=policy), program_of(engine)
+    context = StepContext(words(40), words(4, start=40))
+    least, most = (step.work(program, context, Outlook(0.5, 0.2, 1.0, None, patience=share)) for share in (0.0, 1.0))
+    assert (least.plain_runs, most.plain_runs) == (3 * 2 * 6 + 2 * 4, 3 * 4 * 6 + 2 * 4)
+    assert (least.trained_rows, least.trainings) == (3 * 2 * 6, 1)
+
+
+def held_out(step: PolicyFinetune, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example]) -> tuple[int, int]:
+    learned, scored = step._split(trainset, valset, 0)
+    return len(learned), len(scored)
+
+
+def test_the_best_step_is_chosen_on_part_of_a_large_trainset_or_on_the_valset() -> None:
+    step = PolicyFinetune(is_a)
+    assert held_out(step, words(200), words(50, start=200)) == (180, 20)
+    assert held_out(step, words(40), words(50, start=200)) == (40, 16)
+    assert held_out(step, words(40), ()) == (36, 4)
+    assert held_out(step, words(10), ()) == (10, 0)
+    assert held_out(PolicyFinetune(is_a, validation_share=0), words(200), words(50, start=200)) == (200, 0)
