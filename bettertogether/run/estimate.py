@@ -14,7 +14,6 @@ from ..report.text import compact
 from ..report.view import cost_text
 from ..steps.adapter_step import AdapterStep
 from ..steps.step import StepContext, as_step
-from ..steps.training_step import TrainingStep
 from ..steps.work import Outlook, Work
 from . import strategy
 from .auto import kind_of
@@ -98,7 +97,7 @@ def estimate(plan: Plan) -> Estimate:
     notes += [
         f"{key}: no run of the probe could be learned from, so its training is not counted."
         for key, step in plan.optimizers.items()
-        if isinstance(step, TrainingStep) and key not in measured.trainings
+        if isinstance(step, AdapterStep) and key not in measured.trainings
     ]
     if plan.auto:
         notes.append('"auto" chooses its rounds as it goes, and stops when nothing gains: these are the most it runs.')

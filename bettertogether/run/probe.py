@@ -18,10 +18,10 @@ from ..records import Ledger
 from ..rollouts.labels import stratified_split
 from ..rollouts.rollout import Attempt
 from ..rollouts.traces import ExamplePass, Trace, TraceSet
+from ..steps.adapter_step import AdapterStep
 from ..steps.demo_sets import DemoSets
 from ..steps.step import as_step
 from ..steps.training_probe import TrainingCosts, time_training
-from ..steps.training_step import TrainingStep
 from .plan import Plan
 
 EXAMPLES = 16
@@ -90,9 +90,9 @@ def probe(plan: Plan) -> Probe:
     passed = runs.traces[-teacher.runs :] if teacher else seen.traces
     trainings = dict[str, TrainingCosts]()
     for key, step in plan.optimizers.items():
-        if isinstance(step, TrainingStep):
+        if isinstance(step, AdapterStep):
             with contextlib.suppress(NoTrainingDataError):
-                trainings[key] = time_training(step, plan.student, examples, seen)
+                trainings[key] = time_training(step.timed, plan.student, examples, seen)
     spent = sum((trace.ledger for trace in runs.traces), Ledger()).with_seconds(time.monotonic() - started)
     return Probe(
         plain=without,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
@@ -20,6 +21,9 @@ from ..training.config import LoRAConfig, TrainingConfig
 from .adapter_rows import AdapterKey, adapter_key
 from .rows_from_traces import LocalModel, Trainable
 from .step import Step
+
+if TYPE_CHECKING:
+    from .training_step import TrainingStep
 
 logger = get_logger(__name__)
 
@@ -68,6 +72,11 @@ class AdapterStep(Step, Teleprompter):
         self.max_errors = max_errors
         self.seed = seed
         self.folder = _checked_folder(folder)
+
+    @property
+    @abstractmethod
+    def timed(self) -> TrainingStep:
+        """A step whose training on as many rows takes as long, for `estimate`."""
 
     def trainable(self, student: dspy.Module) -> Trainable:
         """By predictor name, what is to be trained. Raises NotTrainableError and ConfigError."""

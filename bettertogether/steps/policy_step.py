@@ -31,6 +31,8 @@ from .adapter_step import AdapterStep
 from .policy_run import PolicyRun, RunState
 from .rows_from_traces import Trainable
 from .step import StepContext, StepResult
+from .training_step import TrainingStep
+from .weight_step import LoRAFinetune
 from .work import Outlook, Work
 
 _WHOLE_DISTRIBUTION: Mapping[str, tuple[Any, ...]] = {"top_p": (None, 1, 1.0), "top_k": (None,), "n": (None, 1)}
@@ -244,6 +246,12 @@ class PolicyFinetune(AdapterStep):
                 )
                 sessions[key] = stack.enter_context(session)
         return sessions
+
+    @property
+    def timed(self) -> TrainingStep:
+        """A weight step with the program's own prompts."""
+        options: dict[str, Any] = {"multitask": self.multitask, "frozen": self.frozen, "train_prompt": "optimized"}
+        return LoRAFinetune(self.metric, lora=self.lora, training=self.training, **options)
 
     def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
         """The runs of all steps, the answers trained on, and the scoring of the examples held out."""

@@ -164,6 +164,11 @@ class TrainingStep(AdapterStep):
     ) -> Collected:
         """The rows of these runs, and apart those of `held_out`, the runs on `valset`. Raises as `collect` does."""
 
+    @property
+    def timed(self) -> TrainingStep:
+        """Itself."""
+        return self
+
     @abstractmethod
     def probe_rows(
         self, student: dspy.Module, examples: Sequence[dspy.Example], traces: TraceSet, trainable: Trainable
