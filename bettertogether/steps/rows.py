@@ -54,7 +54,7 @@ class Row:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Prompt-completion form that `datasets.load_dataset("json")` and trl read."""
+        """Prompt-completion form that `datasets.load_dataset("json")` and trl read; a pair has "rejected" besides."""
         # As text, since every schema is of another shape, and a column of a table has one.
         asked = None if self.response_format is None else json.dumps(self.response_format, ensure_ascii=False)
         known = {

@@ -81,7 +81,8 @@ class PairLoss:
     def _weights(self, row: AnswerRow) -> list[float]:
         by_field = self.training.balance_fields and bool(row.fields)
         weights = token_weights(row, self.training.skeleton_weight, by_field)
-        return [weight / sum(weights) for weight in weights]
+        total = sum(weights)
+        return [weight / total for weight in weights]
 
 
 def log_probabilities(answers: Sequence[AnswerRow], losses_N: Tensor) -> Tensor:
@@ -111,6 +112,8 @@ class PairObjective:
 
     def prepared(self, rows: Sequence[TokenizedRow]) -> Sequence[TokenizedRow]:
         """The pairs with their log-probabilities under the model as it is, which is the reference."""
+        if not rows:
+            return rows
         self.stepper.adapter.base.eval()
         places: dict[int, int] = {}
 

@@ -273,6 +273,15 @@ def test_the_tokens_that_a_rows_grammar_leaves_free_and_those_of_its_fields_are_
     assert (row.forced[-1], row.fields[-1]) == (True, "")
 
 
+def test_of_a_pair_the_other_answer_is_marked_by_the_same_grammar(engine: TransformersEngine) -> None:
+    pytest.importorskip("llguidance")
+    rejected = COMPLETION.replace("é no", "oui")
+    (pair,), _ = tokenized(engine, [asked(response_format=FORMAT, rejected=rejected)])
+    (row,), _ = tokenized(engine, [asked(response_format=FORMAT, completion=rejected)])
+    assert (pair.rejected_ids, pair.rejected_forced) == (row.completion_ids, row.forced)
+    assert True in row.forced
+
+
 def test_without_a_schema_or_with_an_answer_that_breaks_it_no_token_is_forced(engine: TransformersEngine) -> None:
     rows, _ = tokenized(engine, [asked(), asked(completion="negative", response_format=FORMAT)])
     assert [(row.forced, row.fields) for row in rows] == [([], []), ([], [])]
