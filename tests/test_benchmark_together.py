@@ -66,15 +66,18 @@ def test_means_are_over_seeds_and_then_over_tasks(tmp_path: Path) -> None:
     assert lines[3][:4] == ["all", "tasks", "0.000", "0.375"]
 
 
-def test_what_is_repeated_comes_from_a_cell_of_its_own_and_is_left_out_where_there_is_none(tmp_path: Path) -> None:
-    short, more = cell(), cell(side="repeats", tests={"k9": [1.0, 1.0, 1.0, 0.0]})
-    more["rounds"] = {"w -> w": {**short["rounds"].pop("w -> w"), "test": "k9"}}
+@pytest.mark.parametrize(("side", "strategy"), [("repeats", "w -> w"), ("failures", "w -> g")])
+def test_what_is_added_comes_from_a_cell_of_its_own_and_is_left_out_where_there_is_none(
+    tmp_path: Path, side: str, strategy: str
+) -> None:
+    short, more = cell(), cell(side=side, tests={"k9": [1.0, 1.0, 1.0, 0.0]})
+    more["rounds"] = {strategy: {**short["rounds"].pop("w -> w"), "test": "k9"}}
     del short["rounds"]["w -> p"]
 
     first = means_table(load(write(tmp_path, short))["smollm", "default"]).splitlines()
-    assert "w -> w" not in first[0]
+    assert strategy not in first[0]
     second = means_table(load(write(tmp_path, short, more))["smollm", "default"]).splitlines()
-    assert second[0].index("w -> w") > 0
+    assert second[0].index(strategy) > 0
     assert second[1].split()[:7] == ["iris", "1", "4", "0.000", "0.250", "0.500", "0.750"]
 
 

@@ -3,13 +3,15 @@
     pip install scikit-learn
     python tests/benchmarks/together.py --results FOLDER
         [--tasks sentiment iris router hops arithmetic orders sentence scene reply]
-        [--seeds 0 1 2] [--model smollm|gemma|fake|FOLDER] [--repeats] [--auto] [--theirs] [--limit 50] [--test 150]
+        [--seeds 0 1 2] [--model smollm|gemma|fake|FOLDER] [--repeats] [--failures] [--auto] [--theirs]
+        [--limit 50] [--test 150]
     python tests/benchmarks/together.py --results FOLDER --train-prompt vanilla      # an ablation, beside the default
     python tests/benchmarks/together.py --results FOLDER --table                     # print what is there
 
 For each task and seed one `BetterTogether.compile` runs "p -> w -> p" and "w"; each round is then scored on the test.
-`--repeats` adds a compile of "w -> w" and "w -> p", `--auto` one with strategy="auto", `--theirs` one of
-`dspy.BetterTogether` with dspy's own optimizers over the same engine (together_theirs.py). Ablations, one flag each:
+`--repeats` adds a compile of "w -> w" and "w -> p", `--failures` one of "w -> r" and "w -> g" (r: PreferenceFinetune,
+g: PolicyFinetune), `--auto` one with strategy="auto", `--theirs` one of `dspy.BetterTogether` with dspy's own
+optimizers over the same engine (together_theirs.py). Ablations, one flag each:
 `--train-prompt vanilla|optimized|mixed|varied`, `--skeleton-weight X`, `--learning-rate X|auto`, `--epochs N|auto`,
 `--scheduler averaged|cosine`, `--no-balance-fields`, `--strengths none|0.5,1`, `--no-earlier`. Every cell (task,
 seed, side, ablation, model) runs in a process of its own, one at a time, and is one JSON file in FOLDER; its log lies
@@ -35,6 +37,8 @@ from together_results import Cell, Outcome
 from together_tables import load, tables
 
 TASK_NAMES = ("sentiment", "iris", "router", "hops", "arithmetic", "orders", "sentence", "scene", "reply")
+MORE = ("repeats", "failures", "auto", "theirs")
+"""Sides that are run where they are asked for."""
 
 
 def number_or_word(text: str) -> float | int | str:
@@ -57,9 +61,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", default="smollm", help="smollm, gemma, fake or the folder of a model")
     parser.add_argument("--repeats", action="store_true", help='also "w -> w" and "w -> p"')
+    parser.add_argument("--failures", action="store_true", help='also "w -> r" and "w -> g"')
     parser.add_argument("--auto", action="store_true", help='also strategy="auto"')
     parser.add_argument("--theirs", action="store_true", help="also dspy.BetterTogether")
-    parser.add_argument("--only", nargs="+", choices=["ours", "repeats", "auto", "theirs"], help="these sides alone")
+    parser.add_argument("--only", nargs="+", choices=["ours", *MORE], help="these sides alone")
     parser.add_argument("--limit", type=int, help="examples to train and to choose on, at most")
     parser.add_argument("--test", type=int, help="examples of the test, at most")
     parser.add_argument("--table", action="store_true", help="print the tables alone")
@@ -81,8 +86,7 @@ def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
         *("strengths", "earlier"),
     )
     ablation = {name: value for name in names if (value := getattr(options, name)) is not None}
-    more = {"repeats": options.repeats, "auto": options.auto, "theirs": options.theirs}
-    sides = options.only or ["ours", *(side for side, wanted in more.items() if wanted)]
+    sides = options.only or ["ours", *(side for side in MORE if getattr(options, side))]
     common = {"model": options.model, "limit": options.limit, "test": options.test}
     return [
         {"task": task, "seed": seed, "side": side, "options": {} if side == "theirs" else ablation, **common}

@@ -16,7 +16,15 @@ from models import MODELS
 from together_results import Cell, Outcome
 from together_tasks import TASKS, Task
 
-from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, local_lm
+from bettertogether import (
+    BetterTogether,
+    BootstrapFewShotRS,
+    LoRAFinetune,
+    PolicyFinetune,
+    PreferenceFinetune,
+    TrainingConfig,
+    local_lm,
+)
 from bettertogether.programs.program import model_names, prompts_state, with_prompts
 from bettertogether.records import CELLS
 from bettertogether.rollouts.evaluation import evaluate
@@ -27,7 +35,12 @@ PAPER = ("", "p", "p -> w", "p -> w -> p")
 """The rounds of the paper's strategy, among which "returned" is chosen."""
 OF_TRAINING = ("learning_rate", "epochs", "scheduler", "skeleton_weight", "balance_fields")
 """Options of an ablation that a `TrainingConfig` takes."""
-STRATEGIES = {"ours": ["p -> w -> p", "w"], "repeats": ["w -> w", "w -> p"], "auto": "auto"}
+STRATEGIES = {
+    "ours": ["p -> w -> p", "w"],
+    "repeats": ["w -> w", "w -> p"],
+    "failures": ["w -> r", "w -> g"],
+    "auto": "auto",
+}
 """What one compile of a side runs; the common beginnings once."""
 
 
@@ -105,7 +118,10 @@ def run_ours(outcome: Outcome, task: Task, student: dspy.Module, data: tuple[lis
     """All rounds of one compile, and the 2x2 of "p -> w" on the test."""
     train, val, test = data
     cell = outcome.cell
-    compiled = BetterTogether(task.metric, **steps(task.metric, cell.options)).compile(
+    optimizers = steps(task.metric, cell.options)
+    if cell.side == "failures":
+        optimizers |= {"r": PreferenceFinetune(task.metric), "g": PolicyFinetune(task.metric)}
+    compiled = BetterTogether(task.metric, **optimizers).compile(
         student,
         trainset=train,
         valset=val,

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 PAPER = "p -> w -> p"
-STRATEGIES = ("", "p", "w", "w -> w", "p -> w", "w -> p", PAPER)
+STRATEGIES = ("", "p", "w", "w -> w", "w -> r", "w -> g", "p -> w", "w -> p", PAPER)
+ADDED = ("repeats", "failures")
+"""Sides whose rounds stand beside ours."""
 RESAMPLES = 4000
 
 Scores = "np.ndarray[Any, Any]"
@@ -72,8 +74,9 @@ def load(folder: Path) -> Groups:
         if side == "ours":
             auto = done.get(("auto", model, ablation, task, seed))
             theirs = done.get(("theirs", model, "default", task, seed))
-            more = done.get(("repeats", model, ablation, task, seed), {"rounds": {}, "tests": {}})
-            data = {**data, **{name: more[name] | data[name] for name in ("rounds", "tests")}}
+            for added in ADDED:
+                more = done.get((added, model, ablation, task, seed), {"rounds": {}, "tests": {}})
+                data = {**data, **{name: more[name] | data[name] for name in ("rounds", "tests")}}
             groups.setdefault((model, ablation), []).append(Result(task, seed, data, auto, theirs))
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "default", item[0][1])))
 
@@ -111,11 +114,17 @@ def _minus(one: np.ndarray[Any, Any] | None, other: np.ndarray[Any, Any] | None)
     return None if one is None or other is None else one - other
 
 
+def _round_minus(result: Result, strategy: str, other: str) -> np.ndarray[Any, Any] | None:
+    return result.test(strategy) - result.test(other) if strategy in result.ours["rounds"] else None
+
+
 DIFFERENCES: dict[str, Difference] = {
     "returned - untouched": lambda r: _minus(r.returned(), r.test("")),
     "p->w->p - better of p, w (by validation)": lambda r: r.test(PAPER) - r.better_alone(by_test=False),
     "p->w->p - better of p, w (by test)": lambda r: r.test(PAPER) - r.better_alone(by_test=True),
     "returned - better of p, w (by validation)": lambda r: _minus(r.returned(), r.better_alone(by_test=False)),
+    "w->r - w": lambda r: _round_minus(r, "w -> r", "w"),
+    "w->g - w": lambda r: _round_minus(r, "w -> g", "w"),
     "auto - untouched": lambda r: _minus(r.returned("auto"), r.test("")),
     "auto - better of p, w (by validation)": lambda r: _minus(r.returned("auto"), r.better_alone(by_test=False)),
     "returned - dspy's": lambda r: _minus(r.returned(), r.returned("theirs")),
