@@ -18,8 +18,11 @@ from bettertogether.records import (
     HeldOutLoss,
     LossLine,
     OtherDetails,
+    PolicyDetails,
     PromptDetails,
     RaceResult,
+    RewardedAdapter,
+    RewardLine,
     SampleRow,
     StepRecord,
     TraceCounts,
@@ -101,6 +104,12 @@ def in_schema_1(data: dict[str, Any]) -> dict[str, Any]:
     return {**old, "schema": 1, "details": details}
 
 
+REWARDS = PolicyDetails(
+    adapters={"local/tiny@r1-ab": RewardedAdapter("local/tiny decide", "adapters/r1")},
+    history=(RewardLine(0, held_out_score=0.25), RewardLine(1, 0.5, 0.25, 8, 3, 4, 0.01, 120.5, 0.5)),
+    best_step=1,
+    held_out_examples=4,
+)
 RECORDS = {
     "student": record(index=0, step="", strategy=""),
     "prompt": record(details=PROMPTS, warnings=("all scores are equal",), program=DEMOS),
@@ -110,9 +119,9 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize("name", RECORDS)
-def test_a_record_comes_back_from_json_as_it_was(name: str) -> None:
-    assert StepRecord.from_dict(as_json(RECORDS[name])) == RECORDS[name]
+@pytest.mark.parametrize("kept", [*RECORDS.values(), record(details=REWARDS)], ids=[*RECORDS, "policy"])
+def test_a_record_comes_back_from_json_as_it_was(kept: StepRecord) -> None:
+    assert StepRecord.from_dict(as_json(kept)) == kept
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -10,7 +10,7 @@ from fakes import FakeMLflow
 
 from bettertogether.callbacks import MLflowCallback, emit, listening, warn
 from bettertogether.errors import ConfigError, MissingExtraError
-from bettertogether.records import Ledger, StepRecord
+from bettertogether.records import Ledger, RewardLine, StepRecord
 from bettertogether.report import CompileReport
 from bettertogether.training.progress import TrainingProgress
 
@@ -26,15 +26,19 @@ def test_mlflow_gets_params_scores_losses_and_the_selection(monkeypatch: pytest.
             step=5, total_steps=9, epoch=1.0, loss=0.25, validation_loss=None, tokens=10, learning_rate=1e-4
         )
         emit("training", {"progress": line, "adapter": "a@1"})
+        emit("training", {"progress": line, "rewards": RewardLine(5, 0.5, 0.25, 8, 3, 4, tokens_per_s=90.0)})
         emit("step_end", {"record": record})
         emit("run_end", {"report": CompileReport((record,), 0, 2, "w")})
     calls = [call for call in mlflow.calls if call[0] != "log_text"]
     metrics = {"score": 0.5, "seconds": 0.0, "lm_calls": 4.0, "metric_calls": 2.0, "tokens": 0.0}
+    rewards = {"loss": 0.25, "learning_rate": 1e-4, "reward": 0.5, "spread": 0.25, "examples": 8, "kept_groups": 3}
+    rewards |= {"groups": 4, "tokens_per_s": 90.0}
     assert calls == [
         ("active_run",),
         ("start_run", "try"),
         ("log_params", {"strategy": "w", "seed": "1", "student.hops_0_": "QA"}),
         ("log_metrics", {"step_1/a_1/loss": 0.25, "step_1/a_1/learning_rate": 1e-4}, 5),
+        ("log_metrics", {f"step_1/adapter/{name}": value for name, value in rewards.items()}, 5),
         ("log_metrics", metrics, 0),
         ("set_tag", "step_0", "student: complete"),
         ("log_metric", "selected", 0),

@@ -99,10 +99,21 @@ def rewards_of(step: PolicyFinetune) -> list[float | None]:
     return [line.reward for line in details_of(step).history]
 
 
+class Watcher(Callback):
+    """Keeps what is told of a training."""
+
+    def __init__(self) -> None:
+        self.told: list[events.TrainingEvent] = []
+
+    def on_training(self, event: events.TrainingEvent) -> None:
+        self.told.append(event)
+
+
 def test_a_program_learns_the_letter_that_is_rewarded(engine: TransformersEngine, tmp_path: Path) -> None:
-    step, student = PolicyFinetune(is_a, folder=tmp_path, **QUICK), program_of(engine)
+    step, student, watcher = PolicyFinetune(is_a, folder=tmp_path, **QUICK), program_of(engine), Watcher()
     assert student(word="w9").letter != "a"
-    program = tuned(step, student)
+    with events.listening([watcher]):
+        program = tuned(step, student)
     assert program(word="w9").letter == "a"
     assert student(word="w9").letter != "a"
     none, first, *_, last = rewards_of(step)
@@ -113,6 +124,8 @@ def test_a_program_learns_the_letter_that_is_rewarded(engine: TransformersEngine
     details = details_of(step)
     assert [line.held_out_score for line in details.history] == [0.0, None, None, 1.0]
     assert (details.best_step, details.held_out_examples, list(details.adapters)) == (3, 4, [program.lm.model])
+    assert [event["rewards"] for event in watcher.told] == list(details.history[1:])
+    assert watcher.told[-1]["progress"].tokens == step.ledger.trained_tokens > 0
     assert (step.ledger.program_calls, step.step_gain) == (3 * 12 + 2 * 4, None)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [program.lm.model.partition("/")[2]]
 
