@@ -15,7 +15,15 @@ from small_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bettertogether
-from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, local_lm
+from bettertogether import (
+    BetterTogether,
+    BootstrapFewShotRS,
+    LoRAFinetune,
+    PreferenceFinetune,
+    TrainingConfig,
+    local_lm,
+)
+from bettertogether.records import WeightDetails
 from bettertogether.steps.prompt_capture import render_prompt
 
 
@@ -178,3 +186,50 @@ def test_a_small_weight_on_what_the_grammar_forces_makes_answers_right_where_no_
     answers = [tuned.lm(messages=list(render_prompt(tuned, engine, e.inputs(), [])))[0] for e in things(20)]
     texts = [answer["text"] if isinstance(answer, dict) else answer for answer in answers]
     assert sum(t == json.dumps({"colour": e.colour}, indent=2) for t, e in zip(texts, things(20), strict=True)) == right
+
+
+class Paint(dspy.Signature):
+    """Name a paint for the thing, and how to put it on."""
+
+    thing: str = dspy.InputField()
+    colour: str = dspy.InputField()
+    tool: Literal["brush", "roller"] = dspy.OutputField()
+
+
+class Painter(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.colour = dspy.Predict(Colour)
+        self.tool = dspy.Predict(Paint)
+
+    def forward(self, thing: str) -> dspy.Prediction:
+        colour = self.colour(thing=thing).colour
+        return dspy.Prediction(colour=colour, tool=self.tool(thing=thing, colour=colour).tool)
+
+
+def test_of_two_modules_the_one_at_fault_is_blamed_and_learns_what_the_metric_prefers(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    student = Painter()
+    student.set_lm(local_lm(model_folder, max_tokens=64))
+    asked = [example.thing for example in things(12)]
+    usual = student(thing=asked[0]).colour
+    other = {"red": "blue", "blue": "red"}[usual]
+    step = PreferenceFinetune(
+        lambda example, prediction, trace=None: prediction.colour == other,
+        temperature=1.5,
+        max_pairs_per_example=1,
+        validation_share=0.0,
+        multitask=False,
+        training=TrainingConfig(learning_rate=3e-3, epochs=6, batch_size=4, dtype="float32"),
+        folder=tmp_path,
+    )
+    tuned = step.compile(student, trainset=things(8))
+    assert step.last is not None
+    assert isinstance(step.last.details, WeightDetails)
+    blame = step.last.details.blame
+    assert blame["colour"].repaired > blame["tool"].repaired == 0
+    assert step.last.details.data_card.kept_by_predictor.keys() == {"colour"}
+    assert [tuned(thing=thing).colour for thing in asked] == [other] * 12
+    tools = [[program.tool(thing=thing, colour=other).tool for thing in asked] for program in (student, tuned)]
+    assert tools[0] == tools[1]
