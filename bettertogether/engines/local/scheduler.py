@@ -60,6 +60,8 @@ class Scheduler:
         self._model_in_use = threading.Lock()
         self._pauses = 0
         """Threads that want the model to themselves; a lock alone would let the worker take it again first."""
+        self._trainings = 0
+        """Threads that are in a training, or get one ready."""
         self._thread: threading.Thread | None = None
         self._closed = False
         self._pid = os.getpid()
@@ -116,12 +118,28 @@ class Scheduler:
         return {**counters, **(decoder.counters() if decoder else {"forward_passes": 0, "prefix_tokens_reused": 0})}
 
     @contextmanager
+    def training(self) -> Iterator[None]:
+        """A training from first to last, for whose end the end of the program waits a while. Raises
+        EngineClosedError."""
+        self.check_open()
+        with self._wake:
+            self._trainings += 1
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._trainings -= 1
+                self._wake.notify_all()
+
+    @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the worker between two steps, so that the caller may use the model (and most of its memory)."""
+        """Hold the worker between two steps, so that the caller may use the model (and most of its memory). Raises
+        EngineClosedError."""
         with self._wake:
             self._pauses += 1
         try:
             with self._model_in_use:
+                self.check_open()
                 if self._decoder is not None and not self._running:
                     self._decoder.reset()
                 yield
@@ -164,10 +182,11 @@ class Scheduler:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def wait_for_training(self) -> None:
-        """Wait a while for the thread that holds the model; its next progress line ends a closed engine's training."""
-        if self.is_ours and self._model_in_use.acquire(timeout=EXIT_WAIT_S):
-            self._model_in_use.release()
+    def wait_for_trainings(self) -> None:
+        """Wait a while for the threads that train; the next progress line ends a closed engine's training."""
+        if self.is_ours:
+            with self._wake:
+                self._wake.wait_for(lambda: not self._trainings, EXIT_WAIT_S)
 
     def close(self) -> None:
         """Stop the worker; pending jobs fail with EngineClosedError."""
@@ -352,7 +371,7 @@ def _stop_all() -> None:
     # A daemon thread that comes back from a kernel after the interpreter has gone ends the process with SIGABRT.
     for scheduler in list(_alive):
         scheduler.stop()
-        scheduler.wait_for_training()
+        scheduler.wait_for_trainings()
 
 
 atexit.register(_stop_all)

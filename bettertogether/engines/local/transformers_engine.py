@@ -202,8 +202,8 @@ class TransformersEngine(BaseEngine):
         Requests wait for the end of the training; while `on_progress` runs they are answered, so that it may ask, too.
         Where other processes train, the model is freed for them, and loaded again for the next request.
         """
-        self._scheduler.check_open()
-        return super().finetune(rows, **options)
+        with self._scheduler.training():
+            return super().finetune(rows, **options)
 
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
         if job.training.launched:
@@ -224,8 +224,7 @@ class TransformersEngine(BaseEngine):
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Train inside the block, while nothing is answered."""
-        self._scheduler.check_open()
-        with self._turn.taken(self.short_name), self._scheduler.exclusive():
+        with self._scheduler.training(), self._turn.taken(self.short_name), self._scheduler.exclusive():
             yield
 
     def serve(self, training: PolicyTraining, round_number: int, folder: Path) -> str:

@@ -226,6 +226,7 @@ BODIES = {
     "plain": ("later(*[lambda n=n: engine.complete(ask(str(n), 3500)) for n in range(8)])", 0),
     "error": ("later(lambda: engine.complete(ask('q', 3500))); raise ValueError('mine')", 1),
     "training": ("later(train)", 0),
+    "training about to begin": ("threading.Thread(target=train, daemon=True).start()", 0),
 }
 
 

@@ -262,6 +262,21 @@ def test_the_model_is_the_callers_alone_between_two_steps(scheduler: Scheduler, 
     assert long.future.result(timeout=30).generated_tokens == 2000
 
 
+def test_no_training_begins_on_a_closed_engine_and_the_end_of_the_program_waits_for_the_thread_that_was_to(
+    scheduler: Scheduler,
+) -> None:
+    with scheduler.training():
+        scheduler.stop()
+        end = threading.Thread(target=scheduler.wait_for_trainings)
+        end.start()
+        end.join(0.05)
+        assert end.is_alive()
+        with pytest.raises(EngineClosedError), scheduler.exclusive():
+            pytest.fail("the model was given away")
+    end.join(10)
+    assert not end.is_alive()
+
+
 def test_an_idle_decoder_frees_its_memory_for_the_caller(scheduler: Scheduler, decoder: FakeDecoder) -> None:
     run(scheduler, job(1))
     with scheduler.exclusive():
