@@ -1,7 +1,7 @@
 """The prompt step: `BootstrapFewShotRS`, the paper's BFRS (section 3.1), done once and in parallel.
 
-Split the trainset in two; bootstrap traces on the first part once; sample few-shot sets from them; score each on the
-second part; keep the best.
+Bootstrap traces once; sample few-shot sets from them; score each on other examples, those of the valset or a part of
+the trainset; keep the best.
 """
 
 from __future__ import annotations
