@@ -81,7 +81,7 @@ def student_engine(name: str) -> FakeEngine:
 
 def arguments(name: str, folder: Path, *more: str) -> list[str]:
     data = TASKS[name][1](folder / "data")
-    return ["--data", str(data), "--run-dir", str(folder / "run"), "--seeds", "1", "--limit", "6", *more]
+    return ["--data", str(data), "--run-dir", str(folder / "run"), "--seeds", "1", "--limit", "8", *more]
 
 
 @pytest.fixture(scope="module", params=TASKS)
