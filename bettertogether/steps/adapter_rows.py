@@ -50,11 +50,17 @@ def enough_held_out(rows: Sequence[Row]) -> bool:
     return len({row.example for row in rows}) >= FEWEST_HELD_OUT
 
 
+def held_out_count(examples: int, share: float) -> int:
+    """How many of so many examples are held out; 0 where they would be too few."""
+    count = max(round(share * examples), FEWEST_HELD_OUT)
+    return count if share and count <= max(share, MOST_SHARE) * examples else 0
+
+
 def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Rows to train on and rows held out, by example; none held out where they would be too few."""
     examples = sorted({row.example for row in rows})
-    count = max(round(share * len(examples)), FEWEST_HELD_OUT)
-    if not share or count > max(share, MOST_SHARE) * len(examples):
+    count = held_out_count(len(examples), share)
+    if not count:
         return list(rows), []
     labels = {row.example: row.label for row in rows}
     held_out = set(stratified_order(examples, [labels[example] for example in examples], seed)[:count])

@@ -12,15 +12,18 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..checks import is_number, require_one_of, require_pass_options, require_switch, require_threshold
 from ..engines.protocol import MODEL_PREFIX
-from ..errors import ConfigError, NotTrainableError
+from ..errors import ConfigError, DataError, NotTrainableError
 from ..lm import local_engine, require_engine
 from ..printable import get_logger
 from ..programs.program import copy_for_step, predictors_of
+from ..rollouts.examples import check_examples
+from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import Metric, require_metric
+from ..rollouts.settings import RunSettings
 from ..training.config import LoRAConfig, TrainingConfig
-from .adapter_rows import AdapterKey, adapter_key
+from .adapter_rows import ENOUGH_HELD_OUT, FEWEST_HELD_OUT, AdapterKey, adapter_key
 from .rows_from_traces import LocalModel, Trainable
-from .step import Step
+from .step import Step, StepContext
 
 if TYPE_CHECKING:
     from .training_step import TrainingStep
@@ -31,8 +34,6 @@ logger = get_logger(__name__)
 class AdapterStep(Step, Teleprompter):
     """Base of the steps that train one adapter per LM, or one per predictor, and put the tuned LMs into the program.
     `LoRAFinetune` says what the arguments mean."""
-
-    spares_valset = False
 
     def __init__(
         self,
@@ -93,6 +94,30 @@ class AdapterStep(Step, Teleprompter):
         for name in active.keys() - found.keys():
             logger.info("Predictor %r keeps its LM %s, which is not local.", name, active[name].lm.model)
         return found
+
+    def measured(
+        self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example], seed: int
+    ) -> Sequence[dspy.Example]:
+        """The examples of the valset on which the best weights are chosen; none where the trainset has enough."""
+        share = self.validation_share
+        if not share or round(share * len(trainset)) >= ENOUGH_HELD_OUT:
+            return ()
+        chosen = stratified_split(valset, ENOUGH_HELD_OUT, seed)[0]
+        return chosen if len(chosen) >= FEWEST_HELD_OUT else ()
+
+    def _checked(
+        self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example] | None, given: RunSettings
+    ) -> RunSettings:
+        """The settings of a run on these examples. Raises DataError."""
+        if not trainset:
+            raise DataError("trainset cannot be empty: give the examples to run the program on.")
+        check_examples(trainset, "trainset")
+        check_examples(valset or (), "valset")
+        return given.or_else(num_threads=self.num_threads, max_errors=self.max_errors, seed=self.seed)
+
+    def _folder(self, context: StepContext) -> Path | None:
+        """Where adapters go; None: the cache."""
+        return self.folder if context.folder is None else Path(context.folder).expanduser()
 
     @property
     def clears_demos(self) -> bool:

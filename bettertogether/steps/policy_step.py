@@ -15,18 +15,17 @@ import dspy
 
 from ..callbacks import events
 from ..engines.protocol import MODEL_PREFIX, PolicyEngine
-from ..errors import ConfigError, DataError, NotTrainableError
+from ..errors import ConfigError, NotTrainableError
 from ..files import cache_folder, working_folder
 from ..programs.behaviour import BehaviourWalk
 from ..programs.content import dataset_hash
 from ..programs.program import predictors_of, require_program, require_reachable
 from ..records import PolicyDetails, RewardedAdapter
-from ..rollouts.examples import check_examples
 from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.settings import RunSettings
 from ..training.config import LoRAConfig, PolicyConfig, TrainingConfig
-from .adapter_rows import ENOUGH_HELD_OUT, FEWEST_HELD_OUT, MOST_SHARE, AdapterKey, adapter_key
+from .adapter_rows import AdapterKey, adapter_key, held_out_count
 from .adapter_step import AdapterStep
 from .policy_run import PolicyRun, RunState
 from .rows_from_traces import Trainable
@@ -129,17 +128,12 @@ class PolicyFinetune(AdapterStep):
         started = time.monotonic()
         require_reachable(require_program(student))
         trainable = self.trainable(student)
-        if not context.trainset:
-            raise DataError("trainset cannot be empty: give the examples to run the program on.")
-        check_examples(context.trainset, "trainset")
-        check_examples(context.valset or (), "valset")
+        settings = self._checked(context.trainset, context.valset, context.settings)
         assert self.metric is not None
-        settings = context.settings.or_else(num_threads=self.num_threads, max_errors=self.max_errors, seed=self.seed)
         trainset, held_out = self._split(context.trainset, context.valset or (), settings.seed or 0)
         asked = [self._asked(student), *map(dataset_hash, (trainset, held_out)), settings.seed]
         name = BehaviourWalk(lasting=True).of(asked)
-        folder = self.folder if context.folder is None else Path(context.folder).expanduser()
-        folder = cache_folder() / "adapters" if folder is None else folder
+        folder = self._folder(context) or cache_folder() / "adapters"
         starts = self._starts(trainable)
         with working_folder(folder, f"policy-{name[:12]}") as work:
             with ExitStack() as open_sessions:
@@ -209,14 +203,10 @@ class PolicyFinetune(AdapterStep):
         self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example], seed: int
     ) -> tuple[Sequence[dspy.Example], Sequence[dspy.Example]]:
         """The examples to learn from, and those to choose the best step on."""
-        share = self.validation_share
-        if not share:
-            return trainset, ()
-        number = round(share * len(trainset))
-        if number < ENOUGH_HELD_OUT and len(valset) >= FEWEST_HELD_OUT:
-            return trainset, stratified_split(valset, ENOUGH_HELD_OUT, seed)[0]
-        number = max(number, FEWEST_HELD_OUT)
-        if number > max(share, MOST_SHARE) * len(trainset):
+        if measured := self.measured(trainset, valset, seed):
+            return trainset, measured
+        number = held_out_count(len(trainset), self.validation_share)
+        if not number:
             return trainset, ()
         held_out, rest = stratified_split(trainset, number, seed)
         return rest, held_out

@@ -23,7 +23,6 @@ from .rows import Row
 from .rows_from_traces import Collected, RowOptions, Trainable, rows_from_traces
 from .step import StepContext, StepResult
 from .training_step import TrainingStep
-from .training_work import training_work
 from .work import Outlook, Work
 
 
@@ -92,7 +91,7 @@ class PreferenceFinetune(TrainingStep):
 
     def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
         """The runs for pairs and the training on them, as the outlook has them."""
-        return training_work(self, student, replace(context, teachers=()), outlook)
+        return super().work(student, replace(context, teachers=()), outlook)
 
     def rows_of(
         self,

@@ -19,14 +19,10 @@ from ..errors import ConfigError, DataError, NoTrainingDataError
 from ..printable import get_logger
 from ..programs.program import as_programs, require_program, require_reachable
 from ..records import Ledger
-from ..rollouts.examples import check_examples
-from ..rollouts.labels import stratified_split
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
 from .adapter_rows import (
-    ENOUGH_HELD_OUT,
-    FEWEST_HELD_OUT,
     AdapterKey,
     adapter_key,
     enough_held_out,
@@ -39,6 +35,8 @@ from .rows import Row, read_rows, write_rows
 from .rows_from_traces import Collected, Trainable
 from .step import StepContext, StepResult
 from .training_details import fall_of_loss, rows_file, weight_details
+from .training_work import training_work
+from .work import Outlook, Work
 
 logger = get_logger(__name__)
 
@@ -99,7 +97,7 @@ class TrainingStep(AdapterStep):
             collected = self._given(context.rows, trainable)
         for warning in collected.card.warnings:
             events.warn(warning)
-        folder = self.folder if context.folder is None else Path(context.folder).expanduser()
+        folder = self._folder(context)
         starts = self._starts(trainable)
         results = self._train(collected, trainable, context.settings.seed, folder)
         trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
@@ -125,11 +123,7 @@ class TrainingStep(AdapterStep):
         """The rows that `compile` would train on; `earlier` are programs whose prompts they may be shown with too.
         Raises NoTrainingDataError with the counts when there are none."""
         trainable = self.trainable(student)
-        if not trainset:
-            raise DataError("trainset cannot be empty: give the examples to run the program on.")
-        check_examples(trainset, "trainset")
-        check_examples(valset or (), "valset")
-        settings = settings.or_else(num_threads=self.num_threads, max_errors=self.max_errors, seed=self.seed)
+        settings = self._checked(trainset, valset, settings)
 
         def traces_of(examples: Sequence[dspy.Example], phase: str) -> TraceSet:
             return collect_traces(
@@ -148,6 +142,10 @@ class TrainingStep(AdapterStep):
         return self.rows_of(
             student, trainset, traces, trainable, valset=measured, held_out=held_out, earlier=earlier, seed=seed
         )
+
+    def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
+        """The tries for rows and the training on them, as the outlook has them."""
+        return training_work(self, student, context, outlook)
 
     @abstractmethod
     def rows_of(
@@ -183,12 +181,8 @@ class TrainingStep(AdapterStep):
     def measured(
         self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example], seed: int
     ) -> Sequence[dspy.Example]:
-        """The examples of the valset on which the epoch is chosen; none where the trainset has enough."""
-        share = self.validation_share
-        if not (share and self.training.keep_best) or round(share * len(trainset)) >= ENOUGH_HELD_OUT:
-            return ()
-        chosen = stratified_split(valset, ENOUGH_HELD_OUT, seed)[0]
-        return chosen if len(chosen) >= FEWEST_HELD_OUT else ()
+        """The examples of the valset on which the epoch is chosen, where any is."""
+        return super().measured(trainset, valset, seed) if self.training.keep_best else ()
 
     def _given(self, rows: Sequence[Row] | str | Path, trainable: Trainable) -> Collected:
         if not isinstance(rows, Sequence | Path):

@@ -18,10 +18,7 @@ from ..rollouts.traces import TEMPERATURES, Sampling, TraceSet
 from ..training.config import LoRAConfig, TrainingConfig
 from .rows import Row
 from .rows_from_traces import Collected, Reasoning, RowOptions, Trainable, TrainPrompt, rows_from_traces
-from .step import StepContext
 from .training_step import TrainingStep
-from .training_work import training_work
-from .work import Outlook, Work
 
 ENOUGH_SOLVED = 16
 """Examples solved from which on those that failed are not tried more often than asked for."""
@@ -148,10 +145,6 @@ class LoRAFinetune(TrainingStep):
             "train_prompt": "vanilla",
         }
         return cls(metric, **(paper | options))
-
-    def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
-        """The tries for rows and the training on them, as the outlook has them."""
-        return training_work(self, student, context, outlook)
 
     def probe_rows(
         self, student: dspy.Module, examples: Sequence[dspy.Example], traces: TraceSet, trainable: Trainable

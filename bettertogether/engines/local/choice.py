@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...printable import get_logger
 from ...training.layers import more_than_attention
@@ -27,27 +28,29 @@ def make_decoder(model: Any, adapters: AdapterBank, cache_bytes: int | None) -> 
         share = cache_share(model.device, free_bytes(model.device)) if cache_bytes is None else cache_bytes
         return PackedDecoder(model, adapters, cache_bytes=share)
     logger.warning("%s answers in padded batches, without shared prefixes: %s.", type(model).__name__, reason)
-    pads, joins = (_same_logits_in_a_batch(model, adapters, joined=joined) for joined in (False, True))
-    return PlainDecoder(model, adapters, pads=pads, joins=joins)
+    return PlainDecoder(model, adapters, **_batching(model, adapters))
 
 
-def _same_logits_in_a_batch(model: Any, adapters: AdapterBank, *, joined: bool) -> bool:
-    """Whether a prompt gets its own logits beside a longer one, padded to its length, or joining it when that one is
-    under way."""
+def _batching(model: Any, adapters: AdapterBank) -> dict[str, bool]:
+    """Whether a prompt gets its own logits beside a longer one: padded to its length (`pads`), and joining it when that
+    one is under way (`joins`)."""
     vocabulary = model.config.get_text_config().vocab_size
     prompts = [[(7919 * place + 11) % vocabulary for place in range(length)] for length in (19, 12)]
     decoder = PlainDecoder(model, adapters)
     alone_B_V = torch.cat([decoder.probe([prompt]) for prompt in prompts]).float()
+
+    def are_alone(found_B_V: Tensor) -> bool:
+        tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
+        errors_B = (found_B_V.float() - alone_B_V).norm(dim=-1)
+        return bool((errors_B <= tolerance * alone_B_V.norm(dim=-1)).all())
+
+    pads = are_alone(decoder.probe(prompts))
     try:
-        found_B_V = decoder.probe(prompts, joined=joined).float()
+        joins = are_alone(decoder.probe(prompts, joined=True))
     except Exception as error:  # whatever a model's code makes of its cache
-        logger.info(
-            "%s takes no row into a batch under way: %s: %s.", type(model).__name__, type(error).__name__, error
-        )
-        decoder.reset()
-        return False
-    tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
-    return bool(((found_B_V - alone_B_V).norm(dim=-1) <= tolerance * alone_B_V.norm(dim=-1)).all())
+        logger.info("Rows of %s can't join a batch: %s: %s.", type(model).__name__, type(error).__name__, error)
+        joins = False
+    return {"pads": pads, "joins": joins}
 
 
 def why_not_packed_decoder(model: Any, adapters: AdapterBank) -> str | None:
