@@ -15,7 +15,7 @@ import functools
 import sys
 import types
 from collections.abc import Iterator, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import dspy
@@ -227,8 +227,17 @@ def _module_is_own(name: str) -> bool:
     top = name.partition(".")[0]
     if top in _OURS or (top in sys.stdlib_module_names and top != "__main__"):
         return False
-    file = getattr(sys.modules.get(name), "__file__", None) or ""
-    return not {"site-packages", "dist-packages"} & set(PurePath(file).parts)
+    file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+    if {"site-packages", "dist-packages"} & set(file.parts):
+        return False
+    return not any(top in _installed(place.parent) for place in (file, *file.parents) if place.stem == top)
+
+
+@functools.lru_cache(maxsize=1000)
+def _installed(folder: Path) -> frozenset[str]:
+    """Top-level names of what pip put into a folder of any name (`pip install --target`)."""
+    records = [record.read_text(encoding="utf-8") for record in folder.glob("*.dist-info/RECORD")]
+    return frozenset(PurePath(line.partition("/")[0]).stem for record in records for line in record.splitlines())
 
 
 _PICKLING = ("__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__getnewargs_ex__")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import threading
 import uuid
@@ -16,6 +17,7 @@ from fakes import Parity, learner, numbers, parity_engine, parity_match, plain_l
 
 from bettertogether import BetterTogether, LoRAFinetune
 from bettertogether.errors import RunDirectoryError
+from bettertogether.programs.behaviour import is_own
 from bettertogether.testing import FakeEngine
 
 STRICT = 1.0
@@ -347,3 +349,17 @@ def test_a_run_json_whose_optimizers_are_damaged_is_refused(tmp_path: Path) -> N
     path.write_text(json.dumps(header))
     with pytest.raises(RunDirectoryError, match=r"run\.json is damaged"):
         call(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("name", "own"), [("packaged_metrics", False), ("my_metrics", True)])
+def test_code_that_pip_put_into_a_folder_of_any_name_counts_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, own: bool
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("def metric(example, pred, trace=None):\n    return 1.0\n")
+    (tmp_path / "some-1.0.dist-info").mkdir()
+    (tmp_path / "some-1.0.dist-info" / "RECORD").write_text(
+        "packaged_metrics/__init__.py,sha256=x,1\nsome-1.0.dist-info/RECORD,,\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert is_own(importlib.import_module(name).metric) is own
