@@ -69,7 +69,7 @@ class TrainingConfig:
     held-out loss stops falling (see `patience`). The best of them is kept, see `keep_best`."""
     patience: int = 3
     """With epochs="auto", `keep_best` and validation rows: epochs without a lower held-out loss after which to stop, if
-    the loss has risen since or is nearly 0; else more, see `training/length.py`."""
+    the loss has risen since, as rows were learned by heart, or is nearly 0; else more, see `training/length.py`."""
     max_minutes: float | None = None
     """Stop at the end of the epoch after which the next would take longer than this (within the first epoch: after the
     step that does). None: no limit."""

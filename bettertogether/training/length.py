@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from statistics import fmean
 
 from ..printable import get_logger
 from .config import TrainingConfig
+from .progress import TrainingProgress
 
 TIMED_STEPS = 4
 """Optimizer steps after which the time of the whole run is foretold; the first is slower than the others."""
@@ -25,20 +27,29 @@ apart first learns how often each occurs, and stays there for some 20 to 60 step
 logger = get_logger(__name__)
 
 
+def told_held_out(history: Sequence[TrainingProgress]) -> list[float]:
+    """The held-out loss before training, then after each epoch."""
+    return [line.validation_loss for line in history if line.validation_loss is not None]
+
+
 def epochs_without_fall(losses: Sequence[float]) -> int:
     """How many of the last epochs brought no lower held-out loss; `losses` before training, then after each epoch."""
     return len(_since_low(losses))
 
 
-def has_settled(losses: Sequence[float], steps_per_epoch: int, patience: int) -> bool:
-    """Whether more epochs won't lower the held-out loss: `patience` of them brought no fall, and all of them rose, or
-    it has hardly anything left to fall by, or there was none for `PLATEAU_STEPS`."""
+def has_settled(losses: Sequence[float], trained: float, steps_per_epoch: int, patience: int) -> bool:
+    """Whether more epochs won't lower the held-out loss: `patience` of them brought no fall, and it rose in all of them
+    as rows were learned by heart, or it has hardly anything left to fall by, or there was none for `PLATEAU_STEPS`.
+
+    `trained`: the mean loss of the last epoch's steps. Where that is no lower than the held-out loss ever was, nothing
+    is learned by heart yet: a rise is the noise of a plateau.
+    """
     since = _since_low(losses)
     if len(since) < patience:
         return False
     low, least = min(losses[1:]), FALL * losses[0]
-    rises = min(since[-patience:]) > low + least
-    return rises or low < NEARLY_ZERO * losses[0] or len(since) * steps_per_epoch >= PLATEAU_STEPS
+    by_heart = trained < low < min(since[-patience:]) - least
+    return by_heart or low < NEARLY_ZERO * losses[0] or len(since) * steps_per_epoch >= PLATEAU_STEPS
 
 
 def _since_low(losses: Sequence[float]) -> list[float]:
@@ -107,14 +118,17 @@ class RunLength:
         """Whether another epoch, as long as the `epoch` before it, would end after the time is over."""
         return self.too_long(seconds * (epoch + 1) / epoch)
 
-    def lost_patience(self, losses: Sequence[float]) -> bool:
-        """Whether the held-out loss has not fallen for too long; `losses` as for `epochs_without_fall`."""
-        return self._patience is not None and has_settled(losses, self.steps_per_epoch, self._patience)
+    def lost_patience(self, history: Sequence[TrainingProgress]) -> bool:
+        """Whether the held-out loss has not fallen for too long, after a whole epoch."""
+        if self._patience is None:
+            return False
+        trained = [line.loss for line in history[-1 - self.steps_per_epoch :] if line.loss is not None]
+        return has_settled(told_held_out(history), fmean(trained), self.steps_per_epoch, self._patience)
 
-    def say_why(self, epoch: int, losses: Sequence[float], step: int) -> None:
+    def say_why(self, epoch: int, history: Sequence[TrainingProgress], step: int) -> None:
         """Say why the run has ended before its last epoch."""
-        if self.lost_patience(losses):
-            reason = f"no lower held-out loss since epoch {epoch - epochs_without_fall(losses)}"
+        if self.lost_patience(history):
+            reason = f"no lower held-out loss since epoch {epoch - epochs_without_fall(told_held_out(history))}"
         elif step < epoch * self.steps_per_epoch:
             reason = f"max_minutes={self._max_minutes:g} are over, within the first epoch"
         else:

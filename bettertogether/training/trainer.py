@@ -197,11 +197,10 @@ class _Run:
         epoch = self.state.epoch
         if epoch == 0:
             return False
-        losses = [line.validation_loss for line in self.history if line.validation_loss is not None]
         too_long = self._agreed(self.length.next_too_long(epoch, self._seconds))
-        ends = too_long or self.length.lost_patience(losses)
+        ends = too_long or self.length.lost_patience(self.history)
         if ends and self.sharing.is_main:
-            self.length.say_why(epoch, losses, self.state.step)
+            self.length.say_why(epoch, self.history, self.state.step)
         return ends
 
     def _agreed(self, over: bool) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from bettertogether.training import TrainingConfig
 from bettertogether.training import length as length_module
 from bettertogether.training import trainer as trainer_module
 from bettertogether.training.auto import auto_epochs, auto_learning_rate, resolved
-from bettertogether.training.length import epochs_without_fall, has_settled
+from bettertogether.training.length import epochs_without_fall, has_settled, told_held_out
 from bettertogether.training.progress import TrainingProgress
 from bettertogether.training.trainer import TrainingResult, train_adapter
 
@@ -61,7 +62,7 @@ def train(folder: Path, lines: list[TrainingProgress] | None = None, on_progress
 
 
 def losses(result: TrainingResult) -> list[float]:
-    return [line.validation_loss for line in result.history if line.validation_loss is not None][1:]
+    return told_held_out(result.history)[1:]
 
 
 OVERFITTING: dict[str, Any] = {"learning_rate": 0.03, "scheduler": "constant", "warmup_ratio": 0.0}
@@ -71,7 +72,9 @@ def test_auto_stops_when_the_held_out_loss_has_had_no_new_low_for_as_long_as_the
     whole = train(tmp_path / "whole", **OVERFITTING, epochs=20)
     result = train(tmp_path / "auto", **OVERFITTING, patience=2)
     seen = [whole.base_validation_loss, *losses(whole)]
-    ends = next(epoch for epoch in range(21) if has_settled(seen[: epoch + 1], steps_per_epoch=3, patience=2))
+    trained = [line.loss for line in whole.history if line.loss is not None]
+    by_epoch = [0.0, *(fmean(trained[start : start + 3]) for start in range(0, 60, 3))]
+    ends = next(end for end in range(21) if has_settled(seen[: end + 1], by_epoch[end], steps_per_epoch=3, patience=2))
     assert losses(result) == losses(whole)[:ends]
     assert result.best_epoch == losses(whole).index(min(losses(whole)[:ends])) + 1
     assert {line.total_steps for line in result.history} == {60}
@@ -110,7 +113,15 @@ def test_a_loss_is_lower_when_it_fell_by_a_share_of_what_it_was_before(losses: l
 def test_a_loss_that_has_risen_or_is_nearly_zero_ends_a_run_sooner_than_one_that_stays(
     losses: list[float], settled: bool
 ) -> None:
-    assert has_settled(losses, steps_per_epoch=6, patience=2) is settled
+    assert has_settled(losses, 0.0, steps_per_epoch=6, patience=2) is settled
+
+
+def test_a_rise_ends_a_run_only_where_rows_are_learned_by_heart() -> None:
+    """Labels at chance, log(3), whose loss goes up and down before they are told apart."""
+    losses = [4.2, 1.2, 1.3, 1.5, 1.4]
+    assert has_settled(losses, 0.1, steps_per_epoch=5, patience=3)
+    assert not has_settled(losses, 1.8, steps_per_epoch=5, patience=3)
+    assert has_settled([*losses, *[1.3] * 5], 1.8, steps_per_epoch=5, patience=3)
 
 
 def test_a_number_of_epochs_is_run_whatever_the_held_out_loss_says(tmp_path: Path) -> None:
