@@ -20,7 +20,7 @@ PACKAGE = Path(bettertogether.__file__).parent
 ROOT = Path(__file__).parents[1]
 
 WINGS = {
-    "ground": "checks errors files printable processes programs records redaction versions",
+    "ground": "checks errors extras files printable processes programs records redaction versions",
     "training": "training",
     "engines": "engines",
     "lm": "lm downloads",
@@ -262,7 +262,7 @@ def test_an_optional_package_is_named_in_one_module() -> None:
     tops = {module: {name.split(".")[0] for name, _ in names_in(module)} for module in MODULES}
     for package, leaf in OPTIONAL.items():
         users = {module for module in MODULES if package in tops[module]}
-        users |= {module for module, text in texts.items() if f'import_module("{package}' in text}
+        users |= {module for module, text in texts.items() if f'extra_module("{package}' in text}
         assert users == {leaf}, package
     assert {module: names & NEVER for module, names in tops.items() if names & NEVER} == {}
 

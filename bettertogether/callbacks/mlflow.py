@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from ..errors import ConfigError, MissingExtraError
+from ..errors import ConfigError
+from ..extras import extra_module
 from .tracking import Files, Status, Tracking
 
 _LONGEST_PARAM = 500
@@ -28,12 +27,7 @@ class MLflowCallback(Tracking):
     def __init__(self, run_name: str | None = None) -> None:
         if not isinstance(run_name, str | None):
             raise ConfigError(f"run_name={run_name!r} is not allowed: give a text, or None for MLflow's own.")
-        try:
-            self._mlflow: Any = importlib.import_module("mlflow")
-        except ImportError as error:
-            raise MissingExtraError(
-                "MLflowCallback needs mlflow, which is not installed: pip install 'bettertogether[mlflow]'."
-            ) from error
+        self._mlflow = extra_module("mlflow", "MLflowCallback")
         self._run_name = run_name
         self._started = False
 

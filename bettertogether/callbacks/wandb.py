@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import MissingExtraError
+from ..extras import extra_module
 from .tracking import Files, Status, Tracking
 
 
@@ -19,12 +18,7 @@ class WandbCallback(Tracking):
     """
 
     def __init__(self) -> None:
-        try:
-            self._wandb: Any = importlib.import_module("wandb")
-        except ImportError as error:
-            raise MissingExtraError(
-                "WandbCallback needs wandb, which is not installed: pip install 'bettertogether[wandb]'."
-            ) from error
+        self._wandb = extra_module("wandb", "WandbCallback")
         self._run: Any = None
         self._started = False
         self._defined: set[str] = set()

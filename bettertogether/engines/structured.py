@@ -7,7 +7,6 @@ one it was shown, and every byte of the frame is forced, which costs no forward 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import threading
@@ -19,6 +18,7 @@ from typing import Any
 from dspy.lm15 import UnsupportedFeatureError
 
 from ..errors import MissingExtraError
+from ..extras import is_installed
 from ..printable import get_logger
 from .json_layout import lark_grammar
 from .thinking import AFTER, CLOSE
@@ -32,7 +32,7 @@ CHOICE = 4
 
 def structured_output_available() -> bool:
     """Whether llguidance is installed."""
-    return importlib.util.find_spec("llguidance") is not None
+    return is_installed("llguidance")
 
 
 class GrammarConstraint:

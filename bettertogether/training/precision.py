@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, MissingExtraError
+from ..extras import is_installed
 from ._upstream import multiplies_bfloat16_fast, turn_checkpointing_on
 from .bars import no_bars
 from .config import TrainingConfig
@@ -93,7 +93,7 @@ def four_bit_copy(model: PreTrainedModel) -> PreTrainedModel:
         raise ConfigError(
             f"quantize_base='4bit' needs a CUDA device; the model is on {model.device}. Use quantize_base=None."
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not is_installed("bitsandbytes"):
         raise MissingExtraError("quantize_base='4bit' needs bitsandbytes: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 

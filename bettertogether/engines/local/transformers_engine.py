@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib.util
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from dspy.lm15 import Request, Response
 
+from ...extras import is_installed
 from ...printable import get_logger
 from ...training.adapter import adapter_digest, config_json
 from ...training.lending import ModelState, lent_out
@@ -70,7 +70,7 @@ class TransformersEngine(BaseEngine):
 
     def __init__(self, model: str | Path, *, adapters: Sequence[str | Path] = (), **options: Any) -> None:
         super().__init__(model, TransformersOptions.of(options))
-        if self.options.torch_device.type == "cuda" and importlib.util.find_spec("vllm") is not None:
+        if self.options.torch_device.type == "cuda" and is_installed("vllm"):
             logger.warning("vLLM is installed, which answers faster on a GPU: vllm_lm(...) in place of local_lm(...).")
         self.concurrency = self.options.max_batch_size
         self.supports_response_schema = structured_output_available()

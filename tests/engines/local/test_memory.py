@@ -186,6 +186,6 @@ def test_on_a_gpu_where_vllm_is_installed_the_log_says_that_it_is_faster(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("bettertogether.engines.local.transformers_engine.is_installed", lambda name: True)
     TransformersEngine(folder, device="cuda")
     assert "vllm_lm(...) in place of local_lm(...)" in caplog.text
