@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, REFUSED, VOCABULARY, Family
 from peft import PeftModel
-from small_models import bank, byte_tokenizer, decode, generated
+from small_models import byte_tokenizer, decode, generated
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -22,13 +23,12 @@ from bettertogether.engines.local.choice import make_decoder
 from bettertogether.engines.local.decoder import BatchRow
 from bettertogether.engines.local.packed_decoder import PackedDecoder
 from bettertogether.errors import ModelError
-from bettertogether.training.adapter import training_adapter
+from bettertogether.training.adapter import save_adapter, training_adapter
 from bettertogether.training.config import LoRAConfig, TrainingConfig
-from bettertogether.training.loss import row_loss
 from bettertogether.training.packing import TokenizedRow
-from bettertogether.training.trainer import train_adapter
+from bettertogether.training.stepper import ready_to_step
 
-NEW_TOKENS = 4
+NEW_TOKENS = 3
 NUMBERS = random.Random(0)
 SHARED = [NUMBERS.randrange(3, VOCABULARY - 10) for _ in range(18)]
 TEXTS = [SHARED + [NUMBERS.randrange(3, VOCABULARY - 10) for _ in range(own)] for own in (3, 9, 14)]
@@ -36,38 +36,44 @@ ROWS = [TokenizedRow(text, text[own : own + 3 + own]) for own, text in enumerate
 LORA = LoRAConfig(rank=2)
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """A random model, and an adapter of it that is far from its first weights."""
+
+    family: Family
+    model: Any
+    folder: Path
+    """The adapter, as we write it."""
+    peft: PeftModel
+    """A copy of the model with the adapter, by peft."""
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> tuple[Family, Any]:
-    found = FAMILIES[request.param]
-    return found, found.model()
-
-
-def test_answers_are_generates(family: tuple[Family, Any]) -> None:
-    expected, model = family
-    decoder = make_decoder(model, bank(model), 1 << 24)
-    rows = [BatchRow(text, NEW_TOKENS + place) for place, text in enumerate(TEXTS)]
-    decode(decoder, rows, most=2)
-    assert [row.output_ids for row in rows] == [generated(model, row.prompt_ids, row.max_new_tokens) for row in rows]
-    assert isinstance(decoder, PackedDecoder) == expected.fast
-
-
-def test_loss_and_gradients_are_those_of_rows_alone(family: tuple[Family, Any]) -> None:
-    expected, model = family
+def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+    family, folder = FAMILIES[request.param], tmp_path_factory.mktemp("adapter")
+    numbers = torch.Generator().manual_seed(1)
+    model = family.model()
     with training_adapter(model, LORA, 0) as adapter:
-        weights = list(adapter.parameters.values())
-        numbers = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for weight in weights:
-                weight.copy_(0.1 * torch.randn(weight.shape, generator=numbers))
-        alone = [_loss_alone(model, row) for row in ROWS]
-        alone_grads = torch.autograd.grad(torch.stack(alone).sum(), weights)
-        with row_loss(model, torch.float32, max(map(len, ROWS))) as loss:
-            together = torch.stack([loss.token_losses(batch).sum() for batch in loss.plan(ROWS, 10_000)]).sum()
-            grads = torch.autograd.grad(together, weights)
-    assert loss.packed == expected.packed
-    assert float(together.detach()) == pytest.approx(float(torch.stack(alone).sum().detach()), rel=1e-4)
-    size = torch.cat([grad.flatten() for grad in alone_grads]).norm()
-    assert torch.cat([(a - b).flatten() for a, b in zip(grads, alone_grads, strict=True)]).norm() < 3e-4 * size
+        weights = {key: 0.1 * torch.randn(each.shape, generator=numbers) for key, each in adapter.parameters.items()}
+        save_adapter(folder, adapter.config, weights)
+    peft = PeftModel.from_pretrained(copy.deepcopy(model), str(folder), is_trainable=True).eval()
+    return Tuned(family, model, folder, peft)
+
+
+def test_loss_and_gradients_are_those_of_rows_alone_under_peft(tuned: Tuned) -> None:
+    alone = torch.stack([_loss_alone(tuned.peft, row) for row in ROWS]).sum()
+    weights = {name.replace(".default", ""): each for name, each in tuned.peft.named_parameters() if "lora_" in name}
+    alone_grads = dict(zip(weights, torch.autograd.grad(alone, list(weights.values())), strict=True))
+    training = TrainingConfig(dtype="float32")
+    with ready_to_step(tuned.model, LORA, training, tuned.folder, max(map(len, ROWS))) as stepper:
+        loss, weights = stepper.loss, stepper.adapter.parameters
+        together = torch.stack([loss.token_losses(batch).sum() for batch in loss.plan(ROWS, 10_000)]).sum()
+        grads = dict(zip(weights, torch.autograd.grad(together, list(weights.values())), strict=True))
+    assert loss.packed == tuned.family.packed
+    assert float(together.detach()) == pytest.approx(float(alone.detach()), rel=1e-4)
+    assert grads.keys() == alone_grads.keys()
+    size = torch.cat([grad.flatten() for grad in alone_grads.values()]).norm()
+    assert torch.cat([(grads[key] - alone_grads[key]).flatten() for key in grads]).norm() < 3e-4 * size
 
 
 def _loss_alone(model: Any, row: TokenizedRow) -> Tensor:
@@ -76,19 +82,18 @@ def _loss_alone(model: Any, row: TokenizedRow) -> Tensor:
     return torch.nn.functional.cross_entropy(answer, torch.tensor(row.completion_ids), reduction="sum")
 
 
-def test_a_trained_adapter_beside_the_base_answers_as_peft_does(family: tuple[Family, Any], tmp_path: Path) -> None:
-    _, model = family
-    training = TrainingConfig(epochs=1, batch_size=2, learning_rate=0.05, dtype="float32")
-    train_adapter(model, ROWS, lora=LORA, training=training, folder=tmp_path)
-    adapters = AdapterBank("tiny", lambda: linear_shapes(model))
-    adapters.attach(model)
-    names = [adapters.add(tmp_path), ""]
-    rows = [BatchRow(text, NEW_TOKENS, name) for text in TEXTS for name in names]
-    decode(make_decoder(model, adapters, 1 << 24), rows)
+def test_an_adapter_and_the_base_beside_it_answer_as_peft_and_transformers_do(tuned: Tuned) -> None:
+    adapters = AdapterBank("tiny", lambda: linear_shapes(tuned.model))
+    adapters.attach(tuned.model)
+    names = (adapters.add(tuned.folder), "")
+    rows = [BatchRow(text, NEW_TOKENS + place, name) for name in names for place, text in enumerate(TEXTS)]
+    decoder = make_decoder(tuned.model, adapters, 1 << 24)
+    decode(decoder, rows, most=4)
     adapters.attach(None)
-    tuned = PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path)).eval()
-    expected = [generated(each, text, NEW_TOKENS) for text in TEXTS for each in (tuned, model)]
-    assert [row.output_ids for row in rows] == expected
+    assert isinstance(decoder, PackedDecoder) == tuned.family.fast
+    models = (tuned.model, tuned.peft)
+    answers = [generated(models[row.adapter != ""], row.prompt_ids, row.max_new_tokens) for row in rows]
+    assert [row.output_ids for row in rows] == answers
 
 
 @pytest.mark.parametrize("kind", REFUSED)
