@@ -1,11 +1,4 @@
-"""The child processes of `test_kill.py`: each compiles for about two seconds, in a run directory given.
-
-    python tests/run/killed_run.py
-
-reads one run directory a line and forks for each, so that the imports, most of such a run, are made once. A child
-prints "started" and its number when its work begins; when it is done, what it ended with is in RUN_DIR.json. Then the
-line is "ended" and its exit code.
-"""
+"""What the processes of `test_kill.py` do: each compiles for about two seconds."""
 
 from __future__ import annotations
 
@@ -44,14 +37,10 @@ class SlowEngine(FakeEngine):
         return result
 
 
-def say(event: str, number: int) -> None:
-    sys.stdout.write(f"{event} {number}\n")
-    sys.stdout.flush()
-
-
 class Started(Callback):
     def on_run_start(self, event: Any) -> None:
-        say("started", os.getpid())
+        sys.stdout.write("started\n")
+        sys.stdout.flush()
 
 
 def slow_fsync(fd: Any, fsync: Any = os.fsync) -> None:
@@ -69,6 +58,9 @@ def outcome(compiled: dspy.Module, run_dir: Path) -> dict[str, Any]:
 
 
 def run(run_dir: Path) -> None:
+    """Says "started" when its work begins; when it is done, what it ended with is in RUN_DIR.json."""
+    logging.disable(logging.CRITICAL)
+    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
     os.fsync = slow_fsync
     engine = SlowEngine(answer, delay_s=lambda request: CALL_S)
     optimizer = BetterTogether(
@@ -87,18 +79,3 @@ def run(run_dir: Path) -> None:
         progress=False,
     )
     Path(f"{run_dir}.json").write_text(json.dumps(outcome(compiled, run_dir)))
-
-
-def main() -> None:
-    logging.disable(logging.CRITICAL)
-    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
-    for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            run(Path(line.strip()))
-            return
-        say("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-
-
-if __name__ == "__main__":
-    main()

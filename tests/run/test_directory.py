@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import Programs, programs_that_import
 
 from bettertogether.errors import RunDirectoryError
 from bettertogether.files import atomic_write
@@ -24,24 +26,24 @@ from bettertogether.run.directory import RunDirectory, default_run_directory
 RUN = {"strategy": "p -> w", "seed": 0, "options": {"p": {"candidates": 6}}, "versions": {"dspy": "3.4.1"}}
 
 APPEND_FOREVER = """
-import sys
 from bettertogether.records import StepRecord
 from bettertogether.run.directory import RunDirectory
-with RunDirectory.open(sys.argv[1], {}) as directory:
+with RunDirectory.open({folder!r}, {{}}) as directory:
+    append = lambda: directory.append(StepRecord(len(directory.records()), "p", "p", "complete", error="x" * 5000))
+    append()
     print("ready", flush=True)
     while True:
-        index = len(directory.records())
-        directory.append(StepRecord(index, "p", "p", "complete", error="x" * 5000))
+        append()
 """
 
 FULL_DISK = """
-import resource, signal, sys
+import resource, signal
 from bettertogether.errors import RunDirectoryError
 from bettertogether.files import atomic_write
 from bettertogether.records import StepRecord
 from bettertogether.run.directory import RunDirectory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with RunDirectory.open(sys.argv[1], {}) as directory:
+with RunDirectory.open({folder!r}, {{}}) as directory:
     directory.append(StepRecord(0, "", "", "complete", error="x" * 1000))
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
     try:
@@ -215,16 +217,21 @@ def test_a_closed_directory_takes_no_more_records(tmp_path: Path) -> None:
         directory.append(record(0))
 
 
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Programs]:
+    with programs_that_import("bettertogether.run.directory") as running:
+        yield running
+
+
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_a_killed_process_loses_no_finished_record_and_holds_no_lock(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", APPEND_FOREVER, str(tmp_path)]
+def test_a_killed_process_loses_no_finished_record_and_holds_no_lock(programs: Programs, tmp_path: Path) -> None:
     count = 0
     for _ in range(3):
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(0.15)
-            process.send_signal(signal.SIGKILL)
+        process = programs.start(APPEND_FOREVER.format(folder=str(tmp_path)))
+        assert programs.line() == "ready"
+        time.sleep(0.15)
+        os.kill(process, signal.SIGKILL)
+        assert programs.exit_code() == -signal.SIGKILL
         with RunDirectory.open(tmp_path, {}) as directory:
             assert [each.index for each in directory.records()] == list(range(len(directory.records())))
             assert len(directory.records()) > count
@@ -232,10 +239,12 @@ def test_a_killed_process_loses_no_finished_record_and_holds_no_lock(tmp_path: P
 
 
 @pytest.mark.skipif(os.name != "posix", reason="resource limits")
-def test_a_write_that_the_disk_cuts_off_raises_and_takes_nothing_with_it(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("1 ")
-    assert "run_dir" in done.stdout
+def test_a_write_that_the_disk_cuts_off_raises_and_takes_nothing_with_it(programs: Programs, tmp_path: Path) -> None:
+    programs.start(FULL_DISK.format(folder=str(tmp_path)))
+    said = programs.line()
+    assert said.startswith("1 ")
+    assert "run_dir" in said
+    assert programs.exit_code() == 0
     with RunDirectory.open(tmp_path, {}) as directory:
         assert [each.index for each in directory.records()] == [0]
     assert (tmp_path / "records.jsonl").read_bytes().endswith(b"\n")

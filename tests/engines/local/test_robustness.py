@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
+import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from dspy.lm15 import Config, Message, Request
+from forking import Programs, programs_that_import
 from small_models import save_adapter
 
 import bettertogether.engines.local.packed_decoder as packed_decoder
@@ -54,7 +54,7 @@ def test_streams_that_are_given_up_with_their_loop_trouble_no_one(
     engine: TransformersEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine._scheduler._eos_ids = frozenset()
-    alone = text(engine, "bystander", max_tokens=300)
+    alone = text(engine, "bystander", max_tokens=150)
 
     async def give_up(number: int) -> None:
         async for event in engine.asynchronous.stream(ask(f"stream {number}", max_tokens=3000)):
@@ -62,7 +62,7 @@ def test_streams_that_are_given_up_with_their_loop_trouble_no_one(
                 return
 
     with ThreadPoolExecutor(4) as pool, caplog.at_level(logging.ERROR):
-        bystanders = [pool.submit(text, engine, "bystander", max_tokens=300) for _ in range(8)]
+        bystanders = [pool.submit(text, engine, "bystander", max_tokens=150) for _ in range(8)]
         for number in range(10):
             in_time(lambda number=number: asyncio.run(give_up(number)) or True)
         assert [future.result(timeout=60) for future in bystanders] == [alone] * 8
@@ -205,7 +205,9 @@ def test_closing_an_engine_ends_its_training_at_the_next_step(engine: Transforme
 
 
 SCRIPT = """
-import sys, threading, time
+import os, threading, time
+os.environ["BETTERTOGETHER_CACHE"] = {scratch!r}
+os.dup2(os.open({scratch!r} + "/errors", os.O_WRONLY | os.O_CREAT), 2)
 from dspy.lm15 import Config, Message, Request
 from bettertogether import LoRAConfig, TrainingConfig
 from bettertogether.engines import TrainingRow, TransformersEngine
@@ -230,26 +232,27 @@ BODIES = {
 }
 
 
-def run_script(folder: Path, body: str, tmp_path: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(folder=str(folder), body=body)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-    )
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Programs]:
+    with programs_that_import("bettertogether.engines.local.transformers_engine") as running:
+        yield running
+
+
+def start(programs: Programs, folder: Path, scratch: Path, body: str) -> int:
+    """The number of the process of a program that goes on after `SCRIPT`."""
+    number = programs.start(SCRIPT.format(folder=str(folder), scratch=str(scratch), body=body))
+    assert programs.line() == "READY"
+    return number
 
 
 @pytest.mark.parametrize("name", BODIES)
 def test_a_program_that_ends_while_the_engine_works_ends_with_its_own_exit_code(
-    folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    programs: Programs, folder: Path, tmp_path: Path, name: str
 ) -> None:
-    monkeypatch.setenv("BETTERTOGETHER_CACHE", str(tmp_path))
     body, code = BODIES[name]
-    process = run_script(folder, body, tmp_path)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == code, errors
-    assert "terminate called" not in errors
+    start(programs, folder, tmp_path, body)
+    assert programs.exit_code() == code
+    assert "terminate called" not in (tmp_path / "errors").read_text()
 
 
 @pytest.mark.parametrize(
@@ -258,19 +261,14 @@ def test_a_program_that_ends_while_the_engine_works_ends_with_its_own_exit_code(
     ids=["complete", "stream"],
 )
 def test_ctrl_c_ends_a_program_as_it_ends_any_other(
-    folder: Path, tmp_path: Path, body: str, monkeypatch: pytest.MonkeyPatch
+    programs: Programs, folder: Path, tmp_path: Path, body: str
 ) -> None:
-    monkeypatch.setenv("BETTERTOGETHER_CACHE", str(tmp_path))
-    process = run_script(folder, f"while True: {body}", tmp_path)
-    assert process.stdout is not None
-    while "READY" not in process.stdout.readline():
-        pass
+    number = start(programs, folder, tmp_path, f"while True: {body}")
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
+    os.kill(number, signal.SIGINT)
     # A shell shows a death by SIGINT as exit code 130.
-    assert process.returncode == -signal.SIGINT, errors
-    assert errors.strip().splitlines()[-1] == "KeyboardInterrupt"
+    assert programs.exit_code() == -signal.SIGINT
+    assert (tmp_path / "errors").read_text().strip().splitlines()[-1] == "KeyboardInterrupt"
 
 
 def _in_child(folder: Path, lm: Any, queue: Any, tmp_path: Path) -> None:
@@ -306,9 +304,9 @@ def test_a_forked_child_gets_an_engine_of_its_own(folder: Path, tmp_path: Path) 
     lm.engine.close()
 
 
-def test_the_name_of_a_base_is_the_same_in_a_forked_child_and_in_a_fresh_process(folder: Path) -> None:
+def test_the_name_of_a_base_is_the_same_in_another_process(programs: Programs, folder: Path) -> None:
     lm = local_lm(folder)
-    code = f"from bettertogether import local_lm; print(local_lm({str(folder)!r}).model)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == lm.model
+    programs.start(f"from bettertogether import local_lm; print(local_lm({str(folder)!r}).model)")
+    assert programs.line() == lm.model
+    assert programs.exit_code() == 0
     lm.engine.close()
