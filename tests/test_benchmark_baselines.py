@@ -7,7 +7,7 @@ import contextvars
 import csv
 import json
 import re
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from baselines import arguments, cells  # noqa: E402
+from baselines import arguments, cells, main  # noqa: E402
 from baselines_cell import QUICKSTART, run_baseline  # noqa: E402
 from baselines_table import BASELINES, NO_MODEL, load, reading, tables  # noqa: E402
 from baselines_texts import CLASSIFIERS  # noqa: E402
@@ -160,10 +160,16 @@ def test_the_table_has_means_over_seeds_and_says_what_was_not_run(tmp_path: Path
     assert "dspy.GEPA" in lines[-1]
 
 
-def test_the_command_runs_what_is_not_done_and_prints_the_table(tmp_path: Path) -> None:
+def test_the_command_runs_what_is_not_done_and_prints_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = ["--results", str(tmp_path / "results"), "--baselines", "tfidf", "--limit", "8", "--test", "20"]
-    command = [sys.executable, str(BENCHMARKS / "baselines.py"), *asked]
-    first, again = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    monkeypatch.setattr(sys, "argv", ["baselines.py", *asked])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    main()
+    first = capsys.readouterr().out
+    main()
 
     assert first.splitlines()[0].startswith("quickstart-s0-tfidf-default-none: done, ")
-    assert first.partition("\n")[2] == again == tables(tmp_path / "results") + "\n"
+    assert first.partition("\n")[2] == capsys.readouterr().out == tables(tmp_path / "results") + "\n"

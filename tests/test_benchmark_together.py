@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+from together import arguments, cells, main  # noqa: E402
 from together_cell import accepted  # noqa: E402
 from together_tables import Gain, Result, differences_table, gain_of, load, means_table, tables  # noqa: E402
 from together_tasks import TASKS, reply_match, scene_match, sentence_match  # noqa: E402
@@ -210,32 +211,36 @@ def test_a_reply_is_right_if_it_is_a_sentence_and_names_the_product(reply: str, 
     assert reply_match(example, dspy.Prediction(reply=reply)) is right
 
 
-def run(*arguments: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / "together.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def test_what_is_asked_for_is_run_seed_by_seed() -> None:
+    asked = ["--results", "x", "--tasks", "orders", "arithmetic", "--seeds", "0", "1", "--theirs", "--epochs", "2"]
+
+    found = cells(arguments().parse_args(asked))
+
+    sides = [("ours", {"epochs": 2}), ("theirs", {})]
+    assert [(cell["task"], cell["seed"], cell["side"], cell["options"]) for cell in found] == [
+        (task, seed, *side) for seed in (0, 1) for task in ("orders", "arithmetic") for side in sides
+    ]
 
 
-def test_the_command_runs_two_tasks_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    asked = ["--results", str(tmp_path), "--model", "fake", "--seeds", "0", "--limit", "8", "--test", "6"]
-    of_compile = {"", "p", "w", "p -> w", "p -> w -> p"}
-    tasks = ["--tasks", "orders", "arithmetic"]
+def test_the_command_runs_a_task_and_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--model", "fake", "--seeds", "0", "--limit", "8", "--test", "6"]
+    monkeypatch.setattr(sys, "argv", ["together.py", "--results", str(tmp_path), "--tasks", "orders", *sizes])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
 
-    first = run(*asked, *tasks)
-
-    results = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert set(results) == {"orders-s0-ours-default-fake.json", "arithmetic-s0-ours-default-fake.json"}
-    for data in results.values():
-        assert set(data["rounds"]) == of_compile
-        assert {len(scores) for scores in data["tests"].values()} == {6}
-        assert data["sizes"] == [8, 8, 6]
+    main()
 
     stopped = tmp_path / "orders-s0-ours-default-fake.json"
-    whole = results[stopped.name]
+    whole = json.loads(stopped.read_text())
+    assert set(whole["rounds"]) == {"", "p", "w", "p -> w", "p -> w -> p"}
+    assert {len(scores) for scores in whole["tests"].values()} == {6}
+    assert whole["sizes"] == [8, 8, 6]
+    assert capsys.readouterr().out.partition("== fake")[2].splitlines()[3].split()[:3] == ["orders", "1", "6"]
+
     kept = {whole["rounds"][""]["test"]: [0.5] * 6}
     stopped.write_text(json.dumps({**whole, "done": False, "rounds": {}, "tests": kept}))
-    again = run(*asked, *tasks)
+    main()
     after = json.loads(stopped.read_text())
 
     # The compile is not repeated, and the test of the untouched program is taken as it stands.
@@ -243,6 +248,4 @@ def test_the_command_runs_two_tasks_and_goes_on_where_it_was_stopped(tmp_path: P
         name: r["minutes"] for name, r in whole["rounds"].items()
     }
     assert after["tests"] == whole["tests"] | kept
-    assert "arithmetic-s0" not in again.partition("==")[0]
-    assert again.partition("min\n")[2] == tables(load(tmp_path)) + "\n"
-    assert first.partition("== fake")[2].splitlines()[3].split()[:3] == ["arithmetic", "1", "6"]
+    assert capsys.readouterr().out.partition("min\n")[2] == tables(load(tmp_path)) + "\n"
