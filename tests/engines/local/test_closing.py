@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from dspy.lm15 import Config, Message, Request
+from dspy.lm15 import Config, Message, Request, Response
 from small_models import VOCABULARY, byte_tokenizer
 
 from bettertogether.engines import TransformersEngine
@@ -73,15 +74,21 @@ def asked(engine: TransformersEngine, response_format: dict[str, Any], seed: int
     return Request(f"local/{engine.base_name}", (Message.user("Hi"),), config=Config(**config))
 
 
-@pytest.mark.parametrize("response_format", OPEN)
-def test_every_answer_of_a_random_model_parses(engine: TransformersEngine, response_format: dict[str, Any]) -> None:
-    for seed in range(10):
-        response = engine.complete(asked(engine, response_format, seed))
+def completed(engine: TransformersEngine, requests: Sequence[Request]) -> list[Response]:
+    """The answers, made together."""
+    with ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(engine.complete, requests))
+
+
+def test_every_answer_of_a_random_model_parses(engine: TransformersEngine) -> None:
+    formats = OPEN * 10
+    responses = completed(engine, [asked(engine, each, seed) for seed, each in enumerate(formats)])
+    for response_format, response in zip(formats, responses, strict=True):
         assert list(json.loads(response.text or "")) == list(response_format["schema"]["properties"])
 
 
 def test_a_shortened_answer_says_that_its_length_ended_it(engine: TransformersEngine) -> None:
-    responses = [engine.complete(asked(engine, TEXT_AND_LABEL, seed)) for seed in range(20)]
+    responses = completed(engine, [asked(engine, TEXT_AND_LABEL, seed) for seed in range(20)])
     assert {response.finish_reason for response in responses} == {"stop", "length"}
     assert all(json.loads(response.text or "")["label"] in ("good", "bad") for response in responses)
 
