@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import random_rows, tiny_model
 
 from bettertogether.errors import ConfigError, TrainingError
-from bettertogether.training import TrainingConfig
+from bettertogether.training import TrainingConfig, launcher, worker
 from bettertogether.training.launcher import launch, result_of
+from bettertogether.training.machine import JOB
 from bettertogether.training.packing import TokenizedRow
 from bettertogether.training.progress import TrainingProgress
 from bettertogether.training.trainer import train_adapter
@@ -38,7 +45,47 @@ ROWS = marked(random_rows(10, shared=20))
 HELD_OUT = marked(random_rows(3, shared=20))
 
 
-def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
+NOTE = """
+import json, os, pathlib, sys
+pathlib.Path(sys.argv[1], os.environ["RANK"] + ".environment").write_text(json.dumps(dict(os.environ)))
+"""
+
+
+class Forked:
+    """The processes of a job as forks of this one, which has made their imports, most of the work of a short training.
+    Accelerate itself starts, on what the job tells it, two scripts that note the environment they are given."""
+
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        work = Path(command[-1])
+        (work / "note.py").write_text(NOTE)
+        started = [sys.executable, *json.loads((work / JOB).read_text())["launch"], str(work / "note.py"), str(work)]
+        with log.open("w") as said:
+            subprocess.run(started, env=environment, stdout=said, stderr=said, check=True)
+        given = [json.loads(path.read_text()) for path in work.glob("*.environment")]
+        context = multiprocessing.get_context("fork")
+        self._processes = [context.Process(target=self._work, args=(work, each)) for each in given]
+        for process in self._processes:
+            process.start()
+
+    @staticmethod
+    def _work(work: Path, environment: dict[str, str]) -> None:
+        # The store of the processes was that of their launcher, which is gone.
+        os.environ.update(environment | {"TORCHELASTIC_USE_AGENT_STORE": "False"})
+        AcceleratorState._reset_state(reset_partial_state=True)
+        worker.run(work)
+
+    @property
+    def exit_code(self) -> int | None:
+        codes = [process.exitcode for process in self._processes]
+        return None if None in codes else next(filter(None, codes), 0)
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+def test_two_processes_give_the_result_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "WatchedProcess", Forked)
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
     # An odd batch, so that the processes have different numbers of rows and of completion tokens.
