@@ -68,9 +68,9 @@ def tokenized(model_folder: str, rows: Sequence[TrainingRow]) -> list[TokenizedR
     return [TokenizedRow(engine.prompt_tokens(row.messages), engine.completion_tokens(row.completion)) for row in rows]
 
 
-def training_config(dtype: Dtype) -> TrainingConfig:
+def training_config(dtype: Dtype, epochs: int = 1) -> TrainingConfig:
     return TrainingConfig(
-        learning_rate=RATE, epochs=1, batch_size=BATCH, scheduler="constant", warmup_ratio=0.0, dtype=dtype
+        learning_rate=RATE, epochs=epochs, batch_size=BATCH, scheduler="constant", warmup_ratio=0.0, dtype=dtype
     )
 
 
