@@ -8,6 +8,7 @@ answer it, whatever came before.
 from __future__ import annotations
 
 import enum
+import functools
 import types
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
@@ -48,18 +49,27 @@ def narrow_signatures(program: dspy.Module, labels: Mapping[str, Any]) -> None:
     Predictors without one of the label fields get the hint as text when no predictor has one.
     """
     hit = answering(program, labels)
+    # To make a signature takes longer than to run a program, and most labels come again.
+    made = _narrowed if all(type(label) in _PLAIN for label in labels.values()) else _narrowed.__wrapped__
     for name, predictor in predictors_of(program).items():
-        if hit and name not in hit:
-            continue
-        signature = predictor.signature
-        known = dict(labels)
-        for label_field in labels.keys() & signature.output_fields.keys():
-            annotation = signature.output_fields[label_field].annotation
-            known[label_field] = value = as_field(labels[label_field], annotation)
-            # A Literal of another type has no schema, or is not read back as a value of the field's.
-            if type(value) in (str, int, bool) and _is_of_type(value, annotation):
-                signature = signature.with_updated_fields(label_field, type_=_only(value, labels[label_field]))
-        predictor.signature = _with_hint(signature, known)
+        if not hit or name in hit:
+            predictor.signature = made(predictor.signature, *labels, *labels.values())
+
+
+_PLAIN = (str, int, bool)
+
+
+@functools.lru_cache(maxsize=100, typed=True)
+def _narrowed(signature: Any, *names_and_labels: Any) -> Any:
+    half = len(names_and_labels) // 2
+    known = dict(zip(names_and_labels[:half], names_and_labels[half:], strict=True))
+    for label_field in known.keys() & signature.output_fields.keys():
+        annotation, label = signature.output_fields[label_field].annotation, known[label_field]
+        known[label_field] = value = as_field(label, annotation)
+        # A Literal of another type has no schema, or is not read back as a value of the field's.
+        if type(value) in _PLAIN and _is_of_type(value, annotation):
+            signature = signature.with_updated_fields(label_field, type_=_only(value, label))
+    return _with_hint(signature, known)
 
 
 def _only(value: Any, label: Any) -> Any:

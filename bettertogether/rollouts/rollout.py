@@ -133,15 +133,15 @@ class RolloutStore:
     """
 
     def __init__(self) -> None:
-        self._runs: dict[tuple[str, str, str], Rollout] = {}
+        self._runs: dict[tuple[object, ...], Rollout] = {}
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[str, str, str]) -> Rollout | None:
+    def get(self, key: tuple[object, ...]) -> Rollout | None:
         """The run for a key, or None."""
         with self._lock:
             return self._runs.get(key)
 
-    def put(self, key: tuple[str, str, str], run: Rollout) -> None:
+    def put(self, key: tuple[object, ...], run: Rollout) -> None:
         """Keep a run, unless something raised or took too long: that is worth another try."""
         if run.failure not in ("program error", "timeout"):
             with self._lock:
@@ -174,7 +174,7 @@ class Runner:
             return self._anew(example, attempt, None)
         content, all_seen = example_content(example)
         store = self._store if all_seen else None
-        key = (self._key or "", content, f"{self._seed if changed else ''}|{attempt.key}")
+        key = (self._key, content, self._seed if changed else None, attempt.key)
         if store and (known := store.get(key)):
             return replace(known, ledger=Ledger())
         run = self._anew(
@@ -294,7 +294,7 @@ class _Copy:
             key = id(lm), sampled
             if lm is not None and key not in lms:
                 lms[key] = (
-                    watched_lm(sampling_lm(lm, attempt.number, attempt.temperature, seed))
+                    watched_lm(sampling_lm(self._watched(lm), attempt.number, attempt.temperature, seed))
                     if sampled
                     else self._watched(lm)
                 )
@@ -322,10 +322,12 @@ class _Copy:
             return Call(name, dict(inputs), {key: value for key, value in prediction.items() if key in fields})
         basis = self._basis[name]
         own_signature = None if seen.signature is basis.signature else seen.signature
+        # DSPy has filled in defaults, and a wrapped adapter (dspy.Refine's) may have put in more.
+        fields = [key for key in seen.signature.input_fields if key in inputs]
+        as_given = fields == list(seen.inputs)
         return Call(
             predictor=name,
-            # DSPy has filled in defaults, and a wrapped adapter (dspy.Refine's) may have put in more.
-            inputs={key: seen.inputs.get(key, inputs[key]) for key in seen.signature.input_fields if key in inputs},
+            inputs=seen.inputs if as_given else {key: seen.inputs.get(key, inputs[key]) for key in fields},
             outputs=self._outputs(seen, name, attempt),
             signature=own_signature,
             demos=None if _same_demos(seen, basis) else tuple(seen.demos),

@@ -106,7 +106,9 @@ class Record:
         if isinstance(prediction, dspy.Prediction):
             fields = seen.signature.output_fields
             seen.returned = prediction_copy(prediction)
-            seen.outputs = {name: value for name, value in seen.returned.items() if name in fields}
+            values = seen.returned._store
+            known = fields.keys() >= values.keys()
+            seen.outputs = values if known else {name: value for name, value in values.items() if name in fields}
             self._seen[id(prediction)] = seen
         return prediction
 
@@ -310,7 +312,8 @@ def _begun(predictor: dspy.Predict, arguments: Mapping[str, Any]) -> Seen:
 
 def answer_of(entry: Any, seen: Seen) -> Answer:
     """What a call gave, for a run that is to answer it alike; `entry` is the call in DSPy's trace."""
-    filled, returned = {**entry[1], **seen.inputs}, seen.returned or dspy.Prediction()
+    filled = seen.inputs if list(entry[1]) == list(seen.inputs) else {**entry[1], **seen.inputs}
+    returned = seen.returned or dspy.Prediction()
     return Answer(entry[0].stage, seen.inputs, filled, returned, seen.text, seen.thoughts, seen.cut)
 
 
