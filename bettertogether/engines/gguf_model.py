@@ -16,6 +16,7 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, LlamaFileType
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import ModelError
+from ..training.layers import head_width
 from .gguf_vocabulary import add_vocabulary
 from .rendering import PromptRenderer
 
@@ -92,21 +93,14 @@ def _unlike_llama_cpp(config: Any) -> dict[str, Any]:
         every, by_width = _FULL_ATTENTION_EVERY[kind], _SCALED_BY_WIDTH[kind] == len(layers)
         kinds = ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in layers]
         fixed["layer_types"] = (kinds,)
-        fixed["query_pre_attn_scalar"] = (_width_of_head(config) if by_width else _head_dim(config),)
+        width = config.hidden_size // config.num_attention_heads if by_width else head_width(config)
+        fixed["query_pre_attn_scalar"] = (width,)
     elif (getattr(config, "sliding_window", None) or config.max_position_embeddings) < config.max_position_embeddings:
         fixed["sliding_window"] = (None,)
     found = {name: getattr(config, name, None) for name in fixed}
     unlike = {name: value for name, value in found.items() if value not in fixed[name]}
     rope_type = _rope(config).get("rope_type", "default")
     return unlike if rope_type in ("default", "linear", "llama3") else {**unlike, "rope_type": rope_type}
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or _width_of_head(config)
-
-
-def _width_of_head(config: Any) -> int:
-    return int(config.hidden_size // config.num_attention_heads)
 
 
 def _rope(config: Any) -> Mapping[str, Any]:
@@ -116,7 +110,7 @@ def _rope(config: Any) -> Mapping[str, Any]:
 
 
 def _add_settings(writer: gguf.GGUFWriter, config: Any) -> None:
-    head_dim, rope = _head_dim(config), _rope(config)
+    head_dim, rope = head_width(config), _rope(config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -167,5 +161,5 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def rotary_factors(config: Any) -> torch.Tensor:
     """By how much each rotary frequency of a Llama 3 is slowed down."""
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    exponents = torch.arange(0, _head_dim(config), 2).float() / _head_dim(config)
+    exponents = torch.arange(0, head_width(config), 2).float() / head_width(config)
     return 1.0 / _rope(config)["rope_theta"] ** exponents / scaled

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from ..printable import get_logger
 from ..training.config import LoRAConfig, TrainingConfig
-from ..training.layers import ATTENTION_LAYERS
+from ..training.layers import ATTENTION_LAYERS, head_width
 from ..training.precision import activation_bytes, tokens_in_memory, wants_checkpointing
 from ..training.targets import ALL_LINEAR
 from .adapters import linear_shapes
@@ -115,7 +115,7 @@ def announce_memory(
     if plan.weights + plan.caches > free:
         logger.warning(
             "%s may take more memory than is free on %s: weights %s and caches %s, of %s. Give dtype='bfloat16' where "
-            "it is more, a smaller cache_bytes or max_batch_size, or a smaller model.",
+            "it is more, a smaller cache_bytes, or a smaller model.",
             card.source,
             device,
             weights,
@@ -151,10 +151,8 @@ def _left_in_container() -> list[int]:
 def _token_bytes(text: Any, dtype: torch.dtype) -> int:
     kinds = getattr(text, "layer_types", None)
     layers = text.num_hidden_layers if kinds is None else sum(kind in ATTENTION_LAYERS for kind in kinds)
-    heads = text.num_attention_heads
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(2 * layers * key_heads * size * dtype.itemsize)
+    key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return 2 * layers * key_heads * head_width(text) * dtype.itemsize
 
 
 def _adapter_parameters(model: PreTrainedModel, lora: LoRAConfig) -> int:

@@ -22,6 +22,11 @@ def more_than_attention(model: Any) -> str | None:
     return f"its layers are of type {', '.join(others)}" if others else None
 
 
+def head_width(text: Any) -> int:
+    """Numbers of one attention head, by the config of a model's text part."""
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
 class LinearUnderAutograd(nn.Linear):
     """Base of a linear layer that is a plain `nn.Linear` wherever gradients may be asked for."""
 

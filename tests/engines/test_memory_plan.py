@@ -120,7 +120,7 @@ def test_what_may_not_fit_is_a_warning(
 ) -> None:
     fake_free(monkeypatch, weights - short)
     assert announced(caplog, folder, device, cache_bytes=1000) == ["INFO", "WARNING"]
-    assert "a smaller cache_bytes or max_batch_size" in caplog.text
+    assert "a smaller cache_bytes, or a smaller model" in caplog.text
 
 
 def test_weights_that_a_gpu_cannot_hold_are_an_error(
