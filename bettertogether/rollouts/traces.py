@@ -224,8 +224,8 @@ class ExamplePass:
 
         def one(job: tuple[int, int, Attempt]) -> Trace:
             program, index, attempt = job
-            trace = self._judged(index, examples[index], runners[program].run(examples[index], attempt), attempt)
-            return replace(trace, label=labels[index]) if labels else trace
+            example, label = examples[index], labels[index] if labels else None
+            return self._judged(index, example, runners[program].run(example, attempt), attempt, label)
 
         def note(position: int, trace: Trace) -> None:
             nonlocal done
@@ -248,7 +248,7 @@ class ExamplePass:
             self._runners[id(program)] = Runner(program, seed=self.settings.seed or 0, store=self.settings.store)
         return self._runners[id(program)]
 
-    def _judged(self, index: int, example: dspy.Example, run: Rollout, attempt: Attempt) -> Trace:
+    def _judged(self, index: int, example: dspy.Example, run: Rollout, attempt: Attempt, label: str | None) -> Trace:
         verdict, failed = self._verdict(example, run)
         if attempt.source == "rescue" and verdict.passed and talks_about_hint(run.outputs):
             verdict = replace(verdict, passed=False, reason="answer talks about the hint")
@@ -261,6 +261,7 @@ class ExamplePass:
             verdict=verdict,
             source=attempt.source,
             attempt=attempt.number,
+            label=label,
             failed=failed,
             detail=error_text(run.error) if run.error is not None else None,
             ledger=replace(run.ledger, metric_calls=int(judged)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from .data_card import WHOLE_TRACE, make_data_card
 from .demo_examples import without_example
 from .prompt_capture import field_spans, render_completion, take_request
 from .prompt_forms import PromptForms
-from .rows import Row, balance_labels, write_rows
+from .rows import Messages, Row, balance_labels, write_rows
 
 DOMINANT_SHARE = 0.8
 """A label with more than this share of the rows gets a warning, unless the trainset is as skewed."""
@@ -277,7 +278,7 @@ def rows_of_call(
     rows = []
     for demos in prompt_variants(predictor, call, train_prompt):
         request = take_request(predictor, call.inputs, demos, config=call.config, adapter=call.adapter)
-        messages = engine.messages(request)
+        messages = _texts_shared(engine.messages(request))
         if len(engine.prompt_tokens(messages)) > room:
             raise DataError(f"longer than the model's context of {engine.max_length} tokens")
         rows.append(
@@ -293,6 +294,11 @@ def rows_of_call(
             )
         )
     return rows
+
+
+def _texts_shared(messages: Messages) -> Messages:
+    """The same messages; a text that other rows begin with too, such as the instructions, is one string for all."""
+    return tuple({"role": each["role"], "content": sys.intern(each["content"])} for each in messages)
 
 
 def _completion_of(predictor: dspy.Predict, call: Call, reasoning: Reasoning) -> tuple[str, tuple[FieldSpan, ...]]:

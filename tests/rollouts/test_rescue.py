@@ -92,6 +92,19 @@ def test_a_field_is_narrowed_to_the_label_where_its_type_can_be(annotation: Any,
     assert program.signature.output_fields["y"].annotation == narrowed
 
 
+def test_a_label_that_comes_again_has_the_signature_that_was_made_for_it() -> None:
+    first = program_of(int, FakeEngine(lambda _: "")).signature
+
+    def narrowed(label: Any) -> Any:
+        program = dspy.Predict(first)
+        narrow_signatures(program, {"y": label})
+        return program.signature
+
+    assert narrowed(1) is narrowed(1)
+    assert narrowed(True) is not narrowed(1)
+    assert narrowed([1]) is not narrowed([1])
+
+
 def test_the_hint_shows_the_value_as_the_field_has_it() -> None:
     program = program_of(float, FakeEngine(lambda _: ""))
     narrow_signatures(program, {"y": 3})

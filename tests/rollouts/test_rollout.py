@@ -442,6 +442,13 @@ def test_rescue_hints_at_all_predictors_when_none_answers_the_label(engine: Fake
     assert ["`total` = 3" in request.system for request in engine.requests] == [True, True]
 
 
+def test_a_run_keeps_the_inputs_and_outputs_of_a_call_once(engine: FakeEngine) -> None:
+    run = run_program(two_step_program(engine), ONE)
+    for call, answer in zip(run.calls, run.answers, strict=True):
+        assert call.inputs is answer.inputs is answer.filled
+        assert call.outputs is answer.prediction._store
+
+
 def test_a_run_in_the_store_is_not_done_again(engine: FakeEngine) -> None:
     store = RolloutStore()
     first = Runner(two_step_program(engine), store=store).run(ONE)

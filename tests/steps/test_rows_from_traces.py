@@ -62,6 +62,11 @@ def test_every_predictor_of_a_passing_trace_gives_a_row() -> None:
     assert card.kept_by_predictor == {"remark": 5, "decide": 5}
 
 
+def test_the_text_that_all_prompts_begin_with_is_kept_once() -> None:
+    one, other = collector().collect(parity_program(parity_engine(lambda *_: True)), trainset=numbers(2)).rows
+    assert one.messages[0]["content"] is other.messages[0]["content"]
+
+
 def test_equal_calls_of_one_trace_give_one_row() -> None:
     class Twice(TwoSteps):
         def forward(self, number: int) -> dspy.Prediction:
