@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -32,6 +34,7 @@ from ..errors import ConfigError, ModelError
 from ..printable import get_logger
 from ..training.adapter_settings import CONFIG_FILE
 from ..training.bars import no_bars
+from ..training.precision import four_bit_model
 from .gguf import converted, gguf_in
 
 logger = get_logger(__name__)
@@ -264,6 +267,19 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Any
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
         raise ModelError(f"The weights of {card.source!r} can't be loaded: {error}") from error
     return (model if quantized else model.to(device)).eval().requires_grad_(False)
+
+
+@contextmanager
+def model_to_train(card: ModelCard, device: torch.device, *, four_bit: bool = False) -> Iterator[Any]:
+    """A model for a training alone, freed after the block. Raises ModelError, and what `four_bit_model` raises."""
+    model = four_bit_model(card.source, device) if four_bit else load_model(card, device, pick_dtype("auto", device))
+    try:
+        yield model
+    finally:
+        del model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def meta_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -106,7 +106,7 @@ class TrainingConfig:
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Trade time for memory. "auto": on CUDA with a base model above one billion parameters."""
     quantize_base: Literal["4bit"] | None = None
-    """Load the frozen base in 4-bit (CUDA and bitsandbytes only)."""
+    """Load the frozen base in 4-bit (CUDA and bitsandbytes only); the model that answers is freed meanwhile."""
     num_processes: int = 1
     """1 trains inside this process; more starts `accelerate launch` with so many processes."""
     accelerate_config: str | Path | None = None

@@ -84,14 +84,14 @@ def tokens_in_memory(config: PretrainedConfig, device: torch.device, dtype: torc
     return max(1, psutil.virtual_memory().total // 2 // activation_bytes(config, dtype))
 
 
-def four_bit_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The same base model loaded again in 4-bit NF4, from the folder or hub id that it came from.
+def four_bit_model(source: str, device: torch.device) -> PreTrainedModel:
+    """The model of a folder or hub id in 4-bit NF4.
 
     Raises ConfigError without CUDA and MissingExtraError without bitsandbytes.
     """
-    if model.device.type != "cuda":
+    if device.type != "cuda":
         raise ConfigError(
-            f"quantize_base='4bit' needs a CUDA device; the model is on {model.device}. Use quantize_base=None."
+            f"quantize_base='4bit' needs a CUDA device; the model is on {device}. Use quantize_base=None."
         )
     if not is_installed("bitsandbytes"):
         raise MissingExtraError("quantize_base='4bit' needs bitsandbytes: pip install bitsandbytes")
@@ -101,9 +101,9 @@ def four_bit_copy(model: PreTrainedModel) -> PreTrainedModel:
     options |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
     with no_bars():
         quantized: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(model.name_or_path),
+            source,
             quantization_config=BitsAndBytesConfig(**options),
-            device_map={"": model.device},
+            device_map={"": device},
             trust_remote_code=False,
         )
     return quantized

@@ -21,7 +21,7 @@ from .config import LoRAConfig, TrainingConfig
 from .fused import fused_lora
 from .loss import RowLoss, row_loss
 from .packing import MicroBatch, TokenizedRow
-from .precision import checkpoint_gradients, compute_dtype, four_bit_copy, tokens_in_memory
+from .precision import checkpoint_gradients, compute_dtype, four_bit_model, tokens_in_memory
 from .sharing import Sharing
 
 logger = get_logger(__name__)
@@ -122,8 +122,9 @@ def ready_to_step(
     if training.quantize_base is not None:
         if sharing.sharded:
             raise ConfigError("quantize_base='4bit' can't be sharded: use quantize_base=None, or no FSDP.")
-        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-        model = four_bit_copy(cast(PreTrainedModel, base_model))
+        base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+        if not getattr(base, "is_loaded_in_4bit", False):
+            model = four_bit_model(str(base.name_or_path), base.device)
     with training_adapter(model, lora, training.seed, start_from) as adapter, _random_state_kept(adapter.base):
         base = adapter.base
         optimizer = torch.optim.AdamW(

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import BetterTogetherError
 from ..files import atomic_write
 from .arrow_rows import ArrowRows
 from .config import LoRAConfig, TrainingConfig
+from .precision import four_bit_model
 from .progress import TrainingProgress
 from .sharing import Sharing
 from .trainer import TrainingResult, train_adapter
@@ -54,16 +55,13 @@ def run(work: Path) -> None:
 def _train(work: Path, sharing: Sharing) -> TrainingResult:
     spec: dict[str, Any] = json.loads((work / "spec.json").read_text())
     training = TrainingConfig(**spec["training"])
-    half = sharing.accelerator.device.type != "cpu" and training.dtype != "float32"
-    dtype = torch.bfloat16 if half else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, trust_remote_code=False)
 
     def report(line: TrainingProgress) -> None:
         with (work / "progress.jsonl").open("a") as file:
             file.write(json.dumps(asdict(line)) + "\n")
 
     return train_adapter(
-        model if sharing.sharded else model.to(sharing.accelerator.device),
+        _base_model(spec["model"], training, sharing),
         ArrowRows(Path(spec["rows"])),
         validation_rows=ArrowRows(Path(spec["validation_rows"])),
         lora=LoRAConfig(**spec["lora"]),
@@ -72,6 +70,16 @@ def _train(work: Path, sharing: Sharing) -> TrainingResult:
         start_from=None if spec["start_from"] is None else Path(spec["start_from"]),
         on_progress=report,
     )
+
+
+def _base_model(source: str, training: TrainingConfig, sharing: Sharing) -> PreTrainedModel:
+    device = sharing.accelerator.device
+    if training.quantize_base is not None and not sharing.sharded:
+        return four_bit_model(source, device)
+    half = device.type != "cpu" and training.dtype != "float32"
+    dtype = torch.bfloat16 if half else torch.float32
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+    return model if sharing.sharded else model.to(device)
 
 
 if __name__ == "__main__":

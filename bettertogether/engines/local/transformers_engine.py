@@ -26,7 +26,7 @@ from ..adapters import AdapterBank, linear_shapes
 from ..answers import FinishedAnswer, TokenScore
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
 from ..finetuning import TrainingJob, train
-from ..loading import is_out_of_memory, load_model, meta_model
+from ..loading import is_out_of_memory, load_model, meta_model, model_to_train
 from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult, TrainingRow, adapter_model_name
 from ..responses import ResponseWriter
@@ -200,20 +200,26 @@ class TransformersEngine(BaseEngine):
         """Train an adapter and serve it under a new name. See `LocalEngine.finetune`.
 
         Requests wait for the end of the training; while `on_progress` runs they are answered, so that it may ask, too.
-        Where other processes train, the model is freed for them, and loaded again for the next request.
+        Where other processes train, or a copy in 4 bits, the model is freed for them, and loaded again for the next
+        request.
         """
         with self._scheduler.training():
             return super().finetune(rows, **options)
 
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
-        if job.training.launched:
-            self._check_unchanged()
+        training, source = job.training, self._card.source
+        if not training.launched and training.quantize_base is None:
             with self._scheduler.exclusive():
-                self._unload()
-                return train(self, job, None, self._card.source, self._reporting(None, on_progress))
+                model = self._loaded_model()
+                return train(self, job, model, source, self._reporting(model, on_progress))
+        self._check_unchanged()
         with self._scheduler.exclusive():
-            model = self._loaded_model()
-            return train(self, job, model, self._card.source, self._reporting(model, on_progress))
+            self._unload()
+            report = self._reporting(None, on_progress)
+            if training.launched:
+                return train(self, job, None, source, report)
+            with model_to_train(self._card, self.options.torch_device, four_bit=True) as model:
+                return train(self, job, model, source, report)
 
     @contextmanager
     def trained_model(self) -> Iterator[Any]:

@@ -10,7 +10,7 @@ import httpx
 from dspy.lm15 import AuthError, InvalidRequestError, RateLimitError, Request, ServerError
 
 from ...errors import ModelError
-from ..answers import SampledAnswer, SamplingOptions, TokenScore
+from ..answers import FinishedAnswer, SampledAnswer, SamplingOptions, TokenScore
 
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
 """A server fills fields that are not sent from the model's generation_config.json."""
@@ -39,6 +39,22 @@ def scores_of(choice: Mapping[str, Any]) -> list[TokenScore]:
         likeliest = sorted(((_token_id(key), value) for key, value in (top or {}).items()), key=lambda pair: -pair[1])
         scores.append(TokenScore(_token_id(token), logprob, tuple(likeliest)))
     return scores
+
+
+def finished_of(choice: Mapping[str, Any], usage: Mapping[str, Any]) -> FinishedAnswer:
+    """An answer in text, with its counts. Raises ServerError for one that the server broke off."""
+    if choice.get("finish_reason") not in ("stop", "length"):
+        raise ServerError(f"vLLM broke an answer off: finish_reason={choice.get('finish_reason')!r}.")
+    details = usage.get("prompt_tokens_details") or {}
+    return FinishedAnswer(
+        text=choice["text"],
+        finish_reason=choice["finish_reason"],
+        prompt_tokens=usage["prompt_tokens"],
+        reused_tokens=details.get("cached_tokens") or 0,
+        generated_tokens=usage["completion_tokens"],
+        scores=tuple(scores_of(choice)),
+        cut=isinstance(choice.get("stop_reason"), str),
+    )
 
 
 def sampled_of(choice: Mapping[str, Any], request: Request, prompt_ids: list[int]) -> SampledAnswer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import tempfile
 import threading
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import torch
-from dspy.lm15 import Request, Response, ServerError
+from dspy.lm15 import Request, Response
 
 from ...errors import ConfigError, EngineBusyError, EngineClosedError, ModelError
 from ...printable import get_logger
@@ -30,12 +29,12 @@ from ..adapters import adapter_name, unknown_adapter
 from ..answers import FinishedAnswer
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
 from ..finetuning import TrainingJob, train
-from ..loading import load_model, pick_device, pick_dtype
+from ..loading import model_to_train, pick_device, pick_dtype
 from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult
 from ..responses import ResponseWriter
 from ..structured import after_thoughts, answer_grammar
-from .api import chunks_of, sampled_of, sampling_fields, scores_of
+from .api import chunks_of, finished_of, sampled_of, sampling_fields, scores_of
 from .fleet import Fleet, meet
 from .gate import Gate
 from .member import Adapter, Member
@@ -266,18 +265,7 @@ class VLLMEngine(BaseEngine):
         return json.dumps([request.model, *self.messages(request)[:-1]])
 
     def _answer(self, choice: Mapping[str, Any], usage: Mapping[str, Any]) -> FinishedAnswer:
-        if choice.get("finish_reason") not in ("stop", "length"):
-            raise ServerError(f"vLLM broke an answer off: finish_reason={choice.get('finish_reason')!r}.")
-        details = usage.get("prompt_tokens_details") or {}
-        answer = FinishedAnswer(
-            text=choice["text"],
-            finish_reason=choice["finish_reason"],
-            prompt_tokens=usage["prompt_tokens"],
-            reused_tokens=details.get("cached_tokens") or 0,
-            generated_tokens=usage["completion_tokens"],
-            scores=tuple(scores_of(choice)),
-            cut=isinstance(choice.get("stop_reason"), str),
-        )
+        answer = finished_of(choice, usage)
         counted = (1, answer.prompt_tokens, answer.reused_tokens, answer.generated_tokens)
         with self._lock:
             self._counts.update(dict(zip(COUNTERS, counted, strict=True)))
@@ -347,22 +335,10 @@ class VLLMEngine(BaseEngine):
 
     def _train_here(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
         """Train in this process, on a model of its own that is freed afterwards."""
-        device = pick_device("auto")
+        device, four_bit = pick_device("auto"), job.training.quantize_base is not None
         announce_memory(self._card, device, pick_dtype("auto", device), lora=job.lora, training=job.training)
-        with self._own_model() as model:
+        with model_to_train(self._card, device, four_bit=four_bit) as model:
             return train(self, job, model, self._card.source, on_progress)
-
-    @contextmanager
-    def _own_model(self) -> Iterator[Any]:
-        device = pick_device("auto")
-        model = load_model(self._card, device, pick_dtype("auto", device))
-        try:
-            yield model
-        finally:
-            del model
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
 
     def trained_model(self) -> AbstractContextManager[Any]:
         """A model of this process's own, beside that of the server, freed after the block. Raises ConfigError for one
@@ -373,7 +349,7 @@ class VLLMEngine(BaseEngine):
                 "local_lm(...), or engine_options={'chat_template_kwargs': {'enable_thinking': False}}."
             )
         self._check_unchanged()
-        return self._own_model()
+        return model_to_train(self._card, pick_device("auto"))
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from dspy.lm15 import Config, Message, Request
 from small_models import PACKED, bank, decode, generated, prompts, tiny_model
 
 from bettertogether import TrainingConfig
-from bettertogether.engines import TransformersEngine, memory_plan
+from bettertogether.engines import TransformersEngine, loading, memory_plan
 from bettertogether.engines.local import packed_decoder, transformers_engine
 from bettertogether.engines.local.decoder import BatchRow, Decision
 from bettertogether.engines.local.job import Job
@@ -160,25 +160,31 @@ def test_what_is_free_goes_up_to_the_limit_of_a_container(monkeypatch: pytest.Mo
     assert memory_plan.free_bytes(cpu) == 400
 
 
-def test_the_base_is_freed_while_other_processes_train_and_answers_all_the_same(
-    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("training", [TrainingConfig(num_processes=2), TrainingConfig(quantize_base="4bit")])
+def test_the_base_is_freed_while_other_processes_or_a_quantized_copy_train_and_answers_all_the_same(
+    engine: TransformersEngine, training: TrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answer() -> str | None:
         return engine.complete(Request("local/tiny", (Message.user("Hello"),), config=Config(max_tokens=4))).text
 
-    def training(_: Any, __: Any, model: Any, ___: Any, on_progress: Any) -> str:
+    def quantized(*_: Any) -> str:
+        held.append(engine._model)
+        return "in 4 bits"
+
+    def train(_: Any, __: Any, model: Any, ___: Any, on_progress: Any) -> Any:
         held.append(engine._model)
         on_progress("line")
         held.append(engine._model)
-        return "trained"
+        return model
 
     held: list[Any] = []
     answers = [answer()]
-    monkeypatch.setattr(transformers_engine, "train", training)
-    job: Any = SimpleNamespace(training=TrainingConfig(num_processes=2))
+    monkeypatch.setattr(loading, "four_bit_model", quantized)
+    monkeypatch.setattr(transformers_engine, "train", train)
+    job: Any = SimpleNamespace(training=training)
     trained: Any = engine._train(job, lambda line: answers.append(answer()))
-    assert trained == "trained"
-    assert held == [None, None]
+    assert trained == ("in 4 bits" if training.quantize_base else None)
+    assert set(held) == {None}
     assert [*answers, answer()] == answers[:1] * 3
 
 
