@@ -111,7 +111,7 @@ class Passes:
     def __init__(self) -> None:
         self.seconds, self.bare_seconds, self.measuring_seconds = 0.0, 0.0, 0.0
         self._rng, self._over_many = random.Random(0), ExamplePass.over_many
-        ExamplePass.over_many = lambda *given: self._over(*given)  # type: ignore[assignment, misc]
+        ExamplePass.over_many = lambda *given: self._over(*given)  # type: ignore[method-assign]
 
     def _over(self, options: ExamplePass, programs: Any, examples: Any, jobs: Any, labels: Any = None) -> list[Trace]:
         started = time.process_time()

@@ -318,9 +318,9 @@ def test_a_4_bit_base_needs_cuda(tmp_path: Path) -> None:
 
 
 def test_a_base_in_4_bits_is_not_loaded_again(tmp_path: Path) -> None:
-    model = tiny_model()
+    model: Any = tiny_model()
     # Else transformers has bitsandbytes count them.
-    model.is_loaded_in_4bit, model.num_parameters = True, lambda: 1  # type: ignore[method-assign]
+    model.is_loaded_in_4bit, model.num_parameters = True, lambda: 1
     train(tmp_path, TrainingConfig(epochs=1, quantize_base="4bit"), model=model)
 
 
