@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -104,8 +103,9 @@ def snapshot(value: Any) -> Any:
 
 def prediction_copy(prediction: dspy.Prediction) -> dspy.Prediction:
     """A `snapshot` of a prediction."""
-    copied = copy.copy(prediction)
-    copied._store = snapshot(prediction._store)
+    # Not copy.copy, which takes as long as all else here.
+    copied = object.__new__(type(prediction))
+    vars(copied).update(vars(prediction), _store=snapshot(prediction._store))
     if (given := prediction.completions) is not None:
         copied._completions = Completions(snapshot(dict(given.items())), signature=given.signature)
     return copied

@@ -51,13 +51,13 @@ class BudgetMeter:
         self.budget = budget
         self._clock = clock
         self._started_s = clock() - spent.seconds
-        self._charged = spent.with_seconds(0.0)
+        self._charged = spent
         self._lock = threading.Lock()
 
     def charge(self, ledger: Ledger) -> None:
-        """Add work that was done. Its seconds are not added: the meter's own clock has them."""
+        """Add work that was done. Its seconds don't count: the meter's own clock has them."""
         with self._lock:
-            self._charged += ledger.with_seconds(0.0)
+            self._charged += ledger
 
     @property
     def used(self) -> Ledger:
@@ -68,6 +68,8 @@ class BudgetMeter:
     def check(self) -> None:
         """Raise BudgetExceeded when a limit is reached; the message has what was used and the limits. Raise ConfigError
         where the cost is limited and not known."""
+        if self.budget == Budget():
+            return
         used = self.used
         amounts = {"minutes": used.seconds / 60, "metric_calls": used.metric_calls, "tokens": used.tokens}
         if self.budget.cost is not None:
