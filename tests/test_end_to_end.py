@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,12 @@ def metric(example: dspy.Example, prediction: dspy.Prediction, trace: object = N
 def things(number: int) -> list[dspy.Example]:
     pairs = [(f"{'blood' if i % 2 else 'sky'} {i}", "red" if i % 2 else "blue") for i in range(number)]
     return [dspy.Example(thing=thing, colour=colour).with_inputs("thing") for thing, colour in pairs]
+
+
+def answers(program: dspy.Module, examples: Sequence[dspy.Example]) -> list[dspy.Prediction]:
+    """To all examples at once."""
+    pairs = [(program, example) for example in examples]
+    return list(dspy.Parallel(num_threads=len(pairs), disable_progress_bar=True)(pairs))
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +102,12 @@ def test_a_second_weight_step_trains_on_and_every_rounds_model_stays_callable(
 ) -> None:
     student = dspy.Predict(Colour)
     student.set_lm(local_lm(model_folder, max_tokens=64))
-    training = TrainingConfig(learning_rate=5e-3, epochs=2)
+    training = TrainingConfig(learning_rate=5e-3, epochs=1)
     w = LoRAFinetune(metric, num_samples=1, training=training, start_from=start_from)
-    arguments: dict[str, Any] = {"trainset": things(12), "valset": things(22)[12:], "strategy": "w -> w"}
-    program = BetterTogether(metric, w=w).compile(student, run_dir=tmp_path / "run", progress=False, **arguments)
+    trainset, valset = things(8), things(12)[8:]
+    program = BetterTogether(metric, w=w).compile(
+        student, trainset=trainset, valset=valset, strategy="w -> w", run_dir=tmp_path / "run", progress=False
+    )
     rounds = program.report.rounds
     assert [record.status for record in rounds] == ["complete"] * 3
     names = [record.models["self"] for record in rounds]
@@ -107,13 +116,11 @@ def test_a_second_weight_step_trains_on_and_every_rounds_model_stays_callable(
         (True, False),
         (start_from == "base", start_from == "current"),
     ]
-    answers = [
-        [float(metric(each, candidate["program"](thing=each.thing))) for each in arguments["valset"]]
-        for record in rounds
+    found = {
+        candidate["strategy"]: list(map(metric, valset, answers(candidate["program"], valset)))
         for candidate in program.candidate_programs
-        if candidate["strategy"] == record.strategy
-    ]
-    assert answers == [list(record.scores or ()) for record in rounds]
+    }
+    assert found == {record.strategy: list(record.scores or ()) for record in rounds}
 
 
 def test_base_and_tuned_models_answer_side_by_side_after_compile(compiled: dict[str, Any]) -> None:
@@ -170,7 +177,8 @@ def test_a_saved_program_answers_the_same_after_loading(compiled: dict[str, Any]
     bettertogether.save(program, tmp_path / "saved")
     loaded = bettertogether.load(tmp_path / "saved", into=dspy.Predict(Colour))
     assert loaded.lm.model == program.lm.model
-    assert [loaded(thing=t.thing).colour for t in things(6)] == [program(thing=t.thing).colour for t in things(6)]
+    first, second = ([each.colour for each in answers(one, things(6))] for one in (loaded, program))
+    assert first == second
 
 
 @pytest.mark.parametrize(("weight", "epochs", "right"), [(0.1, 25, 20), (1e-6, 5, 0)])
@@ -183,8 +191,10 @@ def test_a_small_weight_on_what_the_grammar_forces_makes_answers_right_where_no_
     step = LoRAFinetune(metric, num_samples=1, train_prompt="vanilla", training=training)
     tuned = step.compile(student, trainset=things(20))
     engine = tuned.lm.engine
-    answers = [tuned.lm(messages=list(render_prompt(tuned, engine, e.inputs(), [])))[0] for e in things(20)]
-    texts = [answer["text"] if isinstance(answer, dict) else answer for answer in answers]
+    prompts = [list(render_prompt(tuned, engine, e.inputs(), [])) for e in things(20)]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        said = list(pool.map(lambda prompt: tuned.lm(messages=prompt)[0], prompts))
+    texts = [each["text"] if isinstance(each, dict) else each for each in said]
     assert sum(t == json.dumps({"colour": e.colour}, indent=2) for t, e in zip(texts, things(20), strict=True)) == right
 
 
@@ -212,8 +222,7 @@ def test_of_two_modules_the_one_at_fault_is_blamed_and_learns_what_the_metric_pr
 ) -> None:
     student = Painter()
     student.set_lm(local_lm(model_folder, max_tokens=64))
-    asked = [example.thing for example in things(12)]
-    usual = student(thing=asked[0]).colour
+    usual = student(thing="sky 0").colour
     other = {"red": "blue", "blue": "red"}[usual]
     step = PreferenceFinetune(
         lambda example, prediction, trace=None: prediction.colour == other,
@@ -230,6 +239,7 @@ def test_of_two_modules_the_one_at_fault_is_blamed_and_learns_what_the_metric_pr
     blame = step.last.details.blame
     assert blame["colour"].repaired > blame["tool"].repaired == 0
     assert step.last.details.data_card.kept_by_predictor.keys() == {"colour"}
-    assert [tuned(thing=thing).colour for thing in asked] == [other] * 12
-    tools = [[program.tool(thing=thing, colour=other).tool for thing in asked] for program in (student, tuned)]
+    assert [each.colour for each in answers(tuned, things(12))] == [other] * 12
+    painted = [dspy.Example(thing=each.thing, colour=other).with_inputs("thing", "colour") for each in things(12)]
+    tools = [[each.tool for each in answers(program.tool, painted)] for program in (student, tuned)]
     assert tools[0] == tools[1]
