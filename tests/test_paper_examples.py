@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,19 @@ TASKS: dict[str, tuple[Any, Callable[[Path], Path], Callable[[FakeRequest], dict
 }
 
 
-def student_engine(name: str) -> FakeEngine:
+class WatchedEngine(FakeEngine):
+    """Keeps what it was asked to train with."""
+
+    def __init__(self, answer: Callable[[FakeRequest], Any]) -> None:
+        super().__init__(answer)
+        self.asked: list[tuple[Any, ...]] = []
+
+    def finetune(self, rows: Any, **options: Any) -> Any:
+        self.asked.append((options["lora"], options["training"], rows))
+        return super().finetune(rows, **options)
+
+
+def student_engine(name: str) -> WatchedEngine:
     """Writes every query right; gives the final answer where a field's text has an even length or digit sum, and
     everywhere with demos in the prompt or after training."""
     values, told = TASKS[name][2:]
@@ -76,7 +89,7 @@ def student_engine(name: str) -> FakeEngine:
             outputs = {"answer": "no idea"}
         return reply(request, reasoning="So it is.", **outputs)
 
-    return FakeEngine(answer)
+    return WatchedEngine(answer)
 
 
 def arguments(name: str, folder: Path, *more: str) -> list[str]:
@@ -84,30 +97,55 @@ def arguments(name: str, folder: Path, *more: str) -> list[str]:
     return ["--data", str(data), "--run-dir", str(folder / "run"), "--seeds", "1", "--limit", "8", *more]
 
 
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A whole run of a task."""
+
+    name: str
+    command: list[str]
+    run_dir: Path
+    table: str
+    engine: WatchedEngine
+
+
 @pytest.fixture(scope="module", params=TASKS)
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str], str]:
-    """A task, the arguments of a whole run of it, and its table."""
-    folder = tmp_path_factory.mktemp(request.param)
-    command = arguments(request.param, folder)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    command, engine = arguments(name, folder), student_engine(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BETTERTOGETHER_CACHE", str(folder / "cache"))
-        return request.param, command, TASKS[request.param][0].main(command, lm=plain_lm(student_engine(request.param)))
+        return Whole(name, command, folder / "run", TASKS[name][0].main(command, lm=plain_lm(engine)), engine)
 
 
-def test_all_eight_strategies_are_compiled_tested_and_printed_beside_table_1(whole: tuple[str, list[str], str]) -> None:
-    numbers = hub_files.own_numbers(whole[2])
+def test_all_eight_strategies_are_compiled_tested_and_printed_beside_table_1(whole: Whole) -> None:
+    numbers = hub_files.own_numbers(whole.table)
     assert 0 < float(numbers["vanilla"]) < 100
     assert numbers == {**dict.fromkeys([*STRATEGIES[1:], BEST], "100.0"), "vanilla": numbers["vanilla"]}
 
 
-def test_a_finished_run_prints_its_table_again_without_a_call(
-    whole: tuple[str, list[str], str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    name, command, text = whole
-    engine = student_engine(name)
-    TASKS[name][0].main(command, lm=plain_lm(engine))
+def test_weight_steps_train_with_the_papers_settings_on_zero_shot_prompts(whole: Whole) -> None:
+    assert len(whole.engine.asked) == 3, "w and w -> w, and p -> w"
+    for lora, training, rows in whole.engine.asked:
+        assert lora == LoRAConfig.paper()
+        assert dataclasses.replace(training, seed=0) == TrainingConfig.paper()
+        assert {(len(row.messages), row.forms) for row in rows} == {(2, ())}
+
+
+def test_a_finished_run_prints_its_table_again_without_a_call(whole: Whole, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = student_engine(whole.name)
+    TASKS[whole.name][0].main(whole.command, lm=plain_lm(engine))
     assert engine.requests == []
-    assert capsys.readouterr().out.strip() == text.strip()
+    assert capsys.readouterr().out.strip() == whole.table.strip()
+
+
+@pytest.mark.parametrize("whole", ["iris"], indirect=True)
+def test_a_run_directory_of_another_command_is_refused_but_takes_more_seeds(whole: Whole, tmp_path: Path) -> None:
+    command = [*whole.command, "--run-dir", str(shutil.copytree(whole.run_dir, tmp_path / "run"))]
+    with pytest.raises(SystemExit, match="belongs to another command"):
+        iris.main([*command, "--settings", "default"], lm=plain_lm(student_engine("iris")))
+    text = iris.main([*command, "--seeds", "2"], lm=plain_lm(student_engine("iris")))
+    assert "2 seed(s)" in text
+    assert hub_files.own_numbers(text)["p"] == "100.0 (100.0 to 100.0)"
 
 
 def test_a_stopped_run_goes_on_after_the_last_strategy_that_was_tested(
@@ -133,22 +171,6 @@ def test_a_stopped_run_goes_on_after_the_last_strategy_that_was_tested(
     assert sorted(phases) == sorted(f"seed 0: test {name}" for name in STRATEGIES)
 
 
-def test_a_run_directory_of_another_command_is_refused_but_takes_more_seeds(tmp_path: Path) -> None:
-    command = arguments("iris", tmp_path)
-    iris.main(command, lm=plain_lm(student_engine("iris")))
-    with pytest.raises(SystemExit, match="belongs to another command"):
-        iris.main([*command, "--settings", "default"], lm=plain_lm(student_engine("iris")))
-    text = iris.main([*command, "--seeds", "2"], lm=plain_lm(student_engine("iris")))
-    assert "2 seed(s)" in text
-    assert hub_files.own_numbers(text)["p"] == "100.0 (100.0 to 100.0)"
-
-
-def test_where_no_run_passes_the_table_has_a_dash_as_the_papers(tmp_path: Path) -> None:
-    engine = FakeEngine(lambda request: reply(request, reasoning="?", answer="no idea"))
-    numbers = hub_files.own_numbers(gsm8k.main(arguments("gsm8k", tmp_path), lm=plain_lm(engine)))
-    assert numbers == {name: "-" if "w" in name else "0.0" for name in STRATEGIES} | {BEST: "0.0"}
-
-
 def test_hotpotqa_searches_twice_with_a_predictor_each_and_answers_from_both() -> None:
     program = hotpotqa.MultiHop(lambda query, k: [f"{query} {k}", "same"])
     names = [name for name, _ in program.named_predictors()]
@@ -163,28 +185,6 @@ def test_hotpotqa_searches_twice_with_a_predictor_each_and_answers_from_both() -
     asked = [list(outputs_of(request))[-1] for request in engine.requests]
     assert asked == ["search_query", "search_query", "answer"]
     assert ["same" in field_of(request, "context") for request in engine.requests] == [False, True, True]
-
-
-class WatchedEngine(FakeEngine):
-    """Keeps what it was asked to train with."""
-
-    def __init__(self, answer: Callable[[FakeRequest], Any]) -> None:
-        super().__init__(answer)
-        self.asked: list[tuple[Any, ...]] = []
-
-    def finetune(self, rows: Any, **options: Any) -> Any:
-        self.asked.append((options["lora"], options["training"], rows))
-        return super().finetune(rows, **options)
-
-
-def test_weight_steps_train_with_the_papers_settings_on_zero_shot_prompts(tmp_path: Path) -> None:
-    engine = WatchedEngine(student_engine("iris").answer)
-    iris.main(arguments("iris", tmp_path), lm=plain_lm(engine))
-    assert len(engine.asked) == 3, "w and w -> w, and p -> w"
-    for lora, training, rows in engine.asked:
-        assert lora == LoRAConfig.paper()
-        assert dataclasses.replace(training, seed=0) == TrainingConfig.paper()
-        assert {(len(row.messages), row.forms) for row in rows} == {(2, ())}
 
 
 @pytest.mark.parametrize(
