@@ -160,19 +160,29 @@ def kill_at(step: int) -> Any:
     return on_progress
 
 
+INTERRUPTED: dict[str, Any] = {
+    "training": replace(FAST, batch_size=5), "lora": LoRAConfig(dropout=0.2), "validation_rows": HELD_OUT,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
+    """A run that nobody kills."""
+    return train(tmp_path_factory.mktemp("whole"), **INTERRUPTED)
+
+
 @pytest.mark.parametrize(("step", "first_step"), [(1, 0), (5, 5), (7, 5), (9, 9)])
-def test_a_killed_run_goes_on_and_gives_the_same_result(tmp_path: Path, step: int, first_step: int) -> None:
-    training = replace(FAST, batch_size=5)
-    lora = LoRAConfig(dropout=0.2)
-    expected = train(tmp_path / "whole", training, lora=lora, validation_rows=HELD_OUT)
+def test_a_killed_run_goes_on_and_gives_the_same_result(
+    whole: TrainingResult, tmp_path: Path, step: int, first_step: int
+) -> None:
     with pytest.raises(Killed):
-        train(tmp_path / "killed", training, lora=lora, validation_rows=HELD_OUT, on_progress=kill_at(step))
+        train(tmp_path, on_progress=kill_at(step), **INTERRUPTED)
     lines: list[TrainingProgress] = []
-    result = train(tmp_path / "killed", training, lora=lora, validation_rows=HELD_OUT, on_progress=lines.append)
-    assert result.history == expected.history
+    result = train(tmp_path, on_progress=lines.append, **INTERRUPTED)
+    assert result.history == whole.history
     assert lines[0].step == first_step
-    assert difference(tmp_path / "whole", tmp_path / "killed") == 0
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
+    assert difference(whole.folder, tmp_path) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
