@@ -49,9 +49,9 @@ def match(example: dspy.Example, prediction: dspy.Prediction, trace: object = No
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dspy.Module:
     """A program with a report of p and w, over a tiny model with an adapter that can be saved and merged."""
     folder = tmp_path_factory.mktemp("compiled")
-    rows = examples(12)
+    rows = examples(8)
     program = bettertogether.BetterTogether(match).compile(
-        student(), trainset=rows[:8], valset=rows[8:], strategy="p -> w", run_dir=folder / "run", progress=False
+        student(), trainset=rows[:4], valset=rows[4:], strategy="p -> w", run_dir=folder / "run", progress=False
     )
     program.set_lm(
         bettertogether.local_lm(save_model(folder / "tiny"), adapter=save_adapter(folder / "adapter", seed=0))
@@ -68,15 +68,15 @@ def student() -> dspy.Module:
 @pytest.fixture
 def names(compiled: dspy.Module) -> dict[str, Any]:
     """What the pages take for given."""
-    rows = examples(16)
+    rows = examples(12)
     return {
         "student": student(),
         "big_lm": plain_lm(FakeEngine(says_yes)),
         "metric": match,
         "feedback_metric": lambda example, prediction, trace, pred_name, pred_trace: match(example, prediction),
-        "trainset": rows[:8],
-        "valset": rows[8:12],
-        "testset": rows[12:],
+        "trainset": rows[:4],
+        "valset": rows[4:8],
+        "testset": rows[8:],
         "my_rows": [(row.question, row.answer) for row in rows],
         "MyProgram": student,
         "compiled": compiled,

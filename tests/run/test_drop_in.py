@@ -216,7 +216,7 @@ def test_student_and_teachers_are_unchanged_and_a_second_compile_gives_the_same(
 
 
 @pytest.mark.parametrize("name", [*PROMPT_OPTIMIZERS, "KNNFewShot", "BootstrapFinetune"])
-def test_dspys_optimizers_run_as_steps_before_and_after_ours_with_lms_kept(name: str) -> None:
+def test_dspys_optimizers_run_as_steps_beside_ours_with_lms_kept(name: str) -> None:
     engine = proposing_engine(careful)
     student = parity_program(engine)
     optimizer = BetterTogether(
@@ -226,7 +226,7 @@ def test_dspys_optimizers_run_as_steps_before_and_after_ours_with_lms_kept(name:
         w=LoRAFinetune(parity_match, num_samples=0, rescue=False),
     )
     # KNNFewShot's result runs on a program of its own, which tuned weights would not reach.
-    strategy = "w -> f -> p" if name == "KNNFewShot" else "f -> w -> f -> p"
+    strategy = "w -> f -> p" if name == "KNNFewShot" else "f -> w -> p"
     compiled = optimizer.compile(
         student,
         trainset=TRAIN,
