@@ -38,10 +38,17 @@ def means(record: StepRecord) -> dict[str, float]:
     return {cell: sum(scores) / len(scores) for cell, scores in (record.two_by_two or {}).items()}
 
 
-@START_FROM
-def test_a_second_weight_step_learns_from_runs_of_the_first_ones_weights(start_from: str) -> None:
+@pytest.fixture(scope="module", params=["base", "current"])
+def twice(request: pytest.FixtureRequest) -> tuple[str, FakeEngine, dspy.Module]:
+    """Where the second weight step starts from, the engine, and what was compiled."""
     engine = parity_engine(knows)
-    compiled = compile_(engine, "w -> w", {"start_from": start_from})
+    return request.param, engine, compile_(engine, "w -> w", {"start_from": request.param})
+
+
+def test_a_second_weight_step_learns_from_runs_of_the_first_ones_weights(
+    twice: tuple[str, FakeEngine, dspy.Module],
+) -> None:
+    _, engine, compiled = twice
     assert [record.score for record in compiled.report.rounds] == [0.25, 0.5, 0.75]
     assert [len(rows) for rows in engine.trainings] == [12, 24]
     model = by_name(compiled)["w"].models["self"]
@@ -49,9 +56,11 @@ def test_a_second_weight_step_learns_from_runs_of_the_first_ones_weights(start_f
     assert fresh == set(range(40, 88))
 
 
-@START_FROM
-def test_start_from_says_whether_the_second_goes_on_with_the_adapter_of_the_first(start_from: str) -> None:
-    records = by_name(compile_(parity_engine(knows), "w -> w", {"start_from": start_from}))
+def test_start_from_says_whether_the_second_goes_on_with_the_adapter_of_the_first(
+    twice: tuple[str, FakeEngine, dspy.Module],
+) -> None:
+    start_from, _, compiled = twice
+    records = by_name(compiled)
     details = records["w -> w"].details
     assert isinstance(details, WeightDetails)
     ((name, adapter),) = details.adapters.items()

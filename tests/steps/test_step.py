@@ -18,7 +18,7 @@ from bettertogether.rollouts.settings import RunSettings
 from bettertogether.steps.rows import Row
 from bettertogether.steps.step import StepContext, as_step
 
-TRAIN = numbers(40)
+TRAIN = numbers(20)
 KINDS = [BootstrapFewShotRS, LoRAFinetune]
 
 
