@@ -48,8 +48,8 @@ from bettertogether.testing import Answer, FakeEngine, FakeRequest
 
 LABELS = ("animal", "body", "colour", "drink", "earth", "food", "garden", "house", "iron", "journey")
 KNOWN, KNOWN_WITH_DEMOS, KNOWN_AFTER_TRAINING = 0.6, 0.7, 0.9
-BARE_CALLS = 10
-"""Of each pass."""
+BARE_CALLS = 50
+"""Of each pass, at most."""
 
 
 class Topic(dspy.Signature):
