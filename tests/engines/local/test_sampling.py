@@ -51,9 +51,10 @@ def row(constraint: Allowed | None = None, **options: Any) -> BatchRow:
 
 
 def drawn(times: int = 4000, constraint: Allowed | None = None, **options: Any) -> dict[int, float]:
-    """Shares of the tokens in many draws of one row."""
-    one = row(constraint, seed=0, **{"temperature": 1.0, **options})
-    counts = Counter(choose(LOGITS_1_V, [one])[0] for _ in range(times))
+    """Shares of the tokens in many draws of each of 40 rows."""
+    rows = [row(constraint, seed=seed, **{"temperature": 1.0, **options}) for seed in range(40)]
+    logits_B_V = LOGITS_1_V.repeat(len(rows), 1)
+    counts = Counter(token for _ in range(times // len(rows)) for token in choose(logits_B_V, rows))
     return {token: count / times for token, count in sorted(counts.items())}
 
 
