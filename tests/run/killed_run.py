@@ -16,7 +16,7 @@ from fakes import learner, numbers, parity_match, parity_program, reply, right, 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
 from bettertogether.callbacks import Callback
 from bettertogether.engines.protocol import FinetuneResult
-from bettertogether.programs.program import prompts_state
+from bettertogether.programs.program import model_names, prompts_state
 from bettertogether.testing import FakeEngine, FakeRequest
 
 CALL_S, TRAINING_S, WRITE_S = 0.03, 0.2, 0.02
@@ -54,7 +54,9 @@ def outcome(compiled: dspy.Module, run_dir: Path) -> dict[str, Any]:
     report = json.loads(json.dumps(compiled.report.to_dict()).replace(str(run_dir), "RUN"))
     for record in report["rounds"]:
         record["ledger"] = {name: record["ledger"][name] for name in ("metric_calls", "trained_tokens")}
-    return {"report": report, "prompts": prompts_state(compiled), "model": compiled.lm.model}
+        for line in (record["details"] or {}).get("history", []):
+            line.pop("tokens_per_s", None)
+    return {"report": report, "prompts": prompts_state(compiled), "models": model_names(compiled)}
 
 
 def run(run_dir: Path) -> None:

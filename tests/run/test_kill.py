@@ -24,6 +24,12 @@ def programs() -> Iterator[Programs]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def trainings() -> Iterator[Programs]:
+    with programs_that_import("killed_training") as running:
+        yield running
+
+
 def start(programs: Programs, run_dir: Path) -> int:
     """The number of the process of a run, at the moment when its work begins."""
     number = programs.start(f"import pathlib, killed_run; killed_run.run(pathlib.Path({str(run_dir)!r}))")
@@ -68,3 +74,20 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_report_of_an_uninterru
             assert ended(run_dir) == expected
             done += 1
     assert whole(programs, tmp_path / f"run {done}") == expected
+
+
+@pytest.mark.parametrize(("kind", "last_step", "saved"), [("policy", 1, "step-1"), ("preference", 2, "epoch-1")])
+def test_a_training_that_is_killed_goes_on_to_the_weights_of_an_uninterrupted_one(
+    trainings: Programs, tmp_path: Path, kind: str, last_step: int, saved: str
+) -> None:
+    def exit_code(run_dir: Path, last_step: int = 0) -> int:
+        arguments = f"{kind!r}, pathlib.Path({str(run_dir)!r}), {last_step}"
+        trainings.start(f"import pathlib, killed_training; killed_training.run({arguments})")
+        return trainings.exit_code()
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert exit_code(whole) == 0
+    assert exit_code(killed, last_step) == -signal.SIGKILL
+    assert len(list(killed.rglob(saved))) == 1
+    assert exit_code(killed) == 0
+    assert ended(killed) == ended(whole)
