@@ -44,16 +44,20 @@ def branch_points(
     runs: Sequence[Trace],
     options: ExamplePass,
     temperatures: Sequence[float],
-    labels: Sequence[str | None],
+    labels: Sequence[str | None] = (),
+    *,
+    first: int = 1,
+    after: float | None = None,
 ) -> list[BranchPoint]:
-    """Answer calls of these runs of the program anew, once at each of the temperatures. Tools are called again, and
-    calls that can't be seen are made anew. Raises TooManyErrors."""
+    """Answer calls of these runs of the program anew, once at each of the temperatures; attempts are numbered from
+    `first`, and calls after that one are answered at the temperature `after`, None: the LM's own. Tools are called
+    again, and calls that can't be seen are made anew. Raises TooManyErrors."""
     calls = [(run, call) for run in runs for call in _spread((*run.calls, *run.unread))]
     jobs = [
-        (run.index, Attempt("branch", number, branch=Branch(run.answers[: place + 1], temperature)))
+        (run.index, Attempt("branch", number, after, branch=Branch(run.answers[: place + 1], temperature)))
         for run, call in calls
         if (place := call.place) is not None
-        for number, temperature in enumerate(temperatures, 1)
+        for number, temperature in enumerate(temperatures, first)
     ]
     branches = iter(options.over(program, examples, jobs, labels))
     return [BranchPoint(run, call, tuple(next(branches) for _ in temperatures)) for run, call in calls]

@@ -1,12 +1,13 @@
 """Runs of the same example compared with each other: which of their answers were better than the others'.
 
-A group has the answers to one call: of one example, one predictor, and its first, second, ... call in a run. Each has
-the reward of what its run came to (mmGRPO, arXiv 2508.04660).
+A group has the answers to one call: of one example, one predictor, and its first, second, ... call in a run (mmGRPO,
+arXiv 2508.04660); or the very call of one run, answered anew in branches of it. Each has the reward of what its run
+came to.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
@@ -14,6 +15,8 @@ from typing import Any
 
 from ..engines.answers import SampledAnswer
 from ..engines.protocol import RewardedAnswer
+from ..rollouts.branches import BranchPoint
+from ..rollouts.rollout import Call
 from ..rollouts.traces import Trace
 from ..training.config import PolicyConfig
 
@@ -21,7 +24,8 @@ LEAST_SPREAD = 1e-9
 """Rewards that differ by less are the same: their mean is rounded."""
 
 GroupKey = tuple[int, str, int]
-"""Example, predictor, and the number of the call among the predictor's calls of the run."""
+"""Example, predictor, and the number of the call among the predictor's calls of the run, or among those that were
+answered anew."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,20 @@ def spread_of(traces: Sequence[Trace], policy: PolicyConfig) -> float:
     return fmean(map(pstdev, by_example.values()))
 
 
-def compared(traces: Iterable[Trace], predictors: Collection[str], policy: PolicyConfig) -> Groups:
+def compared(
+    runs: Iterable[Trace | BranchPoint],
+    predictors: Collection[str],
+    policy: PolicyConfig,
+) -> Groups:
     """The answers of these predictors in groups, each with its advantage: its reward minus the mean of its group,
-    divided by its standard deviation where that is asked for. An answer that could not be read has `unread_reward`,
-    whatever its run came to."""
+    divided by its standard deviation where that is asked for. Groups are by example and call; those of a call that was
+    answered anew have its answers alone. An answer that could not be read has `unread_reward`, whatever its run came
+    to."""
     groups: dict[GroupKey, list[tuple[Mapping[str, Any], float]]] = defaultdict(list)
-    for trace in traces:
-        for key, sampled, reward in _answers(trace, policy):
+    points: Counter[tuple[int, str]] = Counter()
+    for run in runs:
+        found = _answers_of_run(run, policy) if isinstance(run, Trace) else _answers_of_point(run, points, policy)
+        for key, sampled, reward in found:
             if key[1] in predictors:
                 groups[key].append((sampled, reward))
     answers: dict[str, list[RewardedAnswer]] = defaultdict(list)
@@ -76,15 +87,38 @@ def _has_spread(rewards: Sequence[float]) -> bool:
     return max(rewards) - min(rewards) > LEAST_SPREAD
 
 
-def _answers(trace: Trace, policy: PolicyConfig) -> Iterator[tuple[GroupKey, Mapping[str, Any], float]]:
-    """Every answer of a run, with its group and its reward. Calls that could not be read come after a predictor's
-    others."""
-    numbers: dict[str, int] = defaultdict(int)
-    for call, is_read in [*((each, True) for each in trace.calls), *((each, False) for each in trace.unread)]:
+_Answers = Iterator[tuple[GroupKey, Mapping[str, Any], float]]
+"""Of each answer its group, its tokens and its reward."""
+
+
+def _answers_of_run(trace: Trace, policy: PolicyConfig) -> _Answers:
+    """Every answer of a run. Calls that could not be read come after a predictor's others."""
+    numbers: Counter[str] = Counter()
+    for call, is_read in _calls(trace):
         key = trace.index, call.predictor, numbers[call.predictor]
         numbers[call.predictor] += 1
-        if call.unfit is not None:
-            continue
-        read = call.sampled[-1:] if is_read else ()
-        yield from ((key, each, policy.unread_reward) for each in call.sampled[: len(call.sampled) - len(read)])
-        yield from ((key, each, reward_of(trace, policy)) for each in read)
+        yield from _answers_of_call(key, call, is_read, reward_of(trace, policy), policy)
+
+
+def _answers_of_point(point: BranchPoint, numbers: Counter[tuple[int, str]], policy: PolicyConfig) -> _Answers:
+    """The answers to the call that was answered anew: the run's own, then the new ones."""
+    origin = point.run.index, point.call.predictor
+    for trace in (point.run, *point.answered):
+        for call, is_read in _calls(trace):
+            if call is point.call or call.anew:
+                yield from _answers_of_call((*origin, numbers[origin]), call, is_read, reward_of(trace, policy), policy)
+    numbers[origin] += 1
+
+
+def _calls(trace: Trace) -> Iterator[tuple[Call, bool]]:
+    """Each with whether it could be read."""
+    yield from ((call, True) for call in trace.calls)
+    yield from ((call, False) for call in trace.unread)
+
+
+def _answers_of_call(key: GroupKey, call: Call, is_read: bool, reward: float, policy: PolicyConfig) -> _Answers:
+    """Of a call that could be read, all answers but the last one could not."""
+    if call.unfit is None:
+        unread = len(call.sampled) - is_read
+        yield from ((key, each, policy.unread_reward) for each in call.sampled[:unread])
+        yield from ((key, each, reward) for each in call.sampled[unread:])

@@ -23,9 +23,10 @@ from ..files import atomic_folder, atomic_write, put_anew
 from ..printable import get_logger
 from ..programs.program import predictors_of
 from ..records import SCHEMA, Ledger, RewardLine, Saved, read
+from ..rollouts.branches import BranchPoint, branch_points
 from ..rollouts.evaluation import evaluate_many
 from ..rollouts.metrics import Metric
-from ..rollouts.rollout import Attempt
+from ..rollouts.rollout import Attempt, Call
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Trace
 from ..training.config import PolicyConfig
@@ -120,7 +121,7 @@ class PolicyRun:
 
     def _runs(self) -> tuple[list[Trace], Groups]:
         """Runs of so many examples that enough of them differ in reward, or as many as may be drawn."""
-        policy, drawn, traces = self.policy, list[int](), list[Trace]()
+        policy, drawn, traces, runs = self.policy, list[int](), list[Trace](), list[Trace | BranchPoint]()
         programs = [self._program(with_demos=True), self._program(with_demos=False)]
         most = min(policy.most_draws * policy.examples_per_step, len(self.trainset))
         options = ExamplePass(
@@ -130,18 +131,45 @@ class PolicyRun:
             judge_with_trace=False,
             needs_verdict=False,
         )
-        groups = compared(traces, self.adapters, policy)
+        groups = compared(runs, self.adapters, policy)
         while (missing := min(policy.examples_per_step - len(groups.examples), most - len(drawn))) > 0:
             new = self._drawn(missing, drawn)
             drawn += new
-            jobs = [
-                (int(place >= round(self._demo_share * len(new))), index, self._attempt(number))
-                for place, index in enumerate(new)
-                for number in range(policy.group_size)
-            ]
-            traces += options.over_many(programs, self.trainset, jobs)
-            groups = compared(traces, self.adapters, policy)
+            more, found = self._run_on(new, programs, options)
+            traces += more
+            runs += found
+            groups = compared(runs, self.adapters, policy)
         return traces, groups
+
+    def _run_on(
+        self, examples: Sequence[int], programs: Sequence[dspy.Module], options: ExamplePass
+    ) -> tuple[list[Trace], Sequence[Trace | BranchPoint]]:
+        """Runs on these examples, of the programs with demos and without, and what is compared of them."""
+        policy, with_demos = self.policy, round(self._demo_share * len(examples))
+        by_branch = policy.group_by == "branch"
+        jobs = [
+            (int(place >= with_demos), index, self._attempt(number))
+            for place, index in enumerate(examples)
+            for number in range(1 if by_branch else policy.group_size)
+        ]
+        traces = options.over_many(programs, self.trainset, jobs)
+        if not by_branch:
+            return traces, traces
+        points = list[BranchPoint]()
+        for program, runs in zip(programs, (traces[:with_demos], traces[with_demos:]), strict=True):
+            points += branch_points(
+                program,
+                self.trainset,
+                [replace(run, calls=self._learned(run.calls), unread=self._learned(run.unread)) for run in runs],
+                options,
+                [policy.temperature] * (policy.group_size - 1),
+                first=self._attempt(1).number,
+                after=policy.temperature,
+            )
+        return [*traces, *(branch for point in points for branch in point.branches)], points
+
+    def _learned(self, calls: Sequence[Call]) -> tuple[Call, ...]:
+        return tuple(call for call in calls if call.predictor in self.adapters and call.unfit is None)
 
     def _attempt(self, number: int) -> Attempt:
         """No two of a training have the same number, and so the same seed."""
@@ -193,10 +221,13 @@ class PolicyRun:
         if not any(call.sampled for call in calls):
             raise NoTrainingDataError(f"There is nothing to learn from. {unseen_calls(len(traces))}")
         rewards = sorted({round(reward_of(trace, self.policy), 6) for trace in traces})
-        examples = len({trace.index for trace in traces})
+        examples, size = len({trace.index for trace in traces}), self.policy.group_size
+        alike = f"{size} of each, and all of an example"
+        if self.policy.group_by == "branch":
+            alike = f"{size} answers to each call, and all of a call"
         raise NoTrainingDataError(
-            f"There is nothing to learn from: {len(traces)} runs of {examples} examples, {self.policy.group_size} of "
-            f"each, and all of an example earned the same (rewards: {rewards[:5]}). Give a metric with partial credit, "
+            f"There is nothing to learn from: {len(traces)} runs of {examples} examples, {alike} earned the same "
+            f"(rewards: {rewards[:5]}). Give a metric with partial credit, "
             "examples that are neither too hard nor too easy for the program, or a larger group_size; or let it learn "
             "from right runs first (LoRAFinetune)."
         )

@@ -40,6 +40,12 @@ class Outlook:
     is_scored: bool = False
     """The program ran on the valset before, the answers kept."""
 
+    @property
+    def branch_runs(self) -> float:
+        """Runs that it costs to answer each call of a run anew, once: of n calls, number i costs the calls from there
+        on, a share 1 - (i - 1) / n of a run."""
+        return (self.calls + 1) / 2
+
 
 @dataclass(frozen=True)
 class Work:
@@ -113,8 +119,7 @@ class ExpectedTries:
         self.unsolved *= 1 - self.outlook.again
 
     def branch(self, temperatures: Sequence[float], *, everyone: bool = False) -> None:
-        # A new answer to a run's call number i of n costs the calls from there on, a share 1 - (i - 1) / n of a run.
-        runs = len(temperatures) * (self.outlook.calls + 1) / 2
+        runs = len(temperatures) * self.outlook.branch_runs
         self.runs += runs * (self.examples if everyone else self.unsolved)
         self.unsolved *= 1 - self.outlook.again
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from ..checks import is_number, require_switch, require_whole
+from ..checks import is_number, require_one_of, require_switch, require_whole
 from ..errors import ConfigError
+
+GroupBy = Literal["call", "branch"]
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -212,7 +214,11 @@ class PolicyConfig:
     examples_per_step: int = 8
     """Examples that a step learns from: those whose runs differ in reward."""
     group_size: int = 8
-    """Runs of the program on each example, at least 2."""
+    """Answers that are compared with each other, at least 2: in so many runs of the program on each example."""
+    group_by: GroupBy = "call"
+    """"call": a group has the answers of an example's runs to one call, by its predictor and number. "branch": one run
+    of each example, in which each call is answered anew `group_size` - 1 times on the very inputs that it had, at most
+    three calls of a predictor; the program goes on from there, and a group has the answers to that call."""
     most_draws: int = 3
     """Where all runs of an example have one reward, another example is drawn, up to so many times `examples_per_step`
     in all."""
@@ -245,6 +251,7 @@ class PolicyConfig:
         _require(is_number(clip) and 0 < clip < 1, "clip", clip, "a number between 0 and 1")
         _require(is_number(weight) and weight >= 0, "kl_weight", weight, "0 or more")
         _require(is_number(unread), "unread_reward", unread, "a number")
+        require_one_of("group_by", self.group_by, get_args(GroupBy))
         require_switch("divide_by_deviation", self.divide_by_deviation)
         require_switch("fade_demos", self.fade_demos)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import dspy
 import pytest
 
+from bettertogether.rollouts.branches import BranchPoint
 from bettertogether.rollouts.metrics import Verdict
 from bettertogether.rollouts.rollout import Call
 from bettertogether.rollouts.traces import Trace
@@ -35,9 +37,11 @@ def run(index: int, score: float, *calls: Call, unread: tuple[Call, ...] = (), r
     return Trace(index, dspy.Example(), None, calls, Verdict(score, score >= 1, reason), "sample", unread=unread)
 
 
-def advantages(*traces: Trace, policy: PolicyConfig = POLICY, of: str = "ab") -> dict[str, dict[int, float]]:
+def advantages(
+    *runs: Trace | BranchPoint, policy: PolicyConfig = POLICY, of: str = "ab"
+) -> dict[str, dict[int, float]]:
     """By predictor, the advantage of each answer by its token."""
-    groups = compared(traces, of, policy)
+    groups = compared(runs, of, policy)
     return {
         name: {each.sampled.token_ids[0]: each.advantage for each in answers}
         for name, answers in groups.answers.items()
@@ -63,6 +67,28 @@ def test_answers_are_compared_by_example_predictor_and_number_of_the_call() -> N
         run(1, 0.0, call("a", 8), call("a", 9)),
     ]
     assert advantages(*runs) == {"a": {1: 0.5, 4: -0.5, 6: 0.5, 8: -0.5, 7: 0.5, 9: -0.5}, "b": {3: 0.5, 5: -0.5}}
+
+
+def test_the_answers_to_one_call_of_one_run_are_a_group_and_what_came_before_and_after_it_has_no_part() -> None:
+    first, second = call("a", 1), call("a", 2)
+    origin = run(0, 1.0, first, second)
+
+    def branch(score: float, *calls: Call, **options: Any) -> Trace:
+        return run(0, score, *calls, **options)
+
+    at_first = (
+        branch(0.0, call("a", 3, anew=True), call("a", 4)),
+        branch(0.5, call("a", 5, anew=True), call("a", 6)),
+        replace(branch(0.0, call("a", 7)), strayed=True),
+    )
+    at_second = (
+        branch(1.0, call("a"), call("a", 8, anew=True)),
+        branch(0.0, call("a"), unread=(call("a", 9, anew=True),), reason="parse failure"),
+    )
+    points = BranchPoint(origin, first, at_first), BranchPoint(origin, second, at_second)
+    found = advantages(*points)["a"]
+    assert found == pytest.approx({1: 0.5, 3: -0.5, 5: 0.0, 2: 2 / 3, 8: 2 / 3, 9: -4 / 3})
+    assert (compared(points, "a", POLICY).kept, compared(points, "a", POLICY).dropped) == (2, 0)
 
 
 def test_groups_of_one_reward_are_dropped_and_counted() -> None:

@@ -150,6 +150,18 @@ def test_a_frozen_module_stays_as_it_was(engine: TransformersEngine, tmp_path: P
     assert [line.groups for line in details_of(step).history] == [0, 2, 2]
 
 
+def test_in_groups_by_branch_each_call_of_a_run_is_answered_anew(engine: TransformersEngine, tmp_path: Path) -> None:
+    policy = PolicyConfig(**{**POLICY, "group_by": "branch"})
+    step, student = PolicyFinetune(is_a, folder=tmp_path, **{**QUICK, "policy": policy}), program_of(engine, Twice)
+    program = tuned(step, student, valset=None)
+    assert program(word="w9").letter == "a"
+    # Of each example one run, and five new answers to each of its two calls.
+    assert step.ledger.program_calls == 3 * 2 * (1 + 2 * 5)
+    assert [(line.examples, line.groups) for line in details_of(step).history[1:]] == [(2, 4)] * 3
+    outlook = Outlook(0.5, 0.2, 1.0, None, calls=2)
+    assert step.work(student, StepContext(words(4)), outlook).plain_runs == 3 * 2 * (1 + 5 * 1.5)
+
+
 class Killer(Callback):
     """Interrupts in the middle of the runs of a step."""
 
