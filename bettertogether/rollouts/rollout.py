@@ -75,7 +75,8 @@ class Rollout:
     raw_trace: tuple[Any, ...]
     """DSPy's trace: (predictor, inputs, prediction) triples, with the program's own predictors."""
     unread: tuple[Call, ...] = ()
-    """Calls that raised, since their answer could not be read. They are not among `calls`."""
+    """Calls that raised, since their answer could not be read. They are not among `calls`; `text` is the answer to the
+    predictor's own prompt."""
     strangers: int = 0
     """Calls of predictors that are none of the program's, such as one that `forward` makes."""
     failure: FailureKind | None = None
@@ -276,11 +277,14 @@ class _Copy:
         )
 
     def _unread(self, record: Record, attempt: Attempt, ended: Seen | None, last: int) -> Iterator[Call]:
-        """The calls whose answer could not be read; the one that ended the run has the last place."""
+        """The calls whose answer could not be read, with the first one: DSPy asks for others by another prompt. The
+        call that ended the run has the last place."""
         for seen in record.unread:
             if name := self._attribution.owner(seen.predictor)[1]:
                 place = last if seen is ended else None
-                yield self._call_of((seen.predictor, seen.inputs, None), seen, name, record, attempt, place)
+                call = self._call_of((seen.predictor, seen.inputs, None), seen, name, record, attempt, place)
+                first = seen.replies[0] if seen.replies else seen.reply
+                yield replace(call, text=first.text, thoughts=first.thoughts, cut=first.cut)
 
     def _prepare(self, attempt: Attempt, seed: int | None) -> None:
         """Undo what a run before left, and give the predictors the LMs and prompts of this one."""
@@ -333,9 +337,9 @@ class _Copy:
             demos=None if _same_demos(seen, basis) else tuple(seen.demos),
             config=snapshot(dict(seen.asked.get("config") or {})),
             adapter=_own_adapter(seen, record),
-            text=seen.text,
-            thoughts=seen.thoughts,
-            cut=seen.cut,
+            text=seen.reply.text,
+            thoughts=seen.reply.thoughts,
+            cut=seen.reply.cut,
             sampled=tuple(seen.sampled),
             unfit=_unfit(seen, basis.lm or record.lm, own_signature, attempt),
             place=place,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import dspy
 from dspy.clients.base_lm import record_history
@@ -28,6 +28,17 @@ from dspy.utils.usage_tracker import UsageTracker
 from .event_loop import run_on_loop, use_shared_loop
 from .replay import Answer, Replay, prediction_copy, snapshot
 from .sampled_lms import draw_anew
+
+
+class Reply(NamedTuple):
+    """What an LM answered."""
+
+    text: str | None = None
+    """As it wrote it."""
+    thoughts: str | None = None
+    """What a reasoning LM thought before it."""
+    cut: bool = False
+    """Whether it ended at max_tokens."""
 
 
 @dataclass
@@ -46,12 +57,8 @@ class Seen:
     """`dspy.settings.adapter` where the call was made."""
     place: tuple[int, int]
     """Thread and async task."""
-    text: str | None = None
-    """The answer as the LM wrote it."""
-    thoughts: str | None = None
-    """What a reasoning LM thought before it."""
-    cut: bool = False
-    """Whether the answer ended at max_tokens."""
+    replies: list[Reply] = field(default_factory=list)
+    """The answers: DSPy asks once more, in another format, where it can't read the first."""
     anew: bool = False
     """Whether it is the one that a branch answers anew."""
     sampled: list[Mapping[str, Any]] = field(default_factory=list)
@@ -61,6 +68,11 @@ class Seen:
     prediction: Any = None
     returned: dspy.Prediction | None = None
     """The prediction as the predictor returned it."""
+
+    @property
+    def reply(self) -> Reply:
+        """The answer that counts: the last."""
+        return self.replies[-1] if self.replies else Reply()
 
 
 _CALL_TIME = ("signature", "demos", "config", "lm")
@@ -209,7 +221,7 @@ def _replayed(replay: Replay, seen: Seen, arguments: dict[str, Any]) -> dspy.Pre
         replay.sample(seen.lm, arguments)
     if answer is None:
         return None
-    seen.text, seen.thoughts, seen.cut = answer.text, answer.thoughts, answer.cut
+    seen.replies = [Reply(answer.text, answer.thoughts, answer.cut)]
     prediction = prediction_copy(answer.prediction)
     if dspy.settings.trace is not None:
         dspy.settings.trace.append((seen.predictor, {**answer.filled, **seen.inputs}, prediction))
@@ -314,7 +326,7 @@ def answer_of(entry: Any, seen: Seen) -> Answer:
     """What a call gave, for a run that is to answer it alike; `entry` is the call in DSPy's trace."""
     filled = seen.inputs if list(entry[1]) == list(seen.inputs) else {**entry[1], **seen.inputs}
     returned = seen.returned or dspy.Prediction()
-    return Answer(entry[0].stage, seen.inputs, filled, returned, seen.text, seen.thoughts, seen.cut)
+    return Answer(entry[0].stage, seen.inputs, filled, returned, *seen.reply)
 
 
 def _place() -> tuple[int, int]:
@@ -341,9 +353,7 @@ def watched_lm(lm: Any) -> Any:
 
 
 def note_response(entry: Mapping[str, Any]) -> None:
-    """What a watched LM does in place of keeping a history; `dspy.inspect_history` finds the answer all the same. The
-    last answer of a call is the one that counts: DSPy asks once more, in another format, where it can't read the
-    first."""
+    """What a watched LM does in place of keeping a history; `dspy.inspect_history` finds the answer all the same."""
     if (record := _RECORD.get()) is not None:
         record.costs.append(cost_of(entry))
         if record.keeps_history:
@@ -351,8 +361,7 @@ def note_response(entry: Mapping[str, Any]) -> None:
     if (seen := _CALL.get()) is not None:
         output = next(iter(entry["outputs"]), None)
         fields = output if isinstance(output, Mapping) else {"text": output}
-        seen.text, seen.thoughts = fields.get("text"), fields.get("reasoning_content")
-        seen.cut = is_cut(entry["response"])
+        seen.replies.append(Reply(fields.get("text"), fields.get("reasoning_content"), is_cut(entry["response"])))
         if "token_ids" in (tokens := _of(entry["response"], "provider_data") or {}):
             seen.sampled.append(tokens)
 

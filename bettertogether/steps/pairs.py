@@ -86,13 +86,16 @@ def _pairs_of(point: BranchPoint, predictor: dspy.Predict, trainable: Trainable,
 def _answers(
     point: BranchPoint, predictor: dspy.Predict, trainable: Trainable, dropped: Dropped
 ) -> Iterator[tuple[Row, bool]]:
-    """The answers to one prompt, and whether their runs passed: that of the run, then the new ones."""
+    """The answers to one prompt, and whether their runs passed: that of the run, then the new ones. One that could not
+    be read is among them as the LM wrote it, where its run failed."""
     first: Row | None = None
     for trace in (point.run, *point.answered):
-        call = next((each for each in trace.calls if each.anew or each is point.call), None)
-        if call is None:
+        calls = [*trace.calls, *([] if trace.passed else (each for each in trace.unread if each.text))]
+        place = next((place for place, each in enumerate(calls) if each.anew or each is point.call), None)
+        if place is None:
             dropped[point.call.predictor, "an answer that could not be read"] += 1
             continue
+        call = calls[place]
         engine = trainable[call.predictor].engine
         try:
             (row,) = rows_of_call(
@@ -102,6 +105,7 @@ def _answers(
                 "optimized",
                 example=trace.index,
                 reasoning="keep",
+                as_written=place >= len(trace.calls),
                 label=trace.label,
                 source=trace.source,
             )

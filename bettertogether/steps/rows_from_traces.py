@@ -265,15 +265,17 @@ def rows_of_call(
     example: int,
     reasoning: Reasoning = "strip",
     forms: PromptForms | None = None,
+    as_written: bool = False,
     **origin: Any,
 ) -> list[Row]:
-    """The rows of one call; `origin` gives label and source. Raises DataError with the reason to drop it."""
+    """The rows of one call; `origin` gives label and source. An answer that could not be read is taken `as_written`.
+    Raises DataError with the reason to drop it."""
     if call.cut or call.unfit:
         raise DataError("cut at max_tokens" if call.cut else call.unfit)
     if call.signature is not None:
         predictor = copy.copy(predictor)
         predictor.signature = call.signature
-    completion, fields = _completion_of(predictor, call, reasoning)
+    completion, fields = _completion_of(predictor, call, reasoning, as_written)
     room = engine.max_length - len(engine.completion_tokens(completion))
     rows = []
     for demos in prompt_variants(predictor, call, train_prompt):
@@ -301,10 +303,14 @@ def _texts_shared(messages: Messages) -> Messages:
     return tuple({"role": each["role"], "content": sys.intern(each["content"])} for each in messages)
 
 
-def _completion_of(predictor: dspy.Predict, call: Call, reasoning: Reasoning) -> tuple[str, tuple[FieldSpan, ...]]:
-    """The text to learn, and where each output field stands in it."""
-    completion = render_completion(predictor, call.inputs, call.outputs, adapter=call.adapter, text=call.text)
-    fields = field_spans(predictor, call.inputs, call.outputs, completion, adapter=call.adapter)
+def _completion_of(
+    predictor: dspy.Predict, call: Call, reasoning: Reasoning, as_written: bool
+) -> tuple[str, tuple[FieldSpan, ...]]:
+    """The text of the answer, and where each output field stands in it."""
+    completion, fields = call.text or "", tuple[FieldSpan, ...]()
+    if not as_written:
+        completion = render_completion(predictor, call.inputs, call.outputs, adapter=call.adapter, text=call.text)
+        fields = field_spans(predictor, call.inputs, call.outputs, completion, adapter=call.adapter)
     if reasoning == "strip" or not call.thoughts:
         return completion, fields
     shift = len(with_thoughts(call.thoughts, ""))

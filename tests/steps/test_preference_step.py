@@ -96,6 +96,24 @@ def test_a_run_that_passed_gives_pairs_with_the_new_answers_that_fail() -> None:
     assert details_of(optimizer).blame == {}
 
 
+def test_an_answer_that_can_not_be_read_is_the_rejected_one_of_a_pair_as_it_was_written_to_the_same_prompt() -> None:
+    def unreadable_at_times(request: FakeRequest) -> str:
+        text = answer(request)
+        if "remark" not in outputs_of(request) or "good" in text:
+            return text
+        # DSPy asks once more in JSON, which is another prompt.
+        return "nothing in JSON" if request.schema or "JSON object" in request.user else "no remark"
+
+    engine = FakeEngine(unreadable_at_times)
+    optimizer = step()
+    optimizer.compile(two_step_program(engine), trainset=numbers(3))
+    (rows,) = engine.trainings
+    assert {row.rejected for row in rows} == {"no remark"}
+    assert texts(rows, "remark") == {("good", "")}
+    assert all("JSON" not in repr(row.messages) for row in rows)
+    assert details_of(optimizer).blame == {"remark": Blame(3, 3, 3)}
+
+
 def test_pairs_are_distinct_and_bounded_by_example_and_predictor() -> None:
     engine = FakeEngine(answer)
     optimizer = step(max_pairs_per_example=1, num_samples=12)

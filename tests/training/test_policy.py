@@ -190,6 +190,7 @@ def test_answers_without_any_choice_are_an_error() -> None:
         ("unread_reward", None, "a number"),
         ("steps", 0, "a whole number, 1 or more"),
         ("fade_demos", "yes", "True or False"),
+        ("group_by", "example", '"call" or "branch"'),
     ],
 )
 def test_a_setting_that_can_not_be_is_refused_with_what_is_allowed(name: str, value: Any, allowed: str) -> None:
