@@ -49,7 +49,8 @@ def _no_dspy_cache() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BETTERTOGETHER_CACHE", str(tmp_path / "cache"))
+    # Beside the test's own folder: where a test takes long, hashes of its model are noted there.
+    monkeypatch.setenv("BETTERTOGETHER_CACHE", f"{tmp_path}-cache")
 
 
 @pytest.fixture(autouse=True)
