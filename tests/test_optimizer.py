@@ -30,6 +30,7 @@ from bettertogether.errors import (
     RunDirectoryError,
     StrategyError,
 )
+from bettertogether.files import cache_folder
 from bettertogether.testing import FakeEngine
 
 TRAIN, VAL = numbers(24, start=40), numbers(10)
@@ -106,18 +107,18 @@ def test_an_unused_optimizer_is_not_checked(engine: FakeEngine) -> None:
     assert compiled.report.rounds[-1].strategy == "s"
 
 
-def test_without_run_dir_every_call_is_a_new_run_under_the_cache(engine: FakeEngine, tmp_path: Path) -> None:
+def test_without_run_dir_every_call_is_a_new_run_under_the_cache(engine: FakeEngine) -> None:
     for count in (1, 2):
         compile_(engine)
-        assert len(list((tmp_path / "cache" / "runs").iterdir())) == count
+        assert len(list((cache_folder() / "runs").iterdir())) == count
 
 
 def test_an_unfinished_run_without_run_dir_goes_on_only_where_its_directory_is_named(
-    engine: FakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="bettertogether"):
         first = compile_(engine, {"s": BootstrapFewShotRS(parity_match)}, budget=Budget(metric_calls=15))
-    (folder,) = (tmp_path / "cache" / "runs").iterdir()
+    (folder,) = (cache_folder() / "runs").iterdir()
     assert f"The same call with run_dir={str(folder)!r} goes on with this run." in caplog.text
     assert first.report.warnings[-1].endswith(f"Make the same call with run_dir={str(folder)!r} to go on.")
     scored = len(engine.requests)
