@@ -51,18 +51,19 @@ def narrow_signatures(program: dspy.Module, labels: Mapping[str, Any]) -> None:
     hit = answering(program, labels)
     # To make a signature takes longer than to run a program, and most labels come again.
     made = _narrowed if all(type(label) in _PLAIN for label in labels.values()) else _narrowed.__wrapped__
+    # Their types, too: 1 and True are one key.
+    typed = tuple((name, type(label), label) for name, label in labels.items())
     for name, predictor in predictors_of(program).items():
         if not hit or name in hit:
-            predictor.signature = made(predictor.signature, *labels, *labels.values())
+            predictor.signature = made(predictor.signature, typed)
 
 
 _PLAIN = (str, int, bool)
 
 
-@functools.lru_cache(maxsize=100, typed=True)
-def _narrowed(signature: Any, *names_and_labels: Any) -> Any:
-    half = len(names_and_labels) // 2
-    known = dict(zip(names_and_labels[:half], names_and_labels[half:], strict=True))
+@functools.lru_cache(maxsize=100)
+def _narrowed(signature: Any, labels: tuple[tuple[str, type, Any], ...]) -> Any:
+    known = {name: label for name, _, label in labels}
     for label_field in known.keys() & signature.output_fields.keys():
         annotation, label = signature.output_fields[label_field].annotation, known[label_field]
         known[label_field] = value = as_field(label, annotation)
