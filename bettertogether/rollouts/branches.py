@@ -7,7 +7,7 @@ goes on from there as it does. Where the metric accepts what comes out, that cal
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,13 @@ class BranchPoint:
     def answered(self) -> tuple[Trace, ...]:
         """Those that came to the call: a program may ask something else when it is run again."""
         return tuple(branch for branch in self.branches if not branch.strayed)
+
+    def answers(self) -> Iterator[tuple[Trace, Call | None, bool]]:
+        """What was answered to the call: the run and those that came to it, each with its own call there (None: not to
+        be seen) and whether that could be read."""
+        for trace in (self.run, *self.answered):
+            found = (each for each in trace.every_call() if each[0].anew or each[0] is self.call)
+            yield trace, *next(found, (None, False))
 
 
 def branch_points(

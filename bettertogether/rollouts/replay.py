@@ -7,13 +7,24 @@ from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import dspy
 from dspy.primitives.prediction import Completions
 from pydantic import BaseModel
 
 from ..programs.content import fingerprint
+
+
+class Reply(NamedTuple):
+    """What an LM answered."""
+
+    text: str | None = None
+    """As it wrote it."""
+    thoughts: str | None = None
+    """What a reasoning LM thought before it."""
+    cut: bool = False
+    """Whether it ended at max_tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +39,7 @@ class Answer:
     """The same with the signature's defaults, as DSPy's trace has them."""
     prediction: dspy.Prediction
     """As the predictor returned it; empty where the answer could not be read."""
-    text: str | None
-    thoughts: str | None
-    cut: bool
+    reply: Reply
 
     @cached_property
     def asked(self) -> str:

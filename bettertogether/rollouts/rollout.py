@@ -283,7 +283,7 @@ class _Copy:
             if name := self._attribution.owner(seen.predictor)[1]:
                 place = last if seen is ended else None
                 call = self._call_of((seen.predictor, seen.inputs, None), seen, name, record, attempt, place)
-                first = seen.replies[0] if seen.replies else seen.reply
+                first = next(iter(seen.replies), seen.reply)
                 yield replace(call, text=first.text, thoughts=first.thoughts, cut=first.cut)
 
     def _prepare(self, attempt: Attempt, seed: int | None) -> None:

@@ -6,7 +6,7 @@ Paper, section 3.2 (bootstrapping); RFT, arXiv 2308.01825 (several samples); STa
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -53,6 +53,11 @@ class Trace:
     """A branch that never came to its call."""
     unread: tuple[Call, ...] = ()
     """Calls that raised, since their answer could not be read. They are not among `calls`."""
+
+    def every_call(self) -> Iterator[tuple[Call, bool]]:
+        """Each call with whether its answer could be read; those that could not come last."""
+        yield from ((call, True) for call in self.calls)
+        yield from ((call, False) for call in self.unread)
 
     @property
     def passed(self) -> bool:

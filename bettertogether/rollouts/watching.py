@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import dspy
 from dspy.clients.base_lm import record_history
@@ -26,19 +26,8 @@ from dspy.utils.exceptions import AdapterParseError
 from dspy.utils.usage_tracker import UsageTracker
 
 from .event_loop import run_on_loop, use_shared_loop
-from .replay import Answer, Replay, prediction_copy, snapshot
+from .replay import Answer, Replay, Reply, prediction_copy, snapshot
 from .sampled_lms import draw_anew
-
-
-class Reply(NamedTuple):
-    """What an LM answered."""
-
-    text: str | None = None
-    """As it wrote it."""
-    thoughts: str | None = None
-    """What a reasoning LM thought before it."""
-    cut: bool = False
-    """Whether it ended at max_tokens."""
 
 
 @dataclass
@@ -221,7 +210,7 @@ def _replayed(replay: Replay, seen: Seen, arguments: dict[str, Any]) -> dspy.Pre
         replay.sample(seen.lm, arguments)
     if answer is None:
         return None
-    seen.replies = [Reply(answer.text, answer.thoughts, answer.cut)]
+    seen.replies = [answer.reply]
     prediction = prediction_copy(answer.prediction)
     if dspy.settings.trace is not None:
         dspy.settings.trace.append((seen.predictor, {**answer.filled, **seen.inputs}, prediction))
@@ -326,7 +315,7 @@ def answer_of(entry: Any, seen: Seen) -> Answer:
     """What a call gave, for a run that is to answer it alike; `entry` is the call in DSPy's trace."""
     filled = seen.inputs if list(entry[1]) == list(seen.inputs) else {**entry[1], **seen.inputs}
     returned = seen.returned or dspy.Prediction()
-    return Answer(entry[0].stage, seen.inputs, filled, returned, *seen.reply)
+    return Answer(entry[0].stage, seen.inputs, filled, returned, seen.reply)
 
 
 def _place() -> tuple[int, int]:

@@ -89,13 +89,10 @@ def _answers(
     """The answers to one prompt, and whether their runs passed: that of the run, then the new ones. One that could not
     be read is among them as the LM wrote it, where its run failed."""
     first: Row | None = None
-    for trace in (point.run, *point.answered):
-        calls = [*trace.calls, *([] if trace.passed else (each for each in trace.unread if each.text))]
-        place = next((place for place, each in enumerate(calls) if each.anew or each is point.call), None)
-        if place is None:
+    for trace, call, is_read in point.answers():
+        if call is None or not (is_read or (call.text and not trace.passed)):
             dropped[point.call.predictor, "an answer that could not be read"] += 1
             continue
-        call = calls[place]
         engine = trainable[call.predictor].engine
         try:
             (row,) = rows_of_call(
@@ -105,7 +102,7 @@ def _answers(
                 "optimized",
                 example=trace.index,
                 reasoning="keep",
-                as_written=place >= len(trace.calls),
+                as_written=not is_read,
                 label=trace.label,
                 source=trace.source,
             )

@@ -56,11 +56,7 @@ def spread_of(traces: Sequence[Trace], policy: PolicyConfig) -> float:
     return fmean(map(pstdev, by_example.values()))
 
 
-def compared(
-    runs: Iterable[Trace | BranchPoint],
-    predictors: Collection[str],
-    policy: PolicyConfig,
-) -> Groups:
+def compared(runs: Iterable[Trace | BranchPoint], predictors: Collection[str], policy: PolicyConfig) -> Groups:
     """The answers of these predictors in groups, each with its advantage: its reward minus the mean of its group,
     divided by its standard deviation where that is asked for. Groups are by example and call; those of a call that was
     answered anew have its answers alone. An answer that could not be read has `unread_reward`, whatever its run came
@@ -94,7 +90,7 @@ _Answers = Iterator[tuple[GroupKey, Mapping[str, Any], float]]
 def _answers_of_run(trace: Trace, policy: PolicyConfig) -> _Answers:
     """Every answer of a run. Calls that could not be read come after a predictor's others."""
     numbers: Counter[str] = Counter()
-    for call, is_read in _calls(trace):
+    for call, is_read in trace.every_call():
         key = trace.index, call.predictor, numbers[call.predictor]
         numbers[call.predictor] += 1
         yield from _answers_of_call(key, call, is_read, reward_of(trace, policy), policy)
@@ -103,17 +99,10 @@ def _answers_of_run(trace: Trace, policy: PolicyConfig) -> _Answers:
 def _answers_of_point(point: BranchPoint, numbers: Counter[tuple[int, str]], policy: PolicyConfig) -> _Answers:
     """The answers to the call that was answered anew: the run's own, then the new ones."""
     origin = point.run.index, point.call.predictor
-    for trace in (point.run, *point.answered):
-        for call, is_read in _calls(trace):
-            if call is point.call or call.anew:
-                yield from _answers_of_call((*origin, numbers[origin]), call, is_read, reward_of(trace, policy), policy)
+    for trace, call, is_read in point.answers():
+        if call is not None:
+            yield from _answers_of_call((*origin, numbers[origin]), call, is_read, reward_of(trace, policy), policy)
     numbers[origin] += 1
-
-
-def _calls(trace: Trace) -> Iterator[tuple[Call, bool]]:
-    """Each with whether it could be read."""
-    yield from ((call, True) for call in trace.calls)
-    yield from ((call, False) for call in trace.unread)
 
 
 def _answers_of_call(key: GroupKey, call: Call, is_read: bool, reward: float, policy: PolicyConfig) -> _Answers:
