@@ -49,20 +49,27 @@ def slow_fsync(fd: Any, fsync: Any = os.fsync) -> None:
     fsync(fd)
 
 
-def outcome(compiled: dspy.Module, run_dir: Path) -> dict[str, Any]:
-    """The report and the program, without seconds, the place of the directory and the calls that were made twice."""
+def be_alone() -> None:
+    """No log, and no answers of other processes."""
+    logging.disable(logging.CRITICAL)
+    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
+
+
+def tell(compiled: dspy.Module, run_dir: Path) -> None:
+    """Write the report and the program to RUN_DIR.json, without seconds, the place of the directory and the calls that
+    were made twice."""
     report = json.loads(json.dumps(compiled.report.to_dict()).replace(str(run_dir), "RUN"))
     for record in report["rounds"]:
         record["ledger"] = {name: record["ledger"][name] for name in ("metric_calls", "trained_tokens")}
         for line in (record["details"] or {}).get("history", []):
             line.pop("tokens_per_s", None)
-    return {"report": report, "prompts": prompts_state(compiled), "models": model_names(compiled)}
+    outcome = {"report": report, "prompts": prompts_state(compiled), "models": model_names(compiled)}
+    Path(f"{run_dir}.json").write_text(json.dumps(outcome))
 
 
 def run(run_dir: Path) -> None:
     """Says "started" when its work begins; when it is done, what it ended with is in RUN_DIR.json."""
-    logging.disable(logging.CRITICAL)
-    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
+    be_alone()
     os.fsync = slow_fsync
     engine = SlowEngine(answer, delay_s=lambda request: CALL_S)
     optimizer = BetterTogether(
@@ -80,4 +87,4 @@ def run(run_dir: Path) -> None:
         callbacks=[Started()],
         progress=False,
     )
-    Path(f"{run_dir}.json").write_text(json.dumps(outcome(compiled, run_dir)))
+    tell(compiled, run_dir)

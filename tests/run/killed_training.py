@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import signal
 from pathlib import Path
 from typing import Any, Literal
 
 import dspy
-from killed_run import outcome
+from killed_run import be_alone, tell
 from small_models import PACKED, byte_tokenizer, random_model
 
 from bettertogether import BetterTogether, PolicyFinetune, PreferenceFinetune
@@ -53,8 +51,7 @@ def is_a(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) 
 def run(kind: str, run_dir: Path, last_step: int) -> None:
     """With a "policy" or a "preference" step. When it is done, what it ended with is in RUN_DIR.json: the name of an
     adapter says its weights."""
-    logging.disable(logging.CRITICAL)
-    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
+    be_alone()
     policy = PolicyFinetune(is_a, policy=POLICY, **OPTIONS)
     step = policy if kind == "policy" else PreferenceFinetune(is_a, temperature=1.0, **OPTIONS)
     folder = run_dir.parent / "tiny"
@@ -75,4 +72,4 @@ def run(kind: str, run_dir: Path, last_step: int) -> None:
             callbacks=[Deadly(last_step)],
             progress=False,
         )
-    Path(f"{run_dir}.json").write_text(json.dumps(outcome(compiled, run_dir)))
+    tell(compiled, run_dir)
