@@ -23,7 +23,8 @@ from .metrics import Metric, Verdict, judge, require_metric, with_trace
 from .parallel import parallel_map, thread_count
 from .replay import Answer
 from .rescue import has_leads, talks_about_hint
-from .rollout import Attempt, Call, Rollout, Runner, Source
+from .rollout import Attempt, Call, Rollout, Source
+from .runner import Runner
 from .settings import RunSettings
 
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fakes import Parity, TwoSteps, numbers, parity_match, plain_lm, two_step_engine
 
 from bettertogether.rollouts.evaluation import evaluate
-from bettertogether.rollouts.rollout import Runner
+from bettertogether.rollouts.runner import Runner
 from bettertogether.rollouts.settings import RunSettings
 from bettertogether.rollouts.traces import ExamplePass, Sampling, collect_traces
 from bettertogether.testing import FakeEngine

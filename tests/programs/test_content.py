@@ -27,7 +27,8 @@ from fakes import parity_engine, plain_lm
 from bettertogether.errors import DataError
 from bettertogether.programs.content import dataset_hash, example_content, fingerprint
 from bettertogether.rollouts.examples import example_key
-from bettertogether.rollouts.rollout import Attempt, RolloutStore, Runner
+from bettertogether.rollouts.rollout import Attempt, RolloutStore
+from bettertogether.rollouts.runner import Runner
 from bettertogether.testing import FakeEngine
 
 

@@ -17,7 +17,8 @@ from saved import fresh_engine
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, load, save
 from bettertogether.programs.copies import copy_program
 from bettertogether.programs.program import copy_for_step, load_prompts, modules_of, prompts_state, with_prompts
-from bettertogether.rollouts.rollout import Attempt, Runner
+from bettertogether.rollouts.rollout import Attempt
+from bettertogether.rollouts.runner import Runner
 
 
 class Index:

@@ -11,7 +11,8 @@ import dspy
 import pytest
 from fakes import Parity, numbers, parity_engine, plain_lm, right
 
-from bettertogether.rollouts.rollout import Rollout, Runner
+from bettertogether.rollouts.rollout import Rollout
+from bettertogether.rollouts.runner import Runner
 
 
 class Bounded(dspy.Module):

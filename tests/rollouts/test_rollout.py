@@ -25,7 +25,8 @@ from bettertogether.errors import PromptTooLongError
 from bettertogether.programs.copies import Copier
 from bettertogether.records import Ledger
 from bettertogether.rollouts.examples import example_key
-from bettertogether.rollouts.rollout import Attempt, Call, RolloutStore, Runner, run_program, stable_seed
+from bettertogether.rollouts.rollout import Attempt, Call, RolloutStore, stable_seed
+from bettertogether.rollouts.runner import Runner
 from bettertogether.testing import FakeEngine, FakeRequest
 
 ONE = numbers(1, start=1)[0]
@@ -51,7 +52,7 @@ def echo_engine() -> FakeEngine:
 def names(program: dspy.Module, **inputs: Any) -> list[str]:
     """Which predictor made each call."""
     program.set_lm(plain_lm(echo_engine()))
-    run = run_program(program, dspy.Example(**inputs).with_inputs(*inputs))
+    run = Runner(program).run(dspy.Example(**inputs).with_inputs(*inputs))
     assert run.error is None
     return [call.predictor for call in run.calls]
 
@@ -64,7 +65,7 @@ class Base(dspy.Module):
 
 
 def test_a_call_has_its_predictor_inputs_and_outputs(engine: FakeEngine) -> None:
-    run = run_program(two_step_program(engine), ONE)
+    run = Runner(two_step_program(engine)).run(ONE)
     assert run.calls == (
         Call("remark", {"number": 1}, {"remark": "1 ends in 1"}),
         Call("decide", {"number": 1, "remark": "1 ends in 1"}, {"parity": "odd"}),
@@ -132,7 +133,7 @@ def test_calls_made_in_dspy_parallel_are_attributed_in_an_order_that_timing_does
         engine.delay_s = lambda _, remaining=remaining: next(remaining, 0.0)
         program = Fan()
         program.set_lm(plain_lm(engine))
-        run = run_program(program, dspy.Example(q="x").with_inputs("q"))
+        run = Runner(program).run(dspy.Example(q="x").with_inputs("q"))
         orders.add(tuple((call.predictor, call.inputs["q"]) for call in run.calls))
     expected = (("first", "x"), *(("second", f"x{i}") for i in range(4)), ("first", "end"))
     assert orders == {expected}
@@ -146,7 +147,7 @@ def test_tokens_used_in_dspy_parallel_are_counted() -> None:
 
     program = Fan()
     program.set_lm(plain_lm(echo_engine()))
-    ledger = run_program(program, dspy.Example(q="x").with_inputs("q")).ledger
+    ledger = Runner(program).run(dspy.Example(q="x").with_inputs("q")).ledger
     assert (ledger.lm_calls, ledger.cache_hits) == (3, 0)
     assert ledger.generated_tokens > 0
 
@@ -163,7 +164,7 @@ def test_a_program_without_forward_fails_with_what_to_define() -> None:
     class Nothing(Base):
         pass
 
-    run = run_program(Nothing(), ONE)
+    run = Runner(Nothing()).run(ONE)
     assert run.failure == "program error"
     assert "Nothing has neither forward nor aforward: define one of them" in str(run.error)
 
@@ -239,7 +240,7 @@ def react() -> dspy.ReAct:
 def test_react_with_a_tool_gives_the_steps_to_react_and_the_answer_to_extract() -> None:
     program = react()
     program.set_lm(plain_lm(FakeEngine(react_answer)))
-    run = run_program(program, dspy.Example(question="sky?").with_inputs("question"))
+    run = Runner(program).run(dspy.Example(question="sky?").with_inputs("question"))
     assert [call.predictor for call in run.calls] == ["react", "react", "extract.predict"]
     first = {"next_thought": "Look.", "next_tool_name": "look", "next_tool_args": {"thing": "sky"}}
     assert run.calls[0].outputs == first
@@ -262,12 +263,12 @@ def test_react_shortens_a_history_that_is_too_long_for_the_model() -> None:
 
     program = react()
     program.set_lm(plain_lm(FakeEngine(answer)))
-    run = run_program(program, dspy.Example(question="sky?").with_inputs("question"))
+    run = Runner(program).run(dspy.Example(question="sky?").with_inputs("question"))
     assert run.prediction.answer == "blue"
 
 
 def test_an_unparseable_answer_is_a_parse_failure() -> None:
-    run = run_program(parity_program(FakeEngine(lambda _: "no")), ONE)
+    run = Runner(parity_program(FakeEngine(lambda _: "no"))).run(ONE)
     assert (run.failure, run.calls) == ("parse failure", ())
 
 
@@ -279,7 +280,7 @@ def test_a_raise_in_the_program_is_a_program_error_with_the_calls_made_before(en
 
     program = Broken()
     program.set_lm(plain_lm(engine))
-    run = run_program(program, ONE)
+    run = Runner(program).run(ONE)
     assert (run.failure, repr(run.error)) == ("program error", "KeyError('nope')")
     assert [call.predictor for call in run.calls] == ["remark"]
 
@@ -289,18 +290,18 @@ def test_a_timeout_is_a_timeout() -> None:
         def forward(self, number: int) -> dspy.Prediction:
             raise TimeoutError("60 s")
 
-    assert run_program(Slow(), ONE).failure == "timeout"
+    assert Runner(Slow()).run(ONE).failure == "timeout"
 
 
 def test_a_prompt_that_does_not_fit_is_a_failure_of_its_own_kind() -> None:
     def refuse(request: FakeRequest) -> str:
         raise PromptTooLongError("9 tokens, 8 fit")
 
-    assert run_program(parity_program(FakeEngine(refuse)), ONE).failure == "prompt too long"
+    assert Runner(parity_program(FakeEngine(refuse))).run(ONE).failure == "prompt too long"
 
 
 def test_the_ledger_counts_calls_and_tokens(engine: FakeEngine) -> None:
-    ledger = run_program(two_step_program(engine), ONE).ledger
+    ledger = Runner(two_step_program(engine)).run(ONE).ledger
     prompts = sum(len(engine.prompt_tokens(request.messages)) for request in engine.requests)
     assert (ledger.program_calls, ledger.lm_calls, ledger.cache_hits, ledger.metric_calls) == (1, 2, 0, 0)
     assert ledger.prompt_tokens == prompts
@@ -311,8 +312,8 @@ def test_an_answer_from_dspys_cache_is_a_cache_hit_without_tokens(engine: FakeEn
     dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
     try:
         program = two_step_program(engine, cache=True)
-        run_program(program, ONE)
-        ledger = run_program(program, ONE).ledger
+        Runner(program).run(ONE)
+        ledger = Runner(program).run(ONE).ledger
     finally:
         dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
     assert ledger == Ledger(program_calls=1, lm_calls=2, cache_hits=2)
@@ -320,20 +321,20 @@ def test_an_answer_from_dspys_cache_is_a_cache_hit_without_tokens(engine: FakeEn
 
 def test_a_second_format_tried_after_a_parse_failure_is_a_call(engine: FakeEngine) -> None:
     second_only = FakeEngine(lambda request: "no" if request.schema is None else {"parity": "odd"})
-    ledger = run_program(parity_program(second_only), ONE).ledger
+    ledger = Runner(parity_program(second_only)).run(ONE).ledger
     assert (ledger.lm_calls, ledger.cache_hits) == (2, 0)
 
 
 def test_usage_reaches_a_tracker_outside_and_the_prediction(engine: FakeEngine) -> None:
     with dspy.context(track_usage=True), dspy.track_usage() as tracker:
-        run = run_program(two_step_program(engine), ONE)
+        run = Runner(two_step_program(engine)).run(ONE)
     assert tracker.get_total_tokens()["local/fake"]["prompt_tokens"] == run.ledger.prompt_tokens
     assert run.prediction.get_lm_usage() == tracker.get_total_tokens()
 
 
 def test_runs_leave_no_prompts_in_dspys_histories(engine: FakeEngine) -> None:
     program = two_step_program(engine)
-    run_program(program, ONE)
+    Runner(program).run(ONE)
     assert (program.history, program.remark.history, program.remark.lm.history) == ([], [], [])
 
 
@@ -443,7 +444,7 @@ def test_rescue_hints_at_all_predictors_when_none_answers_the_label(engine: Fake
 
 
 def test_a_run_keeps_the_inputs_and_outputs_of_a_call_once(engine: FakeEngine) -> None:
-    run = run_program(two_step_program(engine), ONE)
+    run = Runner(two_step_program(engine)).run(ONE)
     for call, answer in zip(run.calls, run.answers, strict=True):
         assert call.inputs is answer.inputs is answer.filled
         assert call.outputs is answer.prediction._store

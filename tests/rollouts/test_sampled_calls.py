@@ -6,7 +6,8 @@ import dspy
 from dspy.lm15 import Request, Response
 from fakes import TwoSteps, numbers, plain_lm, reply
 
-from bettertogether.rollouts.rollout import Call, run_program
+from bettertogether.rollouts.rollout import Call
+from bettertogether.rollouts.runner import Runner
 from bettertogether.testing import FakeEngine, FakeRequest
 
 
@@ -41,17 +42,17 @@ ONE = numbers(1, start=1)[0]
 
 
 def test_a_call_has_all_its_answers_in_tokens_the_one_that_counts_last() -> None:
-    run = run_program(program("no", store=True), ONE)
+    run = Runner(program("no", store=True)).run(ONE)
     assert in_words(run.calls) == [("remark", [14]), ("decide", [1, 2])]
     assert run.unread == ()
 
 
 def test_without_store_there_are_none() -> None:
-    assert in_words(run_program(program("no"), ONE).calls) == [("remark", []), ("decide", [])]
+    assert in_words(Runner(program("no")).run(ONE).calls) == [("remark", []), ("decide", [])]
 
 
 def test_a_call_that_could_not_be_read_is_told_apart_from_the_others() -> None:
-    run = run_program(program("no idea at all", store=True), ONE)
+    run = Runner(program("no idea at all", store=True)).run(ONE)
     assert run.failure == "parse failure"
     assert in_words(run.calls) == [("remark", [14])]
     ((name, words),) = in_words(run.unread)
@@ -71,6 +72,6 @@ def test_a_program_that_goes_on_after_such_a_call_has_both() -> None:
             except dspy.utils.exceptions.AdapterParseError:
                 return dspy.Prediction(parity="odd")
 
-    run = run_program(Stubborn(), ONE)
+    run = Runner(Stubborn()).run(ONE)
     assert (run.failure, run.prediction.parity) == (None, "odd")
     assert [call.predictor for call in run.unread] == ["steps.decide"]

@@ -482,6 +482,6 @@ def test_what_a_program_holds_is_looked_through_once_for_all_tries(monkeypatch: 
         looks.append(program)
         return program_key(program)
 
-    monkeypatch.setattr("bettertogether.rollouts.rollout.program_key", counted)
+    monkeypatch.setattr("bettertogether.rollouts.runner.program_key", counted)
     traces = collect(parity_engine(lambda *_: False), 2, Sampling(num_samples=3), store=RolloutStore())
     assert (len(traces.traces), len(looks)) == (10, 1)

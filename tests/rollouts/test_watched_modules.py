@@ -9,7 +9,8 @@ from typing import Any
 import dspy
 from fakes import CutEngine, Parity, numbers, parity_engine, plain_lm
 
-from bettertogether.rollouts.rollout import Attempt, Call, Runner, run_program
+from bettertogether.rollouts.rollout import Attempt, Call
+from bettertogether.rollouts.runner import Runner
 from bettertogether.steps.rows_from_traces import rows_of_call
 from bettertogether.testing import FakeEngine
 
@@ -31,7 +32,7 @@ def test_a_predictors_forward_called_directly_is_seen_with_its_demos_and_whether
             return self.p.forward(number=number, demos=numbers(1, start=5))
 
     engine = CutEngine(lambda request: "[[ ## parity ## ]]\neven")
-    (call,) = run_program(over(Direct(), engine), numbers(1)[0]).calls
+    (call,) = Runner(over(Direct(), engine)).run(numbers(1)[0]).calls
     assert (call.demos, call.cut) == (tuple(numbers(1, start=5)), True)
 
 
@@ -43,7 +44,7 @@ def test_a_shallow_copy_that_forward_makes_is_seen_with_what_it_was_given() -> N
             return predictor(number=number)
 
     engine = parity_engine(lambda *_: True)
-    (call,) = run_program(over(Shallow(), engine), numbers(1)[0]).calls
+    (call,) = Runner(over(Shallow(), engine)).run(numbers(1)[0]).calls
     assert (call.predictor, call.demos) == ("p", tuple(numbers(1, start=5)))
     assert engine.requests[0].demos == 1
 
@@ -60,7 +61,7 @@ def test_a_part_that_forward_pickles_is_of_its_own_class_elsewhere() -> None:
             received.lm = self.p.lm
             return received(number=number)
 
-    run = run_program(over(Sending()), numbers(1)[0])
+    run = Runner(over(Sending())).run(numbers(1)[0])
     assert run.prediction.parity == "even"
     assert b"_WatchedPredictor" not in sent[0]
 
@@ -73,7 +74,7 @@ def test_a_run_turns_on_no_callback_of_dspy() -> None:
             seen.append((dspy.settings.callbacks, self.callbacks, self.p.callbacks))
             return self.p(number=number)
 
-    run_program(over(Looking()), numbers(1)[0])
+    Runner(over(Looking())).run(numbers(1)[0])
     assert seen == [([], [], [])]
 
 
@@ -121,7 +122,7 @@ def test_a_row_under_the_two_step_adapter_is_the_prompt_of_its_first_step_and_an
     reader = FakeEngine(lambda _: "[[ ## parity ## ]]\neven\n\n[[ ## completed ## ]]")
     with dspy.context(adapter=dspy.TwoStepAdapter(plain_lm(reader))):
         program = over(dspy.Predict(Parity), main)
-        (call,) = run_program(program, numbers(1)[0]).calls
+        (call,) = Runner(program).run(numbers(1)[0]).calls
         (row,) = rows_of_call(program, main, call, "vanilla", example=0)
     assert call == Call("self", {"number": 0}, {"parity": "even"})
     assert (row.messages, row.completion) == (main.requests[0].messages, "parity: even")

@@ -29,7 +29,8 @@ from fakes import (
 
 from bettertogether.errors import NoTrainingDataError
 from bettertogether.rollouts.metrics import Verdict
-from bettertogether.rollouts.rollout import Attempt, Call, Rollout, Runner, run_program
+from bettertogether.rollouts.rollout import Attempt, Call, Rollout
+from bettertogether.rollouts.runner import Runner
 from bettertogether.rollouts.traces import ExamplePass, Sampling, Trace, collect_traces
 from bettertogether.rollouts.watching import is_cut
 from bettertogether.steps.demo_sets import demos_of
@@ -84,7 +85,7 @@ def test_calls_in_a_programs_own_threads_are_its_examples_even_side_by_side() ->
 
 
 def test_calls_in_a_programs_own_threads_are_counted() -> None:
-    ledger = run_program(over(Pooled(), ALWAYS), numbers(1)[0]).ledger
+    ledger = Runner(over(Pooled(), ALWAYS)).run(numbers(1)[0]).ledger
     assert (ledger.lm_calls, ledger.cache_hits) == (2, 0)
     assert ledger.generated_tokens > 0
 
@@ -105,7 +106,7 @@ def test_a_thread_that_a_program_starts_itself_is_seen_too() -> None:
             thread.join()
             return answers[0]
 
-    assert [call.inputs for call in run_program(over(Threaded(), ALWAYS), numbers(1)[0]).calls] == [{"number": 0}]
+    assert [call.inputs for call in Runner(over(Threaded(), ALWAYS)).run(numbers(1)[0]).calls] == [{"number": 0}]
 
 
 def test_a_thread_keeps_the_settings_that_dspy_gives_it() -> None:
@@ -119,7 +120,7 @@ def test_a_thread_keeps_the_settings_that_dspy_gives_it() -> None:
 
     engine = parity_engine(lambda *_: True)
     with dspy.context(adapter=dspy.XMLAdapter()):
-        run = run_program(over(Threaded(), engine), numbers(1)[0])
+        run = Runner(over(Threaded(), engine)).run(numbers(1)[0])
     assert seen == [None]
     assert "[[ ## number ## ]]" in engine.requests[0].user
     assert type(run.calls[0].adapter) is dspy.ChatAdapter
@@ -143,7 +144,7 @@ def test_a_call_after_its_run_is_left_alone() -> None:
             started[-1].start()
             return dspy.Prediction(parity=right(number))
 
-    run = run_program(over(Leaves(), ALWAYS), numbers(1)[0])
+    run = Runner(over(Leaves(), ALWAYS)).run(numbers(1)[0])
     release.set()
     started[0].join()
     assert (run.calls, run.error) == ((), None)
@@ -186,7 +187,7 @@ def even_at(attempt: int) -> Callable[[FakeRequest], str]:
 def test_of_several_attempts_the_chosen_ones_calls_are_the_programs(kind: Any, attempt: int) -> None:
     program = over(Best(kind, TwoSteps()), FakeEngine(even_at(attempt)))
     with dspy.context(lm=program.inner.decide.lm):
-        run = run_program(program, numbers(1)[0])
+        run = Runner(program).run(numbers(1)[0])
     remark = f"try {attempt}"
     assert run.calls == (
         Call("inner.remark", {"number": 0}, {"remark": remark}),
@@ -224,7 +225,7 @@ def test_each_of_several_attempts_is_sampled_with_a_seed_of_its_own_and_a_second
 
 def test_several_attempts_of_a_program_with_threads_keep_the_chosen_ones_calls() -> None:
     program = over(Best(dspy.BestOfN, Pooled()), FakeEngine(even_at(1)))
-    run = run_program(program, numbers(1)[0])
+    run = Runner(program).run(numbers(1)[0])
     assert [call.outputs["parity"] for call in run.calls if call.inputs["number"] == 0] == ["even"]
 
 
@@ -239,7 +240,7 @@ def test_deep_copies_of_predictors_that_are_copies_of_each_other_are_told_apart(
             copy.deepcopy(self.steps[1])(number=number)
             return copy.deepcopy(self.steps[0])(number=number)
 
-    run = run_program(over(Same(), ALWAYS), numbers(1)[0])
+    run = Runner(over(Same(), ALWAYS)).run(numbers(1)[0])
     assert [call.predictor for call in run.calls] == ["steps[1]", "steps[0]"]
 
 
@@ -268,7 +269,7 @@ def test_a_program_may_change_its_trace(change: str) -> None:
                 trace.clear()
             return answer
 
-    run = run_program(over(Changes(), ALWAYS), numbers(1)[0])
+    run = Runner(over(Changes(), ALWAYS)).run(numbers(1)[0])
     assert (run.error, len(run.calls)) == (None, 0 if change == "clear" else 1)
 
 
@@ -283,7 +284,7 @@ def test_multi_chain_comparison_has_its_call() -> None:
             return self.compare(tries, number=number)
 
     engine = FakeEngine(lambda request: reply(request, rationale="r", parity="even"))
-    run = run_program(over(Compare(), engine), numbers(1)[0])
+    run = Runner(over(Compare(), engine)).run(numbers(1)[0])
     assert [(call.predictor, call.outputs["parity"]) for call in run.calls] == [("compare.predict", "even")]
 
 
@@ -293,7 +294,7 @@ def test_asyncified_and_syncified_programs_have_their_calls() -> None:
             return await dspy.asyncify(self.p)(number=number)
 
     for program in (Async(), dspy.syncify(Async()), dspy.syncify(Async(), in_place=False)):
-        run = run_program(over(program, ALWAYS), numbers(1)[0])
+        run = Runner(over(program, ALWAYS)).run(numbers(1)[0])
         assert [call.inputs for call in run.calls] == [{"number": 0}], run.error
 
 
@@ -307,7 +308,7 @@ def test_calls_gathered_in_an_async_program_are_in_an_order_that_timing_does_not
             waits = [0.02, 0.0, 0.01] if number else [0.0, 0.02, 0.01]
             return (await asyncio.gather(*map(ask, range(3), waits)))[0]
 
-    orders = [[c.inputs["number"] for c in run_program(over(Gather(), ALWAYS), e).calls] for e in numbers(2)]
+    orders = [[c.inputs["number"] for c in Runner(over(Gather(), ALWAYS)).run(e).calls] for e in numbers(2)]
     assert orders == [[0, 1, 2], [0, 1, 2]]
 
 
@@ -342,7 +343,7 @@ def test_a_predictor_made_in_forward_is_a_counted_stranger() -> None:
         return reply(request, **({"remark": "r"} if "`remark`" in request.system else {"parity": right(number)}))
 
     program = over(Makes(), FakeEngine(answer))
-    run = run_program(program, numbers(1)[0])
+    run = Runner(program).run(numbers(1)[0])
     assert ([call.predictor for call in run.calls], run.strangers) == (["p"], 1)
     optimizer = LoRAFinetune(parity_match, num_samples=0, rescue=False)
     card = optimizer.collect(program, trainset=numbers(3)).card
@@ -503,13 +504,13 @@ def test_outputs_are_what_the_lm_said_though_the_program_tidies_them_up() -> Non
             return answer
 
     program = over(Tidy(), FakeEngine(lambda r: reply(r, parity=right(number_of(r)).upper(), why=["x"])))
-    (call,) = run_program(program, numbers(1)[0]).calls
+    (call,) = Runner(program).run(numbers(1)[0]).calls
     assert call.outputs == {"parity": "EVEN", "why": ["x"]}
 
 
 def test_inputs_that_are_no_fields_of_the_predictor_are_not_the_calls() -> None:
     example = dspy.Example(number=1, parity="odd", extra="x").with_inputs("number", "parity", "extra")
-    (call,) = run_program(parity_program(ALWAYS), example).calls
+    (call,) = Runner(parity_program(ALWAYS)).run(example).calls
     assert call == Call("self", {"number": 1}, {"parity": "odd"})
 
 
@@ -535,7 +536,7 @@ def test_a_cut_answer_is_known_from_dspys_cache_too() -> None:
     dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
     try:
         program = parity_program(cut_engine(), cache=True)
-        cut = [[call.cut for call in run_program(program, numbers(1)[0]).calls] for _ in range(2)]
+        cut = [[call.cut for call in Runner(program).run(numbers(1)[0]).calls] for _ in range(2)]
     finally:
         dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
     assert cut == [[True], [True]]

@@ -12,7 +12,7 @@ from fakes import Parity, numbers, parity_engine, parity_program, plain_lm, pred
 from pydantic import BaseModel
 
 from bettertogether.errors import DataError
-from bettertogether.rollouts.rollout import run_program
+from bettertogether.rollouts.runner import Runner
 from bettertogether.steps.demo_examples import without_example
 from bettertogether.steps.prompt_capture import render_completion, take_request
 from bettertogether.steps.rows_from_traces import rows_of_call
@@ -120,7 +120,7 @@ def test_a_rows_prompt_is_byte_for_byte_what_the_engine_received(adapter: dspy.A
     signature, inputs, outputs = case
     engine = answering(adapter, signature, outputs)
     program = predictor_over(engine, signature)
-    run = run_program(program, dspy.Example(**inputs).with_inputs(*inputs))
+    run = Runner(program).run(dspy.Example(**inputs).with_inputs(*inputs))
     assert run.error is None
     (row,) = rows_of_call(program, engine, run.calls[0], "vanilla", example=0)
     (request,) = engine.requests
@@ -144,7 +144,7 @@ def test_with_demos_a_rows_prompt_is_what_the_engine_receives_too(adapter: dspy.
     demos = [dspy.Example(augmented=True, **{**inputs, first_input: other}, **outputs)]
     engine = answering(adapter, signature, outputs)
     program = predictor_over(engine, signature, demos)
-    run = run_program(program, dspy.Example(**inputs).with_inputs(*inputs))
+    run = Runner(program).run(dspy.Example(**inputs).with_inputs(*inputs))
     (row,) = rows_of_call(program, engine, run.calls[0], "optimized", example=0)
     assert row.messages == engine.requests[0].messages
     assert len(row.messages) >= 4
@@ -189,7 +189,7 @@ def test_the_row_of_any_call_is_what_was_sent_and_reads_back(adapter: dspy.Adapt
     signature, inputs, outputs, demos = random_case(seed)
     engine = answering(adapter, signature, outputs)
     program = predictor_over(engine, signature, demos)
-    (call,) = run_program(program, dspy.Example(**inputs).with_inputs(*inputs)).calls
+    (call,) = Runner(program).run(dspy.Example(**inputs).with_inputs(*inputs)).calls
     (row,) = rows_of_call(program, engine, call, "optimized", example=0)
     assert row.messages == engine.requests[0].messages
     again = predictor_over(FakeEngine(lambda _: row.completion), signature)(**inputs)
@@ -203,7 +203,7 @@ def test_arrays_and_tables_as_inputs_are_told_apart() -> None:
     demos = [dspy.Example(number=n, x=numpy.arange(n, n + 3), parity="odd") for n in (1, 2)]
     program = predictor_over(engine, dspy.Signature(fields), demos)
     inputs = {"number": 1, "x": numpy.arange(1, 4)}
-    (call,) = run_program(program, dspy.Example(**inputs).with_inputs("number", "x")).calls
+    (call,) = Runner(program).run(dspy.Example(**inputs).with_inputs("number", "x")).calls
     (row,) = rows_of_call(program, engine, call, "optimized", example=0)
     assert "[2 3 4]" in row.messages[1]["content"]
     assert len(row.messages) == 4
@@ -215,7 +215,7 @@ def test_chain_of_thought_rows_hold_the_reasoning(adapter: dspy.Adapter) -> None
     signature = program.predict.signature
     engine = answering(adapter, signature, {"reasoning": "Two and two.", "answer": "4"})
     program.set_lm(plain_lm(engine))
-    run = run_program(program, dspy.Example(question="2+2?").with_inputs("question"))
+    run = Runner(program).run(dspy.Example(question="2+2?").with_inputs("question"))
     (row,) = rows_of_call(program.predict, engine, run.calls[0], "vanilla", example=0)
     assert row.messages == engine.requests[0].messages
     assert "Two and two." in row.completion
@@ -231,7 +231,7 @@ def test_the_chat_completion_is_the_format_that_the_prompt_asks_for() -> None:
 def test_an_answer_that_came_in_the_second_format_is_a_row_in_the_first() -> None:
     engine = FakeEngine(lambda request: "no" if request.schema is None else {"parity": "odd"})
     program = predictor_over(engine, Parity)
-    run = run_program(program, numbers(1, start=1)[0])
+    run = Runner(program).run(numbers(1, start=1)[0])
     (row,) = rows_of_call(program, engine, run.calls[0], "vanilla", example=0)
     assert row.messages == engine.requests[0].messages
     assert row.completion.startswith("[[ ## parity ## ]]")

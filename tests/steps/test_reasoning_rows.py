@@ -11,7 +11,7 @@ from fakes import numbers, parity_engine, parity_match, parity_program
 
 from bettertogether import LoRAFinetune
 from bettertogether.errors import ConfigError
-from bettertogether.rollouts.rollout import run_program
+from bettertogether.rollouts.runner import Runner
 from bettertogether.testing import FakeEngine
 
 
@@ -38,7 +38,7 @@ ANSWER = "[[ ## parity ## ]]\nP\n\n[[ ## completed ## ]]\n"
 
 
 def test_a_call_knows_what_was_thought_before_its_answer() -> None:
-    (call,) = run_program(parity_program(reasoner()), numbers(1)[0]).calls
+    (call,) = Runner(parity_program(reasoner())).run(numbers(1)[0]).calls
     assert call.thoughts == "Hm, hm."
 
 

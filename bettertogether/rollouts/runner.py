@@ -1,0 +1,273 @@
+"""Run a program on one example and note which predictor made which call. Failures are data."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import dspy
+from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMTimeoutError
+
+from ..errors import PromptTooLongError
+from ..programs.behaviour import program_key
+from ..programs.content import example_content
+from ..programs.copies import Copier
+from ..programs.program import modules_of, predictors_of
+from ..records import Ledger
+from .attribution import CallAttribution
+from .replay import Answer, Replay, snapshot
+from .rescue import HINT, as_field, hint_before_the_answer, narrow_signatures
+from .rollout import Attempt, Call, FailureKind, Rollout, RolloutStore, stable_seed
+from .sampled_lms import needs_seed, sampling_lm
+from .usage import hand_on_usage, used
+from .watching import Record, Seen, Watch, answer_of, run_async_part, watched_lm
+
+
+class Runner:
+    """Runs one program on examples; safe to call from many threads.
+
+    The program itself is left alone: each run has a copy of it to itself, so that a call is known to be of this run
+    in whatever thread it is made.
+    """
+
+    def __init__(self, program: dspy.Module, *, seed: int = 0, store: RolloutStore | None = None) -> None:
+        self._program = program
+        self._seed = seed
+        self._key = program_key(program) if store is not None else None
+        self._store = store if self._key is not None else None
+        self._needs_seeds = any(needs_seed(predictor.lm) for predictor in program.predictors())
+        self._attribution = CallAttribution(program)
+        self._lock = threading.Lock()
+        self._copier: Copier | None = None
+        self._spare: list[_Copy] = []
+        """Copies that no thread is using; one for each run would cost more than the run of a small program."""
+
+    def run(self, example: dspy.Example, attempt: Attempt = Attempt()) -> Rollout:
+        """Run the program on one example. Never raises for what the program does; see `Rollout.failure`."""
+        changed = self._is_changed(attempt)
+        if self._store is None and not changed:
+            return self._anew(example, attempt, None)
+        content, all_seen = example_content(example)
+        store = self._store if all_seen else None
+        key = (self._key, content, self._seed if changed else None, attempt.key)
+        if store and (known := store.get(key)):
+            return replace(known, ledger=Ledger())
+        seed = stable_seed(self._seed, content, attempt.number, *attempt.of_branch) if changed else None
+        run = self._anew(example, attempt, seed)
+        if store:
+            store.put(key, run)
+        return run
+
+    def _anew(self, example: dspy.Example, attempt: Attempt, seed: int | None) -> Rollout:
+        """A run by a copy that no other thread is using."""
+        try:
+            copied = self._spare.pop()
+        except IndexError:
+            with self._lock:
+                self._copier = self._copier or Copier(self._program, shares_state=True)
+            copied = _Copy(self._program, self._copier.copy(), self._attribution)
+        run = copied.run(example, attempt, seed)
+        self._spare.append(copied)
+        return run
+
+    def _is_changed(self, attempt: Attempt) -> bool:
+        """Whether an attempt needs other LMs or prompts than the program's."""
+        asked = attempt.number > 0 or attempt.temperature is not None or bool(attempt.narrow)
+        return asked or self._needs_seeds
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What a predictor had when a run began."""
+
+    signature: type[dspy.Signature]
+    demos: tuple[Any, ...]
+    lm: Any
+
+
+class _Copy:
+    """A copy of a program that serves one run at a time, and is watched."""
+
+    def __init__(self, program: dspy.Module, copied: dspy.Module, attribution: CallAttribution) -> None:
+        self._attribution = attribution
+        self._program = copied
+        attribution.mark(self._program)
+        originals = dict(modules_of(program))
+        pairs = [(module, originals[name]) for name, module in modules_of(self._program)]
+        for module, original in pairs:
+            # A deep copy is made without them.
+            module.callbacks = list(original.callbacks)
+        self._watch = Watch()
+        self._watch.attach(module for module, _ in pairs)
+        self._by_name = predictors_of(self._program)
+        self._basis: dict[str, _Basis] = {}
+        self._lms: dict[int, tuple[Any, Any]] = {}
+        """LMs of the program and their watched copies, by id."""
+        own = {id(predictor) for predictor in self._by_name.values()}
+        self._predictors = [(*pair, id(pair[0]) in own) for pair in pairs if isinstance(pair[0], dspy.Predict)]
+        """Each with its original, and whether it is one of `named_predictors`."""
+
+    def run(self, example: dspy.Example, attempt: Attempt, seed: int | None) -> Rollout:
+        """One run; `seed` is None for the program's own LMs."""
+        self._prepare(attempt, seed)
+        prediction, failure, error = None, None, None
+        lm = dspy.settings.lm
+        replay = None if attempt.branch is None else Replay(attempt.branch, attempt.number, seed)
+        with self._watch.recording(self._watched(lm) if lm is not None else None, replay) as record:
+            record.runs_here()
+            try:
+                prediction = _call(self._program, dict(example.inputs()))
+            except Exception as caught:
+                failure, error = _kind(caught), caught
+        hand_on_usage(record.tracker, prediction)
+        calls, raw_trace, strangers = [], [], 0
+        answers: list[Answer] = []
+        for entry, seen in record.in_order():
+            original, name = self._attribution.owner(entry[0])
+            raw_trace.append((original, *entry[1:]))
+            strangers += name is None
+            if name:
+                calls.append(self._call_of(entry, seen, name, record, attempt, len(answers)))
+            if seen is not None:
+                answers.append(answer_of(entry, seen))
+        ended = record.unread[-1] if failure == "parse failure" and record.unread else None
+        return Rollout(
+            prediction=prediction,
+            calls=tuple(calls),
+            raw_trace=tuple(raw_trace),
+            unread=tuple(self._unread(record, attempt, ended, len(answers))),
+            strangers=strangers,
+            failure=failure,
+            error=error,
+            ledger=used(record, len(raw_trace) - (replay.given if replay else 0)),
+            answers=(*answers, *([answer_of((ended.predictor, {}), ended)] if ended else [])),
+            strayed=replay is not None and not replay.came,
+        )
+
+    def _unread(self, record: Record, attempt: Attempt, ended: Seen | None, last: int) -> Iterator[Call]:
+        """The calls whose answer could not be read, with the first one: DSPy asks for others by another prompt. The
+        call that ended the run has the last place."""
+        for seen in record.unread:
+            if name := self._attribution.owner(seen.predictor)[1]:
+                place = last if seen is ended else None
+                call = self._call_of((seen.predictor, seen.inputs, None), seen, name, record, attempt, place)
+                first = next(iter(seen.replies), seen.reply)
+                yield replace(call, text=first.text, thoughts=first.thoughts, cut=first.cut)
+
+    def _prepare(self, attempt: Attempt, seed: int | None) -> None:
+        """Undo what a run before left, and give the predictors the LMs and prompts of this one."""
+        # One copy of an LM for all that share it: dspy.BestOfN asks for the one LM of its module.
+        lms: dict[tuple[int, bool], Any] = {}
+        for predictor, original, is_own in self._predictors:
+            predictor.signature, predictor.config = original.signature, original.config
+            predictor.demos = list(original.demos)
+            sampled = seed is not None and is_own
+            lm = original.lm or (dspy.settings.lm if sampled else None)
+            key = id(lm), sampled
+            if lm is not None and key not in lms:
+                lms[key] = (
+                    watched_lm(sampling_lm(self._watched(lm), attempt.number, attempt.temperature, seed))
+                    if sampled
+                    else self._watched(lm)
+                )
+            predictor.lm = lms.get(key)
+        if attempt.leads:
+            hint_before_the_answer(self._program, attempt.narrow)
+        elif attempt.narrow:
+            narrow_signatures(self._program, attempt.narrow)
+        self._basis = {n: _Basis(p.signature, tuple(p.demos), p.lm) for n, p in self._by_name.items()}
+
+    def _watched(self, lm: Any) -> Any:
+        """The watched copy of an LM, from a run before unless that one changed it."""
+        own, kept = self._lms.get(id(lm), (None, None))
+        if own is not lm or kept.kwargs != lm.kwargs or kept.model != lm.model:
+            kept = watched_lm(lm)
+            self._lms[id(lm)] = lm, kept
+        return kept
+
+    def _call_of(
+        self, entry: Any, seen: Seen | None, name: str, record: Record, attempt: Attempt, place: int | None
+    ) -> Call:
+        predictor, inputs, prediction = entry
+        if seen is None:
+            fields = predictor.signature.output_fields
+            return Call(name, dict(inputs), {key: value for key, value in prediction.items() if key in fields})
+        basis = self._basis[name]
+        own_signature = None if seen.signature is basis.signature else seen.signature
+        # DSPy has filled in defaults, and a wrapped adapter (dspy.Refine's) may have put in more.
+        fields = [key for key in seen.signature.input_fields if key in inputs]
+        as_given = fields == list(seen.inputs)
+        return Call(
+            predictor=name,
+            inputs=seen.inputs if as_given else {key: seen.inputs.get(key, inputs[key]) for key in fields},
+            outputs=self._outputs(seen, name, attempt),
+            signature=own_signature,
+            demos=None if _same_demos(seen, basis) else tuple(seen.demos),
+            config=snapshot(dict(seen.asked.get("config") or {})),
+            adapter=_own_adapter(seen, record),
+            text=seen.reply.text,
+            thoughts=seen.reply.thoughts,
+            cut=seen.reply.cut,
+            sampled=tuple(seen.sampled),
+            unfit=_unfit(seen, basis.lm or record.lm, own_signature, attempt),
+            place=place,
+            anew=seen.anew,
+        )
+
+    def _outputs(self, seen: Seen, name: str, attempt: Attempt) -> dict[str, Any]:
+        """What the call gave, a rescued label as a value of the field's own type."""
+        if not attempt.narrow:
+            return seen.outputs
+        fields = self._attribution.predictor(name).signature.output_fields
+        rescued = attempt.narrow.keys() & fields.keys()
+        return {
+            field_name: as_field(value, fields[field_name].annotation) if field_name in rescued else value
+            for field_name, value in seen.outputs.items()
+        }
+
+
+def _same_demos(seen: Seen, basis: _Basis) -> bool:
+    """Whether a call had the predictor's demos, or deep copies of them."""
+    if len(seen.demos) != len(basis.demos):
+        return False
+    return all(one is other or repr(one) == repr(other) for one, other in zip(seen.demos, basis.demos, strict=True))
+
+
+def _own_adapter(seen: Seen, record: Record) -> Any:
+    # That of dspy.Refine adds advice on an earlier attempt, which is no part of the predictor's own prompt.
+    if seen.adapter is record.adapter or type(seen.adapter).__module__ == "dspy.predict.refine":
+        return None
+    return seen.adapter or dspy.ChatAdapter()
+
+
+def _unfit(seen: Seen, own_lm: Any, own_signature: Any, attempt: Attempt) -> str | None:
+    if seen.lm is not own_lm and _weights_of(seen.lm) != _weights_of(own_lm):
+        return "made with another LM than the predictor's"
+    if attempt.narrow and own_signature is not None and HINT in own_signature.instructions:
+        return "its own signature shows the hint"
+    return None
+
+
+def _weights_of(lm: Any) -> tuple[Any, Any]:
+    """What answers for an LM, whatever its options."""
+    engine = getattr(lm, "engine", None)
+    return engine if isinstance(engine, str) else id(engine), getattr(lm, "model", lm)
+
+
+def _call(program: dspy.Module, inputs: dict[str, Any]) -> Any:
+    if hasattr(type(program), "forward") or "forward" in vars(program):
+        return program(**inputs)
+    if hasattr(type(program), "aforward"):
+        return run_async_part(program.acall(**inputs))
+    raise TypeError(f"{type(program).__name__} has neither forward nor aforward: define one of them.")
+
+
+def _kind(error: BaseException) -> FailureKind:
+    if isinstance(error, AdapterParseError):
+        return "parse failure"
+    # DSPy wraps what an engine raises, unless it is one of its own errors.
+    if isinstance(error, ContextWindowExceededError) or isinstance(error.__cause__, PromptTooLongError):
+        return "prompt too long"
+    return "timeout" if isinstance(error, TimeoutError | LMTimeoutError) else "program error"
