@@ -10,34 +10,9 @@ from typing import Any
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..callbacks.events import require_callbacks
-from ..checks import require_one_of, require_switch, require_whole
+from ..checks import require_switch
 from ..errors import ConfigError, StrategyError
 from .budget import Budget
-
-LARGEST_SEED = 2**32 - 1
-"""What numpy takes as a seed at most."""
-
-
-def check_options(
-    *,
-    num_threads: object,
-    max_errors: object,
-    seed: object,
-    max_rounds: object,
-    provide_traceback: object,
-    shuffle_trainset_between_steps: object,
-    two_by_two: object,
-    on_step_error: object,
-) -> None:
-    """Check the plain options of a run. Raises ConfigError."""
-    require_whole("num_threads", num_threads, 1, optional=True)
-    require_whole("max_errors", max_errors, 0, optional=True)
-    require_whole("seed", seed, 0, most=LARGEST_SEED, optional=True)
-    require_whole("max_rounds", max_rounds, 1)
-    require_switch("provide_traceback", provide_traceback, optional=True)
-    require_switch("shuffle_trainset_between_steps", shuffle_trainset_between_steps)
-    require_switch("two_by_two", two_by_two)
-    require_one_of("on_step_error", on_step_error, ("return", "raise"))
 
 
 def check_watching(*, callbacks: Any, progress: object, budget: object) -> None:

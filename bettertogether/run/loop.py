@@ -272,9 +272,8 @@ class Loop:
         try:
             return prompts_state(program)
         except ArtifactError as error:
-            text = f"Round {strategy.join(steps)!r} can't be restored by a later call, nor its program saved: {error}"
-            self.warnings.append(text)
-            events.warn(text)
+            name = strategy.join(steps)
+            self._warn(f"Round {name!r} can't be restored by a later call, nor its program saved: {error}")
             return None
 
     def _keep(self, record: StepRecord) -> None:
@@ -306,8 +305,6 @@ class Loop:
         started: float,
     ) -> None:
         name = strategy.join(steps)
-        seconds = time.monotonic() - started
-        ledger = Ledger(seconds=seconds)
         record = StepRecord(
             index=index,
             step=steps[-1],
@@ -315,7 +312,7 @@ class Loop:
             status=status,
             why=self._why,
             error=masked(text),
-            ledger=ledger,
+            ledger=Ledger(seconds=time.monotonic() - started),
         )
         self.error = error
         kind = type(error).__name__

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
+from ..checks import require_one_of, require_switch, require_whole
 from ..errors import ConfigError, NotTrainableError, ProgramError
 from ..programs.copies import copy_program
 from ..programs.program import as_programs, predictors_of, require_program
@@ -18,11 +19,14 @@ from ..rollouts.settings import RunSettings
 from ..steps.adapter_step import AdapterStep
 from ..steps.step import Step
 from . import strategy as strategies
-from .arguments import check_compile_args, check_options
+from .arguments import check_compile_args
 from .held_out import split_valset
 from .strategy import Steps
 
 OnStepError = Literal["return", "raise"]
+
+LARGEST_SEED = 2**32 - 1
+"""What numpy takes as a seed at most."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +92,14 @@ class Plan:
     ) -> Self:
         """Check everything. Raises StrategyError, DataError, ProgramError, ConfigError, NotTrainableError."""
         _check_student(student)
-        check_options(
-            num_threads=num_threads,
-            max_errors=max_errors,
-            seed=seed,
-            max_rounds=max_rounds,
-            provide_traceback=provide_traceback,
-            shuffle_trainset_between_steps=shuffle_trainset_between_steps,
-            two_by_two=two_by_two,
-            on_step_error=on_step_error,
-        )
+        require_whole("num_threads", num_threads, 1, optional=True)
+        require_whole("max_errors", max_errors, 0, optional=True)
+        require_whole("seed", seed, 0, most=LARGEST_SEED, optional=True)
+        require_whole("max_rounds", max_rounds, 1)
+        require_switch("provide_traceback", provide_traceback, optional=True)
+        require_switch("shuffle_trainset_between_steps", shuffle_trainset_between_steps)
+        require_switch("two_by_two", two_by_two)
+        require_one_of("on_step_error", on_step_error, get_args(OnStepError))
         auto = strategy == strategies.AUTO and strategies.AUTO not in optimizers
         parsed = () if auto else strategies.parse(strategy, optimizers)
         compile_args = check_compile_args(optimizer_compile_args, optimizers)

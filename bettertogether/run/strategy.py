@@ -19,11 +19,7 @@ def parse(strategy: str | Sequence[str], keys: Collection[str]) -> tuple[Steps, 
     `strategy` is one string or a list of them; `keys` are the optimizers there are.
     Raises StrategyError for an empty strategy, an empty step or an unknown key.
     """
-    if not isinstance(strategy, str | list | tuple):
-        raise StrategyError(f'strategy must be text such as "p -> w -> p" or a list of such texts, got {strategy!r}.')
-    texts = [strategy] if isinstance(strategy, str) else list(strategy)
-    if not texts:
-        raise StrategyError('strategy cannot be empty: give one such as "p -> w -> p".')
+    texts = (list(strategy) or [""]) if isinstance(strategy, list | tuple) else [strategy]
     return tuple(dict.fromkeys(_parse_one(text, keys) for text in texts))
 
 
