@@ -26,7 +26,7 @@ from ._upstream import StreamEvent
 from .answers import SampledAnswer, SamplingOptions
 from .finetuning import TrainingJob, prepare
 from .fingerprint import model_hash, short_hash, short_name
-from .loading import located, read_card
+from .loading import located, read_card, readable
 from .options import EngineOptions, plain
 from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, PolicySession, TrainingRow, require_adapter
 from .rendering import PromptRenderer, messages_of
@@ -382,7 +382,5 @@ if hasattr(os, "register_at_fork"):
 
 
 def _identity(model: str | Path) -> tuple[str, ...]:
-    try:
+    with readable(model):
         return (str(Path(model).resolve()), model_hash(model)) if Path(model).is_dir() else (str(model),)
-    except PermissionError as error:
-        raise ModelError(f"{model} can't be read ({error}). Give a folder that this user may read.") from error

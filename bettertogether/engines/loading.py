@@ -86,11 +86,9 @@ def located(model: str | Path, *, revision: str | None = None, token: str | bool
     that holds one, the folder that it is converted to; of a revision of a hub id, or one that needs a token, the folder
     that it is downloaded to. Raises ModelError."""
     place = type(model)(Path(model).expanduser()) if str(model).startswith("~") else model
-    try:
+    with readable(model):
         gguf_file = gguf_in(Path(place))
         is_folder = Path(place).is_dir()
-    except PermissionError as error:
-        raise ModelError(f"{model} can't be read ({error}). Give a folder that this user may read.") from error
     if gguf_file is not None:
         return converted(gguf_file)
     if is_folder or (revision is None and token is None):
@@ -102,6 +100,15 @@ def located(model: str | Path, *, revision: str | None = None, token: str | bool
     except (OSError, ValueError) as error:
         raise _not_loaded(place, error, revision) from error
     return Path(snapshot)
+
+
+@contextmanager
+def readable(model: str | Path) -> Iterator[None]:
+    """Raise ModelError where the block finds that the model's files may not be read."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ModelError(f"{model} can't be read ({error}). Give a folder that this user may read.") from error
 
 
 def _not_loaded(source: str | Path, error: BaseException, revision: str | None = None) -> ModelError:
@@ -176,12 +183,10 @@ def _unknown_tokens(source: str | Path, tokenizer: Any, vocabulary: int) -> dict
 def _check_source(source: str | Path) -> None:
     """Raises ModelError for what is neither a model's folder nor may be a hub id."""
     folder = Path(source)
-    try:
+    with readable(source):
         is_folder = folder.is_dir()
         if is_folder:
             _check_folder(folder)
-    except PermissionError as error:
-        raise ModelError(f"{source} can't be read ({error}). Give a folder that this user may read.") from error
     if not is_folder and (isinstance(source, Path) or folder.is_absolute() or str(source).startswith(".")):
         raise ModelError(f"{source} is not a folder. Give the folder of a transformers model, or a hub id.")
 
@@ -277,9 +282,14 @@ def model_to_train(card: ModelCard, device: torch.device, *, four_bit: bool = Fa
         yield model
     finally:
         del model
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Let other models and processes have what torch keeps of those that are gone."""
+    gc.collect()
+    # Does nothing where CUDA was never used.
+    torch.cuda.empty_cache()
 
 
 def meta_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:

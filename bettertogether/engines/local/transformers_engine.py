@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from ..adapters import AdapterBank, linear_shapes
 from ..answers import FinishedAnswer, TokenScore
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
 from ..finetuning import TrainingJob, train
-from ..loading import is_out_of_memory, load_model, meta_model, model_to_train
+from ..loading import give_back_memory, is_out_of_memory, load_model, meta_model, model_to_train
 from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult, TrainingRow, adapter_model_name
 from ..responses import ResponseWriter
@@ -246,9 +245,7 @@ class TransformersEngine(BaseEngine):
         self._adapters.attach(None)
         self._model = None
         if self.options.torch_device.type == "cuda":
-            # Other processes can't have what torch keeps for this one.
-            gc.collect()
-            torch.cuda.empty_cache()
+            give_back_memory()
 
     def _reporting(self, model: Any, on_progress: ProgressFunction | None) -> ProgressFunction:
         """The callback with the model lent to the worker while it runs: put back before, or, where it was unloaded,
