@@ -1,1 +1,1 @@
-"""The steps of a strategy that are ours: the prompt step and the weight step."""
+"""The steps of a strategy that are ours: those that search prompts, and those that train weights."""

@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import count
 from pathlib import Path
 from statistics import fmean
 
@@ -266,7 +265,7 @@ class PolicyRun:
     def _save(self) -> None:
         target = self.folder / f"step-{self.state.step}"
         with atomic_folder(target, put_anew) as work:
-            for number, session in zip(count(), self.sessions.values()):
+            for number, session in enumerate(self.sessions.values()):
                 (work / str(number)).mkdir()
                 session.save(work / str(number), self.name)
             atomic_write(work / "state.json", json.dumps({"schema": SCHEMA, "run": self.name, **asdict(self.state)}))
@@ -290,6 +289,6 @@ class PolicyRun:
             raise TrainingError(
                 f"The checkpoint in {latest} is damaged ({error}): delete {self.folder} and train again."
             ) from error
-        for number, session in zip(count(), self.sessions.values()):
+        for number, session in enumerate(self.sessions.values()):
             session.load(latest / str(number), self.name)
         logger.info("Going on after step %d of %d in %s.", self.state.step, self.policy.steps, self.folder)

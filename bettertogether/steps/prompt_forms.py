@@ -15,7 +15,7 @@ from typing import Any
 
 import dspy
 
-from ..engines.protocol import ChatMessage, LocalEngine
+from ..engines.protocol import LocalEngine
 from ..programs.program import predictors_of
 from ..rollouts.labels import labels_of, output_names, stratified_order
 from ..rollouts.rollout import Call, stable_seed
@@ -23,6 +23,7 @@ from ..rollouts.traces import Trace
 from .demo_examples import DemoExamples, plain_fields, without_example
 from .demo_sets import DemoSets
 from .prompt_capture import render_prompt
+from .rows import Messages, question_of
 
 N_FORMS = 8
 """Demo sets of one predictor at most. So many that a model can't learn them by heart, and so few that rows share
@@ -30,8 +31,6 @@ their beginnings."""
 
 DRAWS = 3 * N_FORMS
 """Sets drawn in all. Some are there already, and some show nothing of a predictor."""
-
-Messages = tuple[ChatMessage, ...]
 
 TEMPLATE_TOKENS = 64
 """Tokens that a chat template puts around a message, at most."""
@@ -144,7 +143,7 @@ class PromptForms:
         if demo_set.demos and not demos:
             self.left_out[OWN_EXAMPLE] += 1
             return None
-        question = zero_shot[1:] if zero_shot[0]["role"] == "system" else zero_shot
+        question = question_of(zero_shot)
         beginnings = self._beginnings[call.predictor, id(demo_set), tuple(map(id, demos)), id(call.adapter)]
         # Making a prompt takes milliseconds. What came before the question twice comes before it always.
         if len(beginnings) == 2 and beginnings[0] == beginnings[1] and not call.config:

@@ -94,14 +94,11 @@ class BootstrapFewShotRS(Step, Teleprompter):
         max_errors: int | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value, least in (
-            ("num_candidates", num_candidates, 0),
-            ("max_bootstrapped_demos", max_bootstrapped_demos, 0),
-            ("max_labeled_demos", max_labeled_demos, 0),
-            ("train_size", 1 if train_size is None else train_size, 1),
-            ("val_size", 1 if val_size is None else val_size, 1),
-        ):
-            require_whole(name, value, least)
+        require_whole("num_candidates", num_candidates, 0)
+        require_whole("max_bootstrapped_demos", max_bootstrapped_demos, 0)
+        require_whole("max_labeled_demos", max_labeled_demos, 0)
+        require_whole("train_size", train_size, 1, optional=True)
+        require_whole("val_size", val_size, 1, optional=True)
         require_switch("restart", restart)
         require_switch("race", race)
         require_metric(metric)

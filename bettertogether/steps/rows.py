@@ -22,7 +22,7 @@ Messages = tuple[ChatMessage, ...]
 class Row:
     """One call to learn, and where it comes from."""
 
-    messages: tuple[ChatMessage, ...]
+    messages: Messages
     """The prompt, as the engine receives it."""
     completion: str
     predictor: str
@@ -31,7 +31,7 @@ class Row:
     label: str | None = None
     source: str = "student"
     """"student", "teacher", "sample", "rescue", or "given" for rows of the user's own."""
-    forms: tuple[tuple[ChatMessage, ...], ...] = ()
+    forms: tuple[Messages, ...] = ()
     """Prompts with demos that the call is shown with as well; the one of a number has the same demos in all rows of
     the predictor."""
     response_format: Mapping[str, Any] | None = None
@@ -110,7 +110,7 @@ def _text(answer: Any) -> str:
     return text
 
 
-def _messages(turns: Iterable[Mapping[str, str]]) -> tuple[ChatMessage, ...]:
+def _messages(turns: Iterable[Mapping[str, str]]) -> Messages:
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
 
 
@@ -184,6 +184,11 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def question_of(prompt: Messages) -> Messages:
+    """A zero-shot prompt without its system message."""
+    return prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
+
+
 class _Beginnings:
     """What comes before the questions of forms, by hash."""
 
@@ -211,7 +216,7 @@ class _Beginnings:
                         f"no line before has the form whose beginning has the hash {key!r}: keep the first "
                         f"{SPELT_OUT} rows of the file, or leave the forms out."
                     )
-                form = self._by_hash[key] + _question(row)
+                form = self._by_hash[key] + question_of(row.messages)
             else:
                 self._note(form, row)
             forms.append(form)
@@ -219,7 +224,7 @@ class _Beginnings:
 
     def _note(self, form: Messages, row: Row) -> tuple[str, bool]:
         """Hash of a form's beginning, and whether it is known from an earlier form; "" where it has none."""
-        question = _question(row)
+        question = question_of(row.messages)
         if not question or len(form) <= len(question) or form[-len(question) :] != question:
             return "", False
         beginning = form[: -len(question)]
@@ -231,8 +236,3 @@ class _Beginnings:
         known = key in self._by_hash
         self._by_hash.setdefault(key, beginning)
         return key, known
-
-
-def _question(row: Row) -> Messages:
-    """A row's prompt without its system message."""
-    return row.messages[1:] if row.messages and row.messages[0]["role"] == "system" else row.messages
