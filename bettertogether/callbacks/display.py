@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from ..checks import is_number, require_switch
 from ..errors import ConfigError
 from ..printable import get_logger, one_line
 from .events import (
@@ -55,9 +55,8 @@ class ProgressDisplay(Callback):
         file: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not isinstance(quiet, bool):
-            raise ConfigError(f"quiet={quiet!r} is not allowed: give True or False.")
-        if not isinstance(interval_s, int | float) or isinstance(interval_s, bool) or not 0 <= interval_s < math.inf:
+        require_switch("quiet", quiet)
+        if not is_number(interval_s) or interval_s < 0:
             raise ConfigError(f"interval_s={interval_s!r} is not allowed: give seconds, 0 or more.")
         if file is not None and not callable(getattr(file, "write", None)):
             raise ConfigError(f"file={file!r} is not allowed: give an open text file, or None for stderr.")

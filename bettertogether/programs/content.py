@@ -203,6 +203,7 @@ def _name_of_function(function: Any) -> str:
 
 
 def by_name(state: Mapping[Any, Any]) -> list[list[Any]]:
+    """Names with values, in the order of the names."""
     return [[str(name), state[name]] for name in sorted(state, key=str)]
 
 

@@ -1,4 +1,4 @@
-"""Programs as values: their modules, prompts in and out, a fingerprint."""
+"""Programs as values: their modules and predictors, prompts in and out."""
 
 from __future__ import annotations
 

@@ -227,9 +227,8 @@ def _candidates(details: PromptDetails) -> str:
     rows = []
     for candidate in details.candidates:
         mark = ' <span class="mark">chosen</span>' if candidate.name == details.chosen else ""
-        score = "-" if candidate.score is None else f"{candidate.score:.3f}"
-        counts = (f"{candidate.scored_on:,}", f"{candidate.demos:,}")
-        rows.append([_Html(_text(candidate.name) + mark), score, *counts, "stopped early" if candidate.stopped else ""])
+        cells = (_number(candidate.score), f"{candidate.scored_on:,}", f"{candidate.demos:,}")
+        rows.append([_Html(_text(candidate.name) + mark), *cells, "stopped early" if candidate.stopped else ""])
     if not rows:
         return ""
     table = _table(("candidate", "score", "examples", "demos", ""), rows)
