@@ -14,6 +14,12 @@ MOST_STRENGTH = 2
 """Of an adapter, times what it was trained to be."""
 
 
+def require(ok: bool, name: str, value: Any, allowed: str) -> None:
+    """Raise ConfigError, with what came and what is `allowed`, where an argument is not `ok`."""
+    if not ok:
+        raise ConfigError(f"{name}={value!r} is not allowed: give {allowed}.")
+
+
 def require_whole(
     name: str, value: Any, least: int, *, most: int | None = None, optional: bool = False, meaning: str = ""
 ) -> None:
@@ -21,11 +27,9 @@ def require_whole(
     if value is None and optional:
         return
     is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_whole or value < least or (most is not None and value > most):
-        bounds = f"a whole number, {least} or more" if most is None else f"a whole number from {least} to {most}"
-        raise ConfigError(
-            f"{name}={value!r} is not allowed: give {meaning or bounds}{', or None' if optional else ''}."
-        )
+    ok = is_whole and value >= least and (most is None or value <= most)
+    bounds = f"a whole number, {least} or more" if most is None else f"a whole number from {least} to {most}"
+    require(ok, name, value, f"{meaning or bounds}{', or None' if optional else ''}")
 
 
 def is_number(value: Any) -> bool:
@@ -35,28 +39,24 @@ def is_number(value: Any) -> bool:
 
 def require_number(name: str, value: Any, allowed: str, *, optional: bool = False) -> None:
     """Check for a finite number (or None, where that is allowed). Raises ConfigError, which says what is `allowed`."""
-    if not (is_number(value) or (value is None and optional)):
-        raise ConfigError(f"{name}={value!r} is not allowed: give {allowed}.")
+    require(is_number(value) or (value is None and optional), name, value, allowed)
 
 
 def require_strength(name: str, value: Any) -> None:
     """Check for the strength of an adapter. Raises ConfigError."""
-    if not (is_number(value) and 0 < value <= MOST_STRENGTH):
-        allowed = f"a number above 0, {MOST_STRENGTH} at most (1: the adapter as it is)"
-        raise ConfigError(f"{name}={value!r} is not allowed: give {allowed}.")
+    allowed = f"a number above 0, {MOST_STRENGTH} at most (1: the adapter as it is)"
+    require(is_number(value) and 0 < value <= MOST_STRENGTH, name, value, allowed)
 
 
 def require_switch(name: str, value: Any, *, optional: bool = False) -> None:
     """Check for True or False (or None, where that is allowed). Raises ConfigError."""
-    if not (isinstance(value, bool) or (value is None and optional)):
-        raise ConfigError(f"{name}={value!r} is not allowed: give True or False.")
+    require(isinstance(value, bool) or (value is None and optional), name, value, "True or False")
 
 
 def require_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Check for one of a few texts. Raises ConfigError."""
-    if not isinstance(value, str) or value not in allowed:
-        listed = " or ".join(json.dumps(each) for each in allowed)
-        raise ConfigError(f"{name}={value!r} is not allowed: give {listed}.")
+    listed = " or ".join(json.dumps(each) for each in allowed)
+    require(isinstance(value, str) and value in allowed, name, value, listed)
 
 
 def require_pass_options(num_threads: Any, max_errors: Any, seed: Any) -> None:

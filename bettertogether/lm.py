@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 from dspy.clients.provider import Provider, TrainingJob
 
+from .checks import require
 from .engines.answer_format import whole_format
 from .engines.lm_options import check_lm_options
 from .engines.protocol import MODEL_PREFIX, LocalEngine, TrainingRow
@@ -221,17 +222,16 @@ def _shared_lm(
 ) -> LocalLM:
     """The LM for this process's engine of a model; `source` is its name, revision and token."""
     model, revision, token = source
-    if engine_options is not None and not isinstance(engine_options, Mapping):
-        raise ConfigError(f"engine_options={engine_options!r} is not allowed: give a mapping of names to values.")
+    are_options = isinstance(engine_options, Mapping | None)
+    require(are_options, "engine_options", engine_options, "a mapping of names to values")
     options = {**(engine_options or {}), **place}
     engine_class.options_class.check_names(options, also=frozenset({"adapters"}))
     check_lm_options(lm_options, engine_class.options_class.names())
-    if not isinstance(model, str | Path) or not str(model):
-        raise ConfigError(f"model={model!r} is not allowed: give the folder of a model, or a hub id.")
+    names_one = isinstance(model, str | Path) and bool(str(model))
+    require(names_one, "model", model, "the folder of a model, or a hub id")
     if not isinstance(revision, str | None) or not isinstance(token, str | bool | None):
         raise ConfigError("revision= or token= is not allowed as given: give text, or None.")
-    if not isinstance(adapter, str | Path | None):
-        raise ConfigError(f"adapter={adapter!r} is not allowed: give the folder of a PEFT adapter, or None.")
+    require(isinstance(adapter, str | Path | None), "adapter", adapter, "the folder of a PEFT adapter, or None")
     from .engines.loading import located
 
     engine: Any = engine_class.shared(located(model, revision=revision, token=token), **options)

@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from ..checks import is_number, require_switch
-from ..errors import ConfigError
+from ..checks import is_number, require, require_switch
 from ..printable import get_logger, one_line
 from .events import (
     Callback,
@@ -56,12 +55,10 @@ class ProgressDisplay(Callback):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         require_switch("quiet", quiet)
-        if not is_number(interval_s) or interval_s < 0:
-            raise ConfigError(f"interval_s={interval_s!r} is not allowed: give seconds, 0 or more.")
-        if file is not None and not callable(getattr(file, "write", None)):
-            raise ConfigError(f"file={file!r} is not allowed: give an open text file, or None for stderr.")
-        if not callable(clock):
-            raise ConfigError(f"clock={clock!r} is not allowed: give a function that returns seconds.")
+        require(is_number(interval_s) and interval_s >= 0, "interval_s", interval_s, "seconds, 0 or more")
+        writable = file is None or callable(getattr(file, "write", None))
+        require(writable, "file", file, "an open text file, or None for stderr")
+        require(callable(clock), "clock", clock, "a function that returns seconds")
         self._quiet = quiet
         self._interval_s = interval_s
         self._file = file

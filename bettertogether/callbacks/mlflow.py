@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..checks import require
 from ..extras import extra_module
 from .tracking import Files, Status, Tracking
 
@@ -25,8 +25,7 @@ class MLflowCallback(Tracking):
     """
 
     def __init__(self, run_name: str | None = None) -> None:
-        if not isinstance(run_name, str | None):
-            raise ConfigError(f"run_name={run_name!r} is not allowed: give a text, or None for MLflow's own.")
+        require(isinstance(run_name, str | None), "run_name", run_name, "a text, or None for MLflow's own")
         self._mlflow = extra_module("mlflow", "MLflowCallback")
         self._run_name = run_name
         self._started = False

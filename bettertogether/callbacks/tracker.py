@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ConfigError, MissingExtraError
+from ..checks import require
+from ..errors import MissingExtraError
 from .tracking import Status, Tracking
 
 
@@ -22,11 +23,9 @@ class TrackerCallback(Tracking):
 
     def __init__(self, tracker: Any) -> None:
         methods = ("start", "store_init_configuration", "log", "finish")
-        if isinstance(tracker, type) or not all(callable(getattr(tracker, name, None)) for name in methods):
-            raise ConfigError(
-                f"tracker={tracker!r} is not allowed: give a tracker of accelerate's, such as "
-                'accelerate.tracking.TensorBoardTracker("my-run", logging_dir="runs").'
-            )
+        is_one = not isinstance(tracker, type) and all(callable(getattr(tracker, name, None)) for name in methods)
+        example = 'accelerate.tracking.TensorBoardTracker("my-run", logging_dir="runs")'
+        require(is_one, "tracker", tracker, f"a tracker of accelerate's, such as {example}")
         self._tracker = tracker
 
     def _begin(self, params: Mapping[str, bool | int | float | str]) -> None:

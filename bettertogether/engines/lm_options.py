@@ -7,7 +7,7 @@ from typing import Any
 
 from dspy.utils.callback import BaseCallback
 
-from ..checks import is_number, require_switch, require_whole
+from ..checks import is_number, require, require_switch, require_whole
 from ..errors import ConfigError
 
 SAMPLING = (
@@ -71,24 +71,15 @@ def check_lm_options(options: Mapping[str, Any], engine_options: Collection[str]
     require_whole("num_retries", options.get("num_retries", 0), 0)
     require_switch("cache", options.get("cache", True))
     temperature, top_p = options.get("temperature"), options.get("top_p")
-    if temperature is not None and not (is_number(temperature) and temperature >= 0):
-        raise ConfigError(f"temperature={temperature!r} is not allowed: give a number, 0 or more, or None.")
-    if top_p is not None and not (is_number(top_p) and 0 <= top_p <= 1):
-        raise ConfigError(f"top_p={top_p!r} is not allowed: give a number from 0 to 1, or None.")
-    _check_stop(options.get("stop"))
-    _check_callbacks(options.get("callbacks"))
-
-
-def _check_stop(stop: Any) -> None:
+    warm = temperature is None or (is_number(temperature) and temperature >= 0)
+    require(warm, "temperature", temperature, "a number, 0 or more, or None")
+    require(top_p is None or (is_number(top_p) and 0 <= top_p <= 1), "top_p", top_p, "a number from 0 to 1, or None")
+    stop, callbacks = options.get("stop"), options.get("callbacks")
     texts = [stop] if isinstance(stop, str) else stop
-    if texts is None:
-        return
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
-        raise ConfigError(f"stop={stop!r} is not allowed: give a text that ends the answer, or a list of such texts.")
+    are_texts = _are_all(texts, str) and all(texts or ())
+    require(are_texts, "stop", stop, "a text that ends the answer, or a list of such texts")
+    require(_are_all(callbacks, BaseCallback), "callbacks", callbacks, "a list of dspy.utils.BaseCallback objects")
 
 
-def _check_callbacks(callbacks: Any) -> None:
-    if callbacks is None:
-        return
-    if not isinstance(callbacks, list | tuple) or not all(isinstance(each, BaseCallback) for each in callbacks):
-        raise ConfigError(f"callbacks={callbacks!r} is not allowed: give a list of dspy.utils.BaseCallback objects.")
+def _are_all(values: Any, kind: type) -> bool:
+    return values is None or (isinstance(values, list | tuple) and all(isinstance(each, kind) for each in values))

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from ..checks import is_number, require_whole
-from ..errors import ConfigError, DataError
-from ..records import CELLS as CELLS
+from ..checks import is_number, require, require_whole
+from ..errors import DataError
+from ..records import CELLS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,8 +139,8 @@ def _bootstrap(values: np.ndarray[Any, Any], confidence: float, seed: int, resam
     Hesterberg 2015, arXiv:1411.5279, section 5.3), without which intervals over few examples are too narrow."""
     import numpy as np
 
-    if not is_number(confidence) or not 0 < confidence < 1:
-        raise ConfigError(f"confidence={confidence!r} is not allowed: give a number between 0 and 1, such as 0.95.")
+    is_share = is_number(confidence) and 0 < confidence < 1
+    require(is_share, "confidence", confidence, "a number between 0 and 1, such as 0.95")
     require_whole("resamples", resamples, 1, meaning="a whole number above 0, such as 2000")
     require_whole("seed", seed, 0)
     count = len(values)

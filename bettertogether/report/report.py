@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..errors import ConfigError
+from ..checks import require
 from ..files import atomic_write
 from . import html, text
 from .data import ReportData
@@ -23,8 +23,8 @@ class CompileReport(ReportData):
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one HTML file that needs nothing else. Raises ConfigError, RunDirectoryError."""
-        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-            raise ConfigError(f"path={path!r} is not allowed: give the file to write, such as 'report.html'.")
+        is_path = isinstance(path, str | os.PathLike) and bool(os.fspath(path))
+        require(is_path, "path", path, "the file to write, such as 'report.html'")
         atomic_write(os.path.expanduser(path), html.render(self._view))
 
     def __str__(self) -> str:

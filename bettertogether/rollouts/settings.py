@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..checks import require_pass_options
-from ..errors import ConfigError
+from ..checks import require, require_pass_options
 from .rollout import RolloutStore
 
 
@@ -24,10 +23,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         require_pass_options(self.num_threads, self.max_errors, self.seed)
-        if not isinstance(self.store, RolloutStore | None):
-            raise ConfigError(
-                f"store={self.store!r} is not allowed: give a bettertogether.rollouts.rollout.RolloutStore, or None."
-            )
+        is_store = isinstance(self.store, RolloutStore | None)
+        require(is_store, "store", self.store, "a bettertogether.rollouts.rollout.RolloutStore, or None")
 
     def or_else(self, *, num_threads: int | None, max_errors: int | None, seed: int | None) -> RunSettings:
         """These settings, with the given ones where these are None."""

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import dspy
 
 from ..callbacks import events
-from ..checks import is_number, require_switch, require_threshold, require_whole
-from ..errors import BetterTogetherError, ConfigError, TooManyErrors
+from ..checks import is_number, require, require_switch, require_threshold, require_whole
+from ..errors import BetterTogetherError, TooManyErrors
 from ..records import Ledger
 from .branches import BranchPoint, branch_points
 from .failures import count_failures, error_text, failure_warning
@@ -108,8 +108,8 @@ class Sampling:
         if isinstance(self.temperature, Sequence) and not isinstance(self.temperature, str):
             object.__setattr__(self, "temperature", tuple(self.temperature))
         temperatures = self.temperatures
-        if not temperatures or any(not is_number(value) or not 0 < value <= 2 for value in temperatures):
-            raise ConfigError(f"temperature={self.temperature!r} is not allowed: give numbers above 0, at most 2.")
+        warm = bool(temperatures) and all(is_number(value) and 0 < value <= 2 for value in temperatures)
+        require(warm, "temperature", self.temperature, "numbers above 0, at most 2")
         require_switch("rescue", self.rescue)
         require_switch("sample_passing", self.sample_passing)
 

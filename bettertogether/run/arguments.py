@@ -10,7 +10,7 @@ from typing import Any
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..callbacks.events import require_callbacks
-from ..checks import require_switch
+from ..checks import require, require_switch
 from ..errors import ConfigError, StrategyError
 from .budget import Budget
 
@@ -19,11 +19,8 @@ def check_watching(*, callbacks: Any, progress: object, budget: object) -> None:
     """Check who watches a run, and what bounds it. Raises ConfigError."""
     require_callbacks(callbacks)
     require_switch("progress", progress)
-    if not isinstance(budget, Budget | None):
-        raise ConfigError(
-            f"budget={budget!r} is not allowed: give bettertogether.Budget(minutes=..., metric_calls=..., tokens=..., "
-            "cost=...), or None for no limit."
-        )
+    limits = "bettertogether.Budget(minutes=..., metric_calls=..., tokens=..., cost=...), or None for no limit"
+    require(isinstance(budget, Budget | None), "budget", budget, limits)
 
 
 def check_compile_args(given: Any, optimizers: Mapping[str, Teleprompter]) -> dict[str, dict[str, Any]]:

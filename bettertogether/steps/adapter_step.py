@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from ..checks import is_number, require_one_of, require_pass_options, require_switch, require_threshold
+from ..checks import is_number, require, require_one_of, require_pass_options, require_switch, require_threshold
 from ..engines.protocol import MODEL_PREFIX
 from ..errors import ConfigError, DataError, NotTrainableError
 from ..lm import local_engine, require_engine
@@ -53,11 +53,10 @@ class AdapterStep(Step, Teleprompter):
     ) -> None:
         require_one_of("start_from", start_from, ("base", "current"))
         for name, value, kind in (("lora", lora, LoRAConfig), ("training", training, TrainingConfig)):
-            if not isinstance(value, kind):
-                raise ConfigError(f"{name}={value!r} is not allowed: give a {kind.__name__}(...).")
+            require(isinstance(value, kind), name, value, f"a {kind.__name__}(...)")
         require_switch("multitask", multitask)
-        if not is_number(validation_share) or not 0 <= validation_share < 1:
-            raise ConfigError(f"validation_share={validation_share!r} is not allowed: give a number in [0, 1).")
+        is_share = is_number(validation_share) and 0 <= validation_share < 1
+        require(is_share, "validation_share", validation_share, "a number in [0, 1)")
         require_metric(metric, optional=True)
         require_pass_options(num_threads, max_errors, seed)
         require_threshold(threshold)
@@ -157,14 +156,12 @@ class AdapterStep(Step, Teleprompter):
 
 
 def _checked_frozen(frozen: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(frozen, str):
-        raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names, [{frozen!r}].")
-    if not isinstance(frozen, Sequence) or not all(isinstance(name, str) for name in frozen):
-        raise ConfigError(f"frozen={frozen!r} is not allowed: give a list of predictor names.")
+    require(not isinstance(frozen, str), "frozen", frozen, f"a list of predictor names, [{frozen!r}]")
+    are_names = isinstance(frozen, Sequence) and all(isinstance(name, str) for name in frozen)
+    require(are_names, "frozen", frozen, "a list of predictor names")
     return tuple(frozen)
 
 
 def _checked_folder(folder: str | Path | None) -> Path | None:
-    if not isinstance(folder, str | Path | None):
-        raise ConfigError(f"folder={folder!r} is not allowed: give a path, or None for the cache.")
+    require(isinstance(folder, str | Path | None), "folder", folder, "a path, or None for the cache")
     return None if folder is None else Path(folder).expanduser()

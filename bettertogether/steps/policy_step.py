@@ -14,6 +14,7 @@ from typing import Any, Literal
 import dspy
 
 from ..callbacks import events
+from ..checks import require
 from ..engines.protocol import MODEL_PREFIX, PolicyEngine
 from ..errors import ConfigError, NotTrainableError
 from ..files import cache_folder, working_folder
@@ -76,8 +77,7 @@ class PolicyFinetune(AdapterStep):
         seed: int = 0,
         folder: str | Path | None = None,
     ) -> None:
-        if not isinstance(policy, PolicyConfig):
-            raise ConfigError(f"policy={policy!r} is not allowed: give a PolicyConfig(...).")
+        require(isinstance(policy, PolicyConfig), "policy", policy, "a PolicyConfig(...)")
         require_metric(metric)
         super().__init__(
             metric,

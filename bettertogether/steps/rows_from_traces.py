@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import dspy
 
-from ..checks import is_number, require_one_of, require_switch, require_whole
+from ..checks import is_number, require, require_one_of, require_switch, require_whole
 from ..engines.protocol import FieldSpan, LocalEngine
 from ..engines.thinking import with_thoughts
-from ..errors import ConfigError, DataError, NoTrainingDataError
+from ..errors import DataError, NoTrainingDataError
 from ..programs.program import predictors_of
 from ..records import Blame, DataCard, Ledger
 from ..rollouts.branches import blame
@@ -98,13 +98,12 @@ class RowOptions:
     def __post_init__(self) -> None:
         require_one_of("train_prompt", self.train_prompt, get_args(TrainPrompt))
         require_one_of("reasoning", self.reasoning, get_args(Reasoning))
-        if not is_number(self.max_rescue_share) or not 0 <= self.max_rescue_share <= 1:
-            raise ConfigError(f"max_rescue_share={self.max_rescue_share!r} is not allowed: give a number from 0 to 1.")
+        share, field_name = self.max_rescue_share, self.label_field
+        require(is_number(share) and 0 <= share <= 1, "max_rescue_share", share, "a number from 0 to 1")
         require_whole("max_demos", self.max_demos, 1, meaning="1 or more")
         require_whole("max_traces_per_example", self.max_traces_per_example, 1, meaning="1 or more")
         require_switch("balance", self.balance)
-        if not isinstance(self.label_field, str | None):
-            raise ConfigError(f"label_field={self.label_field!r} is not allowed: give a field's name, or None.")
+        require(isinstance(field_name, str | None), "label_field", field_name, "a field's name, or None")
 
 
 def rows_from_traces(

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import dspy
 
-from ..checks import require_strength
-from ..errors import ConfigError
+from ..checks import require, require_strength
 from ..lm import local_engine
 from ..programs.program import copy_for_step
 from .demo_sets import Candidate
@@ -16,8 +15,8 @@ from .demo_sets import Candidate
 
 def checked_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
     """The strengths to try, as a tuple. Raises ConfigError."""
-    if isinstance(strengths, str) or not isinstance(strengths, Sequence):
-        raise ConfigError(f"strengths={strengths!r} is not allowed: give numbers such as (0.5, 0.75), or ().")
+    are_several = isinstance(strengths, Sequence) and not isinstance(strengths, str)
+    require(are_several, "strengths", strengths, "numbers such as (0.5, 0.75), or ()")
     for strength in strengths:
         require_strength("strengths", strength)
     return tuple(strengths)

@@ -14,8 +14,9 @@ from pathlib import Path
 import dspy
 
 from ..callbacks import events
+from ..checks import require
 from ..engines.protocol import MODEL_PREFIX, FinetuneResult
-from ..errors import ConfigError, DataError, NoTrainingDataError
+from ..errors import DataError, NoTrainingDataError
 from ..printable import get_logger
 from ..programs.program import as_programs, require_program, require_reachable
 from ..records import Ledger
@@ -185,8 +186,7 @@ class TrainingStep(AdapterStep):
         return super().measured(trainset, valset, seed) if self.training.keep_best else ()
 
     def _given(self, rows: Sequence[Row] | str | Path, trainable: Trainable) -> Collected:
-        if not isinstance(rows, Sequence | Path):
-            raise ConfigError(f"rows={rows!r} is not allowed: give a list of rows, or a file of them.")
+        require(isinstance(rows, Sequence | Path), "rows", rows, "a list of rows, or a file of them")
         given = tuple(read_rows(Path(rows).expanduser()) if isinstance(rows, str | Path) else rows)
         if not given:
             raise NoTrainingDataError("rows= is empty: give at least one row, or leave it out to collect them.")

@@ -161,8 +161,7 @@ def _is_transposed(layer: nn.Module) -> bool:
 
 
 def _add(model: PreTrainedModel | PeftModel, base: PreTrainedModel, config: LoraConfig, seed: int) -> None:
-    devices = [base.device] if base.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with random_state_kept(base):
         torch.manual_seed(seed)
         try:
             if isinstance(model, PeftModel):
@@ -179,6 +178,13 @@ def _add(model: PreTrainedModel | PeftModel, base: PreTrainedModel, config: Lora
             layer._disable_adapters = False
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(f".{ADAPTER_NAME}" in name)
+
+
+@contextlib.contextmanager
+def random_state_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Leave the random state after the block as it was, that of the model's device too."""
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        yield
 
 
 def _short_names(base: PreTrainedModel, targets: Any) -> Any:

@@ -7,15 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from ..checks import is_number, require_one_of, require_switch, require_whole
-from ..errors import ConfigError
+from ..checks import is_number, require, require_one_of, require_switch, require_whole
 
 GroupBy = Literal["call", "branch"]
-
-
-def _require(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name}={value!r} is not allowed: give {allowed}.")
 
 
 def _is_auto(value: object) -> bool:
@@ -42,13 +36,13 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         require_whole("rank", self.rank, 1)
-        _require(is_number(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a number above 0")
-        _require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
+        require(is_number(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a number above 0")
+        require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
         if isinstance(self.target_modules, Sequence) and not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         names = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
         named = isinstance(names, tuple) and bool(names) and all(isinstance(name, str) and name for name in names)
-        _require(named, "target_modules", self.target_modules, '"all-linear" or module names')
+        require(named, "target_modules", self.target_modules, '"all-linear" or module names')
 
     @classmethod
     def paper(cls) -> Self:
@@ -126,43 +120,43 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         rate, warmup = self.learning_rate, self.warmup_ratio
-        _require(_is_auto(rate) or _is_positive(rate), "learning_rate", rate, 'a number above 0, or "auto"')
+        require(_is_auto(rate) or _is_positive(rate), "learning_rate", rate, 'a number above 0, or "auto"')
         if not _is_auto(self.epochs):
             require_whole("epochs", self.epochs, 1)
         for name in ("patience", "batch_size", "max_tokens_per_batch", "num_processes"):
             require_whole(name, getattr(self, name), 1)
         weight, share, minutes = self.skeleton_weight, self.form_share, self.max_minutes
-        _require(_is_positive(weight), "skeleton_weight", weight, "a number above 0 (1.0: all tokens alike)")
-        _require(is_number(share) and 0 <= share <= 1, "form_share", share, "a number in [0, 1]")
-        _require(minutes is None or _is_positive(minutes), "max_minutes", minutes, "None or a number above 0")
+        require(_is_positive(weight), "skeleton_weight", weight, "a number above 0 (1.0: all tokens alike)")
+        require(is_number(share) and 0 <= share <= 1, "form_share", share, "a number in [0, 1]")
+        require(minutes is None or _is_positive(minutes), "max_minutes", minutes, "None or a number above 0")
         require_whole("seed", self.seed, 0)
         require_switch("keep_best", self.keep_best)
         require_switch("balance_fields", self.balance_fields)
         schedulers = ("averaged", "cosine", "linear", "constant")
-        _require(self.scheduler in schedulers, "scheduler", self.scheduler, f"one of {schedulers}")
-        _require(is_number(warmup) and 0 <= warmup < 1, "warmup_ratio", warmup, "a number in [0, 1)")
-        _require(_is_positive(self.beta), "beta", self.beta, "a number above 0")
+        require(self.scheduler in schedulers, "scheduler", self.scheduler, f"one of {schedulers}")
+        require(is_number(warmup) and 0 <= warmup < 1, "warmup_ratio", warmup, "a number in [0, 1)")
+        require(_is_positive(self.beta), "beta", self.beta, "a number above 0")
         beta2 = self.adam_beta2
-        _require(is_number(beta2) and 0 <= beta2 < 1, "adam_beta2", beta2, "a number in [0, 1)")
+        require(is_number(beta2) and 0 <= beta2 < 1, "adam_beta2", beta2, "a number in [0, 1)")
         for name in ("weight_decay", "max_grad_norm", "nll_weight"):
             value = getattr(self, name)
-            _require(is_number(value) and value >= 0, name, value, "0 or more")
-        _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, '"auto", "float32" or "bfloat16"')
-        _require(self.quantize_base in (None, "4bit"), "quantize_base", self.quantize_base, 'None or "4bit"')
+            require(is_number(value) and value >= 0, name, value, "0 or more")
+        require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, '"auto", "float32" or "bfloat16"')
+        require(self.quantize_base in (None, "4bit"), "quantize_base", self.quantize_base, 'None or "4bit"')
         self._check_launch()
         checkpoint = self.gradient_checkpointing
         switch = checkpoint == "auto" or isinstance(checkpoint, bool)
-        _require(switch, "gradient_checkpointing", checkpoint, 'True, False or "auto"')
+        require(switch, "gradient_checkpointing", checkpoint, 'True, False or "auto"')
 
     def _check_launch(self) -> None:
         command, file = self.launch_command, self.accelerate_config
         words = isinstance(command, Sequence) and not isinstance(command, str)
         words = words and all(isinstance(word, str) and word for word in command)
-        _require(words, "launch_command", command, 'words such as ("srun", "--nodes=2", "--ntasks-per-node=1")')
+        require(words, "launch_command", command, 'words such as ("srun", "--nodes=2", "--ntasks-per-node=1")')
         object.__setattr__(self, "launch_command", tuple(command))
         if file is None:
             return
-        _require(isinstance(file, str | Path), "accelerate_config", file, "the path of a file, or None")
+        require(isinstance(file, str | Path), "accelerate_config", file, "the path of a file, or None")
         object.__setattr__(self, "accelerate_config", str(Path(file).expanduser().absolute()))
         # Here, as it brings torch.
         from .accelerate_file import read_accelerate_file
@@ -247,10 +241,10 @@ class PolicyConfig:
         require_whole("group_size", self.group_size, 2, meaning="2 or more: runs are compared to each other")
         heat, clip, weight, unread = self.temperature, self.clip, self.kl_weight, self.unread_reward
         sampled = "a number above 0, at most 2: at 0 all runs of an example are the same"
-        _require(is_number(heat) and 0 < heat <= 2, "temperature", heat, sampled)
-        _require(is_number(clip) and 0 < clip < 1, "clip", clip, "a number between 0 and 1")
-        _require(is_number(weight) and weight >= 0, "kl_weight", weight, "0 or more")
-        _require(is_number(unread), "unread_reward", unread, "a number")
+        require(is_number(heat) and 0 < heat <= 2, "temperature", heat, sampled)
+        require(is_number(clip) and 0 < clip < 1, "clip", clip, "a number between 0 and 1")
+        require(is_number(weight) and weight >= 0, "kl_weight", weight, "0 or more")
+        require(is_number(unread), "unread_reward", unread, "a number")
         require_one_of("group_by", self.group_by, get_args(GroupBy))
         require_switch("divide_by_deviation", self.divide_by_deviation)
         require_switch("fade_demos", self.fade_demos)

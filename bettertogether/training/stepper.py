@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError, TrainingError
 from ..printable import get_logger
-from .adapter import ADAPTER_NAME, TrainableAdapter, training_adapter
+from .adapter import ADAPTER_NAME, TrainableAdapter, random_state_kept, training_adapter
 from .config import LoRAConfig, TrainingConfig
 from .fused import fused_lora
 from .loss import RowLoss, row_loss
@@ -125,7 +125,7 @@ def ready_to_step(
         base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
         if not getattr(base, "is_loaded_in_4bit", False):
             model = four_bit_model(str(base.name_or_path), base.device)
-    with training_adapter(model, lora, training.seed, start_from) as adapter, _random_state_kept(adapter.base):
+    with training_adapter(model, lora, training.seed, start_from) as adapter, random_state_kept(adapter.base):
         base = adapter.base
         optimizer = torch.optim.AdamW(
             adapter.parameters.values(), betas=(0.9, training.adam_beta2), weight_decay=training.weight_decay
@@ -138,10 +138,3 @@ def ready_to_step(
             most = tokens_in_memory(base.config, base.device, loss.dtype)
             max_tokens = min(training.max_tokens_per_batch, most)
             yield Stepper(adapter, optimizer, sharing, loss, training, max_tokens)
-
-
-@contextlib.contextmanager
-def _random_state_kept(model: PreTrainedModel) -> Iterator[None]:
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield

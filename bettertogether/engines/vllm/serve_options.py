@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ...checks import require_whole
+from ...checks import require, require_whole
 from ...errors import ConfigError
 
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
@@ -51,8 +51,7 @@ def checked(given: Mapping[str, Any], gpus: int) -> dict[str, Any]:
         require_whole(f"server_options[{name!r}]", given.get(name), 1, optional=True)
     for name, allowed in BACKENDS.items():
         value = given.get(name)
-        if value is not None and value not in allowed:
-            raise ConfigError(f"server_options[{name!r}]={value!r} is not allowed: give one of {allowed}.")
+        require(value is None or value in allowed, f"server_options[{name!r}]", value, f"one of {allowed}")
     options = {**DEFAULTS, **given}
     if replicas(given) > 1:
         # vLLM starts as many front ends by default, and then loads no adapters while it runs.
