@@ -53,6 +53,11 @@ def require_metric(metric: Any, *, optional: bool = False) -> None:
             f"metric={metric!r} is not allowed: give a function (example, prediction, trace=None) to a score"
             f"{', or None' if optional else ''}."
         )
+    if inspect.iscoroutinefunction(metric) or inspect.iscoroutinefunction(type(metric).__call__):
+        raise ConfigError(
+            f"metric={metric!r:.100} is async, and would return a coroutine for a score: give a plain function, which "
+            "may call asyncio.run(...) on what it waits for."
+        )
     _arity(metric)
 
 
@@ -77,13 +82,17 @@ def score_of(value: Any) -> float:
 
     Raises TypeError for anything else (None among them).
     """
+    score = value
     if isinstance(value, Mapping):
-        value = value.get("score")
+        score = value.get("score")
     elif isinstance(value, dspy.Example) or hasattr(value, "score"):
-        value = getattr(value, "score", None)
-    if isinstance(value, str) or value is None:
-        raise TypeError(f"the metric must return a bool, a number or Prediction(score=...), it returned {value!r}")
-    return float(value)
+        score = getattr(value, "score", None)
+    try:
+        return float(None if isinstance(score, str) else score)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"the metric must return a bool, a number or Prediction(score=...), it returned {value!r:.100}"
+        ) from None
 
 
 def judge(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from typing import Any
 
 import dspy
 import pytest
 
 from bettertogether.errors import ConfigError
-from bettertogether.rollouts.metrics import Verdict, judge, score_of, with_trace
+from bettertogether.rollouts.metrics import Verdict, judge, require_metric, score_of, with_trace
 
 EXAMPLE, PREDICTION = dspy.Example(a=1).with_inputs("a"), dspy.Prediction(b=2)
 
@@ -53,10 +55,29 @@ def test_an_infinite_score_does_not_pass(value: float) -> None:
     assert got.reason == f"metric returned {value}"
 
 
-@pytest.mark.parametrize("value", [None, "1.0", "yes", dspy.Prediction(score="1"), dspy.Prediction(feedback="x"), {}])
-def test_none_and_text_are_type_errors_that_show_the_value(value: Any) -> None:
-    with pytest.raises(TypeError, match="the metric must return a bool, a number or Prediction"):
+@pytest.mark.parametrize(
+    "value",
+    [None, "1.0", dspy.Prediction(score="1"), dspy.Prediction(feedback="x"), {}, {"accuracy": 1.0}, (1.0, "good"), 1j],
+)
+def test_what_is_no_score_is_a_type_error_that_shows_what_was_returned(value: Any) -> None:
+    expected = f"the metric must return a bool, a number or Prediction(score=...), it returned {value!r}"
+    with pytest.raises(TypeError, match=f"^{re.escape(expected)}$"):
         verdict(value)
+
+
+async def waits(example: Any, prediction: Any, trace: Any = None) -> float:
+    return 1.0
+
+
+class Waits:
+    async def __call__(self, example: Any, prediction: Any, trace: Any = None) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("metric", [waits, functools.partial(waits, trace=None), Waits(), Waits().__call__])
+def test_an_async_metric_is_an_error_before_any_work(metric: Any) -> None:
+    with pytest.raises(ConfigError, match=r"is async.* give a plain function"):
+        require_metric(metric)
 
 
 def test_feedback_beside_a_score_changes_nothing() -> None:
