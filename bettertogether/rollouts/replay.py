@@ -99,22 +99,26 @@ class Replay:
 
 
 def snapshot(value: Any) -> Any:
-    """The value with its own lists, dicts and records, so that what a program does to it later does not show: a
-    `dspy.History` that grows, an answer that is tidied up in place."""
+    """The value with its own lists, dicts and records, so that what a program or a metric does to it later does not
+    show: a `dspy.History` that grows, an answer that is tidied up in place."""
     if type(value) in (list, tuple, set):
         return type(value)(map(snapshot, value))
     if type(value) is dict:
         return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, dspy.Example):
+        return _example_copy(value)
     if isinstance(value, BaseModel) and not isinstance(value, dspy.Tool):
-        return value.model_copy(update={name: snapshot(getattr(value, name)) for name in type(value).model_fields})
+        copied = value.model_copy()
+        # Not by `update=`, which takes fields for set that were not.
+        vars(copied).update({name: snapshot(item) for name, item in vars(copied).items()})
+        return copied
     return value
 
 
-def prediction_copy(prediction: dspy.Prediction) -> dspy.Prediction:
-    """A `snapshot` of a prediction."""
+def _example_copy(example: dspy.Example) -> dspy.Example:
     # Not copy.copy, which takes as long as all else here.
-    copied = object.__new__(type(prediction))
-    vars(copied).update(vars(prediction), _store=snapshot(prediction._store))
-    if (given := prediction.completions) is not None:
+    copied = object.__new__(type(example))
+    vars(copied).update(vars(example), _store=snapshot(example._store))
+    if (given := vars(copied).get("_completions")) is not None:
         copied._completions = Completions(snapshot(dict(given.items())), signature=given.signature)
     return copied

@@ -118,7 +118,7 @@ class _Copy:
         with self._watch.recording(self._watched(lm) if lm is not None else None, replay) as record:
             record.runs_here()
             try:
-                prediction = _call(self._program, dict(example.inputs()))
+                prediction = _call(self._program, snapshot(dict(example.inputs())))
             except Exception as caught:
                 failure, error = _kind(caught), caught
         hand_on_usage(record.tracker, prediction)

@@ -21,7 +21,7 @@ from .failures import count_failures, error_text, failure_warning
 from .labels import label_fields, labels_of, output_names
 from .metrics import Metric, Verdict, judge, require_metric, with_trace
 from .parallel import parallel_map, thread_count
-from .replay import Answer
+from .replay import Answer, snapshot
 from .rescue import has_leads, talks_about_hint
 from .rollout import Attempt, Call, Rollout, Source
 from .runner import Runner
@@ -255,14 +255,16 @@ class ExamplePass:
         return self._runners[id(program)]
 
     def _judged(self, index: int, example: dspy.Example, run: Rollout, attempt: Attempt, label: str | None) -> Trace:
-        verdict, failed = self._verdict(example, run)
+        # What the metric does to them must not show where the example is asked, or the run judged, again.
+        prediction = snapshot(run.prediction)
+        verdict, failed = self._verdict(snapshot(example), prediction, run)
         if attempt.source == "rescue" and verdict.passed and talks_about_hint(run.outputs):
             verdict = replace(verdict, passed=False, reason="answer talks about the hint")
         judged = run.error is None and self.metric is not None
         return Trace(
             index=index,
             example=example,
-            prediction=run.prediction,
+            prediction=prediction,
             calls=run.calls,
             verdict=verdict,
             source=attempt.source,
@@ -277,7 +279,7 @@ class ExamplePass:
             unread=run.unread,
         )
 
-    def _verdict(self, example: dspy.Example, run: Rollout) -> tuple[Verdict, bool]:
+    def _verdict(self, example: dspy.Example, prediction: Any, run: Rollout) -> tuple[Verdict, bool]:
         """The verdict, and whether something raised that counts against `max_errors`."""
         if isinstance(run.error, BetterTogetherError):
             raise run.error
@@ -288,7 +290,7 @@ class ExamplePass:
         threshold = self.threshold if self.needs_verdict else float("-inf")
         try:
             trace = list(run.raw_trace) if self.judge_with_trace else None
-            return judge(self._asked, example, run.prediction, trace, threshold), False
+            return judge(self._asked, example, prediction, trace, threshold), False
         except BetterTogetherError:
             raise
         except Exception as error:

@@ -26,7 +26,7 @@ from dspy.utils.exceptions import AdapterParseError
 from dspy.utils.usage_tracker import UsageTracker
 
 from .event_loop import run_on_loop, use_shared_loop
-from .replay import Answer, Replay, Reply, prediction_copy, snapshot
+from .replay import Answer, Replay, Reply, snapshot
 from .sampled_lms import draw_anew
 
 
@@ -106,7 +106,7 @@ class Record:
         seen.prediction = prediction
         if isinstance(prediction, dspy.Prediction):
             fields = seen.signature.output_fields
-            seen.returned = prediction_copy(prediction)
+            seen.returned = snapshot(prediction)
             values = seen.returned._store
             known = fields.keys() >= values.keys()
             seen.outputs = values if known else {name: value for name, value in values.items() if name in fields}
@@ -211,7 +211,7 @@ def _replayed(replay: Replay, seen: Seen, arguments: dict[str, Any]) -> dspy.Pre
     if answer is None:
         return None
     seen.replies = [answer.reply]
-    prediction = prediction_copy(answer.prediction)
+    prediction = snapshot(answer.prediction)
     if dspy.settings.trace is not None:
         dspy.settings.trace.append((seen.predictor, {**answer.filled, **seen.inputs}, prediction))
     return prediction

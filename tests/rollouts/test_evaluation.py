@@ -8,7 +8,7 @@ from typing import Any
 
 import dspy
 import pytest
-from fakes import numbers, parity_engine, parity_match, parity_program
+from fakes import numbers, parity_engine, parity_match, parity_program, right
 
 from bettertogether.errors import ConfigError, DataError, ProgramError, TooManyErrors
 from bettertogether.records import Ledger
@@ -165,3 +165,14 @@ def test_what_is_no_dict_of_evaluations_is_refused(evaluations: Any) -> None:
 
 def test_a_name_can_not_steer_the_terminal() -> None:
     assert compare({"a\x1b[2J": Evaluation((1.0,), Ledger())}).startswith(r"a\x1b[2J  1.000")
+
+
+def test_what_a_metric_changes_of_its_arguments_changes_no_score_and_no_example() -> None:
+    def metric(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+        prediction.parity = prediction.parity[::-1]
+        return bool(prediction.parity == example.accepted.pop()[::-1])
+
+    examples = [dspy.Example(number=n, accepted=[right(n)]).with_inputs("number") for n in range(4)]
+    program, store = parity_program(parity_engine(lambda _, n: n != 1)), RolloutStore()
+    assert [evaluate(program, examples, metric, store=store).scores for _ in range(2)] == [(1.0, 0.0, 1.0, 1.0)] * 2
+    assert [example.accepted for example in examples] == [["even"], ["odd"], ["even"], ["odd"]]

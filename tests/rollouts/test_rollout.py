@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import dspy
+import pydantic
 import pytest
 from fakes import (
     OtherEngine,
@@ -70,6 +71,24 @@ def test_a_call_has_its_predictor_inputs_and_outputs(engine: FakeEngine) -> None
         Call("remark", {"number": 1}, {"remark": "1 ends in 1"}),
         Call("decide", {"number": 1, "remark": "1 ends in 1"}, {"parity": "odd"}),
     )
+
+
+class Customer(pydantic.BaseModel):
+    orders: list[str] = []
+    name: str = "none given"
+
+
+def test_what_a_program_changes_of_its_inputs_changes_no_example() -> None:
+    class Grows(Base):
+        def forward(self, turns: list[str], customer: Customer) -> dspy.Prediction:
+            turns.append("one more")
+            customer.orders.append("one more")
+            return dspy.Prediction(turns=len(turns), orders=len(customer.orders), given=customer.model_fields_set)
+
+    example = dspy.Example(turns=["one"], customer=Customer(orders=["one"])).with_inputs("turns", "customer")
+    runs = [Runner(Grows()).run(example) for _ in range(2)]
+    assert [dict(run.prediction) for run in runs] == [{"turns": 2, "orders": 2, "given": {"orders"}}] * 2
+    assert (example.turns, example.customer) == (["one"], Customer(orders=["one"]))
 
 
 def test_a_loop_gives_every_call_to_its_predictor() -> None:
