@@ -91,7 +91,6 @@ def load(
     place.
     """
     root = folder_argument(folder, "folder")
-    recover(root)
     manifest = _read_manifest(root)
     saved = manifest["predictors"]
     given = _given_lms(lms, saved)
@@ -187,7 +186,6 @@ def _merge(
     root, target = folder_argument(folder, "folder"), folder_argument(out, "out")
     if not isinstance(base_model, str | Path | None):
         raise ArtifactError(f"base_model={base_model!r:.100}: give the base model's folder or hub id.")
-    recover(root)
     manifest = _read_manifest(root)
     record = manifest["lms"][_adapter_to_merge(manifest, predictor)]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -294,6 +292,7 @@ def _compare_prompt_adapter(root: Path, saved: str) -> None:
 
 def _read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of an artifact whose files are those that were saved. Raises ArtifactError."""
+    recover(root)
     path = inside(root, MANIFEST)
     if not path.exists():
         raise ArtifactError(f"{root} holds no {MANIFEST}: give a folder that bettertogether saved.")

@@ -247,8 +247,7 @@ class BaseEngine:
 
         Raises EngineBusyError when a callback of a training asks for another one.
         """
-        parent = Path(folder).expanduser() if folder is not None else self._adapters_folder()
-        origin = None if start_from is None else (start_from, self.adapter_folder(start_from))
+        parent, origin = self._adapters_folder(folder), self._origin(start_from)
         with row_folder(parent) as tokens:
             job = prepare(self, rows, validation_rows, lora, training, origin, parent, tokens)
             with self._turn.taken(self.short_name):
@@ -268,8 +267,7 @@ class BaseEngine:
         """An adapter that learns from rewards while this engine answers with it. See `PolicyEngine`."""
         from .policy import policy_session
 
-        parent = Path(folder).expanduser() if folder is not None else self._adapters_folder()
-        origin = None if start_from is None else (start_from, self.adapter_folder(start_from))
+        parent, origin = self._adapters_folder(folder), self._origin(start_from)
         return policy_session(self, policy, lora, training, origin, parent)
 
     def trained_model(self) -> AbstractContextManager[Any]:
@@ -288,10 +286,14 @@ class BaseEngine:
         """Run a training on this engine's model."""
         raise NotImplementedError
 
-    def _adapters_folder(self) -> Path:
-        """Where trained adapters go by default."""
-        chosen = self.options.cache_folder
+    def _adapters_folder(self, folder: Path | None = None) -> Path:
+        """Where trained adapters go: to the folder that is given, or where they go by default."""
+        chosen = self.options.cache_folder if folder is None else folder
         return cache_folder() / "adapters" if chosen is None else Path(chosen).expanduser()
+
+    def _origin(self, start_from: str | None) -> tuple[str, Path | None] | None:
+        """The model that a training goes on from, and its folder where it is an adapter."""
+        return None if start_from is None else (start_from, self.adapter_folder(start_from))
 
     def dump_state(self) -> dict[str, Any]:
         """Model, options and the folders of the adapters, as JSON."""
