@@ -16,7 +16,8 @@ from ..rollouts.branches import BranchPoint, blame
 from ..rollouts.traces import TraceSet
 from .data_card import make_data_card
 from .rows import Row
-from .rows_from_traces import Collected, Dropped, Trainable, rows_of_call, unseen_calls
+from .rows_from_traces import Collected, Dropped, Trainable, rows_of_call
+from .select_traces import unseen_calls
 
 STRAYED = "the program asked something else when it was run again"
 

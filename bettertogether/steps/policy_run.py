@@ -32,7 +32,7 @@ from ..training.config import PolicyConfig
 from ..training.progress import PolicyUpdate, TrainingProgress
 from .adapter_rows import AdapterKey
 from .policy_groups import Groups, compared, reward_of, spread_of
-from .rows_from_traces import unseen_calls
+from .select_traces import unseen_calls
 
 logger = get_logger(__name__)
 

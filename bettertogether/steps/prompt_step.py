@@ -32,7 +32,7 @@ from .candidate_scores import CandidateScores, all_equal
 from .demo_sets import Candidate, DemoSets
 from .outcome import Outcome
 from .race import choose, expected_calls, run_race
-from .rows_from_traces import select_traces, unseen_calls
+from .select_traces import select_traces, unseen_calls
 from .step import Step, StepContext, StepResult
 from .strengths import at_strengths, checked_strengths
 from .work import ExpectedTries, Outlook, Work

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..errors import DataError, NoTrainingDataError
 from ..programs.program import predictors_of
 from ..records import Blame, DataCard, Ledger
 from ..rollouts.branches import blame
-from ..rollouts.labels import label_fields, labels_of, output_names, stratified_order
+from ..rollouts.labels import label_fields, labels_of, output_names
 from ..rollouts.rollout import Call
 from ..rollouts.traces import Trace, TraceSet
 from .data_card import WHOLE_TRACE, make_data_card
@@ -28,14 +28,12 @@ from .demo_examples import without_example
 from .prompt_capture import field_spans, render_completion, take_request
 from .prompt_forms import PromptForms
 from .rows import Messages, Row, balance_labels, write_rows
+from .select_traces import NO_CALLS, select_traces, unseen_calls
 
 DOMINANT_SHARE = 0.8
 """A label with more than this share of the rows gets a warning, unless the trainset is as skewed."""
 
 STRANGER = "call of a predictor that is none of the program's"
-
-NO_CALLS = "no calls to learn from"
-"""Why a passing trace is left out: the program answered by itself, or its calls were not seen."""
 
 TrainPrompt = Literal["varied", "vanilla", "optimized", "mixed"]
 
@@ -178,48 +176,6 @@ def _held_out_traces(traces: TraceSet, trainset_size: int) -> list[Trace]:
     return select_traces(moved, max_per_example=1)
 
 
-def select_traces(
-    traces: Iterable[Trace],
-    *,
-    max_per_example: int = 2,
-    max_rescue_share: float = 1.0,
-    dropped: Counter[str] | None = None,
-) -> list[Trace]:
-    """The passing traces to learn from: one of each kind of content, at most `max_per_example` of an example (its own
-    first, rescued last), rescued ones at most this share of all. `dropped` counts the passing ones left out."""
-    counts = Counter() if dropped is None else dropped
-    kept: list[Trace] = []
-    seen: dict[int, set[str]] = {}
-    for trace in traces:
-        if not trace.passed:
-            continue
-        if not trace.calls:
-            counts[NO_CALLS] += 1
-            continue
-        content = repr([(call.predictor, sorted(call.outputs.items())) for call in trace.calls])
-        known = seen.setdefault(trace.index, set())
-        if content in known:
-            counts["same as another of its example"] += 1
-        elif len(known) >= max_per_example:
-            counts["over max_traces_per_example"] += 1
-        else:
-            known.add(content)
-            kept.append(trace)
-    return _limit_rescued(kept, max_rescue_share, counts)
-
-
-def _limit_rescued(traces: list[Trace], max_share: float, dropped: Counter[str]) -> list[Trace]:
-    own = [trace for trace in traces if trace.source != "rescue"]
-    rescued = [trace for trace in traces if trace.source == "rescue"]
-    room = len(rescued) if max_share >= 1 else int(len(own) * max_share / (1 - max_share))
-    if len(rescued) <= room:
-        return traces
-    dropped["over max_rescue_share"] += len(rescued) - room
-    # Spread over the labels, which the head of a sorted trainset would not be.
-    chosen = stratified_order(rescued, [trace.label for trace in rescued], seed=0)[:room]
-    return sorted([*own, *chosen], key=lambda trace: (trace.index, trace.attempt))
-
-
 def _rows_of(
     predictors: Mapping[str, dspy.Predict],
     trainable: Trainable,
@@ -315,15 +271,6 @@ def _completion_of(
     shift = len(with_thoughts(call.thoughts, ""))
     moved = tuple(span._replace(start=span.start + shift, end=span.end + shift) for span in fields)
     return with_thoughts(call.thoughts, completion), moved
-
-
-def unseen_calls(runs: int) -> str:
-    """What is wrong with a program whose passing runs show no call, and how to mend it."""
-    return (
-        f"{runs} of the runs that passed made no call that was seen: calls in other processes, in threads that outlive "
-        "the run, or by predictors that forward makes and calls in threads, are not. Keep predictors as attributes of "
-        "the program, and wait for its threads."
-    )
 
 
 def _label_warnings(rows: Sequence[Row], wanted: Sequence[str | None]) -> list[str]:

@@ -9,7 +9,7 @@ from fakes import numbers
 from bettertogether.rollouts.metrics import Verdict
 from bettertogether.rollouts.rollout import Call, Source
 from bettertogether.rollouts.traces import Trace
-from bettertogether.steps.rows_from_traces import select_traces
+from bettertogether.steps.select_traces import select_traces
 
 
 def trace(index: int, answer: str = "x", *, source: Source = "student", attempt: int = 0, passed: bool = True) -> Trace:
