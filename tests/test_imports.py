@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import re
 import subprocess
@@ -136,9 +137,10 @@ def imported_names(tree: ast.AST, source: str = "", is_package: bool = True) -> 
             yield from ((f"{base}.{alias.name}", late) for alias in node.names)
 
 
-def names_in(module: str) -> Iterator[tuple[str, bool]]:
+@functools.cache
+def names_in(module: str) -> list[tuple[str, bool]]:
     path = MODULES[module]
-    yield from imported_names(ast.parse(path.read_text()), module, path.name == "__init__.py")
+    return list(imported_names(ast.parse(path.read_text()), module, path.name == "__init__.py"))
 
 
 def own_module(name: str) -> str | None:
@@ -199,9 +201,10 @@ def reachable(edges: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
     return reached
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Top-level names in `sys.modules` of a new process after a statement."""
-    code = f"import sys; {statement}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+def loaded_by(statement: str, before: str = "pass") -> set[str]:
+    """Top-level names that a statement adds to `sys.modules` of a new process, after the one `before` it."""
+    names = "{name.split('.')[0] for name in sys.modules}"
+    code = f"import sys; {before}; known = {names}; {statement}; print(*({names} - known))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
@@ -277,18 +280,17 @@ def test_whatever_is_imported_is_declared() -> None:
 
 def test_importing_the_package_and_its_public_names_loads_no_model_library() -> None:
     names = "; ".join(f"bettertogether.{name}" for name in bettertogether.__all__)
-    assert loaded_by(f"import bettertogether; {names}") & (HEAVY) == set()
+    assert loaded_by(f"import bettertogether; {names}") & HEAVY == set()
 
 
 def test_importing_every_light_module_loads_nothing_heavy_beyond_dspy() -> None:
     light = [module for module in MODULES if module.split(".")[0] not in WITH_MODEL_LIBRARIES or module in LIGHT]
-    ours = loaded_by("import " + ", ".join(f"bettertogether.{module}".rstrip(".") for module in light))
-    assert (ours - loaded_by("import dspy")) & (HEAVY) == set()
+    ours = "import " + ", ".join(f"bettertogether.{module}".rstrip(".") for module in light)
+    assert loaded_by(ours, before="import dspy") & HEAVY == set()
 
 
 def test_importing_the_package_loads_the_standard_library_alone() -> None:
-    ours = loaded_by("import bettertogether") - loaded_by("pass")
-    assert ours - set(sys.stdlib_module_names) == {"bettertogether"}
+    assert loaded_by("import bettertogether") - set(sys.stdlib_module_names) == {"bettertogether"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.stem)
@@ -303,14 +305,17 @@ def test_the_folders_of_tests_are_those_of_the_package() -> None:
     assert folders <= {str(path.parent.relative_to(PACKAGE)) for path in MODULES.values()}
 
 
+@functools.cache
+def files_of_tests() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("*.py")}
+
+
 def test_every_test_file_opens_with_a_sentence() -> None:
-    files = (ROOT / "tests").rglob("*.py")
-    assert [path.name for path in files if not ast.get_docstring(ast.parse(path.read_text()))] == []
+    assert [path.name for path, tree in files_of_tests().items() if not ast.get_docstring(tree)] == []
 
 
 def test_no_test_imports_another_test() -> None:
-    files = (ROOT / "tests").rglob("*.py")
-    names = {(path.name, name) for path in files for name, _ in imported_names(ast.parse(path.read_text()))}
+    names = {(path.name, name) for path, tree in files_of_tests().items() for name, _ in imported_names(tree)}
     assert {(file, name) for file, name in names if name.startswith("test_")} == set()
 
 
