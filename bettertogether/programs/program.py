@@ -66,6 +66,13 @@ def _parameters(prefix: str, value: Any) -> Iterator[tuple[str, Parameter]]:
                 yield from _parameters(path, inner)
 
 
+def unfound_predictors(program: dspy.Module) -> list[str]:
+    """The predictors of a program that DSPy does not find: it looks into a list or dict that a module holds, but not
+    into one within that."""
+    found = {id(parameter) for parameter in parameters_of(program).values()}
+    return [name for name, each in modules_of(program) if isinstance(each, dspy.Predict) and id(each) not in found]
+
+
 def copy_for_step(program: dspy.Module) -> dspy.Module:
     """A copy that an optimizer accepts: not marked as compiled, its demos its own."""
     copied = copy_program(program)

@@ -248,7 +248,8 @@ def _going_on(
             "whether this is the same call can't be told. Give another run_dir, or go on with that version."
         )
     noted = _noted(stored, asked, records)
-    differences = list(_differences(noted, asked))
+    # Those of the call itself before those within a step, of which a line may be left out.
+    differences = sorted(_differences(noted, asked), key=lambda difference: difference[0].count("."))
     for key, line in differences:
         if key.split(".")[0] in INFORMATIVE:
             logger.warning("%s goes on under other circumstances: %s", folder, line)

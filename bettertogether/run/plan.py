@@ -12,7 +12,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from ..checks import require_one_of, require_switch, require_whole
 from ..errors import ConfigError, NotTrainableError, ProgramError
 from ..programs.copies import copy_program
-from ..programs.program import as_programs, predictors_of, require_program
+from ..programs.program import as_programs, predictors_of, require_program, unfound_predictors
 from ..rollouts.metrics import Metric
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.settings import RunSettings
@@ -51,7 +51,7 @@ class Plan:
     on_step_error: OnStepError
     two_by_two: bool
     warnings: tuple[str, ...]
-    """What is questionable about the data."""
+    """What is questionable about the data and the program."""
 
     @property
     def seed(self) -> int:
@@ -124,7 +124,7 @@ class Plan:
             compile_args=compile_args,
             on_step_error=on_step_error,
             two_by_two=two_by_two,
-            warnings=tuple(warnings),
+            warnings=(*warnings, *_unfound(student)),
         )
 
 
@@ -133,6 +133,17 @@ def _check_student(student: dspy.Module) -> None:
         raise ProgramError(
             "The student program should not be compiled. Set `student._compiled = False` to go on optimizing it."
         )
+
+
+def _unfound(student: dspy.Module) -> list[str]:
+    names = unfound_predictors(student)
+    if not names:
+        return []
+    return [
+        f"DSPy doesn't find the student's predictors {names}: it looks into a list or dict of a module, but not into "
+        "one within that. set_lm gives them no LM, and no step changes them. Keep each as an attribute of a module, or "
+        "in a list or dict that is one."
+    ]
 
 
 def _teachers(student: dspy.Module, teacher: dspy.Module | Sequence[dspy.Module] | None) -> list[dspy.Module]:

@@ -143,6 +143,13 @@ def test_another_run_is_refused_with_the_fields_that_differ(tmp_path: Path) -> N
     assert files_of(tmp_path) == before
 
 
+def test_what_differs_in_the_call_itself_is_shown_before_the_options_of_steps(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path, RUN).close()
+    other = {**RUN, "options": {"w": {f"option_{number}": number for number in range(20)}}, "valset": "abc"}
+    with pytest.raises(RunDirectoryError, match=r"what differs:\n  valset: [^\n]*\n  options\.p\.candidates: "):
+        RunDirectory.open(tmp_path, other)
+
+
 def test_other_versions_are_noted_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     RunDirectory.open(tmp_path, RUN).close()
     RunDirectory.open(tmp_path, {**RUN, "versions": {"dspy": "9"}}).close()

@@ -215,6 +215,23 @@ def test_the_steps_share_runs_of_the_same_program(engine: FakeEngine) -> None:
     assert len(seen) == len(set(seen))
 
 
+def test_a_predictor_that_dspy_does_not_find_is_told(engine: FakeEngine) -> None:
+    class Nested(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.found = [parity_program(engine)]
+            self.lost = {"parts": [parity_program(engine)]}
+
+        def forward(self, number: int) -> Any:
+            return self.lost["parts"][0](number=number)
+
+    optimizer = BetterTogether(parity_match, i=Step())
+    compiled = optimizer.compile(Nested(), trainset=TRAIN, valset=VAL, strategy="i", progress=False)
+    assert [text.partition(":")[0] for text in compiled.report.warnings if "find" in text] == [
+        """DSPy doesn't find the student's predictors ["self.lost['parts'][0]"]"""
+    ]
+
+
 def test_a_failing_step_ends_the_run_with_the_best_so_far(engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> None:
     optimizers = steps(x=Step(raises=[OSError("disk gone")]))
     with caplog.at_level(logging.ERROR, logger="bettertogether"):
