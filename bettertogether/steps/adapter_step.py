@@ -86,9 +86,9 @@ class AdapterStep(Step, Teleprompter):
             raise ConfigError(f"frozen={unknown} are not predictors of the program: it has {sorted(predictors)}.")
         active = {name: p for name, p in predictors.items() if name not in self.frozen}
         found = {n: LocalModel(engine, p.lm) for n, p in active.items() if (engine := local_engine(p.lm)) is not None}
-        if not found and active:
-            require_engine(*next((p.lm, name) for name, p in active.items()))
         if not found:
+            for name, predictor in active.items():
+                require_engine(predictor.lm, name)
             raise NotTrainableError(f"frozen={list(self.frozen)} leaves no predictor to train: freeze fewer.")
         for name in active.keys() - found.keys():
             logger.info("Predictor %r keeps its LM %s, which is not local.", name, active[name].lm.model)
