@@ -15,6 +15,7 @@ The full mark is 1, or the highest threshold of a step where that is higher.
 
 from __future__ import annotations
 
+import asyncio
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,10 @@ from .metrics import BELOW_THRESHOLD
 
 if TYPE_CHECKING:
     from .traces import Trace
+
+ENDS_ONE_RUN = (Exception, SystemExit, asyncio.CancelledError)
+"""What a program or a metric may raise that is its own failure on one example: code that it runs may exit. Ctrl-C ends
+all."""
 
 _LONGEST = 200
 _NOT_RAISED = frozenset({"parse failure", "prompt too long"})
@@ -50,7 +55,7 @@ def error_text(error: BaseException) -> str:
     """The error in one line, without secrets; of an answer that can't be parsed, the answer."""
     if isinstance(error, AdapterParseError):
         return f"{', '.join(error.signature.output_fields)} not found in the answer {_short.repr(error.lm_response)}"
-    return masked(f"{type(error).__name__}: {error}".splitlines()[0][:_LONGEST])
+    return masked(f"{type(error).__name__}: {str(error).lstrip()}".splitlines()[0][:_LONGEST])
 
 
 def count_failures(traces: Sequence[Trace]) -> tuple[Failure, ...]:

@@ -17,6 +17,7 @@ from ..programs.copies import Copier
 from ..programs.program import modules_of, predictors_of
 from ..records import Ledger
 from .attribution import CallAttribution
+from .failures import ENDS_ONE_RUN
 from .replay import Answer, Replay, snapshot
 from .rescue import HINT, as_field, hint_before_the_answer, narrow_signatures
 from .rollout import Attempt, Call, FailureKind, Rollout, RolloutStore, stable_seed
@@ -119,7 +120,7 @@ class _Copy:
             record.runs_here()
             try:
                 prediction = _call(self._program, snapshot(dict(example.inputs())))
-            except Exception as caught:
+            except ENDS_ONE_RUN as caught:
                 failure, error = _kind(caught), caught
         hand_on_usage(record.tracker, prediction)
         calls, raw_trace, strangers = [], [], 0

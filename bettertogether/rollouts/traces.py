@@ -17,7 +17,7 @@ from ..checks import is_number, require, require_switch, require_threshold, requ
 from ..errors import BetterTogetherError, TooManyErrors
 from ..records import Ledger
 from .branches import BranchPoint, branch_points
-from .failures import count_failures, error_text, failure_warning
+from .failures import ENDS_ONE_RUN, count_failures, error_text, failure_warning
 from .labels import label_fields, labels_of, output_names
 from .metrics import Metric, Verdict, judge, require_metric, with_trace
 from .parallel import parallel_map, thread_count
@@ -293,7 +293,7 @@ class ExamplePass:
             return judge(self._asked, example, prediction, trace, threshold), False
         except BetterTogetherError:
             raise
-        except Exception as error:
+        except ENDS_ONE_RUN as error:
             return Verdict(0.0, False, f"metric error: {error_text(error)}"), True
 
 

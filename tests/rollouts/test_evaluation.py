@@ -61,6 +61,15 @@ def test_a_parse_failure_a_nan_and_a_raising_metric_score_zero() -> None:
     assert evaluate(program, numbers(1), lambda e, p, trace=None: 1 / 0).scores == (0.0,)
 
 
+def test_code_that_a_metric_runs_may_exit() -> None:
+    def metric(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+        exec("raise SystemExit(1)" if example.number == 1 else "pass")
+        return True
+
+    result = evaluate(parity_program(parity_engine(lambda *_: True)), numbers(3), metric)
+    assert (result.scores, [each.kind for each in result.failures]) == ((1.0, 0.0, 1.0), ["metric error"])
+
+
 def test_more_errors_than_allowed_are_an_error_and_not_a_score() -> None:
     with pytest.raises(TooManyErrors, match="ZeroDivisionError"):
         evaluate(

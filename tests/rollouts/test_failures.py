@@ -21,7 +21,14 @@ from bettertogether.report import CompileReport
 from bettertogether.report.html import render
 from bettertogether.report.view import view_of
 from bettertogether.rollouts.evaluation import compare, evaluate
-from bettertogether.rollouts.failures import all_failed, all_raised, failure_warning, no_difference, round_warnings
+from bettertogether.rollouts.failures import (
+    all_failed,
+    all_raised,
+    error_text,
+    failure_warning,
+    no_difference,
+    round_warnings,
+)
 from bettertogether.run.selection import select
 from bettertogether.testing import FakeEngine
 
@@ -401,3 +408,7 @@ def test_what_a_callback_raises_at_the_end_does_not_hide_what_ended_the_run() ->
     with pytest.raises(TooManyErrors) as caught:
         compiled_with(parity_engine(learner), broken, val=11, callbacks=[Broken()])
     assert isinstance(caught.value.__context__, ZeroDivisionError)
+
+
+def test_an_error_that_begins_with_an_empty_line_is_told_by_its_first_words() -> None:
+    assert error_text(ValueError("\n  no such table\nin line 3")) == "ValueError: no such table"

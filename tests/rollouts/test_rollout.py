@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import time
 from typing import Any
@@ -302,6 +303,16 @@ def test_a_raise_in_the_program_is_a_program_error_with_the_calls_made_before(en
     run = Runner(program).run(ONE)
     assert (run.failure, repr(run.error)) == ("program error", "KeyError('nope')")
     assert [call.predictor for call in run.calls] == ["remark"]
+
+
+@pytest.mark.parametrize("error", [SystemExit(2), asyncio.CancelledError()], ids=repr)
+def test_a_program_that_exits_or_is_cancelled_has_failed_on_one_example(error: BaseException) -> None:
+    class Exits(TwoSteps):
+        def forward(self, number: int) -> dspy.Prediction:
+            raise error
+
+    run = Runner(Exits()).run(ONE)
+    assert (run.failure, run.error) == ("program error", error)
 
 
 def test_a_timeout_is_a_timeout() -> None:
