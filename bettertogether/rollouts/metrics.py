@@ -88,7 +88,8 @@ def score_of(value: Any) -> float:
     elif isinstance(value, dspy.Example) or hasattr(value, "score"):
         score = getattr(value, "score", None)
     try:
-        return float(None if isinstance(score, str) else score)  # type: ignore[arg-type]
+        # Of -0.0, which a negated loss is, the sum is 0.0.
+        return float(None if isinstance(score, str) else score) + 0.0  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(
             f"the metric must return a bool, a number or Prediction(score=...), it returned {value!r:.100}"

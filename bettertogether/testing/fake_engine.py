@@ -133,8 +133,9 @@ class FakeEngine:
     def __deepcopy__(self, memo: Any) -> FakeEngine:
         return self
 
-    def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
-        return type(self).load_state, (self.dump_state(),)
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        # Not the class method, whose function cloudpickle takes apart, with the registry that it names.
+        return _living, (type(self), self.dump_state())
 
     @property
     def asynchronous(self) -> _Asynchronous:
@@ -345,6 +346,10 @@ class _FakeAdapter:
 _BASE = _FakeAdapter(0, {})
 _NUMBERS = itertools.count()
 _ENGINES: weakref.WeakValueDictionary[int, FakeEngine] = weakref.WeakValueDictionary()
+
+
+def _living(kind: type[FakeEngine], state: dict[str, Any]) -> FakeEngine:
+    return kind.load_state(state)
 
 
 class _Asynchronous:

@@ -65,6 +65,10 @@ def test_what_is_no_score_is_a_type_error_that_shows_what_was_returned(value: An
         verdict(value)
 
 
+def test_no_score_is_minus_zero() -> None:
+    assert math.copysign(1, verdict(-1.0 * False).score) == 1
+
+
 async def waits(example: Any, prediction: Any, trace: Any = None) -> float:
     return 1.0
 

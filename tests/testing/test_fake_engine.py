@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import dspy
 import pytest
 from dspy.lm15 import Config, Message, Request
@@ -138,3 +140,9 @@ def test_two_engines_of_one_name_are_not_mixed_up_by_their_states() -> None:
     engines = [FakeEngine(lambda request: "") for _ in range(2)]
     states = [engine.dump_state() for engine in engines]
     assert [FakeEngine.load_state(state) for state in states] == engines
+
+
+@pytest.mark.parametrize("form", [pickle, cloudpickle])
+def test_a_pickled_program_has_the_living_engine_again(form: Any) -> None:
+    program = parity_program(parity_engine(lambda *_: True))
+    assert form.loads(form.dumps(program)).lm.engine is program.lm.engine
