@@ -180,7 +180,8 @@ class Loop:
         optimizer, given = plan.optimizers[key], plan.compile_args.get(key, {})
         context = StepContext(
             trainset=self._trainset(index),
-            valset=plan.valset or None,
+            # A list of its own, as the trainset: one that a step shuffled would be scored in another order.
+            valset=list(plan.valset) or None,
             teachers=plan.teachers,
             original=plan.student,
             earlier=earlier_programs(parent, self._rounds_before(steps)),

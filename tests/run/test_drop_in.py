@@ -144,6 +144,21 @@ def test_a_step_is_given_trainset_valset_and_teacher(make: Any) -> None:
     assert seen["teacher"] is not None
 
 
+def test_a_step_that_empties_its_lists_in_place_takes_nothing_from_later_rounds() -> None:
+    class Empties(Teleprompter):
+        def compile(self, student: dspy.Module, *, trainset: Any, valset: Any) -> dspy.Module:
+            trainset.clear()
+            valset.clear()
+            return student
+
+    notes = Notes()
+    optimizer = BetterTogether(parity_match, e=Empties(), p=notes)
+    program = parity_program(parity_engine(learner))
+    compiled = optimizer.compile(program, trainset=TRAIN, valset=VAL, strategy="e -> p", progress=False)
+    assert [len(record.scores or ()) for record in compiled.report.rounds] == [10, 10, 10]
+    assert (len(notes.seen[0]["trainset"]), notes.seen[0]["valset"]) == (16, VAL)
+
+
 @pytest.mark.parametrize("make", [upstream, ours])
 def test_compile_args_win_over_what_the_step_would_be_given(make: Any) -> None:
     _, notes = compile_both(make, optimizer_compile_args={"p": {"trainset": TRAIN[:2], "extra": 7}})
