@@ -5,7 +5,10 @@
 64 requests of an Iris program (chain of thought, JSON) with 8 demos each, greedy and of a fixed length, so that every
 way does the same work. A way that is slow is timed on a part of the requests, and the time is scaled to all of them
 (`--share one-by-one=8`): one by one and in padded batches it is proportional to their number. The texts of all ways
-are compared. llama.cpp is timed when `llama_cpp` can be imported and --gguf names its file.
+are compared. llama.cpp is timed when `llama_cpp` can be imported and --gguf names its file; vLLM when --vllm is the
+address of its server, on the same processors:
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL_FOLDER --dtype float32 --max-num-seqs 64
 
 With `--own-tokens 3000` the prompts are random and long, as where each brings passages of its own; what the engine's
 answers took in memory, and how many rows got a token in a step, is said too.
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 import dspy
+import httpx
 import psutil
 import torch
 from sklearn.datasets import load_iris
@@ -43,6 +47,8 @@ from bettertogether.engines.rendering import PromptRenderer
 Prompts = Sequence[list[int]]
 Answers = list[list[int]]
 Way = Callable[[Prompts], Answers]
+OTHERS = {"llama_cpp": "gguf", "vllm": "vllm"}
+"""Ways with arithmetic of their own, which may write other texts; and the option by which they find the model."""
 
 
 class Iris(dspy.Signature):
@@ -158,6 +164,21 @@ class Bench:
             answers.append([next(stream) for _ in range(self.options.new_tokens)])
         return answers
 
+    def vllm(self, prompts: Prompts) -> Answers:
+        """vLLM's server, from nothing cached."""
+        with httpx.Client(base_url=self.options.vllm, timeout=None) as server:
+            server.post("/reset_prefix_cache").raise_for_status()
+            body = {
+                "model": server.get("/v1/models").json()["data"][0]["id"],
+                "prompt": list(prompts),
+                "max_tokens": self.options.new_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "return_token_ids": True,
+            }
+            answer = server.post("/v1/completions", json=body).raise_for_status().json()
+        return [choice["token_ids"] for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+
     def _generate(self, prompts: Prompts) -> Answers:
         longest = max(map(len, prompts))
         ids_B_T = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -189,12 +210,13 @@ def main() -> int:
     """Time the ways and print the ratios; fails where texts differ in float32."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--gguf", type=Path, help="file of the model for llama.cpp")
+    parser.add_argument("--vllm", help="address of vLLM's server of the model")
     parser.add_argument("--dtype", default="float32")
     numbers = {"requests": 64, "demos": 8, "new-tokens": 64, "repeats": 3, "padded-batch": 16, "own-tokens": 0}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--ways", nargs="*", default=["engine", "one_by_one", "padded", "continuous", "llama_cpp"])
+    parser.add_argument("--ways", nargs="*", default=["engine", "one_by_one", "padded", "continuous", *OTHERS])
     parser.add_argument("--share", nargs="*", default=["one_by_one=8", "padded=16"], help="WAY=REQUESTS, then scaled")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="with --threads 1: fair on a machine that others use")
@@ -212,8 +234,8 @@ def main() -> int:
     base = 0.0
     wrong = 0
     for name in options.ways:
-        if name == "llama_cpp" and options.gguf is None:
-            print("llama_cpp   skipped: no --gguf")
+        if name in OTHERS and getattr(options, OTHERS[name]) is None:
+            print(f"{name:11} skipped: no --{OTHERS[name]}")
             continue
         part = prompts[: min(int(shares.get(name, len(prompts))), len(prompts))]
         before_bytes = psutil.Process().memory_info().rss
@@ -221,7 +243,7 @@ def main() -> int:
         seconds *= len(prompts) / len(part)
         reference, base = (reference, base) if reference else (answers, seconds)
         same = sum(a == b for a, b in zip(answers, reference, strict=False))
-        wrong += name not in ("engine", "llama_cpp") and same < len(part)
+        wrong += name not in ("engine", *OTHERS) and same < len(part)
         text = f"same text {same}/{len(part)} (timed on {len(part)})"
         print(f"{name:11} {seconds:8.1f} s {seconds / base:6.1f}x   {text}", flush=True)
         if name == "engine" and options.own_tokens:
