@@ -1,7 +1,7 @@
-"""Exact attention over a packed row, where each row sees its group's prefix and its own tokens.
+"""Exact attention over a packed row, where each row sees what it shares with others and its own tokens.
 
-No T x T matrix is built. A row's attention is split into the keys of the prefix and its own keys; each part gives an
-output and the log of its softmax's denominator, and the parts are merged exactly. The backward pass needs nothing
+No T x T matrix is built. A row's attention is split by the blocks of its keys; each part gives an output and the log of
+its softmax's denominator, and the parts are merged exactly. The backward pass needs nothing
 more: flash attention's backward over a part, given the merged output and denominator, is that part's share of the
 gradient. Registered through transformers' AttentionInterface, so the models' own code stays as it is; the layout of
 the row travels as the keyword argument `packed_layout` of the model's call.
@@ -13,9 +13,8 @@ Measured with 9 heads of 64 (SmolLM2-135M), 8 rows of 146 own tokens, 2 cores, f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,43 +29,9 @@ from ._upstream import (
     restore_attention,
 )
 from .layers import register_attention
-from .packing import PackedRow
+from .packing import Block, PackedRow
 
 TRAINING_ATTENTION = "bettertogether_training"
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens [start, stop) of the packed row."""
-
-    start: int
-    stop: int
-
-    @property
-    def tokens(self) -> slice:
-        """The span as a slice."""
-        return slice(self.start, self.stop)
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class GroupSpans:
-    """Where a group lies in the packed row."""
-
-    prefix: Span
-    rows: tuple[Span, ...]
-
-    @property
-    def own(self) -> Span:
-        """All rows' own tokens."""
-        return Span(self.rows[0].start, self.rows[-1].stop)
-
-    @property
-    def causal(self) -> tuple[Span, ...]:
-        """The spans whose tokens see each other causally: the prefix where there is one, and each row's own."""
-        return (self.prefix, *self.rows) if self.prefix else self.rows
 
 
 @dataclass(eq=False)
@@ -77,33 +42,18 @@ class PackedLayout:
     device: torch.device
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    @cached_property
-    def groups(self) -> tuple[GroupSpans, ...]:
-        """The groups' places."""
-        groups, start = [], 0
-        for prefix_length, own_lengths in self.packed.groups:
-            prefix = Span(start, start + prefix_length)
-            start, rows = prefix.stop, []
-            for length in own_lengths:
-                rows.append(Span(start, start + length))
-                start += length
-            groups.append(GroupSpans(prefix, tuple(rows)))
-        return tuple(groups)
-
-    @cached_property
+    @property
     def longest(self) -> int:
-        """Tokens of the longest row, its prefix included."""
-        return max(prefix + max(own) for prefix, own in self.packed.groups)
+        """Tokens of the longest row, what it shares included."""
+        return max(self.packed.position_ids) + 1
 
     def mask(self, window: int | None) -> Tensor:
         """[T, T], True where a query (first axis) sees a key: for layers with a sliding window shorter than a row."""
         if window not in self._masks:
             position_T = torch.tensor(self.packed.position_ids, device=self.device)
             mask_T_T = torch.zeros(len(position_T), len(position_T), dtype=torch.bool, device=self.device)
-            for group in self.groups:
-                for span in (group.prefix, *group.rows):
-                    mask_T_T[span.tokens, group.prefix.tokens] = True
-                    mask_T_T[span.tokens, span.tokens] = True
+            for block in self.packed.blocks:
+                mask_T_T[block.start : block.end, block.tokens] = True
             distance_T_T = position_T[:, None] - position_T[None]
             mask_T_T &= distance_T_T >= 0
             if window is not None:
@@ -141,20 +91,20 @@ def training_attention(
         dtype = torch.float32 if query.device.type == "cpu" else value.dtype
         q, k, v = (x.to(dtype) for x in (query, key, value))
         if flash_attends(q, k, v):
-            out = _BlockAttention.apply(q, k, v, scale, packed_layout.groups)
+            out = _BlockAttention.apply(q, k, v, scale, packed_layout.packed.blocks)
         else:
-            out = attention_by_row(q, k, v, scale, packed_layout)
+            out = attention_by_block(q, k, v, scale, packed_layout.packed.blocks)
     return out.to(value.dtype).transpose(1, 2), None
 
 
 register_attention(TRAINING_ATTENTION, training_attention)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -162,28 +112,27 @@ class _BlockAttention(torch.autograd.Function):
     [1, K, T, D]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, groups: tuple[GroupSpans, ...]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: tuple[Block, ...]) -> Tensor:
         repeats = q.shape[1] // k.shape[1]
         k_all, v_all = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         _, heads, tokens, dim = q.shape
         out = q.new_empty(1, tokens, heads, dim).transpose(1, 2)
         log_sum = q.new_empty(1, tokens, heads, dtype=torch.float32).transpose(1, 2)
 
-        def attend(queries: Span, keys: Span, causal: bool) -> tuple[Tensor, Tensor]:
-            q_part, k_part, v_part = q[:, :, queries.tokens], k_all[:, :, keys.tokens], v_all[:, :, keys.tokens]
+        def attend(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
+            q_part, k_part, v_part = q[:, :, queries], k_all[:, :, keys], v_all[:, :, keys]
             return flash_attention(q_part, k_part, v_part, scale=scale, causal=causal)
 
-        for group in groups:
-            for span in group.causal:
-                out[:, :, span.tokens], log_sum[:, :, span.tokens] = attend(span, span, True)
-            if group.prefix:
-                tokens_own = group.own.tokens
-                out_prefix, log_sum_prefix = attend(group.own, group.prefix, False)
-                share = torch.sigmoid(log_sum_prefix - log_sum[:, :, tokens_own])[..., None].to(out.dtype)
-                out[:, :, tokens_own] = torch.lerp(out[:, :, tokens_own], out_prefix, share)
-                log_sum[:, :, tokens_own] = torch.logaddexp(log_sum[:, :, tokens_own], log_sum_prefix)
+        for block in blocks:
+            out[:, :, block.tokens], log_sum[:, :, block.tokens] = attend(block.tokens, block.tokens, True)
+        for block in _shared(blocks):
+            rest = block.rest
+            out_block, log_sum_block = attend(rest, block.tokens, False)
+            share = torch.sigmoid(log_sum_block - log_sum[:, :, rest])[..., None].to(out.dtype)
+            out[:, :, rest] = torch.lerp(out[:, :, rest], out_block, share)
+            log_sum[:, :, rest] = torch.logaddexp(log_sum[:, :, rest], log_sum_block)
         ctx.save_for_backward(q, k, v, out, log_sum)
-        ctx.scale, ctx.groups = scale, groups
+        ctx.scale, ctx.blocks = scale, blocks
         return out
 
     @staticmethod
@@ -195,56 +144,59 @@ class _BlockAttention(torch.autograd.Function):
         k_all, v_all = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k_all), torch.empty_like(v_all)
 
-        def attend(queries: Span, keys: Span, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            a, b = queries.tokens, keys.tokens
+        def attend(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
             return flash_attention_backward(
-                grad[:, :, a],
-                q[:, :, a],
-                k_all[:, :, b],
-                v_all[:, :, b],
-                out[:, :, a],
-                log_sum[:, :, a],
+                grad[:, :, queries],
+                q[:, :, queries],
+                k_all[:, :, keys],
+                v_all[:, :, keys],
+                out[:, :, queries],
+                log_sum[:, :, queries],
                 scale=ctx.scale,
                 causal=causal,
             )
 
-        for group in ctx.groups:
-            for span in group.causal:
-                for total, part in zip((grad_q, grad_k, grad_v), attend(span, span, True), strict=True):
-                    total[:, :, span.tokens] = part
-            if group.prefix:
-                part_q, part_k, part_v = attend(group.own, group.prefix, False)
-                grad_q[:, :, group.own.tokens] += part_q
-                grad_k[:, :, group.prefix.tokens] += part_k
-                grad_v[:, :, group.prefix.tokens] += part_v
+        for block in ctx.blocks:
+            for total, part in zip((grad_q, grad_k, grad_v), attend(block.tokens, block.tokens, True), strict=True):
+                total[:, :, block.tokens] = part
+        for block in _shared(ctx.blocks):
+            part_q, part_k, part_v = attend(block.rest, block.tokens, False)
+            grad_q[:, :, block.rest] += part_q
+            grad_k[:, :, block.tokens] += part_k
+            grad_v[:, :, block.tokens] += part_v
         by_head = (1, key_heads, repeats, *k.shape[2:])
         return grad_q, grad_k.view(by_head).sum(2), grad_v.view(by_head).sum(2), None, None
 
 
-def attention_by_row(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: PackedLayout) -> Tensor:
+def _shared(blocks: Iterable[Block]) -> list[Block]:
+    """Those that others see."""
+    return [block for block in blocks if block.end > block.stop]
+
+
+def attention_by_block(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Sequence[Block]) -> Tensor:
     """`training_attention` with plain SDPA calls, where flash attention is not to be had (float32 on CUDA, other
-    devices): rows padded to the group's longest, prefix keys repeated."""
-    parts = []
-    for group in layout.groups:
-        prefix = group.prefix.tokens
-        if group.prefix:
-            parts.append(_sdpa(q[:, :, prefix], k[:, :, prefix], v[:, :, prefix], scale, causal=True))
-        longest = max(len(span) for span in group.rows)
+    devices): blocks that see the same others padded to the longest, the others' keys repeated."""
+    alike: dict[tuple[Block, ...], list[Block]] = {}
+    for block in blocks:
+        seen = tuple(other for other in _shared(blocks) if other.stop <= block.start < other.end)
+        alike.setdefault(seen, []).append(block)
+    parts: dict[int, Tensor] = {}
+    for seen, own in alike.items():
+        longest = max(block.stop - block.start for block in own)
+        seen_tokens = sum(block.stop - block.start for block in seen)
 
-        def padded(x: Tensor, spans: tuple[Span, ...] = group.rows, longest: int = longest) -> Tensor:
-            own = [x[0, :, span.tokens] for span in spans]
-            return torch.stack([nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in own])
+        def padded(x: Tensor, own: list[Block] = own, longest: int = longest) -> Tensor:
+            cut = [x[0, :, block.tokens] for block in own]
+            return torch.stack([nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in cut])
 
-        rows = len(group.rows)
-        # Padding comes after a row's own tokens, so that causality alone hides it from them.
-        keys = torch.cat([k[:, :, prefix].expand(rows, -1, -1, -1), padded(k)], 2)
-        values = torch.cat([v[:, :, prefix].expand(rows, -1, -1, -1), padded(v)], 2)
-        visible = torch.ones(longest, len(group.prefix) + longest, dtype=torch.bool, device=q.device).tril(
-            len(group.prefix)
-        )
-        out_R_H_S_D = _sdpa(padded(q), keys, values, scale, mask=visible)
-        parts += [out_R_H_S_D[i : i + 1, :, : len(s)] for i, s in enumerate(group.rows)]
-    return torch.cat(parts, 2)
+        def with_seen(x: Tensor, seen: tuple[Block, ...] = seen, own: list[Block] = own) -> Tensor:
+            return torch.cat([*(x[:, :, block.tokens].expand(len(own), -1, -1, -1) for block in seen), padded(x)], 2)
+
+        # Padding comes after a block's own tokens, so that causality alone hides it from them.
+        visible = torch.ones(longest, seen_tokens + longest, dtype=torch.bool, device=q.device).tril(seen_tokens)
+        out_B_H_S_D = _sdpa(padded(q), with_seen(k), with_seen(v), scale, mask=visible)
+        parts |= {b.start: out_B_H_S_D[i : i + 1, :, : b.stop - b.start] for i, b in enumerate(own)}
+    return torch.cat([parts[block.start] for block in blocks], 2)
 
 
 @contextlib.contextmanager

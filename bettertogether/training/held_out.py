@@ -20,7 +20,7 @@ from .sharing import Sharing
 from .weighting import free_weights, knows_fields
 
 ROWS_AT_ONCE = 256
-"""Rows that are in memory and whose prefixes are sought together; the search is quadratic in them."""
+"""Rows that are in memory and are planned together."""
 
 
 @dataclass(frozen=True)

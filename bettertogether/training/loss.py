@@ -17,7 +17,7 @@ from ._upstream import attention_name, supports_sdpa
 from .attention import TRAINING_ATTENTION, PackedLayout, attention_implementation
 from .fused import completion_losses
 from .layers import more_than_attention
-from .packing import MicroBatch, PrefixGroup, TokenizedRow, micro_batches, pack
+from .packing import MicroBatch, TokenizedRow, micro_batches, pack
 
 LOGIT_ELEMENTS = 1 << 27
 """Logits of one forward pass at most (512 MiB in float32), so that a long answer over a big vocabulary still fits."""
@@ -48,7 +48,7 @@ class RowLoss:
         if len(batches) == 1 or not any(row.rejected_ids for row in rows):
             return batches
         if len(rows) == 1:
-            return [MicroBatch(tuple(group for batch in batches for group in batch.groups))]
+            return [MicroBatch.apart([row for batch in batches for row in batch.rows])]
         ordered, half = sorted(rows, key=lambda row: row.prompt_ids), len(rows) // 2
         return self.plan(ordered[:half], max_tokens) + self.plan(ordered[half:], max_tokens)
 
@@ -65,7 +65,7 @@ class RowLoss:
                 batches[-1].append(row)
             else:
                 batches.append([row])
-        return [MicroBatch(tuple(PrefixGroup(0, (row,)) for row in batch)) for batch in batches]
+        return [MicroBatch.apart(batch) for batch in batches]
 
     def tokens(self, batch: MicroBatch) -> int:
         """Tokens of the forward pass, padding included."""
@@ -193,7 +193,7 @@ class _Probe:
             swapped_R_N_V = self._packed(self.rows[::-1]).flip(0)
         with attention_implementation(self.model, plain_attention(self.model)):
             alone = RowLoss(self.model, packed=False, dtype=torch.float32)
-            singles = [MicroBatch((PrefixGroup(0, (row,)),)) for row in self.rows]
+            singles = [MicroBatch.apart([row]) for row in self.rows]
             apart_R_N_V = torch.stack([alone._padded_logits(single) for single in singles]).float()
         # The same products over the same number of rows: no rounding tells the two orders apart, in any precision.
         order = _difference(swapped_R_N_V, packed_R_N_V)
@@ -205,7 +205,7 @@ class _Probe:
         return None
 
     def _packed(self, rows: Sequence[TokenizedRow]) -> Tensor:
-        batch = MicroBatch((PrefixGroup(len(self.shared), tuple(rows)),))
+        batch = MicroBatch(tuple(rows), (0, len(self.shared)))
         logits_N_V = RowLoss(self.model, packed=True, dtype=torch.float32)._packed_logits(batch).float()
         return logits_N_V.view(len(rows), -1, logits_N_V.shape[1])
 

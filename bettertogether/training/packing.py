@@ -2,9 +2,9 @@
 
 An optimizer batch is a plain random sample, in an order fixed by the seed: rows are shuffled once per epoch and cut
 into batches, as any trainer does. Rows are not sorted by prefix or length across batches, because a batch of one
-predictor's rows alone would be another gradient estimate. Only inside a batch are rows arranged: those whose prompts
-begin alike form a group, whose prefix is computed once, and groups fill micro-batches up to the token limit. That
-changes the cost and not the result.
+predictor's rows alone would be another gradient estimate. Only inside a batch are rows arranged: in the order of their
+prompts they fill micro-batches up to the token limit, and what a prompt has in common with the one before it is not
+computed again. That changes the cost and not the result.
 
 Where rows have other prompts of the same call (forms), each optimizer batch draws whether it shows the rows' own
 prompts or a form, and which: one number for the whole batch, so that the demos of the form are a shared prefix.
@@ -20,7 +20,7 @@ from itertools import pairwise
 from ..errors import DataError, NoTrainingDataError
 
 MIN_SHARED_TOKENS = 8
-"""A common beginning shorter than this is not worth a group: every chat prompt starts with the same few tokens."""
+"""So many tokens in common, beyond what more rows have in common, are worth a part of their own."""
 
 
 @dataclass(frozen=True)
@@ -111,28 +111,17 @@ def check_rows(rows: Sequence[TokenizedRow], validation_rows: Sequence[Tokenized
 
 
 @dataclass(frozen=True)
-class PrefixGroup:
-    """Rows that share their first `prefix_length` tokens (0: nothing shared)."""
-
-    prefix_length: int
-    rows: tuple[TokenizedRow, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the group as packed: the prefix once, then what is left of each row."""
-        return self.prefix_length + sum(len(row) - self.prefix_length for row in self.rows)
-
-
-@dataclass(frozen=True)
 class MicroBatch:
     """What goes through the model in one forward pass."""
 
-    groups: tuple[PrefixGroup, ...]
+    rows: tuple[TokenizedRow, ...]
+    shared: tuple[int, ...]
+    """For each row, how many of its first tokens are those of the row before it, and not computed again."""
 
-    @property
-    def rows(self) -> tuple[TokenizedRow, ...]:
-        """All rows, in packed order."""
-        return tuple(row for group in self.groups for row in group.rows)
+    @classmethod
+    def apart(cls, rows: Sequence[TokenizedRow]) -> MicroBatch:
+        """Rows that share nothing."""
+        return cls(tuple(rows), (0,) * len(rows))
 
     @property
     def is_single(self) -> bool:
@@ -142,20 +131,42 @@ class MicroBatch:
     @property
     def tokens(self) -> int:
         """Tokens of the forward pass, as packed."""
-        return sum(group.tokens for group in self.groups)
+        return sum(map(len, self.rows)) - sum(self.shared)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens of a packed row that belong to the same rows. They see each other causally."""
+
+    start: int
+    stop: int
+    """Where they lie: [start, stop)."""
+    end: int
+    """The tokens of [stop, end), the rest of these rows, see all of them."""
+
+    @property
+    def tokens(self) -> slice:
+        """The block's own place."""
+        return slice(self.start, self.stop)
+
+    @property
+    def rest(self) -> slice:
+        """The place of those that see it."""
+        return slice(self.stop, self.end)
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A micro-batch laid out as one sequence of T tokens: per group the prefix, then each row's own tokens."""
+    """A micro-batch laid out as one sequence of T tokens: of each row, those that it does not share with the one
+    before it."""
 
     input_ids: list[int]
     position_ids: list[int]
-    """Position of each token in its own row; starts again after the prefix for every row."""
+    """Position of each token in its own row."""
     logit_positions: list[int]
     """Packed positions whose next token is trained on, N of them."""
-    groups: tuple[tuple[int, tuple[int, ...]], ...]
-    """Per group, in order: prefix length, and the number of own tokens of each row."""
+    blocks: tuple[Block, ...]
+    """All tokens, in order."""
 
 
 def epoch_batches(number_of_rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -173,65 +184,55 @@ def drawn_form(rows: Sequence[TokenizedRow], share: float, seed: int, epoch: int
 
 
 def micro_batches(rows: Sequence[TokenizedRow], max_tokens: int, max_completion_tokens: int) -> list[MicroBatch]:
-    """Split rows into forward passes of at most `max_tokens` packed tokens and `max_completion_tokens` logits.
+    """Split rows into forward passes of at most `max_tokens` packed tokens and `max_completion_tokens` logits, in the
+    order of their prompts; equal input gives equal output.
 
-    A single row above a limit goes through alone.
-    """
-    batches: list[MicroBatch] = []
-    groups: list[PrefixGroup] = []
-    tokens = trained = 0
-    for group in prefix_groups(rows):
-        members: list[TokenizedRow] = []
-        for row in group.rows:
-            own, completion = len(row) - group.prefix_length, len(row.completion_ids)
-            cost = own + (0 if members else group.prefix_length)
-            if tokens and (tokens + cost > max_tokens or trained + completion > max_completion_tokens):
-                if members:
-                    groups.append(PrefixGroup(group.prefix_length, tuple(members)))
-                batches.append(MicroBatch(tuple(groups)))
-                groups, members, tokens, trained = [], [], 0, 0
-                cost = len(row)
-            members.append(row)
-            tokens += cost
-            trained += completion
-        groups.append(PrefixGroup(group.prefix_length, tuple(members)))
-    if groups:
-        batches.append(MicroBatch(tuple(groups)))
-    return batches
-
-
-def prefix_groups(rows: Sequence[TokenizedRow]) -> list[PrefixGroup]:
-    """Partition rows into groups with a common prefix so that the packed tokens are fewest.
-
-    A prefix ends before the last prompt token of each of its rows, so that every row computes for itself the position
-    that predicts its first completion token. Rows come back sorted by prompt; equal input gives equal output.
+    A single row above a limit goes through alone, and no rows are no pass.
     """
     ordered = sorted(rows, key=lambda row: (row.prompt_ids, row.completion_ids))
-    shared = [_shared_length(first, second) for first, second in pairwise(ordered)]
-    # best[j] is the most tokens that groups over the first j rows can save; a group over i..j-1 saves its prefix
-    # once per row after the first. A longer group only wins when it saves more, so ties go to smaller groups.
-    best, cut = [0] * (len(ordered) + 1), [0] * (len(ordered) + 1)
-    for end in range(1, len(ordered) + 1):
-        best[end], cut[end] = best[end - 1], end - 1
-        prefix = len(ordered[end - 1].prompt_ids) - 1
-        for start in range(end - 2, -1, -1):
-            prefix = min(prefix, shared[start])
-            if prefix < MIN_SHARED_TOKENS:
-                break
-            saved = best[start] + prefix * (end - start - 1)
-            if saved > best[end]:
-                best[end], cut[end] = saved, start
-    groups: list[PrefixGroup] = []
-    end = len(ordered)
-    while end:
-        start = cut[end]
-        prefix = min(shared[start : end - 1], default=0)
-        groups.append(PrefixGroup(prefix, tuple(ordered[start:end])))
-        end = start
-    return groups[::-1]
+    shared = shared_lengths(ordered)
+    batches: list[MicroBatch] = []
+    start = tokens = trained = 0
+    for place, row in enumerate(ordered):
+        cost, completion = len(row) - shared[place], len(row.completion_ids)
+        if place > start and (tokens + cost > max_tokens or trained + completion > max_completion_tokens):
+            batches.append(_part(ordered, shared, start, place))
+            start, tokens, trained = place, 0, 0
+        tokens += cost if place > start else len(row)
+        trained += completion
+    return [*batches, _part(ordered, shared, start, len(ordered))] if ordered else []
 
 
-def _shared_length(first: TokenizedRow, second: TokenizedRow) -> int:
+def _part(rows: Sequence[TokenizedRow], shared: Sequence[int], start: int, stop: int) -> MicroBatch:
+    return MicroBatch(tuple(rows[start:stop]), (0, *shared[start + 1 : stop]))
+
+
+def shared_lengths(rows: Sequence[TokenizedRow]) -> list[int]:
+    """For each of the rows, which are in the order of their prompts, how many of its first tokens it takes from the row
+    before it.
+
+    That is before the last prompt token of either, so that every row computes for itself the position that predicts its
+    first completion token; and fewer where the last of them are too few for a part of their own.
+    """
+    common = [0, *(_common_length(first, second) for first, second in pairwise(rows))]
+    shared = [0] * len(rows)
+    # Runs of rows, and how much all of each run have in common already.
+    runs = [(0, len(rows), 0)]
+    while runs:
+        start, stop, depth = runs.pop()
+        if stop - start < 2:
+            continue
+        of_all = min(common[start + 1 : stop])
+        depth = of_all if of_all >= depth + MIN_SHARED_TOKENS else depth
+        # There is one at least, where they have the least in common.
+        cuts = [place for place in range(start + 1, stop) if common[place] < depth + MIN_SHARED_TOKENS]
+        for place in cuts:
+            shared[place] = depth
+        runs += [(first, last, depth) for first, last in pairwise([start, *cuts, stop])]
+    return shared
+
+
+def _common_length(first: TokenizedRow, second: TokenizedRow) -> int:
     limit = min(len(first.prompt_ids), len(second.prompt_ids)) - 1
     for position in range(limit):
         if first.prompt_ids[position] != second.prompt_ids[position]:
@@ -241,19 +242,28 @@ def _shared_length(first: TokenizedRow, second: TokenizedRow) -> int:
 
 def pack(batch: MicroBatch) -> PackedRow:
     """Lay a micro-batch out as one sequence."""
-    packed = PackedRow([], [], [], tuple((g.prefix_length, _own_lengths(g)) for g in batch.groups))
-    for group in batch.groups:
-        prefix = group.prefix_length
-        packed.input_ids.extend(group.rows[0].prompt_ids[:prefix])
-        packed.position_ids.extend(range(prefix))
-        for row in group.rows:
-            start = len(packed.input_ids)
-            packed.input_ids.extend(row.prompt_ids[prefix:] + row.completion_ids)
-            packed.position_ids.extend(range(prefix, len(row)))
-            first = start + len(row.prompt_ids) - prefix - 1
-            packed.logit_positions.extend(range(first, first + len(row.completion_ids)))
+    packed = PackedRow([], [], [], _blocks(batch))
+    for row, shared in zip(batch.rows, batch.shared, strict=True):
+        first = len(packed.input_ids) + len(row.prompt_ids) - shared - 1
+        packed.input_ids.extend(row.prompt_ids[shared:] + row.completion_ids)
+        packed.position_ids.extend(range(shared, len(row)))
+        packed.logit_positions.extend(range(first, first + len(row.completion_ids)))
     return packed
 
 
-def _own_lengths(group: PrefixGroup) -> tuple[int, ...]:
-    return tuple(len(row) - group.prefix_length for row in group.rows)
+def _blocks(batch: MicroBatch) -> tuple[Block, ...]:
+    blocks: list[Block] = []
+    # Those of the row at hand: where each starts, packed and in the row, and how long it is.
+    path: list[tuple[int, int, int]] = []
+    end = 0
+    for row, shared in [*zip(batch.rows, batch.shared, strict=True), (None, 0)]:
+        while path and sum(path[-1][1:]) > shared:
+            start, depth, length = path.pop()
+            kept = max(0, shared - depth)
+            blocks.append(Block(start + kept, start + length, end))
+            if kept:
+                path.append((start, depth, kept))
+        if row is not None:
+            path.append((end, shared, len(row) - shared))
+            end += len(row) - shared
+    return tuple(sorted(blocks, key=lambda block: block.start))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import TrainingError
 from ._upstream import new_accelerator
-from .packing import MicroBatch, PrefixGroup, TokenizedRow
+from .packing import MicroBatch, TokenizedRow
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Sharing:
         filled up with the shortest of `rows`, which don't count."""
         counted = [(batch, True) for batch in plan]
         wanted = self.most(len(plan)) if self.sharded else 1
-        filler = MicroBatch(tuple(PrefixGroup(0, (row,)) for row in min(rows, key=len).answers))
+        filler = MicroBatch.apart(min(rows, key=len).answers)
         return counted + [(filler, False)] * (wanted - len(plan))
 
     def most(self, number: float) -> int:

@@ -7,15 +7,20 @@ import torch
 from reference import padded_loss_sum, relative_error
 from tiny import FAMILIES, random_rows, tiny_model
 
-from bettertogether.training.attention import TRAINING_ATTENTION, PackedLayout, attention_by_row, training_attention
+from bettertogether.training.attention import TRAINING_ATTENTION, PackedLayout, attention_by_block, training_attention
 from bettertogether.training.loss import row_loss
-from bettertogether.training.packing import MicroBatch, PackedRow, PrefixGroup, pack, prefix_groups
+from bettertogether.training.packing import Block, PackedRow, TokenizedRow, micro_batches, pack
 
 ROWS = [*random_rows(5, shared=20), *random_rows(3, shared=15, seed=1), *random_rows(1, shared=0, seed=2)]
+# Answers to one prompt, which begins as the first.
+ROWS += [TokenizedRow([*ROWS[0].prompt_ids, *range(12)], row.completion_ids) for row in ROWS[2:5]]
 
 
-def layout(rows: list = ROWS) -> PackedLayout:
-    return PackedLayout(pack(MicroBatch(tuple(prefix_groups(rows)))), torch.device("cpu"))
+def layout() -> PackedLayout:
+    """Of all rows, some of which share more than others."""
+    (batch,) = micro_batches(ROWS, 10_000, 10_000)
+    assert len(set(batch.shared)) > 3
+    return PackedLayout(pack(batch), torch.device("cpu"))
 
 
 def random_qkv(tokens: int, heads: int = 4, key_heads: int = 2, dim: int = 8) -> tuple[torch.Tensor, ...]:
@@ -45,7 +50,9 @@ def test_loss_and_gradients_equal_the_padded_batchs(family: str) -> None:
 
 
 def test_the_mask_lets_a_row_see_its_prefix_and_itself_causally() -> None:
-    packed = PackedRow(list(range(6)), [0, 1, 2, 3, 2, 0], [], ((2, (2, 1)), (0, (1,))))
+    packed = PackedRow(
+        list(range(6)), [0, 1, 2, 3, 2, 0], [], (Block(0, 2, 5), Block(2, 4, 4), Block(4, 5, 5), Block(5, 6, 6))
+    )
     assert PackedLayout(packed, torch.device("cpu")).mask(None).int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -57,7 +64,7 @@ def test_the_mask_lets_a_row_see_its_prefix_and_itself_causally() -> None:
 
 
 def test_the_mask_of_a_window_counts_positions_in_the_row() -> None:
-    packed = PackedRow(list(range(5)), [0, 1, 2, 2, 3], [], ((2, (1, 2)),))
+    packed = PackedRow(list(range(5)), [0, 1, 2, 2, 3], [], (Block(0, 2, 5), Block(2, 3, 3), Block(3, 5, 5)))
     assert PackedLayout(packed, torch.device("cpu")).mask(2).int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -81,7 +88,7 @@ def test_block_attention_equals_attention_under_a_dense_mask() -> None:
 def test_the_attention_of_other_devices_equals_attention_under_a_dense_mask() -> None:
     rows = layout()
     q, k, v = random_qkv(len(rows.packed.input_ids))
-    out, expected = attention_by_row(q, k, v, 0.3, rows), dense(q, k, v, rows.mask(None))
+    out, expected = attention_by_block(q, k, v, 0.3, rows.packed.blocks), dense(q, k, v, rows.mask(None))
     weight = torch.randn_like(expected)
     grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
     expected_grads = torch.autograd.grad((expected * weight).sum(), (q, k, v))
@@ -92,14 +99,6 @@ def test_attention_refuses_what_it_can_not_compute_exactly() -> None:
     q, k, v = random_qkv(len(layout().packed.input_ids))
     with pytest.raises(NotImplementedError, match="softcap"):
         training_attention(torch.nn.Module(), q, k, v, None, packed_layout=layout(), softcap=5.0)
-
-
-def test_a_prefix_shared_by_one_row_only_is_attended_like_any_other() -> None:
-    rows = PackedLayout(pack(MicroBatch((PrefixGroup(10, (ROWS[0],)),))), torch.device("cpu"))
-    q, k, v = random_qkv(len(ROWS[0]))
-    out, _ = training_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, packed_layout=rows)
-    causal = torch.ones(len(ROWS[0]), len(ROWS[0]), dtype=torch.bool).tril()
-    assert relative_error([out.transpose(1, 2)], [dense(q, k, v, causal)]) < 1e-5
 
 
 def test_the_models_own_attention_is_back_afterwards() -> None:

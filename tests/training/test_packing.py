@@ -1,17 +1,16 @@
-"""Rows become batches and groups with a common beginning, within a limit of tokens."""
+"""Rows become batches in which common beginnings are there once, within a limit of tokens."""
 
 from __future__ import annotations
 
 from bettertogether.training.packing import (
     MIN_SHARED_TOKENS,
+    Block,
     MicroBatch,
-    PrefixGroup,
     TokenizedRow,
     drawn_form,
     epoch_batches,
     micro_batches,
     pack,
-    prefix_groups,
 )
 
 PREFIX = list(range(100, 120))
@@ -30,42 +29,49 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone() -> None:
     assert epoch_batches(50, 8, seed=3, epoch=1) != epoch_batches(50, 8, seed=4, epoch=1)
 
 
-def test_rows_with_a_common_beginning_form_a_group() -> None:
+def in_one(rows: list[TokenizedRow]) -> MicroBatch:
+    """All rows in one forward pass."""
+    (batch,) = micro_batches(rows, UNLIMITED, UNLIMITED)
+    return batch
+
+
+def test_rows_share_a_common_beginning() -> None:
     rows = [TokenizedRow([*PREFIX, i, 7], [2]) for i in range(3)]
-    assert prefix_groups(rows) == [PrefixGroup(20, tuple(rows))]
+    assert in_one(rows) == MicroBatch(tuple(rows), (0, 20, 20))
 
 
-def test_a_prefix_ends_before_the_last_prompt_token_of_every_row() -> None:
+def test_what_is_shared_ends_before_the_last_prompt_token_of_every_row() -> None:
     rows = [TokenizedRow(PREFIX, [1, 2]), TokenizedRow(PREFIX, [3, 2])]
-    (group,) = prefix_groups(rows)
-    assert group.prefix_length == 19
-    assert group.tokens == 19 + 2 * 3
+    assert in_one(rows).shared == (0, 19)
+    assert in_one(rows).tokens == 19 + 2 * 3
 
 
 def test_a_prompt_that_begins_another_prompt_shares_all_but_its_last_token() -> None:
     rows = [TokenizedRow(PREFIX, [2]), TokenizedRow([*PREFIX, 5, 6], [2])]
-    assert [group.prefix_length for group in prefix_groups(rows)] == [19]
+    assert in_one(rows).shared == (0, 19)
 
 
-def test_prompts_of_two_predictors_form_two_groups_though_they_begin_alike() -> None:
+def test_answers_to_one_prompt_share_it_and_prompts_share_what_they_have_in_common() -> None:
     header = list(range(10))
-    first = [TokenizedRow([*header, *PREFIX, i, 7], [2]) for i in range(2)]
-    second = [TokenizedRow([*header, *PREFIX[::-1], i, 7], [2]) for i in range(2)]
-    assert prefix_groups([second[0], first[0], second[1], first[1]]) == [
-        PrefixGroup(30, tuple(first)),
-        PrefixGroup(30, tuple(second)),
-    ]
+    first = [TokenizedRow([*header, *PREFIX, 7], [i]) for i in range(3)]
+    second = [TokenizedRow([*header, *PREFIX[::-1], 7], [i]) for i in range(2)]
+    batch = in_one([second[0], first[0], second[1], first[2], first[1]])
+    assert batch == MicroBatch((*first, *second), (0, 30, 30, 10, 30))
+    assert batch.tokens == 10 + (20 + 3 * 2) + (20 + 2 * 2)
 
 
 def test_a_common_beginning_too_short_to_pay_is_not_shared() -> None:
     short = list(range(MIN_SHARED_TOKENS - 1))
     rows = [TokenizedRow([*short, 50 + i, 60], [2]) for i in range(3)]
-    assert [group.prefix_length for group in prefix_groups(rows)] == [0, 0, 0]
+    assert in_one(rows).shared == (0, 0, 0)
+    # Nor is so little more than what more rows share.
+    rows = [TokenizedRow([*PREFIX, *short, 50 + i, 60], [2]) for i in range(2)]
+    assert in_one([*rows, TokenizedRow([*PREFIX, 90, 60], [2])]).shared == (0, 20, 20)
 
 
-def test_groups_do_not_depend_on_the_order_of_rows() -> None:
+def test_a_batch_does_not_depend_on_the_order_of_rows() -> None:
     rows = [TokenizedRow([*PREFIX, i, 7], [2]) for i in range(5)] + [TokenizedRow([i], [9]) for i in range(3)]
-    assert prefix_groups(rows) == prefix_groups(rows[::-1])
+    assert in_one(rows) == in_one(rows[::-1])
 
 
 def test_micro_batches_keep_the_token_limit_and_repeat_the_prefix() -> None:
@@ -87,17 +93,29 @@ def test_a_row_above_the_limit_goes_through_alone() -> None:
     assert [[len(row) for row in batch.rows] for batch in batches] == [[3], [48], [3]]
 
 
-def test_a_packed_row_has_the_prefix_once_and_positions_that_start_again() -> None:
-    rows = (TokenizedRow([1, 2, 3, 4], [5, 6]), TokenizedRow([1, 2, 7], [8]))
-    packed = pack(MicroBatch((PrefixGroup(2, rows), PrefixGroup(0, (TokenizedRow([9], [10, 11]),)))))
+def test_no_rows_are_no_pass() -> None:
+    assert micro_batches([], UNLIMITED, UNLIMITED) == []
+
+
+def test_a_packed_row_has_what_is_shared_once_and_positions_that_go_on_after_it() -> None:
+    rows = (TokenizedRow([1, 2, 3, 4], [5, 6]), TokenizedRow([1, 2, 7], [8]), TokenizedRow([9], [10, 11]))
+    packed = pack(MicroBatch(rows, (0, 2, 0)))
     assert packed.input_ids == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     assert packed.position_ids == [0, 1, 2, 3, 4, 5, 2, 3, 0, 1, 2]
-    assert packed.groups == ((2, (4, 2)), (0, (3,)))
+    assert packed.blocks == (Block(0, 2, 8), Block(2, 6, 6), Block(6, 8, 8), Block(8, 11, 11))
+
+
+def test_blocks_of_rows_that_share_more_than_others_lie_within_what_those_share() -> None:
+    rows = (TokenizedRow([1, 2, 3, 4, 5], [6]), TokenizedRow([1, 2, 3, 4, 7], [8]), TokenizedRow([1, 2, 9], [8]))
+    packed = pack(MicroBatch(rows, (0, 4, 2)))
+    assert packed.input_ids == [1, 2, 3, 4, 5, 6, 7, 8, 9, 8]
+    assert packed.position_ids == [0, 1, 2, 3, 4, 5, 4, 5, 2, 3]
+    assert packed.blocks == (Block(0, 2, 10), Block(2, 4, 8), Block(4, 6, 6), Block(6, 8, 8), Block(8, 10, 10))
 
 
 def test_each_completion_token_is_predicted_at_the_token_before_it() -> None:
     rows = (TokenizedRow([1, 2, 3, 4], [5, 6]), TokenizedRow([1, 2, 7], [8]))
-    packed = pack(MicroBatch((PrefixGroup(2, rows),)))
+    packed = pack(MicroBatch(rows, (0, 2)))
     labels = [token for row in rows for token in row.completion_ids]
     assert [(packed.input_ids[p], label) for p, label in zip(packed.logit_positions, labels, strict=True)] == [
         (4, 5),

@@ -14,7 +14,7 @@ from tiny import random_rows, tiny_model
 
 from bettertogether.training.attention import PackedLayout, training_attention
 from bettertogether.training.config import LoRAConfig, TrainingConfig
-from bettertogether.training.packing import MicroBatch, TokenizedRow, pack, prefix_groups
+from bettertogether.training.packing import TokenizedRow, micro_batches, pack
 from bettertogether.training.progress import ProgressFunction
 from bettertogether.training.trainer import train_adapter
 
@@ -60,7 +60,8 @@ def test_training_on_a_gpu_learns_as_on_the_processor(tmp_path: Path) -> None:
 
 def test_packed_rows_are_attended_to_without_a_matrix_of_scores() -> None:
     rows = [*random_rows(6, shared=200, seed=3), *random_rows(2, shared=0, seed=4)]
-    packed = pack(MicroBatch(tuple(prefix_groups(rows))))
+    (batch,) = micro_batches(rows, 10_000, 10_000)
+    packed = pack(batch)
     tokens = len(packed.input_ids)
     numbers = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(1, heads, tokens, 16, generator=numbers) for heads in (4, 2, 2, 4))
