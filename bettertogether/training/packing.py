@@ -253,17 +253,21 @@ def pack(batch: MicroBatch) -> PackedRow:
 
 def _blocks(batch: MicroBatch) -> tuple[Block, ...]:
     blocks: list[Block] = []
-    # Those of the row at hand: where each starts, packed and in the row, and how long it is.
-    path: list[tuple[int, int, int]] = []
+    # The row at hand in parts: the positions in it, [first, stop), and how far from those the part lies.
+    parts: list[tuple[int, int, int]] = []
     end = 0
-    for row, shared in [*zip(batch.rows, batch.shared, strict=True), (None, 0)]:
-        while path and sum(path[-1][1:]) > shared:
-            start, depth, length = path.pop()
-            kept = max(0, shared - depth)
-            blocks.append(Block(start + kept, start + length, end))
-            if kept:
-                path.append((start, depth, kept))
-        if row is not None:
-            path.append((end, shared, len(row) - shared))
-            end += len(row) - shared
+
+    def leave(shared: int) -> None:
+        """All but so many tokens of the row at hand, which the next one has too."""
+        while parts and parts[-1][1] > shared:
+            first, stop, offset = parts.pop()
+            blocks.append(Block(offset + max(first, shared), offset + stop, end))
+            if first < shared:
+                parts.append((first, shared, offset))
+
+    for row, shared in zip(batch.rows, batch.shared, strict=True):
+        leave(shared)
+        parts.append((shared, len(row), end - shared))
+        end += len(row) - shared
+    leave(0)
     return tuple(sorted(blocks, key=lambda block: block.start))
