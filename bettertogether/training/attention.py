@@ -1,10 +1,10 @@
 """Exact attention over a packed row, where each row sees what it shares with others and its own tokens.
 
 No T x T matrix is built. A row's attention is split by the blocks of its keys; each part gives an output and the log of
-its softmax's denominator, and the parts are merged exactly. The backward pass needs nothing
-more: flash attention's backward over a part, given the merged output and denominator, is that part's share of the
-gradient. Registered through transformers' AttentionInterface, so the models' own code stays as it is; the layout of
-the row travels as the keyword argument `packed_layout` of the model's call.
+its softmax's denominator, and the parts are merged exactly. The backward pass needs nothing more: flash attention's
+backward over a part, given the merged output and denominator, is that part's share of the gradient. Registered through
+transformers' AttentionInterface, so the models' own code stays as it is; the layout of the row travels as the keyword
+argument `packed_layout` of the model's call.
 
 Measured with 9 heads of 64 (SmolLM2-135M), 8 rows of 146 own tokens, 2 cores, forward and backward of one layer:
 261 shared tokens 44 ms against 126 ms with SDPA under a dense mask, 890 shared tokens 111 ms against 262 ms.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class PackedLayout:
     device: torch.device
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest row, what it shares included."""
         return max(self.packed.position_ids) + 1
@@ -176,14 +177,14 @@ def _shared(blocks: Iterable[Block]) -> list[Block]:
 def attention_by_block(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Sequence[Block]) -> Tensor:
     """`training_attention` with plain SDPA calls, where flash attention is not to be had (float32 on CUDA, other
     devices): blocks that see the same others padded to the longest, the others' keys repeated."""
+    shared = _shared(blocks)
     alike: dict[tuple[Block, ...], list[Block]] = {}
     for block in blocks:
-        seen = tuple(other for other in _shared(blocks) if other.stop <= block.start < other.end)
+        seen = tuple(other for other in shared if other.stop <= block.start < other.end)
         alike.setdefault(seen, []).append(block)
     parts: dict[int, Tensor] = {}
     for seen, own in alike.items():
-        longest = max(block.stop - block.start for block in own)
-        seen_tokens = sum(block.stop - block.start for block in seen)
+        longest, seen_tokens = max(map(len, own)), sum(map(len, seen))
 
         def padded(x: Tensor, own: list[Block] = own, longest: int = longest) -> Tensor:
             cut = [x[0, :, block.tokens] for block in own]
@@ -195,7 +196,7 @@ def attention_by_block(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Se
         # Padding comes after a block's own tokens, so that causality alone hides it from them.
         visible = torch.ones(longest, seen_tokens + longest, dtype=torch.bool, device=q.device).tril(seen_tokens)
         out_B_H_S_D = _sdpa(padded(q), with_seen(k), with_seen(v), scale, mask=visible)
-        parts |= {b.start: out_B_H_S_D[i : i + 1, :, : b.stop - b.start] for i, b in enumerate(own)}
+        parts |= {block.start: out_B_H_S_D[i : i + 1, :, : len(block)] for i, block in enumerate(own)}
     return torch.cat([parts[block.start] for block in blocks], 2)
 
 

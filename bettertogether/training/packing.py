@@ -144,6 +144,9 @@ class Block:
     end: int
     """The tokens of [stop, end), the rest of these rows, see all of them."""
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
     @property
     def tokens(self) -> slice:
         """The block's own place."""

@@ -101,6 +101,16 @@ def test_attention_refuses_what_it_can_not_compute_exactly() -> None:
         training_attention(torch.nn.Module(), q, k, v, None, packed_layout=layout(), softcap=5.0)
 
 
+def test_what_one_row_alone_has_is_attended_like_any_other_when_it_lies_in_two_blocks() -> None:
+    tokens = len(ROWS[0])
+    packed = PackedRow([], list(range(tokens)), [], (Block(0, 10, tokens), Block(10, tokens, tokens)))
+    rows = PackedLayout(packed, torch.device("cpu"))
+    q, k, v = random_qkv(tokens)
+    out, _ = training_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, packed_layout=rows)
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    assert relative_error([out.transpose(1, 2)], [dense(q, k, v, causal)]) < 1e-5
+
+
 def test_the_models_own_attention_is_back_afterwards() -> None:
     model = tiny_model()
     with row_loss(model, torch.float32, 40):
