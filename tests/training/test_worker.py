@@ -183,7 +183,7 @@ def test_two_machines_that_share_the_weights_give_the_result_of_one_process(tmp_
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     (tmp_path / "fsdp.yaml").write_text(FSDP_ON_TWO_MACHINES.format(port=port))
-    start = 'NODE_RANK=0 "$@" & NODE_RANK=1 "$@" & wait -n && wait -n'
+    start = 'NODE_RANK=0 "$@" & first=$!; NODE_RANK=1 "$@" & wait $! && wait $first'
     options: dict[str, Any] = {"learning_rate": 1e-2, "dtype": "float32", "batch_size": 3, "epochs": 1}
     training = TrainingConfig(
         accelerate_config=tmp_path / "fsdp.yaml", launch_command=("bash", "-c", start, "bash"), **options
