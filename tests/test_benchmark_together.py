@@ -55,6 +55,11 @@ def result(**changes: Any) -> Result:
     return Result("iris", 0, cell(**changes))
 
 
+def listed(scores: Any) -> list[float]:
+    assert scores is not None
+    return list(scores)
+
+
 def test_means_are_over_seeds_and_then_over_tasks(tmp_path: Path) -> None:
     second = cell(seed=1)
     second["rounds"]["p"]["test"] = "k3"
@@ -67,7 +72,7 @@ def test_means_are_over_seeds_and_then_over_tasks(tmp_path: Path) -> None:
     assert lines[3][:4] == ["all", "tasks", "0.000", "0.375"]
 
 
-@pytest.mark.parametrize(("side", "strategy"), [("repeats", "w -> w"), ("failures", "w -> g")])
+@pytest.mark.parametrize(("side", "strategy"), [("repeats", "w -> w"), ("preference", "w -> r"), ("policy", "w -> g")])
 def test_what_is_added_comes_from_a_cell_of_its_own_and_is_left_out_where_there_is_none(
     tmp_path: Path, side: str, strategy: str
 ) -> None:
@@ -80,6 +85,18 @@ def test_what_is_added_comes_from_a_cell_of_its_own_and_is_left_out_where_there_
     second = means_table(load(write(tmp_path, short, more))["smollm", "default"]).splitlines()
     assert second[0].index(strategy) > 0
     assert second[1].split()[:7] == ["iris", "1", "4", "0.000", "0.250", "0.500", "0.750"]
+
+
+def test_rounds_that_were_added_alone_have_their_means_and_gains_too(tmp_path: Path) -> None:
+    short, more = cell("orders"), cell(side="preference")
+    more["rounds"] = {"w": more["rounds"]["w"], "w -> r": more["rounds"]["p -> w -> p"], "": more["rounds"][""]}
+
+    lines = [line.split() for line in tables(load(write(tmp_path, short, more))).splitlines()]
+
+    assert ["iris", "1", "4", "0.000", "0.500", "1.000"] in lines
+    gain = lines.index(["w->r", "-", "w", "(1", "runs)"])
+    assert lines[gain + 2][:2] == ["iris", "+0.500"]
+    assert not any(line[:2] == ["iris", "s0"] for line in lines)
 
 
 def test_an_interval_resamples_within_each_task_and_seed_and_weighs_tasks_alike() -> None:
@@ -98,14 +115,14 @@ def test_the_better_of_p_and_w_alone_is_chosen_by_validation_or_harsher_by_test(
     one = result()
     one.ours["rounds"]["p"]["val"] = 0.9
 
-    assert one.better_alone(by_test=False).mean() == 0.25
-    assert one.better_alone(by_test=True).mean() == 0.5
+    assert listed(one.better_alone(by_test=False)) == [1, 0, 0, 0]
+    assert listed(one.better_alone(by_test=True)) == [1, 1, 0, 0]
     one.ours["rounds"]["w"]["val"] = 0.9
-    assert one.better_alone(by_test=False).mean() == 0.5
+    assert listed(one.better_alone(by_test=False)) == [1, 1, 0, 0]
 
 
 def test_the_interaction_is_what_both_give_beyond_the_sum_of_each() -> None:
-    assert result().interaction().tolist() == [-1.0, 0.0, 1.0, 1.0]
+    assert listed(result().interaction()) == [-1.0, 0.0, 1.0, 1.0]
 
 
 def test_differences_are_paired_with_what_dspy_returned_for_the_same_task_and_seed(tmp_path: Path) -> None:

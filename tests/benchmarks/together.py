@@ -3,15 +3,15 @@
     pip install scikit-learn
     python tests/benchmarks/together.py --results FOLDER
         [--tasks sentiment iris router hops arithmetic orders sentence scene reply]
-        [--seeds 0 1 2] [--model smollm|gemma|fake|FOLDER] [--repeats] [--failures] [--auto] [--theirs]
-        [--limit 50] [--test 150]
+        [--seeds 0 1 2] [--model smollm|gemma|fake|FOLDER] [--repeats] [--preference] [--policy]
+        [--auto] [--theirs] [--limit 50] [--test 150]
     python tests/benchmarks/together.py --results FOLDER --train-prompt vanilla      # an ablation, beside the default
     python tests/benchmarks/together.py --results FOLDER --table                     # print what is there
 
 For each task and seed one `BetterTogether.compile` runs "p -> w -> p" and "w"; each round is then scored on the test.
-`--repeats` adds a compile of "w -> w" and "w -> p", `--failures` one of "w -> r" and "w -> g" (r: PreferenceFinetune,
-g: PolicyFinetune), `--auto` one with strategy="auto", `--theirs` one of `dspy.BetterTogether` with dspy's own
-optimizers over the same engine (together_theirs.py). Ablations, one flag each:
+`--repeats` adds a compile of "w -> w" and "w -> p", `--preference` one of "w -> r" (r: PreferenceFinetune), `--policy`
+one of "w -> g" (g: PolicyFinetune; for a GPU), `--auto` one with strategy="auto", `--theirs` one of
+`dspy.BetterTogether` with dspy's own optimizers over the same engine (together_theirs.py). Ablations, one flag each:
 `--train-prompt vanilla|optimized|mixed|varied`, `--skeleton-weight X`, `--learning-rate X|auto`, `--epochs N|auto`,
 `--scheduler averaged|cosine`, `--no-balance-fields`, `--strengths none|0.5,1`, `--no-earlier`. Every cell (task,
 seed, side, ablation, model) runs in a process of its own, one at a time, and is one JSON file in FOLDER; its log lies
@@ -37,7 +37,7 @@ from together_results import Cell, Outcome
 from together_tables import load, tables
 
 TASK_NAMES = ("sentiment", "iris", "router", "hops", "arithmetic", "orders", "sentence", "scene", "reply")
-MORE = ("repeats", "failures", "auto", "theirs")
+MORE = ("repeats", "preference", "policy", "auto", "theirs")
 """Sides that are run where they are asked for."""
 
 
@@ -61,7 +61,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", default="smollm", help="smollm, gemma, fake or the folder of a model")
     parser.add_argument("--repeats", action="store_true", help='also "w -> w" and "w -> p"')
-    parser.add_argument("--failures", action="store_true", help='also "w -> r" and "w -> g"')
+    parser.add_argument("--preference", action="store_true", help='also "w -> r"')
+    parser.add_argument("--policy", action="store_true", help='also "w -> g"')
     parser.add_argument("--auto", action="store_true", help='also strategy="auto"')
     parser.add_argument("--theirs", action="store_true", help="also dspy.BetterTogether")
     parser.add_argument("--only", nargs="+", choices=["ours", *MORE], help="these sides alone")

@@ -38,7 +38,8 @@ OF_TRAINING = ("learning_rate", "epochs", "scheduler", "skeleton_weight", "balan
 STRATEGIES = {
     "ours": ["p -> w -> p", "w"],
     "repeats": ["w -> w", "w -> p"],
-    "failures": ["w -> r", "w -> g"],
+    "preference": ["w -> r"],
+    "policy": ["w -> g"],
     "auto": "auto",
 }
 """What one compile of a side runs; the common beginnings once."""
@@ -119,7 +120,7 @@ def run_ours(outcome: Outcome, task: Task, student: dspy.Module, data: tuple[lis
     train, val, test = data
     cell = outcome.cell
     optimizers = steps(task.metric, cell.options)
-    if cell.side == "failures":
+    if cell.side in ("preference", "policy"):
         optimizers |= {"r": PreferenceFinetune(task.metric), "g": PolicyFinetune(task.metric)}
     compiled = BetterTogether(task.metric, **optimizers).compile(
         student,

@@ -17,7 +17,7 @@ class Cell:
     task: str
     seed: int
     side: str
-    """"ours", "repeats", "failures", "auto" or "theirs"."""
+    """"ours", "repeats", "preference", "policy", "auto" or "theirs"."""
     model: str = "smollm"
     """"smollm", "gemma", "fake" or the folder of a model."""
     options: Mapping[str, Any] = field(default_factory=dict)

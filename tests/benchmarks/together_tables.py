@@ -12,7 +12,7 @@ import numpy as np
 
 PAPER = "p -> w -> p"
 STRATEGIES = ("", "p", "w", "w -> w", "w -> r", "w -> g", "p -> w", "w -> p", PAPER)
-ADDED = ("repeats", "failures")
+ADDED = ("repeats", "preference", "policy")
 """Sides whose rounds stand beside ours."""
 RESAMPLES = 4000
 
@@ -29,25 +29,41 @@ class Result:
     auto: Mapping[str, Any] | None = None
     theirs: Mapping[str, Any] | None = None
 
+    def has(self, *strategies: str) -> bool:
+        """Whether ours ran all of these rounds."""
+        return self.ours["rounds"].keys() >= set(strategies)
+
     def test(self, strategy: str) -> np.ndarray[Any, Any]:
         """Test scores of a round of ours."""
         return scores_of(self.ours, strategy)
+
+    def gain(self, strategy: str, other: str) -> np.ndarray[Any, Any] | None:
+        """Of a round over another, by example; None where one of them did not run."""
+        return self.test(strategy) - self.test(other) if self.has(strategy, other) else None
 
     def val(self, strategy: str) -> float:
         """Validation score of a round of ours."""
         return float(self.ours["rounds"][strategy]["val"])
 
-    def returned(self, side: str = "ours") -> np.ndarray[Any, Any] | None:
+    def returned(self, side: str = "ours", key: str = "returned") -> np.ndarray[Any, Any] | None:
         """Test scores of what a side returned; None where it did not run."""
-        data = getattr(self, side)
-        return None if data is None else scores_of(data, data["returned"])
+        data = getattr(self, side) or {}
+        return scores_of(data, data[key]) if key in data else None
 
-    def better_alone(self, *, by_test: bool) -> np.ndarray[Any, Any]:
+    def better_alone(self, *, by_test: bool) -> np.ndarray[Any, Any] | None:
         """The better of p alone and w alone: by validation score (equals: by test), or by the mean on the test."""
+        if not self.has("p", "w"):
+            return None
         return self.test(max("pw", key=lambda key: (0.0 if by_test else self.val(key), self.test(key).mean())))
 
-    def interaction(self) -> np.ndarray[Any, Any]:
+    def both_over_better(self, *, by_test: bool) -> np.ndarray[Any, Any] | None:
+        """Of "p -> w -> p" over the better of p alone and w alone."""
+        return _minus(self.test(PAPER), self.better_alone(by_test=by_test)) if self.has(PAPER) else None
+
+    def interaction(self) -> np.ndarray[Any, Any] | None:
         """What weights and prompts give together beyond the sum of each alone, by example."""
+        if "two_by_two" not in self.ours:
+            return None
         cells = {name: np.array(self.ours["tests"][key], float) for name, key in self.ours["two_by_two"].items()}
         return cells["tuned_new"] - cells["tuned_old"] - cells["base_new"] + cells["base_old"]
 
@@ -62,7 +78,8 @@ Groups = dict[tuple[str, str], list[Result]]
 
 
 def load(folder: Path) -> Groups:
-    """The finished cells of a results folder. Theirs, which have no ablations, stand beside each of ours."""
+    """The finished cells of a results folder. Theirs, which have no ablations, stand beside each of ours; rounds that
+    were added also stand where ours did not run."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     done = {}
     for data in found:
@@ -70,14 +87,14 @@ def load(folder: Path) -> Groups:
             cell = data["cell"]
             done[cell["side"], cell["model"], cell["ablation"], cell["task"], cell["seed"]] = data
     groups: Groups = {}
-    for (side, model, ablation, task, seed), data in done.items():
-        if side == "ours":
-            auto = done.get(("auto", model, ablation, task, seed))
-            theirs = done.get(("theirs", model, "default", task, seed))
-            for added in ADDED:
-                more = done.get((added, model, ablation, task, seed), {"rounds": {}, "tests": {}})
-                data = {**data, **{name: more[name] | data[name] for name in ("rounds", "tests")}}
-            groups.setdefault((model, ablation), []).append(Result(task, seed, data, auto, theirs))
+    for model, ablation, task, seed in dict.fromkeys(key[1:] for key in done if key[0] in ("ours", *ADDED)):
+        parts = [data for side in (*ADDED, "ours") if (data := done.get((side, model, ablation, task, seed)))]
+        ours = dict(done.get(("ours", model, ablation, task, seed), {}))
+        for name in ("rounds", "tests"):
+            ours[name] = {key: value for part in parts for key, value in part[name].items()}
+        auto = done.get(("auto", model, ablation, task, seed))
+        theirs = done.get(("theirs", model, "default", task, seed))
+        groups.setdefault((model, ablation), []).append(Result(task, seed, ours, auto, theirs))
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "default", item[0][1])))
 
 
@@ -114,17 +131,13 @@ def _minus(one: np.ndarray[Any, Any] | None, other: np.ndarray[Any, Any] | None)
     return None if one is None or other is None else one - other
 
 
-def _round_minus(result: Result, strategy: str, other: str) -> np.ndarray[Any, Any] | None:
-    return result.test(strategy) - result.test(other) if strategy in result.ours["rounds"] else None
-
-
 DIFFERENCES: dict[str, Difference] = {
     "returned - untouched": lambda r: _minus(r.returned(), r.test("")),
-    "p->w->p - better of p, w (by validation)": lambda r: r.test(PAPER) - r.better_alone(by_test=False),
-    "p->w->p - better of p, w (by test)": lambda r: r.test(PAPER) - r.better_alone(by_test=True),
+    "p->w->p - better of p, w (by validation)": lambda r: r.both_over_better(by_test=False),
+    "p->w->p - better of p, w (by test)": lambda r: r.both_over_better(by_test=True),
     "returned - better of p, w (by validation)": lambda r: _minus(r.returned(), r.better_alone(by_test=False)),
-    "w->r - w": lambda r: _round_minus(r, "w -> r", "w"),
-    "w->g - w": lambda r: _round_minus(r, "w -> g", "w"),
+    "w->r - w": lambda r: r.gain("w -> r", "w"),
+    "w->g - w": lambda r: r.gain("w -> g", "w"),
     "auto - untouched": lambda r: _minus(r.returned("auto"), r.test("")),
     "auto - better of p, w (by validation)": lambda r: _minus(r.returned("auto"), r.better_alone(by_test=False)),
     "returned - dspy's": lambda r: _minus(r.returned(), r.returned("theirs")),
@@ -164,15 +177,15 @@ def _number(value: float, digits: int = 3) -> str:
 def _columns(results: Sequence[Result]) -> dict[str, Callable[[Result], float | None]]:
     """Column of the table of means to its value."""
 
-    def of_side(side: str) -> Callable[[Result], float | None]:
-        return lambda r: None if (scores := r.returned(side)) is None else float(scores.mean())
+    def of_side(side: str, key: str = "returned") -> Callable[[Result], float | None]:
+        return lambda r: None if (scores := r.returned(side, key)) is None else float(scores.mean())
 
     columns: dict[str, Callable[[Result], float | None]] = {
         strategy or "untouched": lambda r, s=strategy: float(r.test(s).mean()) if s in r.ours["rounds"] else None  # type: ignore[misc]
         for strategy in STRATEGIES
     }
     columns["returned"] = of_side("ours")
-    columns["of all rounds"] = lambda r: float(scores_of(r.ours, r.ours["returned_of_all"]).mean())
+    columns["of all rounds"] = of_side("ours", "returned_of_all")
     columns["auto"] = of_side("auto")
     columns["dspy's"] = of_side("theirs")
     return {name: value for name, value in columns.items() if any(value(r) is not None for r in results)}
@@ -255,7 +268,7 @@ def choices_table(results: Sequence[Result]) -> str:
 def ablation_table(groups: Groups, model: str) -> str:
     """Each ablation beside the default, on the tasks and seeds that both have: pooled means on the test, and the
     ablation's gain over the default."""
-    base = {(r.task, r.seed): r for r in groups.get((model, "default"), [])}
+    base = {(r.task, r.seed): r for r in groups.get((model, "default"), []) if "returned" in r.ours}
     rows = [
         [
             "ablation",
@@ -270,13 +283,13 @@ def ablation_table(groups: Groups, model: str) -> str:
         ]
     ]
     for (of_model, ablation), results in groups.items():
-        both = [r for r in results if of_model == model and (r.task, r.seed) in base]
+        both = [r for r in results if of_model == model and (r.task, r.seed) in base and "returned" in r.ours]
         if not both or ablation == "default":
             continue
         for name, these in (("default", [base[r.task, r.seed] for r in both]), (ablation, both)):
             means = [_mean(by_task(these, lambda r, s=s: float(r.test(s).mean()))) for s in ("w", "p -> w", PAPER)]  # type: ignore[misc]
             means.append(_mean(by_task(these, lambda r: float(scores_of(r.ours, r.ours["returned"]).mean()))))
-            means.append(_mean(by_task(these, lambda r: float(r.interaction().mean()))))
+            means.append(_mean(by_task(these, lambda r: None if (x := r.interaction()) is None else float(x.mean()))))
             gains = (
                 ["", ""]
                 if name == "default"
@@ -294,14 +307,12 @@ def tables(groups: Groups) -> str:
     parts = []
     for (model, ablation), results in groups.items():
         ordered = sorted(results, key=lambda r: (r.task, r.seed))
-        parts.append(f"== {model}, {ablation} ==")
-        parts += [
-            means_table(ordered),
-            differences_table(ordered),
-            two_by_two_table(ordered),
-            costs_table(ordered),
-            choices_table(ordered),
-        ]
+        parts += [f"== {model}, {ablation} ==", means_table(ordered), differences_table(ordered)]
+        if whole := [result for result in ordered if "returned" in result.ours]:
+            parts.append(two_by_two_table(whole))
+        parts.append(costs_table(ordered))
+        if whole:
+            parts.append(choices_table(whole))
     for model in dict.fromkeys(model for model, _ in groups):
         if compared := ablation_table(groups, model):
             parts.append(f"== {model}, ablations (each pair of lines: the same tasks and seeds) ==\n{compared}")
