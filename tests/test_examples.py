@@ -277,7 +277,6 @@ def test_the_quickstart_s_notebook_runs_from_top_to_bottom(
     assert score(capsys.readouterr().out, "compiled") == 1
 
 
-@pytest.mark.skipif(not NOTEBOOK["NOTEBOOK"].exists(), reason="the notebook was not written yet")
 def test_the_notebook_has_the_cells_of_its_script_each_run_in_order() -> None:
     written = json.loads(NOTEBOOK["NOTEBOOK"].read_text(encoding="utf-8"))["cells"]
     cells = [("".join(cell["source"]), cell["cell_type"]) for cell in written]

@@ -34,8 +34,16 @@ import dspy
 from tasks import Sentiment, sentiment_data, sentiment_match
 
 import bettertogether
-from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, compare, evaluate, local_lm
-from bettertogether import default_model
+from bettertogether import (
+    BetterTogether,
+    BootstrapFewShotRS,
+    LoRAFinetune,
+    TrainingConfig,
+    compare,
+    default_model,
+    evaluate,
+    local_lm,
+)
 
 started = time.monotonic()
 # Messages to learn from, to choose the best round by, and to test on.
