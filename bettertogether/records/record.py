@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal, Self
 
@@ -26,7 +26,7 @@ CELLS = ("base_old", "base_new", "tuned_old", "tuned_new")
 
 @dataclass(frozen=True)
 class Ledger(Saved):
-    """What some piece of work cost. Ledgers add up with `+`."""
+    """What some piece of work cost. Ledgers add up with `+`, and many of them with `total`."""
 
     program_calls: Count = 0
     """Runs of the whole program on one example."""
@@ -44,9 +44,15 @@ class Ledger(Saved):
     """US dollars for the LM calls, by LiteLLM's prices as DSPy has them; local models cost nothing. None: that of some
     LM that was called is not known."""
 
+    @staticmethod
+    def total(ledgers: Iterable[Ledger]) -> Ledger:
+        """What all of them cost together."""
+        every = [vars(ledger) for ledger in ledgers]
+        sums = {n: sum((each[n] for each in every), zero) for n, zero in vars(Ledger()).items() if n != "cost"}
+        return Ledger(**sums, cost=total_cost([each["cost"] for each in every]))
+
     def __add__(self, other: Ledger) -> Ledger:
-        sums = {n: value + getattr(other, n) for n, value in vars(self).items() if n != "cost"}
-        return Ledger(**sums, cost=total_cost([self.cost, other.cost]))
+        return Ledger.total([self, other])
 
     def times(self, factor: float) -> Ledger:
         """So many times the same work, its counts rounded."""
@@ -67,7 +73,7 @@ class Ledger(Saved):
 def total_cost(costs: Sequence[float | None]) -> float | None:
     """The sum; None where one of them is not known."""
     known = [cost for cost in costs if cost is not None]
-    return sum(known) if len(known) == len(costs) else None
+    return sum(known, 0.0) if len(known) == len(costs) else None
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class ReportData(Saved):
     @property
     def ledger(self) -> Ledger:
         """The cost of the whole run, earlier sittings of a resumed run included."""
-        return sum((record.ledger for record in self.rounds), Ledger())
+        return Ledger.total(record.ledger for record in self.rounds)
 
     @property
     def metric_calls(self) -> int:

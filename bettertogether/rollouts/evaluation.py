@@ -166,7 +166,7 @@ def _prediction(trace: Trace) -> Any:
 
 
 def _evaluation(traces: tuple[Trace, ...]) -> Evaluation:
-    ledger = sum((trace.ledger for trace in traces), Ledger())
+    ledger = Ledger.total(trace.ledger for trace in traces)
     return Evaluation(tuple(trace.score for trace in traces), ledger, traces)
 
 

@@ -324,7 +324,7 @@ def collect_traces(
     tries = _Tries(program, teachers, examples, labels_of(examples, label_field, outputs), known, options)
     sampling.carry_out(tries)
     traces = sorted(tries.traces, key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
-    ledger = sum((trace.ledger for trace in traces), Ledger())
+    ledger = Ledger.total(trace.ledger for trace in traces)
     return TraceSet(tuple(traces), ledger, len(examples), tries.warnings, tuple(tries.points))
 
 

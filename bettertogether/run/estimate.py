@@ -63,17 +63,17 @@ class Estimate:
     @property
     def low(self) -> Ledger:
         """All rounds at least."""
-        return sum((each.low for each in self.rounds), Ledger())
+        return Ledger.total(each.low for each in self.rounds)
 
     @property
     def likely(self) -> Ledger:
         """All rounds, as it is most likely."""
-        return sum((each.likely for each in self.rounds), Ledger())
+        return Ledger.total(each.likely for each in self.rounds)
 
     @property
     def high(self) -> Ledger:
         """All rounds at most."""
-        return sum((each.high for each in self.rounds), Ledger())
+        return Ledger.total(each.high for each in self.rounds)
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))

@@ -245,7 +245,7 @@ class Loop:
         cells: Mapping[str, Evaluation],
     ) -> StepRecord:
         evaluations = [*([scored] if scored else []), *cells.values()]
-        ledger = sum((evaluation.ledger for evaluation in evaluations), result.ledger)
+        ledger = Ledger.total([result.ledger, *(evaluation.ledger for evaluation in evaluations)])
         return StepRecord(
             index=index,
             step=steps[-1] if steps else "",

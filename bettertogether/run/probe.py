@@ -93,7 +93,7 @@ def probe(plan: Plan) -> Probe:
         if isinstance(step, AdapterStep):
             with contextlib.suppress(NoTrainingDataError):
                 trainings[key] = time_training(step.timed, plan.student, examples, seen)
-    spent = sum((trace.ledger for trace in runs.traces), Ledger()).with_seconds(time.monotonic() - started)
+    spent = Ledger.total(trace.ledger for trace in runs.traces).with_seconds(time.monotonic() - started)
     return Probe(
         plain=without,
         shown=with_demos,
@@ -124,7 +124,7 @@ class _Runs:
         traces = self._pass.over(program, self._examples, [(position, Attempt()) for position in positions])
         seconds = time.monotonic() - started
         self.traces += traces
-        return Sample(sum((trace.ledger for trace in traces), Ledger()).with_seconds(seconds), len(traces))
+        return Sample(Ledger.total(trace.ledger for trace in traces).with_seconds(seconds), len(traces))
 
 
 def _uncached(program: dspy.Module) -> dspy.Module:

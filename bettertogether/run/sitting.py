@@ -40,7 +40,7 @@ def carry_out(plan: Plan, directory: RunDirectory, asked: Mapping[str, Any], bud
     with events.run_end_on_error():
         for warning in plan.warnings:
             events.warn(warning)
-        loop = Loop(plan, directory, budget.start(sum((record.ledger for record in finished), Ledger())))
+        loop = Loop(plan, directory, budget.start(Ledger.total(record.ledger for record in finished)))
         loop.run()
         report = _report(loop)
         directory.write_text("report.json", json_text(report.to_dict()))
