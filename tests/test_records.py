@@ -121,14 +121,6 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("kept", [*RECORDS.values(), record(details=REWARDS)], ids=[*RECORDS, "policy"])
-def test_ledgers_add_up_and_their_cost_is_not_known_where_one_of_them_is_not() -> None:
-    one, other = Ledger(1, 2, 3, seconds=0.5, cost=0.25), Ledger(10, lm_calls=30, cost=0.5)
-
-    assert one + other == Ledger.total([one, other]) == Ledger(11, 2, 33, seconds=0.5, cost=0.75)
-    assert Ledger.total([one, Ledger(cost=None), other]) == Ledger(11, 2, 33, seconds=0.5, cost=None)
-    assert Ledger.total([]) == Ledger()
-
-
 def test_a_record_comes_back_from_json_as_it_was(kept: StepRecord) -> None:
     assert StepRecord.from_dict(as_json(kept)) == kept
 
@@ -228,3 +220,11 @@ def test_an_adapter_of_a_record_without_the_losses_of_all_tokens_and_fields_is_r
     assert isinstance(details, WeightDetails)
     (adapter,) = details.adapters.values()
     assert (adapter.all_tokens_loss, adapter.field_losses) == (HeldOutLoss(None, None), {})
+
+
+def test_ledgers_add_up_and_their_cost_is_not_known_where_one_of_them_is_not() -> None:
+    one, other = Ledger(1, 2, 3, seconds=0.5, cost=0.25), Ledger(10, lm_calls=30, cost=0.5)
+
+    assert one + other == Ledger.total([one, other]) == Ledger(11, 2, 33, seconds=0.5, cost=0.75)
+    assert Ledger.total([one, Ledger(cost=None), other]) == Ledger(11, 2, 33, seconds=0.5, cost=None)
+    assert Ledger.total([]) == Ledger()
