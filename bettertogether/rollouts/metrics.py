@@ -69,12 +69,14 @@ def _arity(metric: Metric) -> int:
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return 3
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) < 2 or len([p for p in positional if p.default is p.empty]) > 5:
+    required = sum(p.default is p.empty for p in positional)
+    if len(positional) < 2 or required > 5:
         raise ConfigError(
             f"metric must take (example, prediction), (example, prediction, trace) or GEPA's five arguments, "
             f"got {inspect.signature(metric)}."
         )
-    return 5 if len(positional) >= 5 else min(len(positional), 3)
+    # Beyond the trace, what has a default may be an option of the user's own.
+    return max(required, min(len(positional), 3))
 
 
 def score_of(value: Any) -> float:

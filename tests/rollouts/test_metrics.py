@@ -113,6 +113,13 @@ def test_a_metric_of_three_arguments_is_given_the_trace() -> None:
     assert with_trace(lambda e, p, trace=None: trace)(EXAMPLE, PREDICTION, [1]) == [1]
 
 
+def test_options_of_a_metric_keep_their_defaults() -> None:
+    def metric(example: Any, pred: Any, trace: Any = None, tolerance: float = 0.1, strict: bool = True) -> Any:
+        return trace, tolerance, strict
+
+    assert with_trace(metric)(EXAMPLE, PREDICTION, "trace") == ("trace", 0.1, True)
+
+
 def test_gepas_five_arguments_are_given_trace_and_two_nones() -> None:
     def metric(gold: Any, pred: Any, trace: Any, pred_name: Any, pred_trace: Any) -> Any:
         return gold, pred, trace, pred_name, pred_trace
