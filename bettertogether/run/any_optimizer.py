@@ -106,6 +106,9 @@ def run_any(
     """
     student = copy_for_step(program)
     lms = {name: predictor.lm for name, predictor in predictors_of(student).items()}
+    for predictor in student.predictors():
+        # A signature is a class, which copies share, and InferRules writes its rules into it.
+        predictor.signature = predictor.signature.with_instructions(predictor.signature.instructions)
     keep_lms(student)
     offered = {
         "trainset": context.trainset,

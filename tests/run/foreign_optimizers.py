@@ -41,6 +41,8 @@ def foreign(name: str, lm: Any = None) -> Teleprompter:
         return dspy.MIPROv2(metric=parity_match, auto=None, num_candidates=2, prompt_model=lm, task_model=lm)
     if name == "SIMBA":
         return dspy.SIMBA(metric=parity_match, bsize=8, num_candidates=2, max_steps=2, max_demos=2)
+    if name == "InferRules":
+        return dspy.InferRules(metric=parity_match, num_candidates=1, num_rules=2, max_bootstrapped_demos=1)
     if name == "GEPA":
         return dspy.GEPA(metric=gepa_metric, max_metric_calls=40, reflection_lm=lm)
     if name == "BootstrapFinetune":
@@ -55,6 +57,7 @@ PROMPT_OPTIMIZERS = (
     "COPRO",
     "MIPROv2",
     "SIMBA",
+    "InferRules",
     "GEPA",
 )
 
