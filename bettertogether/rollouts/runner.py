@@ -258,11 +258,10 @@ def _weights_of(lm: Any) -> tuple[Any, Any]:
 
 
 def _call(program: dspy.Module, inputs: dict[str, Any]) -> Any:
-    if hasattr(type(program), "forward") or "forward" in vars(program):
-        return program(**inputs)
-    if hasattr(type(program), "aforward"):
+    has_forward = hasattr(type(program), "forward") or "forward" in vars(program)
+    if hasattr(type(program), "aforward") and not has_forward:
         return run_async_part(program.acall(**inputs))
-    raise TypeError(f"{type(program).__name__} has neither forward nor aforward: define one of them.")
+    return program(**inputs)
 
 
 def _kind(error: BaseException) -> FailureKind:

@@ -180,13 +180,21 @@ def test_a_program_with_aforward_alone_is_run() -> None:
     assert names(Async(), q="x") == ["first", "second"]
 
 
+def test_a_program_with_a_call_of_its_own_alone_is_run() -> None:
+    class Called(Base):
+        def __call__(self, q: str) -> dspy.Prediction:
+            return self.second(q=self.first(q=q).a)
+
+    assert names(Called(), q="x") == ["first", "second"]
+
+
 def test_a_program_without_forward_fails_with_what_to_define() -> None:
     class Nothing(Base):
         pass
 
     run = Runner(Nothing()).run(ONE)
     assert run.failure == "program error"
-    assert "Nothing has neither forward nor aforward: define one of them" in str(run.error)
+    assert str(run.error) == "'Nothing' object has no attribute 'forward'"
 
 
 def test_deep_copies_of_predictors_made_in_forward_are_told_apart() -> None:
