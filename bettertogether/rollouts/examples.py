@@ -22,6 +22,11 @@ def check_examples(examples: object, name: str) -> list[dspy.Example]:
             raise DataError(
                 f'{name}[{position}] does not say which fields are inputs: call `.with_inputs("question", ...)`.'
             )
+        if not example.inputs():
+            raise DataError(
+                f"{name}[{position}] has no field {' or '.join(map(repr, sorted(example._input_keys)))}, which "
+                f"`.with_inputs(...)` named: it has {sorted(example.keys())}."
+            )
     return list(examples)
 
 

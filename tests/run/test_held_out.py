@@ -22,6 +22,7 @@ from bettertogether.run.held_out import split_valset
         (None, "got NoneType"),
         ([{"number": 1}], r"trainset\[0\] is a dict"),
         ([dspy.Example(number=1)], r"trainset\[0\] does not say which fields are inputs"),
+        ([dspy.Example(a=1, b=2).with_inputs("x", "y")], r"\[0\] has no field 'x' or 'y', .* it has \['a', 'b'\]"),
     ],
 )
 def test_examples_must_say_which_fields_are_inputs(examples: Any, message: str) -> None:
