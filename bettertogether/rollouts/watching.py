@@ -342,12 +342,15 @@ def watched_lm(lm: Any) -> Any:
 
 
 def note_response(entry: Mapping[str, Any]) -> None:
-    """What a watched LM does in place of keeping a history; `dspy.inspect_history` finds the answer all the same."""
+    """What a watched LM does in place of keeping a history longer than the last answer of the run; `dspy.inspect_history`
+    finds all."""
     if (record := _RECORD.get()) is not None:
         record.costs.append(cost_of(entry))
         if record.keeps_history:
             record_history(None, entry)
     if (seen := _CALL.get()) is not None:
+        # For a program that asks its LM what the last answer took.
+        seen.lm.history[:] = [entry]
         output = next(iter(entry["outputs"]), None)
         fields = output if isinstance(output, Mapping) else {"text": output}
         seen.replies.append(Reply(fields.get("text"), fields.get("reasoning_content"), is_cut(entry["response"])))

@@ -330,6 +330,16 @@ def test_runs_of_an_async_program_share_its_semaphore(made: Any) -> None:
     assert [len(run.calls) for run in runs] == [1] * 12
 
 
+def test_a_program_may_look_up_its_last_answer_in_the_history_of_its_lm() -> None:
+    class LooksUp(One):
+        def forward(self, number: int) -> dspy.Prediction:
+            self.p(number=number)
+            return dspy.Prediction(prompt=self.p.lm.history[-1]["messages"][-1]["content"])
+
+    for number, run in enumerate(runs_of(over(LooksUp(), ALWAYS), 12, num_threads=6)):
+        assert f"[[ ## number ## ]]\n{number}\n" in run.prediction.prompt
+
+
 def test_a_predictor_made_in_forward_is_a_counted_stranger() -> None:
     class Makes(One):
         def forward(self, number: int) -> dspy.Prediction:
