@@ -92,8 +92,9 @@ def require_program(program: object, role: str = "student") -> dspy.Module:
     predictors = predictors_of(program)
     if not predictors:
         raise ProgramError(
-            f"The {role} program has no predictors to optimize. If it was compiled before, its sub-modules may be "
-            "frozen: set `module._compiled = False` on those to be optimized again."
+            f"The {role} program has no predictors to optimize: they are attributes of a module, made in __init__ and "
+            "not in forward. If it was compiled before, its sub-modules may be frozen: set `module._compiled = False` "
+            "on those to be optimized again."
         )
     missing = [name for name, predictor in predictors.items() if predictor.lm is None]
     if missing:

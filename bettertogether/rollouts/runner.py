@@ -25,6 +25,9 @@ from .sampled_lms import needs_seed, sampling_lm
 from .usage import hand_on_usage, used
 from .watching import Record, Seen, Watch, answer_of, run_async_part, watched_lm
 
+REFINE = "dspy.predict.refine"
+"""Module of what is dspy.Refine's own: its adapter, and the predictor that it makes for advice."""
+
 
 class Runner:
     """Runs one program on examples; safe to call from many threads.
@@ -128,7 +131,7 @@ class _Copy:
         for entry, seen in record.in_order():
             original, name = self._attribution.owner(entry[0])
             raw_trace.append((original, *entry[1:]))
-            strangers += name is None
+            strangers += name is None and entry[0].signature.__module__ != REFINE
             if name:
                 calls.append(self._call_of(entry, seen, name, record, attempt, len(answers)))
             if seen is not None:
@@ -238,7 +241,7 @@ def _same_demos(seen: Seen, basis: _Basis) -> bool:
 
 def _own_adapter(seen: Seen, record: Record) -> Any:
     # That of dspy.Refine adds advice on an earlier attempt, which is no part of the predictor's own prompt.
-    if seen.adapter is record.adapter or type(seen.adapter).__module__ == "dspy.predict.refine":
+    if seen.adapter is record.adapter or type(seen.adapter).__module__ == REFINE:
         return None
     return seen.adapter or dspy.ChatAdapter()
 

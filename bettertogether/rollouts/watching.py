@@ -342,8 +342,8 @@ def watched_lm(lm: Any) -> Any:
 
 
 def note_response(entry: Mapping[str, Any]) -> None:
-    """What a watched LM does in place of keeping a history longer than the last answer of the run; `dspy.inspect_history`
-    finds all."""
+    """What a watched LM does in place of keeping a history of more than its last answer; `dspy.inspect_history` finds
+    each all the same."""
     if (record := _RECORD.get()) is not None:
         record.costs.append(cost_of(entry))
         if record.keeps_history:

@@ -133,7 +133,12 @@ def rows_from_traces(
     reasons = +dropped
     if not rows:
         raise NoTrainingDataError(_no_rows(traces, reasons))
-    warnings = [*_label_warnings(rows, labels), *_no_labels(trainset, output_names(student)), *_no_forms(forms)]
+    warnings = [
+        *_strangers(reasons[WHOLE_TRACE, STRANGER]),
+        *_label_warnings(rows, labels),
+        *_no_labels(trainset, output_names(student)),
+        *_no_forms(forms),
+    ]
     engines = {name: model.engine for name, model in trainable.items()}
     card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), forms=forms, warnings=warnings)
     apart = _held_out_traces(held_out, len(trainset)) if held_out else []
@@ -271,6 +276,15 @@ def _completion_of(
     shift = len(with_thoughts(call.thoughts, ""))
     moved = tuple(span._replace(start=span.start + shift, end=span.end + shift) for span in fields)
     return with_thoughts(call.thoughts, completion), moved
+
+
+def _strangers(calls: int) -> list[str]:
+    if not calls:
+        return []
+    return [
+        f"{calls} calls were of predictors that are none of the program's, such as one that forward makes: nothing is "
+        "learned from them, and no step changes them. Make them in __init__, as attributes."
+    ]
 
 
 def _label_warnings(rows: Sequence[Row], wanted: Sequence[str | None]) -> list[str]:

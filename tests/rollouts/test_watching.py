@@ -193,7 +193,7 @@ def test_of_several_attempts_the_chosen_ones_calls_are_the_programs(kind: Any, a
         Call("inner.remark", {"number": 0}, {"remark": remark}),
         Call("inner.decide", {"number": 0, "remark": remark}, {"parity": "even"}),
     )
-    assert run.strangers == (attempt if kind is dspy.Refine else 0), "a Refine asks for advice"
+    assert run.strangers == 0, "the advice that a Refine asks for is its own"
 
 
 @pytest.mark.parametrize("kind", [dspy.BestOfN, dspy.Refine])
@@ -358,6 +358,10 @@ def test_a_predictor_made_in_forward_is_a_counted_stranger() -> None:
     optimizer = LoRAFinetune(parity_match, num_samples=0, rescue=False)
     card = optimizer.collect(program, trainset=numbers(3)).card
     assert card.dropped_by_reason == {"call of a predictor that is none of the program's": 3}
+    assert card.warnings[0] == (
+        "3 calls were of predictors that are none of the program's, such as one that forward makes: nothing is learned "
+        "from them, and no step changes them. Make them in __init__, as attributes."
+    )
 
 
 def test_a_program_of_strangers_alone_has_no_rows_and_the_error_says_why() -> None:
