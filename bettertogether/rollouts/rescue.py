@@ -20,6 +20,16 @@ from pydantic.errors import PydanticUserError
 from ..programs.program import predictors_of
 
 
+def hint_for(program: dspy.Module, example: dspy.Example, labels: Collection[str]) -> dict[str, Any]:
+    """The labels that an example has; None is one where the program may answer it."""
+    fields = {name: info for p in predictors_of(program).values() for name, info in p.signature.output_fields.items()}
+    return {
+        name: example[name]
+        for name in labels
+        if name in example and (example[name] is not None or (name in fields and admits_none(fields[name].annotation)))
+    }
+
+
 def answering(program: dspy.Module, labels: Collection[str]) -> set[str]:
     """The predictors that answer one of the label fields."""
     return {n for n, p in predictors_of(program).items() if set(labels) & p.signature.output_fields.keys()}
@@ -112,6 +122,11 @@ def as_field(label: Any, annotation: Any) -> Any:
         return _text_of(label)
     found, value = _validated(label, annotation)
     return value if found else label
+
+
+def admits_none(annotation: Any) -> bool:
+    """Whether None is a value of a type: of an Optional, of a Literal that names it."""
+    return _validated(None, annotation) == (True, None)
 
 
 def _is_of_type(value: Any, annotation: Any) -> bool:

@@ -22,7 +22,7 @@ from .labels import label_fields, labels_of, output_names
 from .metrics import Metric, Verdict, judge, require_metric, with_trace
 from .parallel import parallel_map, thread_count
 from .replay import Answer, snapshot
-from .rescue import has_leads, talks_about_hint
+from .rescue import has_leads, hint_for, talks_about_hint
 from .rollout import Attempt, Call, Rollout, Source
 from .runner import Runner
 from .settings import RunSettings
@@ -369,7 +369,11 @@ class _Tries:
 
     def rescue(self) -> None:
         """For the predictors before the answer, then for it."""
-        hints = {index: hint for index in self._unsolved() if (hint := _hint(self.examples[index], self.label_names))}
+        hints = {
+            index: hint
+            for index in self._unsolved()
+            if (hint := hint_for(self.program, self.examples[index], self.label_names))
+        }
         if has_leads(self._sampler, self.label_names):
             self._add(self._sampler, {i: Attempt("rescue", 1, narrow=hint, leads=True) for i, hint in hints.items()})
         failed = set(self._unsolved())
@@ -388,7 +392,3 @@ class _Tries:
         """Make one attempt at each of these examples."""
         if attempts:
             self.traces += self.options.over(program, self.examples, list(attempts.items()), self.labels)
-
-
-def _hint(example: dspy.Example, fields: Sequence[str]) -> dict[str, Any]:
-    return {name: example[name] for name in fields if example.get(name) is not None}

@@ -13,11 +13,11 @@ from typing import Any
 import dspy
 from dspy.adapters.chat_adapter import ChatAdapter
 from dspy.adapters.decision import resolve_adapter
-from dspy.adapters.utils import annotation_allows_none
 from dspy.lm15 import Request
 
 from ..engines.protocol import ChatMessage, FieldSpan, LocalEngine
 from ..errors import DataError
+from ..rollouts.rescue import admits_none
 
 PLACEHOLDER = "value-of-the-field"
 """Stands for a value while it is looked where an adapter writes that."""
@@ -97,7 +97,7 @@ def render_completion(
     missing = [
         name
         for name, info in processed.output_fields.items()
-        if outputs.get(name) is None and not annotation_allows_none(info.annotation)
+        if outputs.get(name) is None and not admits_none(info.annotation)
     ]
     if missing:
         raise DataError(f"output fields missing: {missing}")

@@ -10,7 +10,7 @@ import dspy
 import pytest
 from fakes import numbers, parity_engine, parity_match, parity_program, plain_lm, reply
 
-from bettertogether.rollouts.rescue import as_field, hint_of, narrow_signatures
+from bettertogether.rollouts.rescue import as_field, hint_for, hint_of, narrow_signatures
 from bettertogether.steps.rows_from_traces import Collected
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeEngine, FakeRequest
@@ -159,6 +159,25 @@ def test_an_answer_in_the_labels_own_spelling_is_a_row_in_the_fields_spelling() 
     examples = [dspy.Example(q="a", y="Positive").with_inputs("q")]
     (row,) = LoRAFinetune(lenient, num_samples=0).collect(program, trainset=examples).rows
     assert row.completion == "[[ ## y ## ]]\npositive\n\n[[ ## completed ## ]]\n"
+
+
+@pytest.mark.parametrize(("annotation", "wrong"), [(int | None, 1), (Literal["a", None], "a")])
+def test_none_is_a_label_where_it_is_a_value_of_the_field(annotation: Any, wrong: Any) -> None:
+    def answer(request: FakeRequest) -> str:
+        return reply(request, y=None if "is known: `y` = None." in request.system else wrong)
+
+    def same(example: Any, prediction: Any, trace: Any = None) -> bool:
+        return bool(example.y == prediction.y)
+
+    examples = [dspy.Example(q="a", y=None).with_inputs("q")]
+    program = program_of(annotation, FakeEngine(answer))
+    (row,) = LoRAFinetune(same, num_samples=0).collect(program, trainset=examples).rows
+    assert (row.source, row.completion) == ("rescue", "[[ ## y ## ]]\nNone\n\n[[ ## completed ## ]]\n")
+
+
+def test_none_is_no_label_of_a_field_that_has_no_such_value() -> None:
+    program = program_of(str, FakeEngine(lambda request: "a"))
+    assert hint_for(program, dspy.Example(q="a", y=None, x=None), ["y", "x"]) == {}
 
 
 def test_the_hint_is_of_the_fields_that_the_program_answers() -> None:
