@@ -140,16 +140,27 @@ class SlotPass:
             kind = AttentionKind(kind.scale, None, kind.softcap)
         out_T_H_D, log_sum_T_H = self._attend_own(layer, q_H_T_D, kind)
         for groups in self._groups:
-            part_T_H_D, part_log_sum_T_H = torch.zeros_like(out_T_H_D), torch.full_like(log_sum_T_H, float("-inf"))
-            for group in groups:
-                self._attend_prefix(group, layer, q_H_T_D, kind, part_T_H_D, part_log_sum_T_H)
+            part_T_H_D, part_log_sum_T_H = self._attend_prefixes(groups, layer, q_H_T_D, kind)
             out_T_H_D = merge(part_T_H_D, part_log_sum_T_H, out_T_H_D, log_sum_T_H)
-            log_sum_T_H = torch.logaddexp(part_log_sum_T_H, log_sum_T_H)
+            if groups is not self._groups[-1]:
+                log_sum_T_H = torch.logaddexp(part_log_sum_T_H, log_sum_T_H)
         return out_T_H_D
 
-    def _attend_prefix(
-        self, group: _Group, layer: int, q_H_T_D: Tensor, kind: AttentionKind, out_T_H_D: Tensor, log_sum_T_H: Tensor
-    ) -> None:
+    def _attend_prefixes(
+        self, groups: Sequence[_Group], layer: int, q_H_T_D: Tensor, kind: AttentionKind
+    ) -> tuple[Tensor, Tensor]:
+        parts = [self._attend_prefix(group, layer, q_H_T_D, kind) for group in groups]
+        tokens, heads, dim = q_H_T_D.shape[1], *parts[0][0].shape[1:]
+        if len(parts[0][0]) == tokens:
+            return parts[0]
+        out_T_H_D = q_H_T_D.new_zeros(tokens, heads, dim)
+        log_sum_T_H = torch.full((tokens, heads), float("-inf"), device=self.device)
+        for group, (out_N_H_D, log_sum_N_H) in zip(groups, parts, strict=True):
+            out_T_H_D[group.start : group.stop] = out_N_H_D
+            log_sum_T_H[group.start : group.stop] = log_sum_N_H
+        return out_T_H_D, log_sum_T_H
+
+    def _attend_prefix(self, group: _Group, layer: int, q_H_T_D: Tensor, kind: AttentionKind) -> tuple[Tensor, Tensor]:
         q_H_N_D = q_H_T_D[:, group.start : group.stop]
         heads, tokens, _ = q_H_N_D.shape
         first = group.prefix.start
@@ -163,34 +174,37 @@ class SlotPass:
             visible_N_P[:, -1] = True
             mask = hidden(visible_N_P).repeat(heads // key_heads, 1)[None, None]
         out, log_sum = partial_attention(by_key_head(q_H_N_D, key_heads), k_K_P_D[None], v_K_P_D[None], kind, mask)
-        out_T_H_D[group.start : group.stop] = out.reshape(heads, tokens, -1).transpose(0, 1)
         log_sum_N_H = log_sum.reshape(heads, tokens).t()
         if seen_N is not None:
             log_sum_N_H = log_sum_N_H.masked_fill(~seen_N[:, None], float("-inf"))
-        log_sum_T_H[group.start : group.stop] = log_sum_N_H
+        return out.reshape(heads, tokens, -1).transpose(0, 1), log_sum_N_H
 
     def _attend_own(self, layer: int, q_H_T_D: Tensor, kind: AttentionKind) -> tuple[Tensor, Tensor]:
         q_T_H_D = q_H_T_D.transpose(0, 1)
-        tokens, heads, _ = q_T_H_D.shape
-        key_heads, dim = self.slots.keys[layer].shape[1], self.slots.values[layer].shape[3]
+        parts = [self._attend_block(number, layer, q_T_H_D, kind) for number in range(len(self._blocks))]
+        if self._blocks[0].answers is None:
+            return parts[0]
+        tokens, heads, dim = len(q_T_H_D), *parts[0][0].shape[1:]
         out_T_H_D = q_T_H_D.new_empty(tokens, heads, dim)
         log_sum_T_H = torch.empty(tokens, heads, device=self.device)
-        for number, block in enumerate(self._blocks):
-            slots, width = block.tokens.shape
-            k_M_K_L_D = self.slots.keys[layer][block.slots][:, :, : block.keys]
-            v_M_K_L_D = self.slots.values[layer][block.slots][:, :, : block.keys]
-            q_M_N_K_G_D = q_T_H_D[block.tokens.flatten()].view(slots, width, key_heads, heads // key_heads, -1)
-            q_M_K_GN_D = q_M_N_K_G_D.permute(0, 2, 3, 1, 4).reshape(slots, key_heads, heads // key_heads * width, -1)
-            mask = self._own_mask(number, kind.window, heads // key_heads)
-            out, log_sum = partial_attention(q_M_K_GN_D, k_M_K_L_D, v_M_K_L_D, kind, mask)
-            out_A_H_D = out.reshape(slots, heads, width, dim).transpose(1, 2).reshape(-1, heads, dim)
-            log_sum_A_H = log_sum.reshape(slots, heads, width).transpose(1, 2).reshape(-1, heads)
-            if block.answers is None:
-                return out_A_H_D, log_sum_A_H
+        for block, (out_A_H_D, log_sum_A_H) in zip(self._blocks, parts, strict=True):
             target_A = block.tokens.flatten()[block.answers]
-            out_T_H_D[target_A] = out_A_H_D[block.answers]
-            log_sum_T_H[target_A] = log_sum_A_H[block.answers]
+            out_T_H_D[target_A], log_sum_T_H[target_A] = out_A_H_D[block.answers], log_sum_A_H[block.answers]
         return out_T_H_D, log_sum_T_H
+
+    def _attend_block(self, number: int, layer: int, q_T_H_D: Tensor, kind: AttentionKind) -> tuple[Tensor, Tensor]:
+        block, heads = self._blocks[number], q_T_H_D.shape[1]
+        slots, width = block.tokens.shape
+        k_M_K_L_D = self.slots.keys[layer][block.slots, :, : block.keys]
+        v_M_K_L_D = self.slots.values[layer][block.slots, :, : block.keys]
+        key_heads, dim = k_M_K_L_D.shape[1], v_M_K_L_D.shape[3]
+        q_A_H_D = q_T_H_D if block.answers is None else q_T_H_D[block.tokens.flatten()]
+        q_M_N_K_G_D = q_A_H_D.view(slots, width, key_heads, heads // key_heads, -1)
+        q_M_K_GN_D = q_M_N_K_G_D.permute(0, 2, 3, 1, 4).reshape(slots, key_heads, heads // key_heads * width, -1)
+        mask = self._own_mask(number, kind.window, heads // key_heads)
+        out, log_sum = partial_attention(q_M_K_GN_D, k_M_K_L_D, v_M_K_L_D, kind, mask)
+        out_A_H_D = out.reshape(slots, heads, width, dim).transpose(1, 2).reshape(-1, heads, dim)
+        return out_A_H_D, log_sum.reshape(slots, heads, width).transpose(1, 2).reshape(-1, heads)
 
     def _own_mask(self, number: int, window: int | None, repeats: int) -> Tensor:
         """Mask of a block, [M, 1, G * N, L]; the same in every layer with the same window."""
