@@ -156,8 +156,8 @@ class PolicyFinetune(AdapterStep):
         warnings = () if written else (_unchanged(state),)
         for warning in warnings:
             events.warn(warning)
-        program = self._tuned(student, trainable, starts | {key: model for key, (model, _) in written.items()})
-        if self.policy.fade_demos:
+        program = self._tuned(student, trainable, {key: model for key, (model, _) in written.items()})
+        if self.policy.fade_demos and written:
             for name in trainable:
                 predictors_of(program)[name].demos = []
         return StepResult(
@@ -267,6 +267,6 @@ def _gain(state: RunState) -> float | None:
 
 def _unchanged(state: RunState) -> str:
     return (
-        f"No step scored as high on the examples held out as the program before them ({state.best_score:.3f}), which "
-        "is given back as it was. Lower the learning rate, give more steps or examples, or a larger group_size."
+        f"No step scored as high on the examples held out as what it started from ({state.best_score:.3f}): the "
+        "program is given back as it was. Lower the learning rate, give more steps or examples, or a larger group_size."
     )

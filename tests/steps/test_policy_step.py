@@ -10,7 +10,7 @@ from typing import Any, Literal
 import dspy
 import pytest
 from fakes import numbers, parity_engine, parity_match, parity_program
-from small_models import PACKED, byte_tokenizer, random_model
+from small_models import PACKED, byte_tokenizer, random_model, save_adapter
 
 from bettertogether import BetterTogether, Budget, PolicyConfig, PolicyFinetune
 from bettertogether.callbacks import Callback, events
@@ -253,15 +253,22 @@ def test_examples_whose_runs_are_alike_are_replaced_by_others(engine: Transforme
     assert [(line.examples, line.kept_groups, line.groups) for line in details_of(step).history[1:]] == [(4, 1, 4)] * 2
 
 
-def test_what_does_worse_than_before_is_not_taken(engine: TransformersEngine, tmp_path: Path) -> None:
+def test_what_does_worse_than_before_is_not_taken_and_adapter_and_demos_stay_as_they_were(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
     def is_d_when_scored(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
         return float(prediction.letter == ("d" if example.word > "w3" else "a"))
 
-    step = PolicyFinetune(is_d_when_scored, folder=tmp_path, **QUICK)
-    program = tuned(step, program_of(engine))
-    assert program.lm.model == f"local/{engine.base_name}"
+    student = program_of(engine)
+    student.lm.model = engine.add_adapter(save_adapter(tmp_path / "before", seed=0))
+    student.demos = [dspy.Example(word="x", letter="a").with_inputs("word")]
+    policy = PolicyConfig(**{**POLICY, "fade_demos": True})
+    options = {**QUICK, "policy": policy, "start_from": "base"}
+    step = PolicyFinetune(is_d_when_scored, folder=tmp_path / "after", **options)
+    program = tuned(step, student)
+    assert (program.lm.model, program.demos) == (student.lm.model, student.demos)
     assert details_of(step).best_step == 0
-    assert re.search(r"No step scored as high .* \(1\.000\), which is given back as it was", step.warnings[0])
+    assert re.search(r"No step scored as high .* \(1\.000\): the program is given back as it was", step.warnings[0])
 
 
 def same(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
