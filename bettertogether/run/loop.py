@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 import traceback
@@ -294,7 +295,10 @@ class Loop:
         events.warn(text)
 
     def _full_mark(self) -> float:
-        return max([FULL_MARK, *(each for each in self.plan.thresholds.values() if each is not None)])
+        """The score that can't be bettered, as far as it is known: of a metric that goes above 1 by the thresholds."""
+        marks = [each for each in self.plan.thresholds.values() if each is not None]
+        highest = max((score for record in self.records for score in record.scores or ()), default=0.0)
+        return max([FULL_MARK, *marks]) if marks or highest <= FULL_MARK else math.inf
 
     def _end(
         self,

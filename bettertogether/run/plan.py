@@ -60,8 +60,10 @@ class Plan:
 
     @property
     def thresholds(self) -> dict[str, float | None]:
-        """Key to the score from which an example counts as solved, of the steps that are ours; None: the full mark."""
-        return {key: step.threshold for key, step in self.optimizers.items() if isinstance(step, Step)}
+        """Key to the score from which an example counts as solved, of the steps of ours that learn from such examples;
+        None: the full mark."""
+        ours = {key: step for key, step in self.optimizers.items() if isinstance(step, Step)}
+        return {key: step.threshold for key, step in ours.items() if step.learns_from_solved}
 
     @property
     def strategy(self) -> str:

@@ -16,6 +16,7 @@ from ..programs.copies import copy_program
 from ..programs.program import copy_for_step, predictors_of
 from ..records import Ledger
 from ..rollouts.labels import stratified_split
+from ..rollouts.metrics import FULL_MARK
 from ..rollouts.rollout import Attempt
 from ..rollouts.traces import ExamplePass, Trace, TraceSet
 from ..steps.adapter_step import AdapterStep
@@ -114,7 +115,9 @@ class _Runs:
     def __init__(self, plan: Plan, examples: Sequence[dspy.Example]) -> None:
         thresholds = [mark for mark in plan.thresholds.values() if mark is not None]
         settings = replace(plan.settings, store=None)
-        self._pass = ExamplePass(plan.metric, min(thresholds, default=None), settings, phase="probe")
+        # Where no step has to know which examples are solved, any number will do.
+        mark = None if plan.thresholds else FULL_MARK
+        self._pass = ExamplePass(plan.metric, min(thresholds, default=mark), settings, phase="probe")
         self._examples = examples
         self.traces: list[Trace] = []
 

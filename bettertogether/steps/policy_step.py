@@ -61,6 +61,8 @@ class PolicyFinetune(AdapterStep):
         folder: Where adapters are written; None: the cache.
     """
 
+    learns_from_solved = False
+
     def __init__(
         self,
         metric: Metric,

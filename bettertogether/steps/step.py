@@ -75,6 +75,9 @@ class Step(ABC):
 
     threshold: float | None = None
     """Score from which an example counts as solved; None: the full mark."""
+    learns_from_solved = True
+    """Whether it matters to it which examples count as solved; a step that learns from scores as they are has no use
+    for a threshold."""
     demos = 0
     """Demos that its prompts show, at most; 0: it searches none."""
     last: StepResult | None = None

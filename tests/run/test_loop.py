@@ -378,6 +378,16 @@ def test_a_metric_above_one_with_thresholds_is_scored_in_its_unit(engine: FakeEn
     assert max(record.score or 0 for record in report.rounds) > 1
 
 
+def test_a_metric_above_one_needs_no_threshold_where_steps_learn_from_scores_as_they_are(engine: FakeEngine) -> None:
+    class Rewarded(BootstrapFewShotRS):
+        learns_from_solved = False
+
+    five = lambda e, p, trace=None: 5.0  # noqa: E731
+    compiled = compile_(engine, "a", metric=five, optimizers={"a": Rewarded(five, threshold=5)})
+    assert rounds(compiled) == [("", "complete"), ("a", "complete")]
+    assert "each of the 20 examples scores 5, so nothing can be told apart by it" in compiled.report.warnings[0]
+
+
 def test_a_student_that_raises_on_too_many_examples_ends_the_run() -> None:
     def broken(e: Any, p: Any, trace: Any = None) -> float:
         raise KeyError("gold")

@@ -348,8 +348,13 @@ def test_the_best_step_is_chosen_on_part_of_a_large_trainset_or_on_the_valset() 
     assert held_out(PolicyFinetune(is_a, validation_share=0), words(200), words(50, start=200)) == (200, 0)
 
 
-def test_an_estimate_counts_its_runs_and_its_training(engine: TransformersEngine) -> None:
-    optimizer = BetterTogether(is_a, r=PolicyFinetune(is_a, **SHORT))
+def test_an_estimate_counts_its_runs_and_its_training_whatever_the_scale_of_the_metric(
+    engine: TransformersEngine,
+) -> None:
+    def of_ten(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
+        return 10 - 5 * is_a(example, prediction)
+
+    optimizer = BetterTogether(of_ten, r=PolicyFinetune(of_ten, **SHORT))
     found = optimizer.estimate(program_of(engine), trainset=words(40), valset=words(4, start=40), strategy="r")
     assert found.rounds[1].likely.program_calls == 2 * 2 * 6 + 2 * 4 + 4
     assert found.rounds[1].likely.trained_tokens > 0
