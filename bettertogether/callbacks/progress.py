@@ -56,6 +56,8 @@ class ProgressState:
     def _clear_phase(self, phase: str, started_s: float) -> None:
         self._phase, self._phase_started_s = phase, started_s
         self._done = self._total = self._tokens = 0
+        self._done_before = self._tokens_before = 0
+        """What an earlier sitting did of it."""
 
     @property
     def elapsed_s(self) -> float:
@@ -85,15 +87,25 @@ class ProgressState:
         with self._lock:
             line = event["progress"]
             self._training = event
-            self._advance(f"training {event.get('adapter', '')}".strip(), line.step, line.total_steps)
+            if "rewards" in event:
+                # Told between the passes over examples that the training consists of.
+                self._event_s = self._clock()
+                return
+            begins = self._advance(f"training {event.get('adapter', '')}".strip(), line.step, line.total_steps)
+            if begins and line.step > 1:
+                self._phase_started_s = self._event_s
+                self._done_before, self._tokens_before = line.step, line.tokens
             self._tokens = line.tokens
 
-    def _advance(self, phase: str, done: int, total: int) -> None:
-        if phase != self._phase or done < self._done:
+    def _advance(self, phase: str, done: int, total: int) -> bool:
+        """Take what is done of a phase, and tell whether it is one that begins."""
+        begins = phase != self._phase or done < self._done
+        if begins:
             # A phase began when the event before its first one came: what is reported is work that is done.
             self._clear_phase(phase, self._event_s)
         self._event_s = self._clock()
         self._done, self._total = done, total
+        return begins
 
     def step_end(self, event: StepEndEvent) -> None:
         with self._lock:
@@ -123,10 +135,11 @@ class ProgressState:
     def _rate_texts(self) -> list[str]:
         spent_s = self._event_s - self._phase_started_s
         texts = []
-        if self._tokens and spent_s > 0:
-            texts.append(f"{self._tokens / spent_s:,.0f} tokens/s")
-        if 0 < self._done < self._total:
-            texts.append(f"about {time_text(spent_s / self._done * (self._total - self._done))} left in this phase")
+        tokens, done = self._tokens - self._tokens_before, self._done - self._done_before
+        if tokens and spent_s > 0:
+            texts.append(f"{tokens / spent_s:,.0f} tokens/s")
+        if done > 0 and self._done < self._total:
+            texts.append(f"about {time_text(spent_s / done * (self._total - self._done))} left in this phase")
         return texts + self._run_left_texts()
 
     def _run_left_texts(self) -> list[str]:

@@ -17,8 +17,9 @@ from fakes import learner, numbers, parity_engine, parity_match, parity_program
 from bettertogether import BetterTogether, BootstrapFewShotRS, evaluate
 from bettertogether.callbacks import Callback, ProgressDisplay, emit, listening, warn
 from bettertogether.errors import ConfigError
-from bettertogether.records import Ledger, StepRecord
+from bettertogether.records import Ledger, RewardLine, StepRecord
 from bettertogether.report import CompileReport
+from bettertogether.training.progress import TrainingProgress
 
 EVIL = "p\x1b]52;c;ZXZpbA==\x07\x1b[2J\r\nq"
 
@@ -261,6 +262,41 @@ def test_the_time_left_of_the_run_is_told_once_every_kind_of_step_was_timed() ->
         clock.now_s += 15
         emit("progress", {"phase": "score", "done": 1, "total": 9})
     assert "about 0:45 left in all" in file.getvalue()
+
+
+def training_line(step: int, rewards: RewardLine | None = None) -> None:
+    done: dict[str, Any] = {"step": step, "epoch": step / 8, "tokens": 1000 * step}
+    line = TrainingProgress(**done, total_steps=40, loss=1.0, validation_loss=None, learning_rate=1e-4)
+    emit("training", {"progress": line} if rewards is None else {"progress": line, "rewards": rewards})
+
+
+def test_of_a_training_that_goes_on_rate_and_time_left_are_those_of_this_sitting() -> None:
+    clock, file = Clock(), io.StringIO()
+    with listening([ProgressDisplay(file=file, interval_s=0, clock=clock)]):
+        emit("run_start", {"strategy": "w", "rounds": ["", "w"]})
+        for step in (20, 21, 22):
+            clock.now_s += 10
+            training_line(step)
+    assert file.getvalue().splitlines()[1:] == [
+        "[bettertogether 0:10] training 20/40, loss 1.000",
+        "[bettertogether 0:20] training 21/40, 100 tokens/s, about 3:10 left in this phase, loss 1.000",
+        "[bettertogether 0:30] training 22/40, 100 tokens/s, about 3:00 left in this phase, loss 1.000",
+    ]
+
+
+def test_a_step_of_learning_from_rewards_is_told_within_its_passes_over_examples() -> None:
+    clock, file = Clock(), io.StringIO()
+    with listening([ProgressDisplay(file=file, interval_s=0, clock=clock)]):
+        emit("run_start", {"strategy": "w", "rounds": ["", "w"]})
+        for step in (1, 2):
+            clock.now_s += 10
+            emit("progress", {"phase": f"step {step} of 40", "done": 8, "total": 8, "tokens": 1000})
+            clock.now_s += 10
+            training_line(step, rewards=RewardLine(step, reward=0.5, kept_groups=1, groups=2))
+    assert file.getvalue().splitlines()[2::2] == [
+        "[bettertogether 0:20] step 1 of 40 8/8, 50 tokens/s, loss 1.000, reward 0.500, 1 of 2 groups differ in reward",
+        "[bettertogether 0:40] step 2 of 40 8/8, 50 tokens/s, loss 1.000, reward 0.500, 1 of 2 groups differ in reward",
+    ]
 
 
 class Terminal(io.StringIO):
