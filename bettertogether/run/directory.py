@@ -40,6 +40,9 @@ PER_STEP = frozenset({"optimizers", "compile_args"})
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError)
 """What reading a damaged file raises."""
 
+UNSCORED = "unscored.json"
+"""What a step gave whose round is being scored."""
+
 _LOCKS = ("lock", "lock.owner")
 _TEMPORARY = re.compile(r"\..+\.tmp")
 _SHOWN = 120
@@ -107,6 +110,8 @@ class RunDirectory:
             records = _read_records(folder / "records.jsonl")
             noted = _going_on(folder, header["run"], asked, records)
             if noted != header["run"]:
+                # What a step gave that may have had other options.
+                (folder / UNSCORED).unlink(missing_ok=True)
                 header = {**header, "run": noted}
                 atomic_write(folder / "run.json", _pretty(header))
             _remove_temporary(folder)
@@ -139,15 +144,27 @@ class RunDirectory:
     def append(self, record: StepRecord) -> None:
         """Add a record; it is on disk when this returns. Raises RunDirectoryError and leaves the file as it was."""
         self._require_open()
-        try:
-            line = json_text(record.to_dict()) + "\n"
-        except (TypeError, ValueError) as error:
-            raise RunDirectoryError(
-                f"The record of step {record.index} ({record.strategy or 'student'}) is not JSON: {error}. Put only "
-                "numbers, text, lists and dicts in its details and program."
-            ) from error
-        append_line(self.path / "records.jsonl", line.encode("utf-8", "surrogatepass"))
+        append_line(self.path / "records.jsonl", _line(record))
         self._records.append(record)
+        if record.status == "complete":
+            (self.path / UNSCORED).unlink(missing_ok=True)
+
+    def set_aside(self, record: StepRecord) -> None:
+        """Keep what a step gave until `append` has its round with the scores."""
+        self._require_open()
+        atomic_write(self.path / UNSCORED, _line(record))
+
+    def unscored(self) -> StepRecord | None:
+        """What was set aside, by an earlier sitting too, and not appended since; None where there is none."""
+        try:
+            record = StepRecord.from_dict(json.loads((self.path / UNSCORED).read_bytes()))
+        except FileNotFoundError:
+            return None
+        except DAMAGE as error:
+            logger.warning("%s is damaged (%r): its step runs again.", self.path / UNSCORED, error)
+            return None
+        appended = {each.strategy for each in self._records if each.status == "complete"}
+        return None if record.strategy in appended else record
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file of the directory, whole or not at all; returns its path."""
@@ -285,6 +302,16 @@ def _differences(stored: Any, asked: Any, key: str = "") -> Iterator[tuple[str, 
             yield from _differences(stored.get(name), asked.get(name), inner)
     else:
         yield key, f"{key}: the directory has {stored!r:.{_SHOWN}}, this call has {asked!r:.{_SHOWN}}"
+
+
+def _line(record: StepRecord) -> bytes:
+    try:
+        return (json_text(record.to_dict()) + "\n").encode("utf-8", "surrogatepass")
+    except (TypeError, ValueError) as error:
+        raise RunDirectoryError(
+            f"The record of step {record.index} ({record.strategy or 'student'}) is not JSON: {error}. Put only "
+            "numbers, text, lists and dicts in its details and program."
+        ) from error
 
 
 def _read_records(path: Path) -> list[StepRecord]:

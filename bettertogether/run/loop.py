@@ -113,19 +113,19 @@ class Loop:
             self._restore(earlier)
             self._check_scale()
             return True
-        result = StepResult(self.plan.student, Ledger())
+        record = self._record(0, (), StepResult(self.plan.student, Ledger()), started)
         try:
             with events.listening([_BudgetWatch(self.meter)]):
                 scored = self._evaluate(self.plan.student, "untouched student")
         except BudgetExceeded as error:
             self.error = error
             # Not on disk, so that a larger budget scores the student.
-            self.records.append(self._record(0, (), result, None, started, {}))
+            self.records.append(record)
             text = f"The run ended while the untouched student was scored: {error}"
             self.warnings.append(f"{text} {self._how_to_go_on()}")
             events.emit("step_end", {"record": self.records[0]})
             return False
-        self._keep(self._record(0, (), result, scored, started, {}))
+        self._keep(_with_scores(record, scored, {}, started))
         self._check_scale()
         return True
 
@@ -166,15 +166,35 @@ class Loop:
         return False
 
     def _run(self, index: int, steps: Steps, started: float) -> None:
-        parent = self.programs[strategy.join(steps[:-1])]
-        result = self._step(index, steps, parent)
-        scored = self._evaluate(result.program, strategy.join(steps))
+        name, parent = strategy.join(steps), self.programs[strategy.join(steps[:-1])]
+        done = self._unscored(name)
+        if done is None:
+            result = self._step(index, steps, parent)
+            record, program = self._record(index, steps, result, started), result.program
+            self.directory.set_aside(record)
+        else:
+            record, program = done
+            started -= record.ledger.seconds
+        scored = self._evaluate(program, name)
         # A prompt step may change the strength of adapters, but trains none.
-        tuned = not isinstance(result.details, PromptDetails) and model_names(parent) != model_names(result.program)
+        tuned = not isinstance(record.details, PromptDetails) and model_names(parent) != record.models
         measured = self.plan.two_by_two and tuned and scored is not None
-        cells = self._two_by_two(parent, result.program) if measured else {}
-        self.programs[strategy.join(steps)] = result.program
-        self._keep(self._record(index, steps, result, scored, started, cells))
+        cells = self._two_by_two(parent, program) if measured else {}
+        self.programs[name] = program
+        self._keep(_with_scores(record, scored, cells, started))
+
+    def _unscored(self, name: str) -> tuple[StepRecord, dspy.Module] | None:
+        """What the step gave in an earlier sitting that ended while its round was scored."""
+        record = self.directory.unscored()
+        if record is None or record.strategy != name or record.program is None:
+            return None
+        try:
+            program = self._restoring.program(record)
+        except (BetterTogetherError, *DAMAGE) as error:
+            logger.warning("Step %r runs again, as what it gave can't be read any more: %s", name, error)
+            return None
+        logger.info("Step %r was done; its round is scored now.", name)
+        return record, program
 
     def _step(self, index: int, steps: Steps, parent: dspy.Module) -> StepResult:
         plan, key = self.plan, steps[-1]
@@ -236,32 +256,18 @@ class Loop:
         scored = self._evaluate_many([programs[cell] for cell in CELLS], "score the 2x2", "eval_2x2")
         return dict(zip(CELLS, scored, strict=True))
 
-    def _record(
-        self,
-        index: int,
-        steps: Steps,
-        result: StepResult,
-        scored: Evaluation | None,
-        started: float,
-        cells: Mapping[str, Evaluation],
-    ) -> StepRecord:
-        evaluations = [*([scored] if scored else []), *cells.values()]
-        ledger = Ledger.total([result.ledger, *(evaluation.ledger for evaluation in evaluations)])
+    def _record(self, index: int, steps: Steps, result: StepResult, started: float) -> StepRecord:
+        """Of a step whose round is not scored yet."""
         return StepRecord(
             index=index,
             step=steps[-1] if steps else "",
             strategy=strategy.join(steps),
             status="complete",
             why=self._why,
-            score=scored.mean if scored else None,
-            scores=scored.scores if scored else None,
-            failures=scored.failures if scored else (),
-            scored_example=scored_example(scored.traces) if scored and len(set(scored.scores)) == 1 else None,
             step_gain=result.step_gain,
-            ledger=ledger.with_seconds(time.monotonic() - started),
+            ledger=result.ledger.with_seconds(time.monotonic() - started),
             details=result.details,
-            warnings=(*result.warnings, *_cell_warnings(cells)),
-            two_by_two={cell: evaluation.scores for cell, evaluation in cells.items()} or None,
+            warnings=result.warnings,
             adapter_folders=adapter_folders(result.program),
             program=self._saved_prompts(steps, result.program),
             models=model_names(result.program),
@@ -342,6 +348,23 @@ class Loop:
                 ) from error
             self.programs[record.strategy] = program
         self._add(replace(record, index=len(self.records)))
+
+
+def _with_scores(
+    record: StepRecord, scored: Evaluation | None, cells: Mapping[str, Evaluation], started: float
+) -> StepRecord:
+    evaluations = [*([scored] if scored else []), *cells.values()]
+    ledger = Ledger.total([record.ledger, *(evaluation.ledger for evaluation in evaluations)])
+    return replace(
+        record,
+        score=scored.mean if scored else None,
+        scores=scored.scores if scored else None,
+        failures=scored.failures if scored else (),
+        scored_example=scored_example(scored.traces) if scored and len(set(scored.scores)) == 1 else None,
+        ledger=ledger.with_seconds(time.monotonic() - started),
+        warnings=(*record.warnings, *_cell_warnings(cells)),
+        two_by_two={cell: evaluation.scores for cell, evaluation in cells.items()} or None,
+    )
 
 
 def _cell_warnings(scored: Mapping[str, Evaluation]) -> list[str]:

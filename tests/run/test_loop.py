@@ -441,6 +441,46 @@ def test_the_report_does_not_depend_on_the_timing_of_threads(tmp_path: Path) -> 
     assert report(2) == first
 
 
+class CutOff(Callback):
+    """Interrupts the scoring of a round."""
+
+    def __init__(self, phase: str) -> None:
+        self.phase = phase
+
+    def on_progress(self, event: Any) -> None:
+        if event["phase"] == self.phase and event["done"] == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("phase", ["score p -> w", "score the 2x2"])
+def test_a_step_whose_scoring_was_cut_off_is_scored_by_the_next_call_and_not_run_again(
+    engine: FakeEngine, tmp_path: Path, phase: str
+) -> None:
+    few: dict[str, Any] = {"trainset": TRAIN[:8], "valset": VAL[:6]}
+    whole = compile_(engine, "p -> w", run_dir=tmp_path / "whole", **few)
+    assert len(engine.trainings) == 1
+    cut = compile_(engine, "p -> w", run_dir=tmp_path / "cut", callbacks=[CutOff(phase)], **few)
+    assert rounds(cut)[-1] == ("p -> w", "skipped")
+    again = compile_(engine, "p -> w", run_dir=tmp_path / "cut", **few)
+    assert len(engine.trainings) == 2
+    assert comparable(again.report, tmp_path / "cut") == comparable(whole.report, tmp_path / "whole")
+    assert again.report.rounds[2].ledger.metric_calls == whole.report.rounds[2].ledger.metric_calls
+    assert not (tmp_path / "cut" / "unscored.json").exists()
+
+
+def test_a_step_whose_scoring_was_cut_off_runs_again_with_other_options_or_when_its_file_is_damaged(
+    engine: FakeEngine, tmp_path: Path
+) -> None:
+    few: dict[str, Any] = {"trainset": TRAIN[:8], "valset": VAL[:6], "run_dir": tmp_path}
+    compile_(engine, "w", callbacks=[CutOff("score w")], **few)
+    few["optimizers"] = steps(w=LoRAFinetune(parity_match, num_samples=1, rescue=False))
+    compile_(engine, "w", callbacks=[CutOff("score w")], **few)
+    assert len(engine.trainings) == 2
+    (tmp_path / "unscored.json").write_text("{")
+    assert rounds(compile_(engine, "w", **few)) == [("", "complete"), ("w", "complete")]
+    assert len(engine.trainings) == 3
+
+
 def test_another_seed_gives_another_run(tmp_path: Path) -> None:
     reports = [compile_(parity_engine(learner), "p", seed=seed, run_dir=tmp_path / str(seed)).report for seed in (0, 1)]
     assert reports[0].rounds[1].details != reports[1].rounds[1].details
