@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from ..errors import ConfigError
 from ..printable import get_logger
-from ..records import RewardLine, StepRecord
+from ..records import Ledger, RewardLine, StepRecord
 
 if TYPE_CHECKING:
     from ..report.report import CompileReport
@@ -80,6 +80,8 @@ class ProgressEvent(TypedDict):
     """Prompt and generated tokens since the last event."""
     cost: NotRequired[float | None]
     """US dollars since the last event; None where the price of an LM is not known."""
+    ledger: NotRequired[Ledger]
+    """All that was spent since the last event, tokens and cost included."""
 
 
 class TrainingEvent(TypedDict):

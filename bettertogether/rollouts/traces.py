@@ -239,6 +239,7 @@ class ExamplePass:
             event: events.ProgressEvent = {"phase": self.phase, "done": done, "total": len(jobs)}
             event["tokens"] = trace.ledger.prompt_tokens + trace.ledger.generated_tokens
             event["cost"] = trace.ledger.cost
+            event["ledger"] = trace.ledger
             events.emit("progress", event)
             failed = failures[jobs[position][0]]
             if trace.failed:

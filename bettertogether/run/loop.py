@@ -43,16 +43,26 @@ class _BudgetWatch(events.Callback):
     def __init__(self, meter: BudgetMeter) -> None:
         self._meter = meter
         self._trained = 0
+        self._spent, self._started_s = Ledger(), time.monotonic()
+
+    @property
+    def spent(self) -> Ledger:
+        """Since it was made."""
+        return self._spent.with_seconds(time.monotonic() - self._started_s)
 
     def on_progress(self, event: events.ProgressEvent) -> None:
-        spent = Ledger(metric_calls=1, prompt_tokens=event.get("tokens", 0), cost=event.get("cost", 0.0))
-        self._meter.charge(spent)
-        self._meter.check()
+        # A run that failed before its metric was called counts as a call, too.
+        self._charge(replace(event.get("ledger", Ledger()), metric_calls=1))
 
     def on_training(self, event: events.TrainingEvent) -> None:
         tokens = event["progress"].tokens
-        self._meter.charge(Ledger(trained_tokens=max(0, tokens - self._trained)))
+        new = max(0, tokens - self._trained)
         self._trained = tokens
+        self._charge(Ledger(trained_tokens=new))
+
+    def _charge(self, ledger: Ledger) -> None:
+        self._spent += ledger
+        self._meter.charge(ledger)
         self._meter.check()
 
 
@@ -113,14 +123,14 @@ class Loop:
             self._restore(earlier)
             self._check_scale()
             return True
-        record = self._record(0, (), StepResult(self.plan.student, Ledger()), started)
+        record, watch = self._record(0, (), StepResult(self.plan.student, Ledger()), started), _BudgetWatch(self.meter)
         try:
-            with events.listening([_BudgetWatch(self.meter)]):
+            with events.listening([watch]):
                 scored = self._evaluate(self.plan.student, "untouched student")
         except BudgetExceeded as error:
             self.error = error
             # Not on disk, so that a larger budget scores the student.
-            self.records.append(record)
+            self.records.append(replace(record, ledger=watch.spent))
             text = f"The run ended while the untouched student was scored: {error}"
             self.warnings.append(f"{text} {self._how_to_go_on()}")
             events.emit("step_end", {"record": self.records[0]})
@@ -149,18 +159,18 @@ class Loop:
         if earlier is not None and earlier.program is not None:
             self._restore(earlier)
             return True
-        started = time.monotonic()
+        started, watch = time.monotonic(), _BudgetWatch(self.meter)
         try:
             self.meter.check()
-            with events.listening([_BudgetWatch(self.meter)]):
+            with events.listening([watch]):
                 self._run(index, steps, started)
             return True
         except BudgetExceeded as error:
-            self._end(index, steps, error, "skipped", str(error), started)
+            self._end(index, steps, error, "skipped", str(error), watch.spent)
         except KeyboardInterrupt as error:
-            self._end(index, steps, error, "skipped", f"interrupted. {self._how_to_go_on()}", started)
+            self._end(index, steps, error, "skipped", f"interrupted. {self._how_to_go_on()}", watch.spent)
         except Exception as error:
-            self._end(index, steps, error, "failed", traceback.format_exc(), started)
+            self._end(index, steps, error, "failed", traceback.format_exc(), watch.spent)
             if self.plan.on_step_error == "raise":
                 raise
         return False
@@ -313,7 +323,7 @@ class Loop:
         error: BaseException,
         status: Literal["failed", "skipped"],
         text: str,
-        started: float,
+        spent: Ledger,
     ) -> None:
         name = strategy.join(steps)
         record = StepRecord(
@@ -323,7 +333,7 @@ class Loop:
             status=status,
             why=self._why,
             error=masked(text),
-            ledger=Ledger(seconds=time.monotonic() - started),
+            ledger=spent,
         )
         self.error = error
         kind = type(error).__name__

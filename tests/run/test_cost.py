@@ -55,6 +55,7 @@ def test_a_budget_of_dollars_stops_between_two_examples() -> None:
     report = compile_(PRICE, "p", budget=Budget(cost=PRICE * (len(VAL) + 3))).report
     assert [record.status for record in report.rounds] == ["complete", "skipped"]
     assert "5.7500 of 5.75 USD" in str(report.rounds[1].error)
+    assert report.ledger.cost == 5.75
 
 
 def test_a_step_of_any_optimizer_is_one_unit_of_a_budget() -> None:

@@ -349,6 +349,8 @@ def test_the_budget_stops_the_run_with_the_best_so_far(engine: FakeEngine) -> No
     compiled = compile_(engine, budget=Budget(metric_calls=60))
     assert compiled.flag_compilation_error_occurred is False
     assert rounds(compiled) == [("", "complete"), ("p", "skipped")]
+    assert compiled.report.metric_calls == 60
+    assert compiled.report.rounds[1].ledger.generated_tokens > 0
     assert "The budget is used up: " in str(compiled.report.rounds[-1].error)
     assert len(engine.requests) <= 60 + 8 + 8
 
