@@ -52,7 +52,9 @@ class Ledger(Saved):
         return Ledger(**sums, cost=total_cost([each["cost"] for each in every]))
 
     def __add__(self, other: Ledger) -> Ledger:
-        return Ledger.total([self, other])
+        # Not `total`, which takes three times as long for two.
+        sums = {n: value + getattr(other, n) for n, value in vars(self).items() if n != "cost"}
+        return Ledger(**sums, cost=total_cost([self.cost, other.cost]))
 
     def times(self, factor: float) -> Ledger:
         """So many times the same work, its counts rounded."""
