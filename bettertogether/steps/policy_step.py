@@ -50,7 +50,7 @@ class PolicyFinetune(AdapterStep):
         metric: `(example, prediction, trace=None)` to a bool, a number or `Prediction(score, feedback)`: the reward.
             It is given no trace.
         policy: How to learn from rewards.
-        lora: Shape of the adapter.
+        lora: Shape of a new adapter; one that is trained further (`start_from`) keeps its own.
         training: AdamW, precision and memory; see `PolicyConfig` for what counts here.
         multitask: One adapter per LM, fed by all predictors that use it; False: one adapter per predictor.
         start_from: "current" goes on with the adapter in use; "base" trains a new one on the base weights.

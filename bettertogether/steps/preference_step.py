@@ -34,7 +34,7 @@ class PreferenceFinetune(TrainingStep):
 
     Args:
         metric: As for `LoRAFinetune`; it has to let some runs pass and others fail.
-        lora: Shape of the adapter.
+        lora: Shape of a new adapter; one that is trained further (`start_from`) keeps its own.
         training: How to train; `beta` and `nll_weight` are those of pairs.
         num_samples: New answers to each call of a run, at most three calls of a predictor in a run.
         temperature: One number above 0, or several used in turn.

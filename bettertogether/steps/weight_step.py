@@ -30,7 +30,7 @@ class LoRAFinetune(TrainingStep):
     Args:
         metric: `(example, prediction, trace=None)` to a bool, a number or `Prediction(score, feedback)`. It is given
             the trace. None accepts every run that does not fail.
-        lora: Shape of the adapter.
+        lora: Shape of a new adapter; one that is trained further (`start_from`) keeps its own.
         training: How to train.
         train_prompt: Prompts that the rows are shown with: "varied", the zero-shot prompt and prompts with demos of
             other examples, such as prompt steps search, and the tuned program keeps the prompts it had; "vanilla" (the

@@ -21,12 +21,15 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, ModelError, NotTrainableError
 from ..files import atomic_write
+from ..printable import get_logger
 from ._upstream import plain_name
 from .adapter_folder import WEIGHTS_FILE, read_adapter_config, read_tensors
 from .adapter_settings import CONFIG_FILE
 from .config import LoRAConfig
 from .sharing import all_whole, like
 from .targets import chosen_layers
+
+logger = get_logger(__name__)
 
 ADAPTER_NAME = "bettertogether_training"
 KEY_PREFIX = "base_model.model."
@@ -110,11 +113,20 @@ def training_adapter(
 ) -> Iterator[TrainableAdapter]:
     """Add a LoRA adapter for the block; afterwards, also after an exception, the model is exactly as before.
 
-    `start_from` continues an adapter: its weights and its own rank, scale and layers, whatever `lora` says. The
-    initial weights depend on `seed` alone. The global random state is left as it was.
+    `start_from` continues an adapter: its weights and its own rank, scale and layers, whatever `lora` says; another
+    rank that was asked for is told in the log. The initial weights depend on `seed` alone. The global random state is
+    left as it was.
     """
     base = _base_of(model)
     loaded = None if start_from is None else read_adapter(start_from)
+    if loaded is not None and lora.rank not in (loaded[0].r, LoRAConfig().rank):
+        logger.warning(
+            "%s is trained further, and keeps its rank %d: LoRAConfig(rank=%d) is for a new adapter, which "
+            "start_from='base' makes.",
+            start_from,
+            loaded[0].r,
+            lora.rank,
+        )
     config = _peft_config(lora, base, chosen_layers(base, lora.target_modules)) if loaded is None else loaded[0]
     snapshot = _Snapshot.take(model, base)
     try:

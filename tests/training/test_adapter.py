@@ -127,7 +127,9 @@ def test_the_adapter_config_names_the_base_and_the_layers_briefly(tmp_path: Path
     assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
-def test_start_from_brings_weights_and_shape(tmp_path: Path) -> None:
+def test_start_from_brings_weights_and_shape_and_another_rank_that_was_asked_for_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     lora = LoRAConfig(rank=3, target_modules=("v_proj",))
     with training_adapter(tiny_model(), lora, seed=0) as adapter:
         with torch.no_grad():
@@ -135,7 +137,10 @@ def test_start_from_brings_weights_and_shape(tmp_path: Path) -> None:
                 parameter.normal_()
         state = adapter.state()
         save_adapter(tmp_path, adapter.config, state)
-    with training_adapter(tiny_model(), LoRAConfig(rank=16), seed=5, start_from=tmp_path) as adapter:
+    with training_adapter(tiny_model(), LoRAConfig(), seed=5, start_from=tmp_path):
+        assert caplog.messages == []
+    with training_adapter(tiny_model(), LoRAConfig(rank=8), seed=5, start_from=tmp_path) as adapter:
+        assert "is trained further, and keeps its rank 3: LoRAConfig(rank=8) is for a new adapter" in caplog.text
         assert adapter.config.r == 3
         assert adapter.state().keys() == state.keys()
         assert all(torch.equal(value, state[key]) for key, value in adapter.state().items())
