@@ -126,7 +126,7 @@ class Plan:
             compile_args=compile_args,
             on_step_error=on_step_error,
             two_by_two=two_by_two,
-            warnings=(*warnings, *_unfound(student)),
+            warnings=(*warnings, *_unfound(student), *_unasked(teachers, used)),
         )
 
 
@@ -145,6 +145,16 @@ def _unfound(student: dspy.Module) -> list[str]:
         f"DSPy doesn't find the student's predictors {names}: it looks into a list or dict of a module, but not into "
         "one within that. set_lm gives them no LM, and no step changes them. Keep each as an attribute of a module, or "
         "in a list or dict that is one."
+    ]
+
+
+def _unasked(teachers: Collection[dspy.Module], optimizers: Mapping[str, Teleprompter]) -> list[str]:
+    asking = [each for each in optimizers.values() if not isinstance(each, Step) or each.asks_teachers]
+    if not teachers or asking:
+        return []
+    return [
+        f"The teacher is not asked: the steps {sorted(optimizers)} learn from the student's own answers alone. "
+        "BootstrapFewShotRS and LoRAFinetune learn from a teacher's runs."
     ]
 
 

@@ -62,6 +62,7 @@ class PolicyFinetune(AdapterStep):
     """
 
     learns_from_solved = False
+    asks_teachers = False
 
     def __init__(
         self,

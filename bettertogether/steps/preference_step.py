@@ -45,6 +45,7 @@ class PreferenceFinetune(TrainingStep):
     """
 
     learns_pairs = True
+    asks_teachers = False
 
     def __init__(
         self,

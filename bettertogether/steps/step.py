@@ -78,6 +78,8 @@ class Step(ABC):
     learns_from_solved = True
     """Whether it matters to it which examples count as solved; a step that learns from scores as they are has no use
     for a threshold."""
+    asks_teachers = True
+    """Whether it learns from a teacher's runs, where there is one."""
     demos = 0
     """Demos that its prompts show, at most; 0: it searches none."""
     last: StepResult | None = None

@@ -183,6 +183,17 @@ def test_an_lm_that_can_not_be_trained_is_an_error_before_any_work() -> None:
     assert program.remark.lm.engine.fake.requests == []
 
 
+def test_a_teacher_that_no_step_asks_is_told() -> None:
+    teacher, student = two_step_program(FakeEngine(answer)), two_step_program(FakeEngine(answer))
+    given: dict[str, Any] = {"trainset": numbers(2), "valset": numbers(2, start=4), "teacher": teacher}
+    optimizer = BetterTogether(parity_match, r=step(), w=LoRAFinetune(parity_match, num_samples=0, rescue=False))
+    report = optimizer.compile(student, strategy="r", progress=False, **given).report
+    assert "The teacher is not asked: the steps ['r'] learn from the student's own answers alone" in report.warnings[1]
+    assert teacher.remark.lm.engine.requests == []
+    report = optimizer.compile(student, strategy="w", progress=False, **given).report
+    assert "The teacher is not asked" not in "".join(report.warnings)
+
+
 def test_a_preference_step_goes_on_with_the_weights_and_prompts_of_the_steps_before(tmp_path: Path) -> None:
     engine = FakeEngine(answer)
     w = LoRAFinetune(parity_match, num_samples=0, rescue=False, branches=2, max_traces_per_example=1)
