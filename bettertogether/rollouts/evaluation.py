@@ -14,8 +14,9 @@ from dspy.utils.callback import with_callbacks
 from ..callbacks import events
 from ..callbacks.display import EvaluationDisplay
 from ..checks import require_switch
-from ..errors import ConfigError, ProgramError
+from ..errors import ConfigError, DataError, ProgramError
 from ..printable import printable
+from ..programs.content import dataset_hash
 from ..records import Failure, Ledger, failure_text
 from ..report.intervals import mean_interval, paired_interval
 from .examples import check_examples
@@ -173,21 +174,30 @@ def _evaluation(traces: tuple[Trace, ...]) -> Evaluation:
 def compare(evaluations: Mapping[str, Evaluation]) -> str:
     """A line for each evaluation: its mean with a 95% interval, and from the second on its gain over the first on the
     same examples, with a paired 95% interval; and how many examples failed, by kind. Scores in the metric's unit.
-    Raises ConfigError, and DataError for evaluations of other numbers of examples."""
+    Raises ConfigError, and DataError for evaluations of other examples."""
     if not isinstance(evaluations, Mapping) or not evaluations:
         raise ConfigError(f"evaluations={evaluations!r:.100} is not allowed: give a dict from a name to an Evaluation.")
     for name, evaluation in evaluations.items():
         if not isinstance(name, str) or not isinstance(evaluation, Evaluation):
             raise ConfigError(f"evaluations[{name!r}]={evaluation!r:.100} is not allowed: give an Evaluation by name.")
-    first = next(iter(evaluations.values()))
+    first_name, first = next(iter(evaluations.items()))
     width = max(map(len, evaluations))
     lines = []
     for name, evaluation in evaluations.items():
         low, high = mean_interval(evaluation.scores)
         line = f"{name:<{width}}  {evaluation.mean:.3f} [{low:.3f}, {high:.3f}]"
         if evaluation is not first:
+            if evaluation.traces and first.traces and _examples(evaluation) != _examples(first):
+                raise DataError(
+                    f"evaluations[{name!r}] and evaluations[{first_name!r}] are not of the same examples: evaluate "
+                    "both programs on one list, in one order."
+                )
             low, high = paired_interval(evaluation.scores, first.scores)
             line += f"   gain {evaluation.mean - first.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
         failed = failure_text(evaluation.failures)
         lines.append(f"{line}   failed: {failed}" if failed else line)
     return printable("\n".join(lines))
+
+
+def _examples(evaluation: Evaluation) -> str:
+    return dataset_hash(trace.example for trace in evaluation.traces)

@@ -176,6 +176,14 @@ def test_a_name_can_not_steer_the_terminal() -> None:
     assert compare({"a\x1b[2J": Evaluation((1.0,), Ledger())}).startswith(r"a\x1b[2J  1.000")
 
 
+@pytest.mark.parametrize("others", [numbers(4, start=1), numbers(5), numbers(4)[::-1]])
+def test_evaluations_of_other_examples_or_in_another_order_are_not_compared(others: list[dspy.Example]) -> None:
+    program = parity_program(parity_engine(lambda *_: True))
+    before, after = (evaluate(program, each, parity_match, progress=False) for each in (numbers(4), others))
+    with pytest.raises(DataError, match=r"\['after'\] and evaluations\['before'\] are not of the same examples"):
+        compare({"before": before, "after": after})
+
+
 def test_what_a_metric_changes_of_its_arguments_changes_no_score_and_no_example() -> None:
     def metric(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
         prediction.parity = prediction.parity[::-1]
