@@ -176,7 +176,8 @@ def policy_session(
             learning, within = PolicyTraining(stepper, policy), ModelState.of(model)
             before.restore()
         try:
-            with tempfile.TemporaryDirectory(prefix="policy-", dir=folder) as scratch:
+            # By a name that a run's directory clears away after a kill.
+            with tempfile.TemporaryDirectory(prefix=".policy-", suffix=".tmp", dir=folder) as scratch:
                 session = Session(host, model, within, learning, adapter_round(name) + 1, folder, Path(scratch))
                 try:
                     yield session

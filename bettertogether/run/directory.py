@@ -224,8 +224,8 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _remove_temporary(folder: Path) -> None:
-    """Remove what a kill in the middle of a write left: files of `atomic_write`, folders of an artifact saved here and
-    of rows that were trained on."""
+    """Remove what a kill left: files of `atomic_write`, folders of an artifact saved here, of rows that were trained on
+    and of adapters that were learning from rewards."""
     adapters = folder / "adapters"
     with disk_errors(folder):
         for leftover in [*folder.iterdir(), *(adapters.iterdir() if adapters.is_dir() else ())]:

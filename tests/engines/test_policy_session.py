@@ -92,6 +92,8 @@ def test_each_change_of_the_weights_has_a_name_of_its_own_and_nothing_is_written
         step(engine, session, 0, best="d")
         assert session.model != first
         assert [path for path in (tmp_path / "adapters").rglob("*") if path.is_file()] == []
+        (scratch,) = (tmp_path / "adapters").iterdir()
+        assert re.fullmatch(r"\.policy-\w+\.tmp", scratch.name)
         with pytest.raises(UnknownAdapterError):
             engine.adapter_folder(first)
     with pytest.raises(UnknownAdapterError):
