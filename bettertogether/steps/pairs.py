@@ -16,7 +16,7 @@ from ..rollouts.branches import BranchPoint, blame
 from ..rollouts.traces import TraceSet
 from .data_card import make_data_card
 from .rows import Row
-from .rows_from_traces import Collected, Dropped, Trainable, rows_of_call
+from .rows_from_traces import Collected, Dropped, Trainable, longer_answers, rows_of_call
 from .select_traces import unseen_calls
 
 STRAYED = "the program asked something else when it was run again"
@@ -121,9 +121,10 @@ def _no_pairs(traces: TraceSet, dropped: Dropped) -> str:
     unseen = f" {unseen_calls(passed)}" if passed and not traces.branches else ""
     scores = {trace.score for trace in traces.traces}
     same = f" The metric gave all of them the score {scores.pop():g}." if len(scores) == 1 else ""
+    advice = f"{unseen}{longer_answers(dropped)}"
     return (
         f"No pairs: {runs} runs on {traces.examples} examples, {passed} passed.{same} A pair has an answer whose run "
-        f"passed and one whose run failed. Dropped: {reasons or 'nothing'}.{unseen} Three things to try: more answers "
+        f"passed and one whose run failed. Dropped: {reasons or 'nothing'}.{advice} Three things to try: more answers "
         "to choose from (num_samples=8), at a higher temperature; examples that the program solves now and then (a "
         "prompt step first, 'p -> r'); or a metric with a threshold= that some runs reach and others don't."
     )

@@ -50,6 +50,8 @@ class LocalModel(NamedTuple):
 Trainable = Mapping[str, LocalModel]
 """By predictor name."""
 
+CUT = "cut at max_tokens"
+
 Dropped = Counter[tuple[str, str]]
 """What was left out: (predictor, or `WHOLE_TRACE`; reason) to how often."""
 
@@ -231,7 +233,7 @@ def rows_of_call(
     """The rows of one call; `origin` gives label and source. An answer that could not be read is taken `as_written`.
     Raises DataError with the reason to drop it."""
     if call.cut or call.unfit:
-        raise DataError("cut at max_tokens" if call.cut else call.unfit)
+        raise DataError(CUT if call.cut else call.unfit)
     if call.signature is not None:
         predictor = copy.copy(predictor)
         predictor.signature = call.signature
@@ -328,14 +330,21 @@ def _no_forms(forms: PromptForms | None) -> list[str]:
     ]
 
 
+def longer_answers(dropped: Dropped) -> str:
+    """What to do first where most of what was left out was cut."""
+    cut = sum(count for (_, reason), count in dropped.items() if reason == CUT)
+    return " Most answers were cut: give the LM a larger max_tokens first." if 2 * cut > dropped.total() else ""
+
+
 def _no_rows(traces: TraceSet, dropped: Dropped) -> str:
     others = {key: count for key, count in dropped.items() if key != (WHOLE_TRACE, NO_CALLS)}
     reasons = "; ".join(f"{count} x {reason}" for (_, reason), count in others.items()) or NO_CALLS
     runs = dropped.get((WHOLE_TRACE, NO_CALLS))
     unseen = f" {unseen_calls(runs)}" if runs else ""
+    advice = f"{unseen}{longer_answers(dropped)}"
     return (
         f"No training rows: {len(traces.traces)} runs on {traces.examples} examples, {len(traces.passing)} passed. "
-        f"Dropped: {reasons}.{unseen} Three things to try: run a prompt step first (strategy 'p -> w'); let failing "
+        f"Dropped: {reasons}.{advice} Three things to try: run a prompt step first (strategy 'p -> w'); let failing "
         "examples be tried again (num_samples=8, rescue=True, max_rescue_share=1.0); or give a teacher program or a "
         "lower threshold."
     )

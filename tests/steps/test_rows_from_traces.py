@@ -9,8 +9,10 @@ from typing import Any
 import dspy
 import pytest
 from fakes import (
+    CutEngine,
     TwoSteps,
     api_lm,
+    number_of,
     numbers,
     parity_engine,
     parity_match,
@@ -23,8 +25,10 @@ from fakes import (
 )
 
 from bettertogether.errors import ConfigError, NoTrainingDataError
+from bettertogether.steps.preference_step import PreferenceFinetune
 from bettertogether.steps.rows import read_rows
 from bettertogether.steps.rows_from_traces import RowOptions
+from bettertogether.steps.training_step import TrainingStep
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeEngine, FakeRequest
 
@@ -54,6 +58,13 @@ def test_the_card_counts_what_was_dropped_by_reason() -> None:
     card = collector().collect(parity_program(engine), trainset=numbers(6)).card
     assert card.dropped_by_reason == {"score below threshold": 2}
     assert (card.examples, card.examples_covered) == (6, 4)
+
+
+@pytest.mark.parametrize("step", [collector(), PreferenceFinetune(parity_match, num_samples=1)])
+def test_where_most_answers_were_cut_the_error_says_to_let_them_be_longer(step: TrainingStep) -> None:
+    engine = CutEngine(lambda request: reply(request, parity=right(number_of(request))))
+    with pytest.raises(NoTrainingDataError, match=r"Most answers were cut: give the LM a larger max_tokens first\."):
+        step.compile(parity_program(engine), trainset=numbers(9)[::3])
 
 
 def test_every_predictor_of_a_passing_trace_gives_a_row() -> None:
