@@ -9,11 +9,13 @@ from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import dspy
+import numpy as np
 
 from ..errors import ConfigError
 from .examples import refuse_dataset
 
-MOST_LABELS = 50
+MOSTLABELS = 50
+_LABELS = (str, int, enum.Enum, np.integer, np.bool_)
 
 T = TypeVar("T")
 
@@ -44,10 +46,10 @@ def labels_of(
         raise ConfigError(f"label_field={label_field!r} is no field of the examples: they have {sorted(examples[0])}.")
     for field in candidates:
         values = [example.get(field) for example in examples]
-        if not all(isinstance(value, str | int | bool | enum.Enum) or value is None for value in values):
+        if not all(isinstance(value, _LABELS) or value is None for value in values):
             continue
         distinct = {value for value in values if value is not None}
-        if label_field or (1 < len(distinct) <= MOST_LABELS and 2 * len(distinct) <= len(examples)):
+        if label_field or (1 < len(distinct) <= MOSTLABELS and 2 * len(distinct) <= len(examples)):
             return [None if value is None else str(value) for value in values]
     return [None] * len(examples)
 

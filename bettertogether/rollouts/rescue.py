@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 import dspy
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
@@ -95,9 +96,14 @@ TALK_OF_A_HINT = ("right final result is known", "write what leads to it", "the 
 
 def hint_of(labels: Mapping[str, Any]) -> str:
     """The sentence that gives the label away."""
-    shown = {name: value.value if isinstance(value, enum.Enum) else value for name, value in labels.items()}
-    listed = ", ".join(f"`{name}` = {value!r}" for name, value in shown.items())
+    listed = ", ".join(f"`{name}` = {_shown(value)!r}" for name, value in labels.items())
     return f"{HINT}{listed}. Write what leads to it."
+
+
+def _shown(label: Any) -> Any:
+    if isinstance(label, np.generic):
+        return label.item()
+    return label.value if isinstance(label, enum.Enum) else label
 
 
 def talks_about_hint(answers: Iterable[Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,13 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
+import numpy as np
 
 from ..programs.program import copy_for_step, predictors_of
 from ..rollouts.examples import example_key
 from ..rollouts.labels import labels_of, output_names, stratified_order
+from ..rollouts.rescue import admits_none, as_field
 from ..rollouts.rollout import stable_seed
 from ..rollouts.traces import Trace
 from .demo_fit import DemoFit
+
+_SCALARS = (str, int, float, enum.Enum, np.generic)
 
 
 @dataclass
@@ -58,13 +63,19 @@ def demos_of(trace: Trace) -> dict[str, dspy.Example]:
 
 
 def labelled_demo(predictor: dspy.Predict, example: dspy.Example) -> dspy.Example | None:
-    """The example itself as a demo, where it has a field of the predictor's inputs and all of its outputs but a
-    reasoning; None where it would show too little."""
+    """The example itself as a demo, its labels as the fields have them, where it has a field of the predictor's inputs
+    and all of its outputs but a reasoning; None where it would show too little."""
     signature = predictor.signature
     fields = {name: example[name] for name in signature.fields if name in example}
     outputs = [name for name in signature.output_fields if name != "reasoning"]
     if not any(name in fields for name in signature.input_fields) or not all(name in fields for name in outputs):
         return None
+    for name in outputs:
+        annotation = signature.output_fields[name].annotation
+        if fields[name] is None and not admits_none(annotation):
+            return None
+        if isinstance(fields[name], _SCALARS):
+            fields[name] = as_field(fields[name], annotation)
     return dspy.Example(**fields)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import dspy
+import numpy as np
 import pytest
 
 from bettertogether.rollouts.labels import label_fields, labels_of, stratified_order, stratified_split
@@ -28,6 +29,12 @@ def test_labels_are_found_where_values_repeat() -> None:
 def test_numbers_and_bools_are_labels_as_text() -> None:
     assert labels_of(examples([1, 2, 1, 2])) == ["1", "2", "1", "2"]
     assert labels_of(examples([True, False, True, False])) == ["True", "False", "True", "False"]
+
+
+def test_what_numpy_and_pandas_hold_are_labels_too() -> None:
+    assert labels_of(examples(list(np.array([1, 2, 1, 2])))) == ["1", "2", "1", "2"]
+    assert labels_of(examples(list(np.array([True, False] * 2)))) == ["True", "False", "True", "False"]
+    assert labels_of(examples(list(np.array([0.0, 1.0, 0.0, 1.0])))) == [None] * 4
 
 
 def test_free_text_answers_have_no_label() -> None:

@@ -7,6 +7,7 @@ import json
 from typing import Any, Literal, Optional
 
 import dspy
+import numpy as np
 import pytest
 from fakes import numbers, parity_engine, parity_match, parity_program, plain_lm, reply
 
@@ -109,6 +110,7 @@ def test_the_hint_shows_the_value_as_the_field_has_it() -> None:
     program = program_of(float, FakeEngine(lambda _: ""))
     narrow_signatures(program, {"y": 3})
     assert program.signature.instructions == f"Do it.\n\n{hint_of({'y': 3.0})}"
+    assert hint_of({"y": np.int64(3)}) == "The right final result is known: `y` = 3. Write what leads to it."
     assert hint_of({"y": Color.RED}) == "The right final result is known: `y` = 'red'. Write what leads to it."
 
 

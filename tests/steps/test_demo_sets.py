@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import dspy
+import numpy as np
 import pytest
 from fakes import Parity, numbers, parity_engine, parity_match, parity_program, right, two_step_engine, two_step_program
 
@@ -134,6 +135,28 @@ def test_a_labelled_example_is_a_demo_where_it_has_the_outputs() -> None:
     assert labelled_demo(predictor, numbers(1)[0]) == dspy.Example(number=0, parity="even")
     assert labelled_demo(predictor, dspy.Example(number=0).with_inputs("number")) is None
     assert labelled_demo(predictor, dspy.Example(parity="even")) is None
+
+
+@pytest.mark.parametrize(
+    ("annotation", "label", "shown"),
+    [
+        (int, np.int64(3), "3"),
+        (float, 3, "3.0"),
+        (Literal["positive", "negative"], "Positive", "'positive'"),
+        (str, "Positive", "'Positive'"),
+        (int | None, None, "None"),
+        (str, ["a", "b"], "['a', 'b']"),
+    ],
+)
+def test_a_labelled_example_shows_the_label_as_the_field_has_it(annotation: Any, label: Any, shown: str) -> None:
+    fields: dict[str, Any] = {"q": (str, dspy.InputField()), "y": (annotation, dspy.OutputField())}
+    demo = labelled_demo(dspy.Predict(dspy.Signature(fields)), dspy.Example(q="a", y=label))
+    assert demo is not None
+    assert repr(demo.y) == shown
+
+
+def test_an_example_without_a_label_is_no_demo() -> None:
+    assert labelled_demo(dspy.Predict(Parity), dspy.Example(number=1, parity=None)) is None
 
 
 def test_a_labelled_example_needs_no_reasoning() -> None:
