@@ -39,7 +39,9 @@ from bettertogether.programs.program import prompts_state
 from bettertogether.records import Blame, WeightDetails
 from bettertogether.steps.adapter_rows import hold_out
 from bettertogether.steps.rows import Row, read_rows, write_rows
+from bettertogether.steps.step import StepContext
 from bettertogether.steps.weight_step import LoRAFinetune
+from bettertogether.steps.work import Outlook
 from bettertogether.testing import FakeEngine, FakeRequest
 from bettertogether.training.config import LoRAConfig, TrainingConfig
 
@@ -242,10 +244,14 @@ def test_rows_given_are_trained_on_as_they_are_and_nothing_is_run() -> None:
     assert compiled.lm.model != "local/fake"
 
 
-def test_rows_may_come_from_a_file(tmp_path: Path) -> None:
-    engine = parity_engine(lambda *_: True)
+def test_rows_may_come_from_a_file_of_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    engine, path = parity_engine(lambda *_: True), "~/rows.jsonl"
     collected = step().collect(parity_program(engine), trainset=numbers(4))
-    path = collected.write(tmp_path / "rows.jsonl")
+    assert collected.write(path) == tmp_path / "rows.jsonl"
+    outlook = Outlook(solved=0.5, again=0.5, hinted=1.0, learned=None)
+    work = step().work(parity_program(engine), StepContext([], rows=path), outlook)
+    assert (work.plain_runs, work.trainings) == (0, 1)
     from_file = step().compile(parity_program(engine), trainset=[], rows=path)
     from_runs = step().compile(parity_program(engine), trainset=numbers(4))
     assert from_file.lm.model == from_runs.lm.model
