@@ -164,8 +164,9 @@ class _Notes:
         return self.holder(optimizer, left_out=_PACE | private)
 
     def arguments(self, given: Mapping[str, Any]) -> Noted:
-        """Arguments of an optimizer's `compile`."""
-        return self.entries({name: value for name, value in given.items() if name not in _PACE})
+        """Arguments of an optimizer's `compile`; of a file of rows, what is in it."""
+        held = {name: value for name, value in given.items() if name not in _PACE}
+        return self.entries({n: _content_of(value) if n == "rows" else value for n, value in held.items()})
 
     def callable(self, function: Any) -> Noted:
         """A metric: a function, a partial, a method, or an object that can be called."""
@@ -186,6 +187,11 @@ class _Notes:
             "closure": self.entries(cells),
             "uses": self.entries(dict(named_values(function))) if is_own(function) else {},
         }
+
+
+def _content_of(rows: Any) -> Any:
+    file = Path(rows).expanduser() if isinstance(rows, str | Path) else None
+    return file.read_bytes() if file is not None and file.is_file() else rows
 
 
 def _is_plain(value: Any) -> bool:

@@ -18,6 +18,7 @@ from fakes import Parity, learner, numbers, parity_engine, parity_match, plain_l
 from bettertogether import BetterTogether, LoRAFinetune
 from bettertogether.errors import RunDirectoryError
 from bettertogether.programs.behaviour import is_own
+from bettertogether.steps.rows import Row, write_rows
 from bettertogether.testing import FakeEngine
 
 STRICT = 1.0
@@ -286,6 +287,20 @@ def test_threads_of_a_step_are_no_other_call(tmp_path: Path) -> None:
     for threads in (1, 2):
         arguments = {"s": {"num_threads": threads}}
         call(tmp_path / "run", optimizers=lambda: {"s": LoRAFinetune(parity_match)}, optimizer_compile_args=arguments)
+
+
+def test_other_rows_in_the_same_file_are_another_call(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+
+    def trained_on(answer: str) -> None:
+        write_rows([Row(({"role": "user", "content": "?"},), answer, "self", 0)], file)
+        given = {"s": {"rows": file}}
+        call(tmp_path / "run", optimizers=lambda: {"s": LoRAFinetune(parity_match)}, optimizer_compile_args=given)
+
+    trained_on("even")
+    trained_on("even")
+    with pytest.raises(RunDirectoryError, match=r"compile_args\.s\.rows"):
+        trained_on("odd")
 
 
 def test_a_directory_of_a_version_that_noted_less_is_refused_in_words(tmp_path: Path) -> None:
