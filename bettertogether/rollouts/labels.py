@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+import math
 import random
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import dspy
 import numpy as np
@@ -35,6 +36,12 @@ def label_fields(examples: Sequence[dspy.Example], outputs: Collection[str] = ()
     return [name for name in fields if name in outputs] or list(fields)
 
 
+def label_value(example: dspy.Example, field: str) -> Any:
+    """The value of a field; None where there is none, for which pandas has NaN."""
+    value = example.get(field)
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def labels_of(
     examples: Sequence[dspy.Example], label_field: str | None = None, outputs: Collection[str] = ()
 ) -> list[str | None]:
@@ -45,7 +52,7 @@ def labels_of(
     if label_field and examples and not any(label_field in example for example in examples):
         raise ConfigError(f"label_field={label_field!r} is no field of the examples: they have {sorted(examples[0])}.")
     for field in candidates:
-        values = [example.get(field) for example in examples]
+        values = [label_value(example, field) for example in examples]
         if not all(isinstance(value, _LABELS) or value is None for value in values):
             continue
         distinct = {value for value in values if value is not None}

@@ -19,15 +19,17 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from ..programs.program import predictors_of
+from .labels import label_value
 
 
 def hint_for(program: dspy.Module, example: dspy.Example, labels: Collection[str]) -> dict[str, Any]:
     """The labels that an example has; None is one where the program may answer it."""
     fields = {name: info for p in predictors_of(program).values() for name, info in p.signature.output_fields.items()}
+    values = {name: label_value(example, name) for name in labels if name in example}
     return {
-        name: example[name]
-        for name in labels
-        if name in example and (example[name] is not None or (name in fields and admits_none(fields[name].annotation)))
+        name: value
+        for name, value in values.items()
+        if value is not None or (name in fields and admits_none(fields[name].annotation))
     }
 
 

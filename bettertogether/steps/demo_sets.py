@@ -14,7 +14,7 @@ import numpy as np
 
 from ..programs.program import copy_for_step, predictors_of
 from ..rollouts.examples import example_key
-from ..rollouts.labels import labels_of, output_names, stratified_order
+from ..rollouts.labels import label_value, labels_of, output_names, stratified_order
 from ..rollouts.rescue import admits_none, as_field
 from ..rollouts.rollout import stable_seed
 from ..rollouts.traces import Trace
@@ -71,7 +71,7 @@ def labelled_demo(predictor: dspy.Predict, example: dspy.Example) -> dspy.Exampl
     if not any(name in fields for name in signature.input_fields) or not all(name in fields for name in outputs):
         return None
     for name in outputs:
-        annotation = signature.output_fields[name].annotation
+        annotation, fields[name] = signature.output_fields[name].annotation, label_value(example, name)
         if fields[name] is None and not admits_none(annotation):
             return None
         if isinstance(fields[name], _SCALARS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import dspy
@@ -35,6 +36,10 @@ def test_what_numpy_and_pandas_hold_are_labels_too() -> None:
     assert labels_of(examples(list(np.array([1, 2, 1, 2])))) == ["1", "2", "1", "2"]
     assert labels_of(examples(list(np.array([True, False] * 2)))) == ["True", "False", "True", "False"]
     assert labels_of(examples(list(np.array([0.0, 1.0, 0.0, 1.0])))) == [None] * 4
+
+
+def test_nan_is_no_label() -> None:
+    assert labels_of(examples(["a", "b", "a", "b", math.nan])) == ["a", "b", "a", "b", None]
 
 
 def test_free_text_answers_have_no_label() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 from typing import Any, Literal, Optional
 
 import dspy
@@ -180,6 +181,7 @@ def test_none_is_a_label_where_it_is_a_value_of_the_field(annotation: Any, wrong
 def test_none_is_no_label_of_a_field_that_has_no_such_value() -> None:
     program = program_of(str, FakeEngine(lambda request: "a"))
     assert hint_for(program, dspy.Example(q="a", y=None, x=None), ["y", "x"]) == {}
+    assert hint_for(program, dspy.Example(q="a", y=math.nan), ["y"]) == {}
 
 
 def test_the_hint_is_of_the_fields_that_the_program_answers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any, Literal
 
@@ -157,6 +158,7 @@ def test_a_labelled_example_shows_the_label_as_the_field_has_it(annotation: Any,
 
 def test_an_example_without_a_label_is_no_demo() -> None:
     assert labelled_demo(dspy.Predict(Parity), dspy.Example(number=1, parity=None)) is None
+    assert labelled_demo(dspy.Predict(Parity), dspy.Example(number=1, parity=math.nan)) is None
 
 
 def test_a_labelled_example_needs_no_reasoning() -> None:
