@@ -15,8 +15,8 @@ import numpy as np
 from ..errors import ConfigError
 from .examples import refuse_dataset
 
-MOSTLABELS = 50
-_LABELS = (str, int, enum.Enum, np.integer, np.bool_)
+MOST_LABELS = 50
+_LABEL_TYPES = (str, int, enum.Enum, np.integer, np.bool_)
 
 T = TypeVar("T")
 
@@ -53,10 +53,10 @@ def labels_of(
         raise ConfigError(f"label_field={label_field!r} is no field of the examples: they have {sorted(examples[0])}.")
     for field in candidates:
         values = [label_value(example, field) for example in examples]
-        if not all(isinstance(value, _LABELS) or value is None for value in values):
+        if not all(isinstance(value, _LABEL_TYPES) or value is None for value in values):
             continue
         distinct = {value for value in values if value is not None}
-        if label_field or (1 < len(distinct) <= MOSTLABELS and 2 * len(distinct) <= len(examples)):
+        if label_field or (1 < len(distinct) <= MOST_LABELS and 2 * len(distinct) <= len(examples)):
             return [None if value is None else str(value) for value in values]
     return [None] * len(examples)
 
