@@ -121,6 +121,8 @@ class _Block:
     """Keys looked at in each slot."""
     answers: Tensor | None
     """Which of the M * N results count, [A]; None: all, and in the order of the pass."""
+    targets: Tensor | None
+    """Place in the pass of each of these, [A]; None: as they come."""
 
 
 @dataclass(eq=False)
@@ -188,8 +190,8 @@ class SlotPass:
         out_T_H_D = q_T_H_D.new_empty(tokens, heads, dim)
         log_sum_T_H = torch.empty(tokens, heads, device=self.device)
         for block, (out_A_H_D, log_sum_A_H) in zip(self._blocks, parts, strict=True):
-            target_A = block.tokens.flatten()[block.answers]
-            out_T_H_D[target_A], log_sum_T_H[target_A] = out_A_H_D[block.answers], log_sum_A_H[block.answers]
+            out_T_H_D[block.targets] = out_A_H_D[block.answers]
+            log_sum_T_H[block.targets] = log_sum_A_H[block.answers]
         return out_T_H_D, log_sum_T_H
 
     def _attend_block(self, number: int, layer: int, q_T_H_D: Tensor, kind: AttentionKind) -> tuple[Tensor, Tensor]:
@@ -282,6 +284,7 @@ class SlotPass:
         ]
         place_M_N = [[row.stored + min(place, row.count - 1) for place in range(width)] for row in rows]
         answers = [number * width + place for number, row in enumerate(rows) for place in range(row.count)]
+        targets = [self._starts[number] + place for number in numbers for place in range(self.rows[number].count)]
         sequence = slots == list(range(slots[0], slots[0] + len(slots)))
         return _Block(
             slots=slice(slots[0], slots[0] + len(slots)) if sequence else torch.tensor(slots, device=self.device),
@@ -289,4 +292,5 @@ class SlotPass:
             places=torch.tensor(place_M_N, device=self.device),
             keys=keys,
             answers=None if in_order else torch.tensor(answers, device=self.device),
+            targets=None if in_order else torch.tensor(targets, device=self.device),
         )
