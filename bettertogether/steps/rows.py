@@ -166,9 +166,9 @@ def write_rows(rows: Iterable[Row], path: Path) -> Path:
     return path
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows from JSON lines. Raises DataError naming the line."""
-    rows, beginnings = [], _Beginnings()
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows from JSON lines; `~` is the home folder. Raises DataError naming the line."""
+    path, rows, beginnings = Path(path).expanduser(), [], _Beginnings()
     try:
         # Split at newlines alone: JSON strings may hold other line separators.
         with path.open(encoding="utf-8", newline="\n") as file:

@@ -187,7 +187,7 @@ class TrainingStep(AdapterStep):
 
     def _given(self, rows: Sequence[Row] | str | Path, trainable: Trainable) -> Collected:
         require(isinstance(rows, Sequence | Path), "rows", rows, "a list of rows, or a file of them")
-        given = tuple(read_rows(Path(rows).expanduser()) if isinstance(rows, str | Path) else rows)
+        given = tuple(read_rows(rows) if isinstance(rows, str | Path) else rows)
         if not given:
             raise NoTrainingDataError("rows= is empty: give at least one row, or leave it out to collect them.")
         if any((row.rejected is not None) != self.learns_pairs for row in given):

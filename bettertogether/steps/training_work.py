@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def training_work(step: TrainingStep, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
     """The work of the step as the outlook has it."""
     if context.rows is not None:
-        given = read_rows(Path(context.rows).expanduser()) if isinstance(context.rows, str | Path) else context.rows
+        given = read_rows(context.rows) if isinstance(context.rows, str | Path) else context.rows
         held_out = step.validation_share * len(given)
         return _training(step, len(given) - held_out, held_out, outlook)
     measured = step.measured(context.trainset, context.valset or (), context.settings.seed or 0)
