@@ -24,8 +24,10 @@ from .labels import label_value
 
 def hint_for(program: dspy.Module, example: dspy.Example, labels: Collection[str]) -> dict[str, Any]:
     """The labels that an example has; None is one where the program may answer it."""
-    fields = {name: info for p in predictors_of(program).values() for name, info in p.signature.output_fields.items()}
     values = {name: label_value(example, name) for name in labels if name in example}
+    if not any(value is None for value in values.values()):
+        return values
+    fields = {name: info for p in predictors_of(program).values() for name, info in p.signature.output_fields.items()}
     return {
         name: value
         for name, value in values.items()
