@@ -77,11 +77,20 @@ def checked_folder(run_dir: Any) -> Path:
 class RunDirectory:
     """A directory opened by `RunDirectory.open`; close it, or use it in a `with`, to let other processes in."""
 
-    def __init__(self, path: Path, lock: FileLock, header: dict[str, Any], records: list[StepRecord]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lock: FileLock,
+        header: dict[str, Any],
+        records: list[StepRecord],
+        unscored: StepRecord | None,
+    ) -> None:
         self.path = path
         self._lock = lock
         self._header = header
         self._records = records
+        self.unscored = unscored
+        """What a step gave whose round no earlier sitting scored to its end."""
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], run: Mapping[str, Any]) -> Self:
@@ -114,13 +123,14 @@ class RunDirectory:
                 (folder / UNSCORED).unlink(missing_ok=True)
                 header = {**header, "run": noted}
                 atomic_write(folder / "run.json", _pretty(header))
+            unscored = _read_unscored(folder / UNSCORED, records)
             _remove_temporary(folder)
             with disk_errors(folder):
                 (folder / "adapters").mkdir(exist_ok=True)
         except BaseException:
             lock.release()
             raise
-        return cls(folder, lock, header, records)
+        return cls(folder, lock, header, records, unscored)
 
     @property
     def adapters(self) -> Path:
@@ -153,18 +163,6 @@ class RunDirectory:
         """Keep what a step gave until `append` has its round with the scores."""
         self._require_open()
         atomic_write(self.path / UNSCORED, _line(record))
-
-    def unscored(self) -> StepRecord | None:
-        """What was set aside, by an earlier sitting too, and not appended since; None where there is none."""
-        try:
-            record = StepRecord.from_dict(json.loads((self.path / UNSCORED).read_bytes()))
-        except FileNotFoundError:
-            return None
-        except DAMAGE as error:
-            logger.warning("%s is damaged (%r): its step runs again.", self.path / UNSCORED, error)
-            return None
-        appended = {each.strategy for each in self._records if each.status == "complete"}
-        return None if record.strategy in appended else record
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file of the directory, whole or not at all; returns its path."""
@@ -312,6 +310,19 @@ def _line(record: StepRecord) -> bytes:
             f"The record of step {record.index} ({record.strategy or 'student'}) is not JSON: {error}. Put only "
             "numbers, text, lists and dicts in its details and program."
         ) from error
+
+
+def _read_unscored(path: Path, records: Sequence[StepRecord]) -> StepRecord | None:
+    """What was set aside and not appended since; None where there is none."""
+    try:
+        record = StepRecord.from_dict(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except DAMAGE as error:
+        logger.warning("%s is damaged (%r): its step runs again.", path, error)
+        return None
+    appended = {each.strategy for each in records if each.status == "complete"}
+    return None if record.strategy in appended else record
 
 
 def _read_records(path: Path) -> list[StepRecord]:

@@ -195,7 +195,7 @@ class Loop:
 
     def _unscored(self, name: str) -> tuple[StepRecord, dspy.Module] | None:
         """What the step gave in an earlier sitting that ended while its round was scored."""
-        record = self.directory.unscored()
+        record = self.directory.unscored
         if record is None or record.strategy != name or record.program is None:
             return None
         try:

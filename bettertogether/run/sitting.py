@@ -40,7 +40,7 @@ def carry_out(plan: Plan, directory: RunDirectory, asked: Mapping[str, Any], bud
     with events.run_end_on_error():
         for warning in plan.warnings:
             events.warn(warning)
-        done = [*finished, *([unscored] if (unscored := directory.unscored()) else [])]
+        done = [*finished, *([directory.unscored] if directory.unscored else [])]
         loop = Loop(plan, directory, budget.start(Ledger.total(record.ledger for record in done)))
         loop.run()
         report = _report(loop)
