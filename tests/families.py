@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from bettertogether.engines.loading import ModelCard, load_model
 
 VOCABULARY = 97
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -66,6 +72,23 @@ LONG = {
     "original_max_position_embeddings": 256,
 }  # fmt: skip
 
+QUANTIZATION: dict[str, dict[str, Any]] = {
+    "gptq": {"bits": 4, "group_size": 32, "desc_act": False},
+    "awq": {"bits": 4, "group_size": 32},
+    "compressed-tensors": {
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "all": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
+            }
+        },
+    },
+}
+"""quantization_config of models, by method."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -97,6 +120,53 @@ class Family:
         return model.eval().requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class Quantized(Family):
+    """A llama whose linear layers, but for the output's, hold random 4-bit numbers."""
+
+    kind: str = "llama"
+    sizes: dict[str, Any] = field(default_factory=lambda: {**SIZES, "hidden_size": 64, "intermediate_size": 64})
+    method: str = "gptq"
+
+    def model(self) -> PreTrainedModel:
+        """Loaded from files, as quantized models are; skips the test without the package that transformers asks for."""
+        package = "compressed_tensors" if self.method == "compressed-tensors" else "gptqmodel"
+        pytest.importorskip(package, reason=f"needs {package}")
+        numbers, tensors = torch.Generator().manual_seed(0), dict[str, Tensor]()
+        for name, weight in super().model().state_dict().items():
+            layer, dot, _ = name.rpartition("_proj.weight")
+            if dot:
+                parts = quantized_layer(self.method, weight.shape[0], weight.shape[1], numbers)
+                tensors |= {f"{layer}_proj.{part}": tensor for part, tensor in parts.items()}
+            else:
+                tensors[name] = weight.clone()
+        config = self.config()
+        config.quantization_config = {"quant_method": self.method, **QUANTIZATION[self.method]}
+        with TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            save_file(tensors, Path(folder, "model.safetensors"), {"format": "pt"})
+            card = ModelCard(folder, config, tokenizer=None, eos_ids=(), max_length=512)
+            return load_model(card, torch.device("cpu"), torch.float32)
+
+
+def quantized_layer(method: str, outputs: int, inputs: int, numbers: torch.Generator) -> dict[str, Tensor]:
+    """Random tensors of a linear layer in 4 bits and groups of 32, named and shaped as the method's files have them."""
+
+    def packed(*shape: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31, shape, generator=numbers).to(torch.int32)
+
+    groups = inputs // 32
+    scales = 0.05 * torch.rand(groups, outputs, generator=numbers)
+    if method == "compressed-tensors":
+        weight = packed(outputs, inputs // 8)
+        shape = torch.tensor([outputs, inputs])
+        return {"weight_packed": weight, "weight_scale": scales.t().contiguous(), "weight_shape": shape}
+    common = {"qzeros": packed(groups, outputs // 8), "scales": scales.half()}
+    if method == "awq":
+        return {"qweight": packed(inputs, outputs // 8), **common}
+    return {"qweight": packed(inputs // 8, outputs), **common, "g_idx": torch.arange(inputs, dtype=torch.int32) // 32}
+
+
 def _slow(kind: str, options: dict[str, Any], *, packed: bool = False, sizes: dict[str, Any] = SIZES) -> Family:
     return Family(kind, options, fast=False, packed=packed, sizes=sizes)
 
@@ -108,6 +178,9 @@ FAMILIES = {
     "llama 3 rope": Family("llama", {"rope_parameters": LLAMA3}),
     "llama, yarn": Family("llama", {"rope_parameters": YARN}),
     "llama, dynamic rope": Family("llama", {"rope_parameters": DYNAMIC}),
+    "llama, gptq": Quantized(),
+    "llama, awq": Quantized(method="awq"),
+    "llama, compressed-tensors": Quantized(method="compressed-tensors"),
     "mistral, window": Family("mistral", {"sliding_window": 12}),
     "ministral": Family("ministral", {**HEAD, **WINDOW}),
     "ministral3": Family("ministral3", HEAD),

@@ -12,14 +12,15 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, UnknownAdapterError
 from ..training.adapter_folder import WEIGHTS_FILE, content_hash, read_adapter_config, read_tensors, round_of
+from ..training.layers import linear_shape
 from .protocol import MODEL_PREFIX, adapter_model_name
 
 
@@ -147,11 +148,12 @@ class AdapterBank:
             return
         for adapter in self._adapters.values():
             for name, (a, b) in adapter.weights.items():
-                weight: Any = self._modules[name].weight
-                # The weight of a quantized layer is held in integers, or in 8-bit floats.
-                exact = weight.is_floating_point() and weight.dtype.itemsize > 1
-                dtype = weight.dtype if exact else self._model.dtype
-                adapter.weights[name] = (a.to(weight.device, dtype), b.to(weight.device, dtype))
+                layer = self._modules[name]
+                held = next(chain(layer.parameters(), layer.buffers()))
+                # A quantized layer holds integers or 8-bit floats; gptqmodel's has them in buffers.
+                exact = held.is_floating_point() and held.dtype.itemsize > 1
+                dtype = held.dtype if exact else self._model.dtype
+                adapter.weights[name] = (a.to(held.device, dtype), b.to(held.device, dtype))
                 if name not in self._hooks:
                     self._hooks[name] = self._modules[name].register_forward_hook(self._hook(name))
 
@@ -232,11 +234,5 @@ def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(in, out) of each linear layer by name; GPT-2's Conv1D is one, with its weights transposed."""
-    return {name: shape for name, module in model.named_modules() if (shape := _linear_shape(module))}
-
-
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
-    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
+    """(in, out) of each linear layer by name."""
+    return {name: shape for name, module in model.named_modules() if (shape := linear_shape(module))}

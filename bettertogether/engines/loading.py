@@ -269,9 +269,17 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Any
             model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
                 card.source, dtype=dtype, trust_remote_code=False, **place
             )
+            if quantized:
+                _first_pass(model)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
         raise ModelError(f"The weights of {card.source!r} can't be loaded: {error}") from error
     return (model if quantized else model.to(device)).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _first_pass(model: Any) -> None:
+    """Now, and not in inference mode: compressed-tensors writes the weights out in a model's first pass."""
+    model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
 
 
 @contextmanager

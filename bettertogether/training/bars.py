@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+from tqdm import tqdm
 from transformers.utils import logging
 
 _GGUF_BAR = "transformers.modeling_gguf_pytorch_utils.tqdm"
@@ -19,12 +20,25 @@ _ONE_AT_A_TIME = threading.RLock()
 def no_bars() -> Iterator[None]:
     """Load or save models without bars; one at a time, as `from_pretrained` also sets torch's default dtype for all
     threads. Bars of downloads stay: those take minutes."""
-    with _ONE_AT_A_TIME, mock.patch(_GGUF_BAR, logging.EmptyTqdm):
+    with (
+        _ONE_AT_A_TIME,
+        mock.patch(_GGUF_BAR, logging.EmptyTqdm),
+        mock.patch.object(tqdm, "__init__", _without_plain(tqdm.__init__)),
+    ):
         before = logging.set_tqdm_hook(_nothing)
         try:
             yield
         finally:
             logging.set_tqdm_hook(before)
+
+
+def _without_plain(make: Callable[..., None]) -> Callable[..., None]:
+    """No bars of tqdm's own class, which compressed-tensors draws; those of downloads are of another."""
+
+    def make_bar(bar: Any, *arguments: Any, **options: Any) -> None:
+        make(bar, *arguments, **{**options, "disable": True} if type(bar) is tqdm else options)
+
+    return make_bar
 
 
 def _nothing(make: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:

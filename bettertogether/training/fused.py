@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoRALinear
 from torch import Tensor, nn
 
-from .layers import LinearUnderAutograd
+from .layers import LinearUnderAutograd, is_plain_linear
 from .token_masks import forbid
 
 CHUNK_ELEMENTS = 1 << 20
@@ -84,7 +84,7 @@ def _can_fuse(module: LoRALinear, adapter: str) -> bool:
     base = module.get_base_layer()
     return (
         type(module) is LoRALinear
-        and (type(base) is nn.Linear or isinstance(base, LinearUnderAutograd))
+        and (is_plain_linear(base) or isinstance(base, LinearUnderAutograd))
         and adapter in module.lora_A
         and isinstance(module.lora_dropout[adapter], nn.Identity)
         and adapter not in module.lora_variant

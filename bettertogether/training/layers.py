@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, TypeGuard
 
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
+from transformers.pytorch_utils import Conv1D
 
 from ._upstream import is_stateful
 
@@ -25,6 +27,20 @@ def more_than_attention(model: Any) -> str | None:
 def head_width(text: Any) -> int:
     """Numbers of one attention head, by the config of a model's text part."""
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear layer, None of any other; GPT-2's Conv1D is one, with its weights transposed, and so are
+    gptqmodel's, of GPTQ and AWQ."""
+    if isinstance(layer, Conv1D):
+        return int(layer.weight.shape[0]), int(layer.weight.shape[1])
+    quantized = getattr(sys.modules.get("gptqmodel.nn_modules.qlinear"), "BaseQuantLinear", ())
+    return (layer.in_features, layer.out_features) if isinstance(layer, (nn.Linear, quantized)) else None
+
+
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer computes what `nn.Linear` does: compressed-tensors gives such layers another forward."""
+    return type(layer) is nn.Linear and "forward" not in vars(layer)
 
 
 class LinearUnderAutograd(nn.Linear):

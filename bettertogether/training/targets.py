@@ -13,9 +13,9 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
+from .layers import linear_shape
 
 ALL_LINEAR = "all-linear"
 PROBE_TOKENS = 19
@@ -121,7 +121,7 @@ def _seen_in_a_pass(base: PreTrainedModel, modules: dict[str, nn.Module], *, tra
 
 
 def _why_not_served(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> str | None:
-    if not isinstance(layer, nn.Linear | Conv1D):
+    if linear_shape(layer) is None:
         return f"is no linear layer but {type(layer).__name__}"
     if not isinstance(output, Tensor) or not inputs or not isinstance(inputs[0], Tensor):
         return f"({type(layer).__name__}) gives more than one tensor"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...printable import get_logger
-from ...training.layers import LinearUnderAutograd
+from ...training.layers import LinearUnderAutograd, is_plain_linear
 from ._upstream import multiplies, pack_weight, packed_linear
 
 logger = get_logger(__name__)
@@ -44,7 +44,7 @@ class PackedLinear(LinearUnderAutograd):
 def pack_linear_layers(model: nn.Module) -> int:
     """Pack all plain linear layers of a model on the CPU; returns how many. None where the processor has no use for
     it, or where the copies would take too much of the memory (said in the log)."""
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _can_be_packed(layer.weight)]
+    layers = [layer for layer in model.modules() if is_plain_linear(layer) and _can_be_packed(layer.weight)]
     size_bytes = sum(layer.weight.nbytes for layer in layers)
     if size_bytes > MOST_MEMORY * psutil.virtual_memory().available:
         logger.info("The linear layers are not packed: a copy would take %.1f GiB.", size_bytes / 2**30)
