@@ -6,7 +6,9 @@ Shows that any of DSPy's optimizers is a step under any key, and a metric that s
 feedback, every other step the score. The reflector writes the instructions; it is never trained, and may be any
 dspy.LM. Without `--reflector` the small model reflects on itself.
 
-Hardware: two CPU cores without a reflector, a GPU for the one above. Minutes and scores: not measured yet.
+Hardware: two CPU cores without a reflector, a GPU for the one above. Without a reflector, on one core of a 2.5 GHz
+server: 15 minutes, and of the 24 messages of the test 0.333 are right untouched, 0.917 [0.792, 1.000] compiled. 135M
+parameters are too few to write instructions: GEPA kept those it was given.
 """
 
 from __future__ import annotations

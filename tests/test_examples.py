@@ -136,7 +136,7 @@ def test_both_modules_of_the_rag_are_trained_on_right_answers(run: Run, serve: S
 
     engine = FakeEngine(answer)
     serve(tiny=engine)
-    printed = run("rag.py", "--model", "tiny", "--limit", 15)
+    printed = run("rag.py", "--model", "tiny", "--limit", 24)
     assert score(printed, "untouched") < score(printed, "compiled") == 1
     assert trained_fields(engine) == {("search_words",), ("answer",)}
 

@@ -73,6 +73,8 @@ class DemoFit:
         return []
 
     def _beside(self, question: Mapping[str, Any], demos: Sequence[Any]) -> list[Any]:
+        if self._tokens(question, demos) + self._room <= self._limit:
+            return list(demos)
         kept: list[Any] = []
         for demo in demos:
             if self._tokens(question, [*kept, demo]) + self._room <= self._limit:
