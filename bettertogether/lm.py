@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dspy
 from dspy.clients.provider import Provider, TrainingJob
+from dspy.lm15 import Request
 
 from .checks import require
+from .engines._upstream import adapter_message_call
 from .engines.answer_format import whole_format
 from .engines.lm_options import check_lm_options
 from .engines.protocol import MODEL_PREFIX, LocalEngine, TrainingRow
@@ -92,11 +95,33 @@ class LocalLM(dspy.LM):
 
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Answer, as any `dspy.LM`."""
-        return super().__call__(prompt, messages=messages, **_with_whole_format(messages, kwargs))
+        options = _with_whole_format(messages, kwargs)
+        if not self._seeds_each(options):
+            return super().__call__(prompt, messages=messages, **options)
+        twin = self._seeding()
+        with adapter_message_call(twin, messages):
+            return super(LocalLM, twin).__call__(prompt, messages=messages, **options)
 
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """`__call__` for an event loop."""
-        return await super().acall(prompt, messages=messages, **_with_whole_format(messages, kwargs))
+        options = _with_whole_format(messages, kwargs)
+        if not self._seeds_each(options):
+            return await super().acall(prompt, messages=messages, **options)
+        twin = self._seeding()
+        with adapter_message_call(twin, messages):
+            return await super(LocalLM, twin).acall(prompt, messages=messages, **options)
+
+    def _seeds_each(self, options: Mapping[str, Any]) -> bool:
+        """Whether several answers are asked for under one seed: DSPy asks the engine for them one by one, all alike."""
+        asked = {**self.kwargs, **options}
+        several = (asked.get("n") or 1) > 1 and asked.get("seed") is not None
+        return several and isinstance(self.engine, LocalEngine)
+
+    def _seeding(self) -> LocalLM:
+        """A twin for one call that gives each answer a seed of its own."""
+        twin: LocalLM = self.copy(engine=_Seeding(self.engine), async_engine=_AsyncSeeding(self.engine.asynchronous))
+        twin.history = self.history
+        return twin
 
     def dump_state(self) -> dict[str, Any]:
         """State of the LM; of the adapters that its engine serves, it names the LM's own alone."""
@@ -111,6 +136,30 @@ class LocalLM(dspy.LM):
     def infer_provider(self) -> Provider:
         """The provider that trains on this LM's engine."""
         return LocalProvider(self.engine) if isinstance(self.engine, LocalEngine) else super().infer_provider()
+
+
+class _Seeding:
+    """An engine for one call of an LM: each answer has a seed of its own, the first the call's."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._numbers = itertools.count()
+
+    def complete(self, request: Request) -> Any:
+        return self._engine.complete(self._seeded(request))
+
+    def stream(self, request: Request) -> Any:
+        return self._engine.stream(self._seeded(request))
+
+    def _seeded(self, request: Request) -> Request:
+        # Far from one another: the next rollout (dspy.BestOfN) has the next seed.
+        seed = (request.config.seed or 0) + 1_000_003 * next(self._numbers)
+        return dataclasses.replace(request, config=dataclasses.replace(request.config, seed=seed))
+
+
+class _AsyncSeeding(_Seeding):
+    async def complete(self, request: Request) -> Any:
+        return await self._engine.complete(self._seeded(request))
 
 
 def _with_whole_format(messages: Any, options: dict[str, Any]) -> dict[str, Any]:

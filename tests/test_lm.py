@@ -72,6 +72,15 @@ def test_an_lm_can_be_used_async_and_streams() -> None:
     assert asyncio.run(stream())[-1].answer == "blue"
 
 
+def test_several_answers_under_one_seed_have_a_seed_each_the_first_that_of_a_single_answer() -> None:
+    engine = FakeEngine(lambda request: str(request.seed))
+    lm = plain_lm(engine, seed=5, temperature=1.0)
+    single, several = lm("q"), lm("q", n=3)
+    assert (several[:1], len(set(several))) == (single, 3)
+    assert asyncio.run(lm.acall("q", n=3)) == several
+    assert [entry["outputs"] for entry in lm.history] == [single, several, several]
+
+
 def test_an_lm_of_an_engine_has_a_provider_that_trains() -> None:
     lm = engine_lm(yes())
     assert isinstance(lm.provider, LocalProvider)

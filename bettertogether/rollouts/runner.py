@@ -18,10 +18,10 @@ from ..programs.program import modules_of, predictors_of
 from ..records import Ledger
 from .attribution import CallAttribution
 from .failures import ENDS_ONE_RUN
-from .replay import Answer, Replay, snapshot
+from .replay import Answer, Replay, Reply, snapshot
 from .rescue import HINT, as_field, hint_before_the_answer, narrow_signatures
 from .rollout import Attempt, Call, FailureKind, Rollout, RolloutStore, stable_seed
-from .sampled_lms import needs_seed, sampling_lm
+from .sampled_lms import needs_seed, samples, sampling_lm
 from .usage import hand_on_usage, used
 from .watching import Record, Seen, Watch, answer_of, run_async_part, watched_lm
 
@@ -41,7 +41,7 @@ class Runner:
         self._seed = seed
         self._key = program_key(program) if store is not None else None
         self._store = store if self._key is not None else None
-        self._needs_seeds = any(needs_seed(predictor.lm) for predictor in program.predictors())
+        self._needs_seeds = any(map(needs_seed, program.predictors()))
         self._attribution = CallAttribution(program)
         self._lock = threading.Lock()
         self._copier: Copier | None = None
@@ -112,6 +112,7 @@ class _Copy:
         own = {id(predictor) for predictor in self._by_name.values()}
         self._predictors = [(*pair, id(pair[0]) in own) for pair in pairs if isinstance(pair[0], dspy.Predict)]
         """Each with its original, and whether it is one of `named_predictors`."""
+        self._samples = any(samples(original.config) for _, original, is_own in self._predictors if is_own)
 
     def run(self, example: dspy.Example, attempt: Attempt, seed: int | None) -> Rollout:
         """One run; `seed` is None for the program's own LMs."""
@@ -133,7 +134,7 @@ class _Copy:
             raw_trace.append((original, *entry[1:]))
             strangers += name is None and entry[0].signature.__module__ != REFINE
             if name:
-                calls.append(self._call_of(entry, seen, name, record, attempt, len(answers)))
+                calls.append(self._call_of(entry, seen, name, record, attempt, len(answers), prediction))
             if seen is not None:
                 answers.append(answer_of(entry, seen))
         ended = record.unread[-1] if failure == "parse failure" and record.unread else None
@@ -172,7 +173,9 @@ class _Copy:
             key = id(lm), sampled
             if lm is not None and key not in lms:
                 lms[key] = (
-                    watched_lm(sampling_lm(self._watched(lm), attempt.number, attempt.temperature, seed))
+                    watched_lm(
+                        sampling_lm(self._watched(lm), attempt.number, attempt.temperature, seed, always=self._samples)
+                    )
                     if sampled
                     else self._watched(lm)
                 )
@@ -192,13 +195,21 @@ class _Copy:
         return kept
 
     def _call_of(
-        self, entry: Any, seen: Seen | None, name: str, record: Record, attempt: Attempt, place: int | None
+        self,
+        entry: Any,
+        seen: Seen | None,
+        name: str,
+        record: Record,
+        attempt: Attempt,
+        place: int | None,
+        returned: Any = None,
     ) -> Call:
         predictor, inputs, prediction = entry
         if seen is None:
             fields = predictor.signature.output_fields
             return Call(name, dict(inputs), {key: value for key, value in prediction.items() if key in fields})
         basis = self._basis[name]
+        outputs, reply = _settled(seen, returned)
         own_signature = None if seen.signature is basis.signature else seen.signature
         # DSPy has filled in defaults, and a wrapped adapter (dspy.Refine's) may have put in more.
         fields = [key for key in seen.signature.input_fields if key in inputs]
@@ -206,30 +217,45 @@ class _Copy:
         return Call(
             predictor=name,
             inputs=seen.inputs if as_given else {key: seen.inputs.get(key, inputs[key]) for key in fields},
-            outputs=self._outputs(seen, name, attempt),
+            outputs=self._outputs(outputs, name, attempt),
             signature=own_signature,
             demos=None if _same_demos(seen, basis) else tuple(seen.demos),
             config=snapshot(dict(seen.asked.get("config") or {})),
             adapter=_own_adapter(seen, record),
-            text=seen.reply.text,
-            thoughts=seen.reply.thoughts,
-            cut=seen.reply.cut,
+            text=reply.text,
+            thoughts=reply.thoughts,
+            cut=reply.cut,
             sampled=tuple(seen.sampled),
             unfit=_unfit(seen, basis.lm or record.lm, own_signature, attempt),
             place=place,
             anew=seen.anew,
         )
 
-    def _outputs(self, seen: Seen, name: str, attempt: Attempt) -> dict[str, Any]:
+    def _outputs(self, outputs: dict[str, Any], name: str, attempt: Attempt) -> dict[str, Any]:
         """What the call gave, a rescued label as a value of the field's own type."""
         if not attempt.narrow:
-            return seen.outputs
+            return outputs
         fields = self._attribution.predictor(name).signature.output_fields
         rescued = attempt.narrow.keys() & fields.keys()
         return {
             field_name: as_field(value, fields[field_name].annotation) if field_name in rescued else value
-            for field_name, value in seen.outputs.items()
+            for field_name, value in outputs.items()
         }
+
+
+def _settled(seen: Seen, returned: Any) -> tuple[dict[str, Any], Reply]:
+    """What a call gave. Of several answers (`n`), the first that has what the program returned in the fields of that
+    name: a program may vote among them, and what it voted down is not to be learned."""
+    completions = getattr(seen.returned, "_completions", None)
+    if completions is None or len(completions) < 2 or not isinstance(returned, dspy.Prediction):
+        return seen.outputs, seen.reply
+    shared = [name for name in seen.outputs if name in returned]
+    wanted = [repr(returned[name]) for name in shared]
+    for number, one in enumerate(completions):
+        if [repr(one[name]) for name in shared] == wanted:
+            reply = seen.choices[number] if number < len(seen.choices) else Reply()
+            return {name: one[name] for name in seen.outputs}, reply
+    return seen.outputs, seen.reply
 
 
 def _same_demos(seen: Seen, basis: _Basis) -> bool:

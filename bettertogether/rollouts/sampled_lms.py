@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
-def needs_seed(lm: Any) -> bool:
-    """Whether an LM samples without a seed although it could take one."""
-    if lm is None or not (lm.kwargs.get("temperature") or 0) > 0 or lm.kwargs.get("seed") is not None:
+def samples(options: Mapping[str, Any]) -> bool:
+    """Whether LM options ask for sampled answers. For several (`n`) DSPy raises a temperature of 0 to 0.7."""
+    return (options.get("temperature") or 0) > 0 or (options.get("n") or 1) > 1
+
+
+def needs_seed(predictor: Any) -> bool:
+    """Whether a predictor's LM samples without a seed although it could take one."""
+    if predictor.lm is None:
         return False
-    return "seed" in lm.supported_params
+    options = {**predictor.lm.kwargs, **predictor.config}
+    return samples(options) and options.get("seed") is None and "seed" in predictor.lm.supported_params
 
 
-def sampling_lm(lm: Any, number: int, temperature: float | None, seed: int | None) -> Any:
-    """An LM for the try with this number; a `temperature` of None leaves its own."""
+def sampling_lm(lm: Any, number: int, temperature: float | None, seed: int | None, *, always: bool = False) -> Any:
+    """An LM for the try with this number; a `temperature` of None leaves its own. `always`: with the seed even where
+    that is 0."""
     changes: dict[str, Any] = {}
     if temperature is not None:
         changes["temperature"] = temperature
     if number > 0 and changes.get("temperature", lm.kwargs.get("temperature")):
         changes["rollout_id"] = number
-    samples = (changes.get("temperature", lm.kwargs.get("temperature")) or 0) > 0
-    if samples and "seed" in lm.supported_params:
+    if (always or samples({**lm.kwargs, **changes})) and "seed" in lm.supported_params:
         changes["seed"] = seed
     sampled = lm.copy(**changes) if changes else lm
     if "seed" in changes:

@@ -48,6 +48,8 @@ class Seen:
     """Thread and async task."""
     replies: list[Reply] = field(default_factory=list)
     """The answers: DSPy asks once more, in another format, where it can't read the first."""
+    choices: list[Reply] = field(default_factory=list)
+    """All of the last answer, where several were asked for at once (`n`)."""
     anew: bool = False
     """Whether it is the one that a branch answers anew."""
     sampled: list[Mapping[str, Any]] = field(default_factory=list)
@@ -351,11 +353,16 @@ def note_response(entry: Mapping[str, Any]) -> None:
     if (seen := _CALL.get()) is not None:
         # For a program that asks its LM what the last answer took.
         seen.lm.history[:] = [entry]
-        output = next(iter(entry["outputs"]), None)
-        fields = output if isinstance(output, Mapping) else {"text": output}
-        seen.replies.append(Reply(fields.get("text"), fields.get("reasoning_content"), is_cut(entry["response"])))
+        seen.choices = [_reply_of(entry, number) for number in range(len(entry["outputs"]))]
+        seen.replies += seen.choices[:1] or [Reply()]
         if "token_ids" in (tokens := _of(entry["response"], "provider_data") or {}):
             seen.sampled.append(tokens)
+
+
+def _reply_of(entry: Mapping[str, Any], number: int) -> Reply:
+    output = entry["outputs"][number]
+    fields = output if isinstance(output, Mapping) else {"text": output}
+    return Reply(fields.get("text"), fields.get("reasoning_content"), is_cut(entry["response"], number))
 
 
 def cost_of(entry: Mapping[str, Any]) -> float | None:
@@ -365,13 +372,13 @@ def cost_of(entry: Mapping[str, Any]) -> float | None:
     return 0.0 if is_free else entry["cost"]
 
 
-def is_cut(response: Any) -> bool:
-    """Whether the first answer of an LM's response ended at max_tokens: of DSPy's engine API, or as an OpenAI client
+def is_cut(response: Any, number: int = 0) -> bool:
+    """Whether one of the answers in an LM's response ended at max_tokens: of DSPy's engine API, or as an OpenAI client
     returns it (chat completions, responses)."""
     if isinstance(response, list | tuple):
-        return bool(response) and is_cut(response[0])
+        return number < len(response) and is_cut(response[number])
     if choices := _of(response, "choices"):
-        response = choices[0]
+        response = choices[number]
     reason = _of(response, "finish_reason") or _of(_of(response, "incomplete_details"), "reason")
     return reason in ("length", "max_output_tokens", "max_tokens")
 
