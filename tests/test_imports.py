@@ -84,7 +84,7 @@ NEVER = {"vllm", "bitsandbytes", "matplotlib", "sklearn", "optuna", "bm25s"}
 
 HEAVY = MODEL_LIBRARIES | OPTIONAL.keys() | LATE_LIBRARIES | NEVER
 
-THROUGH_OTHERS = {"IPython", "tokenizers", "typing_extensions", "yaml"}
+THROUGH_OTHERS = {"IPython", "tokenizers", "tqdm", "typing_extensions", "yaml"}
 """Installed by a notebook's kernel, transformers, pydantic and accelerate, which pin the versions they work with."""
 
 
