@@ -49,6 +49,7 @@ class BudgetMeter:
         self, budget: Budget, spent: Ledger = Ledger(), *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.budget = budget
+        self._is_limited = budget != Budget()
         self._clock = clock
         self._started_s = clock() - spent.seconds
         self._charged = spent
@@ -68,7 +69,7 @@ class BudgetMeter:
     def check(self) -> None:
         """Raise BudgetExceeded when a limit is reached; the message has what was used and the limits. Raise ConfigError
         where the cost is limited and not known."""
-        if self.budget == Budget():
+        if not self._is_limited:
             return
         used = self.used
         amounts = {"minutes": used.seconds / 60, "metric_calls": used.metric_calls, "tokens": used.tokens}

@@ -51,8 +51,9 @@ class _BudgetWatch(events.Callback):
         return self._spent.with_seconds(time.monotonic() - self._started_s)
 
     def on_progress(self, event: events.ProgressEvent) -> None:
+        ledger = event.get("ledger") or Ledger()
         # A run that failed before its metric was called counts as a call, too.
-        self._charge(replace(event.get("ledger", Ledger()), metric_calls=1))
+        self._charge(ledger if ledger.metric_calls else replace(ledger, metric_calls=1))
 
     def on_training(self, event: events.TrainingEvent) -> None:
         tokens = event["progress"].tokens
