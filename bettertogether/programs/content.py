@@ -179,18 +179,18 @@ _PLAIN: Mapping[type, Callable[[Any], bytes]] = {
 }
 
 
-_SCALARS = frozenset({bool, int, float, str, bytes, type(None)})
+SCALARS = frozenset({bool, int, float, str, bytes, type(None)})
 
 
 def _holds_scalars(value: Any, depth: int = 3) -> bool:
     """Whether this is a list, tuple or dict of nothing but plain values, or of such (empty, it is walked)."""
     if type(value) is dict:
-        return bool(value) and _SCALARS.issuperset(map(type, value)) and _holds_scalars(list(value.values()), depth)
+        return bool(value) and SCALARS.issuperset(map(type, value)) and _holds_scalars(list(value.values()), depth)
     if type(value) not in (list, tuple) or not value:
         return False
-    if _SCALARS.issuperset(map(type, value)):
+    if SCALARS.issuperset(map(type, value)):
         return True
-    return depth > 1 and all(type(each) in _SCALARS or _holds_scalars(each, depth - 1) for each in value)
+    return depth > 1 and all(type(each) in SCALARS or _holds_scalars(each, depth - 1) for each in value)
 
 
 def name_of(kind: type) -> str:

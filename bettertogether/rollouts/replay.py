@@ -13,7 +13,7 @@ import dspy
 from dspy.primitives.prediction import Completions
 from pydantic import BaseModel
 
-from ..programs.content import fingerprint
+from ..programs.content import SCALARS, fingerprint
 
 
 class Reply(NamedTuple):
@@ -101,6 +101,8 @@ class Replay:
 def snapshot(value: Any) -> Any:
     """The value with its own lists, dicts and records, so that what a program or a metric does to it later does not
     show: a `dspy.History` that grows, an answer that is tidied up in place."""
+    if type(value) in SCALARS:
+        return value
     if type(value) in (list, tuple, set):
         return type(value)(map(snapshot, value))
     if type(value) is dict:
@@ -118,7 +120,8 @@ def snapshot(value: Any) -> Any:
 def _example_copy(example: dspy.Example) -> dspy.Example:
     # Not copy.copy, which takes as long as all else here.
     copied = object.__new__(type(example))
-    vars(copied).update(vars(example), _store=snapshot(example._store))
-    if (given := vars(copied).get("_completions")) is not None:
-        copied._completions = Completions(snapshot(dict(given.items())), signature=given.signature)
+    state = vars(copied)
+    state.update(vars(example), _store=snapshot(example._store))
+    if (given := state.get("_completions")) is not None:
+        state["_completions"] = Completions(snapshot(given._completions), signature=given.signature)
     return copied

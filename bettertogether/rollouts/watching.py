@@ -321,10 +321,7 @@ def answer_of(entry: Any, seen: Seen) -> Answer:
 
 
 def _place() -> tuple[int, int]:
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        task = None
+    task = asyncio.current_task() if asyncio._get_running_loop() else None
     return threading.get_ident(), id(task) if task else 0
 
 
