@@ -6,7 +6,8 @@ Shows that an agent is optimized as it is: the metric sees the final answer alon
 one, all turns become training rows. An agent needs a model that follows instructions: with the default of 135M
 parameters hardly a run succeeds.
 
-Hardware: a GPU for the model above. Minutes and scores: not measured yet.
+Hardware: a GPU for the model above; minutes and scores are not measured yet. (135M parameters on one core of a 2.5 GHz
+server need 12 minutes for the 24 questions of one evaluation alone, as each turn writes all of its 160 tokens.)
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@
 Shows an LM for each predictor, and `frozen=`: the weight step leaves those predictors' weights alone, the prompt step
 may still give them demos. A predictor whose LM is an API is left alone without being named.
 
-Hardware: a GPU for the big model above. Minutes and scores: not measured yet.
+Hardware: a GPU for the big model above; its scores are not measured yet. It has to be able to summarise: with
+Gemma-3-270M, a base model, in its place (10 minutes on one core of a 2.5 GHz server), nothing of a message reaches the
+small model, and 0.333 of the test are right before and after.
 """
 
 from __future__ import annotations

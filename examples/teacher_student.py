@@ -5,7 +5,9 @@
 Shows `teacher=`: a program of the student's structure over another model (any dspy.LM, an API's too). It is asked in
 place of the student wherever data is collected; what is scored, trained and returned is the student.
 
-Hardware: a GPU for the teacher above. Minutes and scores: not measured yet.
+Hardware: a GPU for the teacher above; its scores are not measured yet. With Gemma-3-270M, a base model, as teacher
+(`python tests/benchmarks/models.py gemma` gives its folder), on one core of a 2.5 GHz server: 26 minutes, and of the 24
+messages of the test the teacher has 0.333 right, the student 0.208 untouched and 0.917 [0.792, 1.000] taught.
 """
 
 from __future__ import annotations
