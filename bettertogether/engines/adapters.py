@@ -155,7 +155,7 @@ class AdapterBank:
                 dtype = held.dtype if exact else self._model.dtype
                 adapter.weights[name] = (a.to(held.device, dtype), b.to(held.device, dtype))
                 if name not in self._hooks:
-                    self._hooks[name] = self._modules[name].register_forward_hook(self._hook(name))
+                    self._hooks[name] = layer.register_forward_hook(self._hook(name))
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def add_updates(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

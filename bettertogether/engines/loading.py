@@ -279,7 +279,7 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Any
 @torch.no_grad()
 def _first_pass(model: Any) -> None:
     """Now, and not in inference mode: compressed-tensors writes the weights out in a model's first pass."""
-    model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
 
 
 @contextmanager
