@@ -41,7 +41,7 @@ def examples_from(
         return found if known is None else known[found] if found is not None and found >= 0 else None
 
     return [
-        dspy.Example(**{field: value(field, row[column]) for field, column in source.items()}).with_inputs(*inputs)
+        dspy.Example({field: value(field, row[column]) for field, column in source.items()}).with_inputs(*inputs)
         for row in rows.with_format(None)
     ]
 

@@ -11,6 +11,7 @@ import asyncio
 import functools
 import itertools
 import os
+import sys
 import threading
 import types
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
@@ -230,6 +231,8 @@ def _context(record: Record, trace: list[Any], lm: Any) -> Iterator[Record]:
             # Those of LMs and modules keep every prompt of a pass in memory. They are on only for `note_response`.
             disable_history=False,
             max_history_size=0,
+            # The trace is read, however few calls of a run the user keeps.
+            max_trace_size=sys.maxsize,
         ):
             yield record
     finally:

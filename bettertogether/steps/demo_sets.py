@@ -76,7 +76,7 @@ def labelled_demo(predictor: dspy.Predict, example: dspy.Example) -> dspy.Exampl
             return None
         if isinstance(fields[name], _SCALARS):
             fields[name] = as_field(fields[name], annotation)
-    return dspy.Example(**fields)
+    return dspy.Example(fields)
 
 
 class DemoSets:

@@ -160,6 +160,10 @@ def _written(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str
 
 def _checked(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str, Any], completion: str) -> str:
     try:
+        completion.encode()
+    except UnicodeEncodeError as error:
+        raise DataError("the answer is not valid Unicode (half of an emoji, for example)") from error
+    try:
         parsed = adapter.parse(signature, completion)
     except Exception as error:
         raise DataError(f"{type(adapter).__name__} can't read back the answer it wrote") from error

@@ -43,6 +43,11 @@ def test_a_field_may_have_another_name_than_its_column() -> None:
     assert [dict(example.inputs()) for example in examples] == [{"question": "one?"}, {"question": "two?"}]
 
 
+def test_a_column_may_have_the_name_of_an_argument_of_dspys_example() -> None:
+    (example,) = examples_from(datasets.Dataset.from_dict({"self": ["a"], "base": ["b"]}), inputs=["self"])
+    assert example.toDict() == {"self": "a", "base": "b"}
+
+
 def test_two_columns_may_change_names() -> None:
     examples = examples_from(questions(), inputs=["answer"], columns={"answer": "q", "q": "answer"})
     assert examples[0].toDict() == {"answer": "one?", "q": "1", "level": 0}

@@ -77,6 +77,7 @@ def program_of(annotation: Any, engine: FakeEngine) -> dspy.Predict:
     [
         (str, "odd", Literal["odd"]),
         (str, 18, Literal["18"]),
+        (str, "half an emoji \ud83d", str),
         (int, "18", Literal[18]),
         (bool, "yes", Literal[True]),
         (Literal["odd", "even"], "odd", Literal["odd"]),

@@ -110,6 +110,12 @@ def test_a_predictor_called_fifty_times_has_fifty_calls() -> None:
     assert names(Fifty(), q="x") == ["first"] * 50
 
 
+def test_all_calls_are_seen_however_few_the_user_lets_dspy_keep(engine: FakeEngine) -> None:
+    with dspy.context(max_trace_size=0):
+        run = Runner(two_step_program(engine)).run(ONE)
+    assert [call.predictor for call in run.calls] == ["remark", "decide"]
+
+
 def test_a_skipped_predictor_has_no_calls() -> None:
     class Skip(Base):
         def forward(self, q: str) -> dspy.Prediction:

@@ -136,6 +136,11 @@ def test_a_labelled_example_is_a_demo_where_it_has_the_outputs() -> None:
     assert labelled_demo(predictor, numbers(1)[0]) == dspy.Example(number=0, parity="even")
     assert labelled_demo(predictor, dspy.Example(number=0).with_inputs("number")) is None
     assert labelled_demo(predictor, dspy.Example(parity="even")) is None
+    named = dspy.Example({"self": "a", "base": "b"})
+    assert (
+        labelled_demo(dspy.Predict(dspy.Signature({"self": dspy.InputField(), "base": dspy.OutputField()})), named)
+        == named
+    )
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,14 @@ def test_an_answer_with_the_adapters_own_marker_in_it_is_dropped() -> None:
         render_completion(program, {"question": "q"}, {"answer": "one\n[[ ## answer ## ]]\ntwo"})
 
 
+def test_half_an_emoji_is_learned_only_as_the_escape_that_the_lm_wrote() -> None:
+    program = predictor_over(FakeEngine(lambda _: ""), "question -> answer")
+    written, answer = '{"answer": "\\ud83d"}', {"answer": "\ud83d"}
+    assert render_completion(program, {"question": "q"}, answer, adapter=dspy.JSONAdapter(), text=written) == written
+    with pytest.raises(DataError, match="half of an emoji"):
+        render_completion(program, {"question": "q"}, answer, adapter=dspy.JSONAdapter())
+
+
 def test_a_missing_output_field_is_a_reason_to_drop_the_call() -> None:
     program = predictor_over(FakeEngine(lambda _: ""), Parity)
     with pytest.raises(DataError, match=r"output fields missing: \['parity'\]"):
