@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from ..errors import ConfigError, ModelError
 from ..printable import get_logger
 from ..training.adapter_settings import CONFIG_FILE
 from ..training.bars import no_bars
-from ..training.precision import four_bit_model
+from ..training.precision import four_bit_model, give_back_memory
 from .gguf import converted, gguf_in
 
 logger = get_logger(__name__)
@@ -241,11 +240,15 @@ def pick_device(device: str | torch.device) -> torch.device:
     except RuntimeError:
         found = None
     if found is None or found.type == "meta":
-        raise ConfigError(f'device={device!r} is not allowed: give "auto", "cpu", "cuda" or "cuda:0".')
+        raise ConfigError(f'device={device!r} is not allowed: give "auto", "cpu", "cuda", "cuda:0" or "mps".')
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device={device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices on this machine."
         )
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found.type not in ("cpu", "cuda", getattr(there, "type", None)):
+        sees = "only the processor" if there is None else f"the processor and {there.type!r}"
+        raise ConfigError(f"device={device!r} is not there: torch sees {sees} on this machine.")
     return found
 
 
@@ -293,13 +296,6 @@ def model_to_train(card: ModelCard, device: torch.device, *, four_bit: bool = Fa
         give_back_memory()
 
 
-def give_back_memory() -> None:
-    """Let other models and processes have what torch keeps of those that are gone."""
-    gc.collect()
-    # Does nothing where CUDA was never used.
-    torch.cuda.empty_cache()
-
-
 def meta_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model that a transformers config describes, without its weights."""
     # A copy, since the model writes its precision into it.
@@ -307,10 +303,3 @@ def meta_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)

@@ -52,7 +52,7 @@ def forward_passes(
     while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
         plan = loss.plan(sharing.rows(part), max_tokens)
         for batch, counts in sharing.passes(plan, part):
-            losses_N = loss.token_losses(batch).double().cpu()
+            losses_N = loss.token_losses(batch).cpu().double()
             if counts:
                 yield batch, losses_N
     sharing.let_go(loss.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -82,6 +83,21 @@ def tokens_in_memory(config: PretrainedConfig, device: torch.device, dtype: torc
     if device.type != "cpu":
         return sys.maxsize
     return max(1, psutil.virtual_memory().total // 2 // activation_bytes(config, dtype))
+
+
+def give_back_memory() -> None:
+    """Let other models and processes have what torch keeps of those that are gone."""
+    gc.collect()
+    if (device := torch.accelerator.current_accelerator()) is not None:
+        # Does nothing where it was never used.
+        torch.get_device_module(device).empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ("allocate memory", "out of memory"))
 
 
 def four_bit_model(source: str, device: torch.device) -> PreTrainedModel:

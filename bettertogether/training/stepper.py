@@ -21,7 +21,14 @@ from .config import LoRAConfig, TrainingConfig
 from .fused import fused_lora
 from .loss import RowLoss, row_loss
 from .packing import MicroBatch, TokenizedRow
-from .precision import checkpoint_gradients, compute_dtype, four_bit_model, tokens_in_memory
+from .precision import (
+    checkpoint_gradients,
+    compute_dtype,
+    four_bit_model,
+    give_back_memory,
+    is_out_of_memory,
+    tokens_in_memory,
+)
 from .sharing import Sharing
 
 logger = get_logger(__name__)
@@ -77,12 +84,14 @@ class Stepper:
             try:
                 told_K = self._run(plan, rows, pass_loss)
                 return torch.cat([told_K, told_K.new_tensor([sum(self.loss.tokens(batch) for batch in plan)])])
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 self._check_splittable(plan, name, error)
             # Out of the except block, so that the exception no longer keeps the failed pass's tensors.
             self.max_tokens = max(self.loss.tokens(batch) for batch in plan) // 2
             logger.warning("Out of memory: going on with %d tokens per forward pass.", self.max_tokens)
-            torch.cuda.empty_cache()
+            give_back_memory()
 
     def _run(self, plan: Sequence[MicroBatch], rows: Sequence[TokenizedRow], pass_loss: PassLoss) -> Tensor:
         told: list[Tensor] = []
@@ -90,7 +99,7 @@ class Stepper:
             loss, of_pass = pass_loss(batch)
             (loss * counts * self.sharing.loss_scale).backward()
             told.append(of_pass * counts)
-        return torch.stack(told).sum(0).double().cpu()
+        return torch.stack(told).sum(0).cpu().double()
 
     def _check_splittable(self, plan: Sequence[MicroBatch], name: str, error: Exception) -> None:
         """Raise TrainingError where a pass that memory doesn't suffice for can't be run in smaller ones."""

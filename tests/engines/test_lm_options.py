@@ -52,7 +52,7 @@ def test_an_option_that_is_not_known_is_refused_at_once_with_what_to_give(
         {"stop": 5}, {"stop": [""]}, {"callbacks": [5]}, {"callbacks": 5}, {"num_retries": -1}, {"cache": "yes"},
         {"engine_options": 5}, {"engine_options": {"load_in_4bit": True}}, {"engine_options": {"dtype": ["float32"]}},
         {"engine_options": {"device": 5}}, {"engine_options": {"device": "meta"}},
-        {"engine_options": {"device": "cuda:99"}}, {"adapter": 5},
+        {"engine_options": {"device": "cuda:99"}}, {"engine_options": {"device": "xpu"}}, {"adapter": 5},
         {"logprobs": "x"}, {"logprobs": -1}, {"top_logprobs": 0.5},
     ],
 )  # fmt: skip

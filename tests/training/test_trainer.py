@@ -290,7 +290,12 @@ def test_a_loss_that_is_not_a_number_is_an_error_that_names_the_step(tmp_path: P
         train(tmp_path, model=model)
 
 
-def test_running_out_of_memory_halves_the_passes_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)")]
+)
+def test_running_out_of_memory_halves_the_passes_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
     from bettertogether.training.loss import RowLoss
 
     expected = train(tmp_path / "whole")
@@ -298,7 +303,7 @@ def test_running_out_of_memory_halves_the_passes_and_goes_on(tmp_path: Path, mon
 
     def token_losses(self: RowLoss, batch: Any) -> torch.Tensor:
         if batch.tokens > 60:
-            raise torch.OutOfMemoryError
+            raise error
         return original(self, batch)
 
     monkeypatch.setattr(RowLoss, "token_losses", token_losses)

@@ -1,5 +1,5 @@
-"""Training on a CUDA device that is not there, in bfloat16: it mixes no devices, learns as on the processor, and waits
-for the device twice a step."""
+"""Training on a CUDA device, and on Apple's, that are not there, in bfloat16: it mixes no devices, learns as on the
+processor, and waits for the device twice a step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import CudaTensor, fake_cuda
+from fake_device import DeviceTensor, fake_device
 from tiny import random_rows, tiny_model
 
 from bettertogether.training.attention import PackedLayout, training_attention
@@ -42,10 +42,11 @@ def losses(folder: Path, put: Callable[[Any], Any], on_progress: ProgressFunctio
     return [line.validation_loss for line in trained.history if line.validation_loss is not None]
 
 
-def test_training_learns_as_on_the_processor_and_reads_twice_a_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_training_learns_as_on_the_processor_and_reads_twice_a_step(kind: str, tmp_path: Path) -> None:
     expected, reads = losses(tmp_path / "cpu", lambda model: model), list[int]()
-    with fake_cuda() as cuda:
-        found = losses(tmp_path / "cuda", cuda.put, lambda line: reads.append(len(cuda.reads)))
+    with fake_device(kind) as device:
+        found = losses(tmp_path / kind, device.put, lambda line: reads.append(len(device.reads)))
     assert found == pytest.approx(expected, rel=0.05)
     assert found[-1] < 0.9 * found[0]
     # The loss, and the norm of the gradient.
@@ -74,9 +75,9 @@ def test_packed_rows_are_attended_to_without_a_matrix_of_scores() -> None:
         return [out.detach().float().cpu(), *(leaf.grad.float().cpu() for leaf in leaves if leaf.grad is not None)]
 
     expected = outcome(torch.device("cpu"), torch.float32)
-    with fake_cuda() as cuda:
+    with fake_device("cuda") as cuda:
         found = outcome(torch.device("cuda:0"), torch.bfloat16)
-        assert isinstance(torch.ones(1, device="cuda:0"), CudaTensor)
+        assert isinstance(torch.ones(1, device="cuda:0"), DeviceTensor)
     assert cuda.largest < tokens * tokens
     assert len(found) == len(expected) == 4
     for rough, exact in zip(found, expected, strict=True):

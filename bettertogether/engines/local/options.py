@@ -10,7 +10,7 @@ import torch
 from ..loading import DTYPES, pick_device, pick_dtype
 from ..options import WHOLE, EngineOptions, Rule, option
 
-DEVICE = Rule(lambda value: isinstance(value, str | torch.device), '"auto", "cpu", "cuda" or "cuda:0"')
+DEVICE = Rule(lambda value: isinstance(value, str | torch.device), '"auto", "cpu", "cuda", "cuda:0" or "mps"')
 DTYPE = Rule(lambda value: value in ("auto", *DTYPES, *DTYPES.values()), f'"auto" or one of {sorted(DTYPES)}')
 MEMORY = Rule(lambda value: value is None or WHOLE.allows(value), f"None or {WHOLE.description}")
 
@@ -22,7 +22,7 @@ class TransformersOptions(EngineOptions):
     dtype: str | torch.dtype = field(default="auto", metadata=option(DTYPE, changes_answers=True, own_engine=True))
     """ "float32", "bfloat16", "float16", torch's own of these, or "auto": float32 on the CPU, bfloat16 elsewhere."""
     device: str | torch.device = field(default="auto", metadata=option(DEVICE, own_engine=True))
-    """ "cpu", "cuda", "cuda:1", ... or "auto": CUDA where there is one."""
+    """ "cpu", "cuda", "cuda:1", "mps" (Apple's) or "auto": CUDA where there is one, else the processor."""
     max_batch_size: int = field(default=64, metadata=option(WHOLE))
     """Requests decoded at once."""
     cache_bytes: int | None = field(default=None, metadata=option(MEMORY))

@@ -5,12 +5,18 @@ Rows end at the same column, padded on the left, so that a row's distance to eac
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+
+def cache_name(model: Any) -> str:
+    """What a model's forward calls its cache, which transformers renames one model after the other."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def join(cache: Any, more: Any) -> None:

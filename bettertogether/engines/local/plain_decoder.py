@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from ..adapters import AdaptedSpan, AdapterBank
 from .decoder import BatchRow, Decision
-from .padded_cache import join, keep
+from .padded_cache import cache_name, join, keep
 from .sampling import decide
 
 
@@ -70,6 +70,7 @@ class PlainDecoder:
         self._coming: list[BatchRow] = []
         self._batch: _Batch | None = None
         self._forward_passes = 0
+        self._cache_name = cache_name(model)
 
     def counters(self) -> dict[str, int]:
         """Forward passes; prefixes are not reused."""
@@ -152,7 +153,7 @@ class PlainDecoder:
                 input_ids=ids_B_T.to(self._model.device),
                 attention_mask=batch.mask,
                 position_ids=positions_B_T,
-                past_key_values=batch.cache,
+                **{self._cache_name: batch.cache},
                 use_cache=True,
                 logits_to_keep=1,
             ).logits

@@ -65,7 +65,8 @@ def choose(logits_B_V: Tensor, rows: Sequence[BatchRow]) -> list[int]:
     tokens_B = logits_B_V.argmax(-1)
     points = [rows[position].random.random() for position in drawn]
     if drawn:
-        tokens_B[_on(logits_B_V, drawn)] = _draw(_masked(logits_B_V, rows, drawn), rows, drawn, points, NUCLEUS)
+        found_R = _draw(_masked(logits_B_V, rows, drawn), rows, drawn, points, NUCLEUS)
+        tokens_B[_on(logits_B_V, drawn)] = found_R.to(tokens_B.device)
     # NaN counts as the largest, so a row is finite where it matters if its largest logit is.
     token_ids: list[int] = tokens_B.where(logits_B_V.amax(-1).isfinite(), BROKEN).tolist()
     late = [place for place, position in enumerate(drawn) if token_ids[position] == UNDECIDED]
@@ -121,6 +122,9 @@ def _draw(
 ) -> Tensor:
     """A token for each row of the logits [R], drawn at its point in [0, 1), for rows that ask alike at once; UNDECIDED
     where `nucleus` tokens don't reach the row's top_p."""
+    if logits_R_V.device.type not in ("cpu", "cuda"):
+        # Other devices have no float64.
+        logits_R_V = logits_R_V.cpu()
     tokens_R = torch.empty(len(positions), dtype=torch.long, device=logits_R_V.device)
     alike: dict[tuple[int | None, bool], list[int]] = {}
     for place, position in enumerate(positions):
@@ -176,8 +180,8 @@ def _scores(logits_B_V: Tensor, rows: Sequence[BatchRow], token_ids: Sequence[in
     chosen_R_1 = logprobs_R_V.gather(1, _on(logits_B_V, [token_ids[place] for place in places])[:, None])
     count = min(max(wanted.values()), logits_B_V.shape[1])
     values_R_N, ids_R_N = logprobs_R_V.topk(count)
-    # Doubles hold both exactly, so that one read brings all.
-    read = torch.cat([chosen_R_1.double(), values_R_N.double(), ids_R_N.double()], 1).tolist()
+    # float32 holds ids exactly up to 2**24, so that one read brings all.
+    read = torch.cat([chosen_R_1, values_R_N, ids_R_N.float()], 1).tolist()
     for place, (chosen, *top) in zip(places, read, strict=True):
         ids, values = map(int, top[count:]), top[:count]
         pairs = tuple(zip(ids, values, strict=True))[: wanted[place]]

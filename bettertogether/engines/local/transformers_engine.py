@@ -19,13 +19,14 @@ from ...extras import is_installed
 from ...printable import get_logger
 from ...training.adapter import adapter_digest, config_json
 from ...training.lending import ModelState, lent_out
+from ...training.precision import give_back_memory, is_out_of_memory
 from ...training.progress import ProgressFunction, TrainingProgress
 from .._upstream import StreamEvent
 from ..adapters import AdapterBank, linear_shapes
 from ..answers import FinishedAnswer, TokenScore
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
 from ..finetuning import TrainingJob, train
-from ..loading import give_back_memory, is_out_of_memory, load_model, meta_model, model_to_train
+from ..loading import load_model, meta_model, model_to_train
 from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult, TrainingRow, adapter_model_name
 from ..responses import ResponseWriter
@@ -244,7 +245,7 @@ class TransformersEngine(BaseEngine):
         self._scheduler.forget_decoder()
         self._adapters.attach(None)
         self._model = None
-        if self.options.torch_device.type == "cuda":
+        if self.options.torch_device.type != "cpu":
             give_back_memory()
 
     def _reporting(self, model: Any, on_progress: ProgressFunction | None) -> ProgressFunction:

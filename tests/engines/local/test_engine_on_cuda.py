@@ -1,5 +1,5 @@
-"""The engine on a CUDA device that is not there: it mixes no devices, answers as on the processor, and reads the chosen
-tokens once a step and nothing else."""
+"""The engine on a CUDA device, and on Apple's, that are not there: it mixes no devices, answers as on the processor,
+and reads the chosen tokens once a step and nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from fake_cuda import CudaTensor, FakeCuda, fake_cuda
+from fake_device import DeviceTensor, FakeDevice, fake_device
 from small_models import PACKED, VOCABULARY, bank, byte_tokenizer, decode, generated, prompts, save_adapter, tiny_model
 
 from bettertogether.engines.answers import SamplingOptions
@@ -30,8 +30,8 @@ PADDING = "is_nonzero.default: masking_utils.py, "
 
 
 @pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
-    with fake_cuda() as made:
+def cuda() -> Iterator[FakeDevice]:
+    with fake_device("cuda") as made:
         yield made
 
 
@@ -47,7 +47,7 @@ def answered(decoder: Any, rows: list[BatchRow]) -> int:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_packed_passes_answer_as_generate_does_and_read_once_a_step(cuda: FakeCuda, family: str) -> None:
+def test_packed_passes_answer_as_generate_does_and_read_once_a_step(cuda: FakeDevice, family: str) -> None:
     rows = [BatchRow(text, 3) for text in texts()]
     model = cuda.put(tiny_model(PACKED[family]))
     steps = answered(PackedDecoder(model, bank(model), cache_bytes=CACHE_BYTES), rows)
@@ -56,7 +56,9 @@ def test_packed_passes_answer_as_generate_does_and_read_once_a_step(cuda: FakeCu
     assert [read.startswith(CHOSEN) for read in cuda.reads] == [True] * steps
 
 
-def test_padded_batches_answer_as_generate_does_and_read_what_transformers_asks_of_the_padding(cuda: FakeCuda) -> None:
+def test_padded_batches_answer_as_generate_does_and_read_what_transformers_asks_of_the_padding(
+    cuda: FakeDevice,
+) -> None:
     rows = [BatchRow(text, 3) for text in texts()]
     model = cuda.put(tiny_model())
     steps = answered(PlainDecoder(model, bank(model)), rows)
@@ -65,7 +67,7 @@ def test_padded_batches_answer_as_generate_does_and_read_what_transformers_asks_
     assert all(read.startswith((CHOSEN, PADDING)) for read in cuda.reads)
 
 
-def test_rows_of_adapters_and_of_the_base_answer_as_on_the_processor(cuda: FakeCuda, tmp_path: Path) -> None:
+def test_rows_of_adapters_and_of_the_base_answer_as_on_the_processor(cuda: FakeDevice, tmp_path: Path) -> None:
     def answers(model: Any) -> list[list[int]]:
         adapters = bank(model)
         name = adapters.add(folder)
@@ -79,7 +81,7 @@ def test_rows_of_adapters_and_of_the_base_answer_as_on_the_processor(cuda: FakeC
     assert all(read.startswith(CHOSEN) for read in cuda.reads)
 
 
-def test_bfloat16_logits_are_as_near_to_float32_as_the_models_own(cuda: FakeCuda) -> None:
+def test_bfloat16_logits_are_as_near_to_float32_as_the_models_own(cuda: FakeDevice) -> None:
     exact, rough = tiny_model(), tiny_model().to(torch.bfloat16)
     prompt = prompts(1, 60)[0]
     expected_V = exact(torch.tensor([prompt])).logits[0, -1]
@@ -109,30 +111,34 @@ def tokens(decisions: Sequence[Decision]) -> list[int]:
     return [decision.token_ids[0] for decision in decisions]
 
 
-def test_greedy_drawn_and_constrained_rows_are_read_together(cuda: FakeCuda) -> None:
+@pytest.mark.parametrize(("kind", "reads"), [("cuda", 1), ("mps", 2)])
+def test_greedy_drawn_and_constrained_rows_are_read_together(kind: str, reads: int) -> None:
     logits_B_V = torch.randn(7, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 3
     expected = tokens(decide(logits_B_V, sampled_rows()))
-    assert tokens(decide(CudaTensor(logits_B_V), sampled_rows())) == expected
-    assert len(cuda.reads) == 1
+    with fake_device(kind) as device:
+        assert tokens(decide(DeviceTensor(logits_B_V), sampled_rows())) == expected
+    assert len(device.reads) == reads
 
 
-def test_what_the_grammar_refuses_is_chosen_again_with_one_read_for_all_rows(cuda: FakeCuda) -> None:
+def test_what_the_grammar_refuses_is_chosen_again_with_one_read_for_all_rows(cuda: FakeDevice) -> None:
     logits_B_V = torch.zeros(3, VOCABULARY)
     logits_B_V[:, byte_tokenizer().encode("x")] = 1.0
     expected, found = (
         tokens(decide(logits, [grammar(SamplingOptions(), "{") for _ in range(3)]))
-        for logits in (logits_B_V, CudaTensor(logits_B_V))
+        for logits in (logits_B_V, DeviceTensor(logits_B_V))
     )
     assert found == expected
     assert len(cuda.reads) == 2
 
 
-def test_scores_of_all_rows_are_one_read_more(cuda: FakeCuda) -> None:
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_scores_of_all_rows_are_one_read_more(kind: str) -> None:
     rows = [BatchRow([1], 9, sampling=SamplingOptions(logprobs=count)) for count in (0, 3, 2)]
     logits_B_V = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    scores = [decision.scores for decision in decide(CudaTensor(logits_B_V), rows)]
+    with fake_device(kind) as device:
+        scores = [decision.scores for decision in decide(DeviceTensor(logits_B_V), rows)]
     assert scores == [decision.scores for decision in decide(logits_B_V, copy.deepcopy(rows))]
-    assert len(cuda.reads) == 2
+    assert len(device.reads) == 2
 
 
 def prefix_attention(chunks: Sequence[int], kind: AttentionKind, dtype: torch.dtype, wrap: Any) -> torch.Tensor:
@@ -164,13 +170,13 @@ def test_a_prefix_in_chunks_is_attended_to_as_under_a_dense_mask(window: int | N
     torch.testing.assert_close(found, densely(kind, 32))
 
 
-def test_no_scores_of_a_long_prefix_are_held_in_half_precision_on_cuda(cuda: FakeCuda) -> None:
+def test_no_scores_of_a_long_prefix_are_held_in_half_precision_on_cuda(cuda: FakeDevice) -> None:
     kind = AttentionKind(0.25)
-    found = prefix_attention((512, 64), kind, torch.bfloat16, CudaTensor)
+    found = prefix_attention((512, 64), kind, torch.bfloat16, DeviceTensor)
     assert cuda.largest <= 4 * 576 * 16 < 4 * 64 * 576
     np.testing.assert_allclose(found.float().cpu().numpy(), densely(kind, 576).numpy(), atol=0.05)
 
 
-def test_tensors_of_two_devices_are_found(cuda: FakeCuda) -> None:
+def test_tensors_of_two_devices_are_found(cuda: FakeDevice) -> None:
     with pytest.raises(RuntimeError, match="two devices, cuda:0 and cpu"):
-        _ = CudaTensor(torch.ones(3)) + torch.ones(3)
+        _ = DeviceTensor(torch.ones(3)) + torch.ones(3)
