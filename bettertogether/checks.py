@@ -32,6 +32,19 @@ def require_whole(
     require(ok, name, value, f"{meaning or bounds}{', or None' if optional else ''}")
 
 
+def plain(value: Any) -> Any:
+    """numpy's numbers as Python's own, the only ones that JSON, seeds and most libraries take; all else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(plain, value)) if type(value) is tuple else value
+    return value.item() if type(value).__module__ == "numpy" and is_number(value) else value
+
+
+def with_plain_numbers(options: object) -> None:
+    """Make the fields of a frozen dataclass `plain`."""
+    for name, value in vars(options).items():
+        object.__setattr__(options, name, plain(value))
+
+
 def is_number(value: Any) -> bool:
     """Whether this is a finite number (a bool is none)."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,7 +12,7 @@ import dspy
 from dspy.clients.provider import Provider, TrainingJob
 from dspy.lm15 import Request
 
-from .checks import require
+from .checks import plain, require
 from .engines._upstream import adapter_message_call
 from .engines.answer_format import whole_format
 from .engines.lm_options import check_lm_options
@@ -174,7 +174,7 @@ def engine_lm(engine: LocalEngine, model: str | None = None, **lm_options: Any) 
         model or MODEL_PREFIX + engine.base_name,
         engine=engine,
         async_engine=engine.asynchronous,
-        **lm_options,
+        **{name: plain(value) for name, value in lm_options.items()},
     )
 
 

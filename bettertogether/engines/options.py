@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from ..checks import with_plain_numbers
 from ..errors import ConfigError
 from .rendering import DEFAULT_TEMPLATE_KWARGS
 
@@ -56,6 +57,7 @@ class EngineOptions:
     """Where trained adapters go by default; ~/.cache/bettertogether/adapters when None."""
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         for each in fields(self):
             value, rule = getattr(self, each.name), each.metadata["rule"]
             if not rule.allows(value):

@@ -64,7 +64,7 @@ def labels_of(
 def stratified_order(items: Sequence[T], labels: Sequence[str | None], seed: int) -> list[T]:
     """The items in a seeded random order in which every label is spread evenly, so that any head of it is a
     stratified sample. Without labels: a plain shuffle."""
-    rng = random.Random(seed)
+    rng = random.Random(int(seed))
     groups: dict[str | None, list[T]] = defaultdict(list)
     for item, label in zip(items, labels, strict=True):
         groups[label].append(item)

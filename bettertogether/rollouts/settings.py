@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..checks import require, require_pass_options
+from ..checks import require, require_pass_options, with_plain_numbers
 from .rollout import RolloutStore
 
 
@@ -22,6 +22,7 @@ class RunSettings:
     """Rollouts made before, and to come."""
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         require_pass_options(self.num_threads, self.max_errors, self.seed)
         is_store = isinstance(self.store, RolloutStore | None)
         require(is_store, "store", self.store, "a bettertogether.rollouts.rollout.RolloutStore, or None")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import dspy
 
 from ..callbacks import events
-from ..checks import is_number, require, require_switch, require_threshold, require_whole
+from ..checks import is_number, require, require_switch, require_threshold, require_whole, with_plain_numbers
 from ..errors import BetterTogetherError, TooManyErrors
 from ..records import Ledger
 from .branches import BranchPoint, branch_points
@@ -107,6 +107,7 @@ class Sampling:
         require_whole("enough", self.enough, 0)
         if isinstance(self.temperature, Sequence) and not isinstance(self.temperature, str):
             object.__setattr__(self, "temperature", tuple(self.temperature))
+        with_plain_numbers(self)
         temperatures = self.temperatures
         warm = bool(temperatures) and all(is_number(value) and 0 < value <= 2 for value in temperatures)
         require(warm, "temperature", self.temperature, "numbers above 0, at most 2")

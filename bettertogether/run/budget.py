@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..checks import with_plain_numbers
 from ..errors import BudgetExceeded, ConfigError
 from ..records import Ledger
 
@@ -29,6 +30,7 @@ class Budget:
     price is not known."""
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         for name, (_, decimals) in _LIMITS.items():
             value = getattr(self, name)
             kinds = int | float if decimals else int

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import dspy
 
-from ..checks import is_number, require, require_one_of, require_switch, require_whole
+from ..checks import is_number, require, require_one_of, require_switch, require_whole, with_plain_numbers
 from ..engines.protocol import FieldSpan, LocalEngine
 from ..engines.thinking import with_thoughts
 from ..errors import DataError, NoTrainingDataError
@@ -96,6 +96,7 @@ class RowOptions:
     """"strip": a reasoning model learns to answer without thoughts; "keep": with those of its passing runs."""
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         require_one_of("train_prompt", self.train_prompt, get_args(TrainPrompt))
         require_one_of("reasoning", self.reasoning, get_args(Reasoning))
         share, field_name = self.max_rescue_share, self.label_field

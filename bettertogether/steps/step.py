@@ -16,6 +16,7 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 from dspy.utils.callback import with_callbacks
 
+from ..checks import plain
 from ..programs.program import as_programs
 from ..records import Details, Ledger
 from ..rollouts.settings import RunSettings
@@ -84,6 +85,9 @@ class Step(ABC):
     """Demos that its prompts show, at most; 0: it searches none."""
     last: StepResult | None = None
     """What the last `compile`, or the last step of a `BetterTogether`, gave."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, plain(value))
 
     def sparing(self, context: StepContext, *, is_tuned: bool) -> StepContext:
         """The context, without its valset where the step does better without it. `is_tuned`: the student's weights were

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from ..checks import is_number, require, require_one_of, require_switch, require_whole
+from ..checks import is_number, require, require_one_of, require_switch, require_whole, with_plain_numbers
 
 GroupBy = Literal["call", "branch"]
 
@@ -35,6 +35,7 @@ class LoRAConfig:
     experts, routers, the output layer, and layers that text never reaches."""
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         require_whole("rank", self.rank, 1)
         require(is_number(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a number above 0")
         require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
@@ -119,6 +120,7 @@ class TrainingConfig:
     """Seed of the adapter's initial weights and of the row order."""
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         rate, warmup = self.learning_rate, self.warmup_ratio
         require(_is_auto(rate) or _is_positive(rate), "learning_rate", rate, 'a number above 0, or "auto"')
         if not _is_auto(self.epochs):
@@ -236,6 +238,7 @@ class PolicyConfig:
     """Steps after which the program is scored on examples held out; the best adapter is kept."""
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         for name in ("steps", "examples_per_step", "most_draws", "updates", "score_every"):
             require_whole(name, getattr(self, name), 1)
         require_whole("group_size", self.group_size, 2, meaning="2 or more: runs are compared to each other")

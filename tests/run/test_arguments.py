@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import dspy
@@ -9,10 +10,16 @@ import numpy as np
 import pytest
 from fakes import learner, numbers, parity_engine, parity_match, parity_program
 
-from bettertogether import BootstrapFewShotRS, LoRAConfig, LoRAFinetune, TrainingConfig
+from bettertogether import (
+    BetterTogether,
+    BootstrapFewShotRS,
+    Budget,
+    LoRAConfig,
+    LoRAFinetune,
+    TrainingConfig,
+    stratified_split,
+)
 from bettertogether.errors import BetterTogetherError, ConfigError, DataError, ProgramError
-from bettertogether.rollouts.traces import Sampling
-from bettertogether.steps.rows_from_traces import RowOptions
 
 NAN = float("nan")
 SHARED = [
@@ -190,10 +197,35 @@ def test_a_label_field_that_no_example_has_is_an_error_before_any_call() -> None
     assert engine.requests == []
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
-    prompts: dict[str, Any] = {"num_candidates": np.int64(2), "threshold": np.float32(0.5), "num_threads": np.int32(2)}
-    assert BootstrapFewShotRS(parity_match, **prompts).num_candidates == 2
-    sampling: dict[str, Any] = {"num_samples": np.int64(1), "temperature": np.float64(0.5)}
-    assert Sampling(**sampling).temperatures == (0.5,)
-    rows: dict[str, Any] = {"max_rescue_share": np.float32(0.5)}
-    assert RowOptions(**rows).max_rescue_share == 0.5
+def test_a_run_with_numbers_of_numpy_is_that_with_pythons(tmp_path: Path) -> None:
+    engine = parity_engine(learner)
+
+    def run(whole: Any, real: Any) -> None:
+        prompts = {
+            "num_candidates": whole(1),
+            "max_labeled_demos": whole(2),
+            "strengths": (real(0.5),),
+            "seed": whole(2),
+        }
+        training = TrainingConfig(epochs=whole(1), learning_rate=real(0.5), seed=whole(1))
+        sampling = {"num_samples": whole(1), "temperature": [real(0.5)], "max_rescue_share": real(0.5)}
+        p = BootstrapFewShotRS(parity_match, threshold=real(1), **prompts)
+        w = LoRAFinetune(parity_match, training=training, lora=LoRAConfig(rank=whole(4), alpha=real(8)), **sampling)
+        arguments = {"seed": whole(3), "valset_ratio": real(0.5), "num_threads": whole(1), "max_rounds": whole(2)}
+        BetterTogether(parity_match, p=p, w=w).compile(
+            parity_program(engine, max_tokens=whole(50)),
+            trainset=numbers(6),
+            strategy="p -> w",
+            run_dir=tmp_path / "run",
+            progress=False,
+            two_by_two=False,
+            budget=Budget(minutes=real(5), tokens=whole(10**8)),
+            **arguments,
+        )
+
+    run(np.int64, np.float32)
+    calls = len(engine.requests)
+    run(int, float)
+    assert len(engine.requests) == calls
+    assert engine.trainings
+    assert len(stratified_split(numbers(8), np.int64(2), np.int64(1))[0]) == 2  # type: ignore[arg-type]
