@@ -287,7 +287,8 @@ def _in_child(folder: Path, lm: Any, queue: Any, tmp_path: Path) -> None:
             queue.put((name, f"{type(error).__name__}: {error}"))
 
 
-def test_a_forked_child_gets_an_engine_of_its_own(folder: Path, tmp_path: Path) -> None:
+def fork_and_compare(folder: Path, tmp_path: Path) -> None:
+    """What a forked child can and can't do with its parent's engine and with its own."""
     lm = local_lm(folder, cache=False, max_tokens=8)
     answer = lm("hello")
     context = multiprocessing.get_context("fork")
@@ -302,6 +303,13 @@ def test_a_forked_child_gets_an_engine_of_its_own(folder: Path, tmp_path: Path) 
     assert found["fresh trains"] == lm.engine.finetune(ROWS, folder=tmp_path / "parent", **SHORT).model
     assert lm("hello") == answer
     lm.engine.close()
+
+
+def test_a_forked_child_gets_an_engine_of_its_own(programs: Programs, folder: Path, tmp_path: Path) -> None:
+    # Of a process that has computed gradients and seen a GPU, or a test's fake one, torch lets no child compute any.
+    folders = f"Path({str(folder)!r}), Path({str(tmp_path)!r})"
+    programs.start(f"from pathlib import Path; from test_robustness import *; fork_and_compare({folders})")
+    assert programs.exit_code() == 0
 
 
 def test_the_name_of_a_base_is_the_same_in_another_process(programs: Programs, folder: Path) -> None:
