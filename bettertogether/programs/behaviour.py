@@ -21,6 +21,7 @@ from typing import Any
 import dspy
 import pydantic
 from dspy.clients.base_lm import BaseLM
+from typing_extensions import Format, get_annotations
 
 from ..redaction import is_secret, without_secrets
 from .content import Walk, by_name, cell_content, combined, name_of
@@ -159,16 +160,18 @@ def class_parts(kind: type) -> dict[str, Any]:
     if issubclass(kind, enum.Enum):
         return {name: member.value for name, member in kind.__members__.items()}
     parts = {name: value for name, value in sorted(vars(kind).items()) if _is_written(name, value)}
-    return {**parts, "annotations": by_name(vars(kind).get("__annotations__", {}))}
+    return {**parts, "annotations": by_name(get_annotations(kind, format=Format.FORWARDREF))}
 
 
 _Accessor = property | classmethod | staticmethod | functools.cached_property
+_ANNOTATING = ("__annotate__", "__annotate_func__")
+"""Functions that Python 3.14 makes of annotations. They close over all that the class body holds."""
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
 
 
 def _is_written(name: str, value: Any) -> bool:
     if isinstance(value, types.FunctionType | _Accessor):
-        return True
+        return name not in _ANNOTATING
     generated = name.startswith(("__", "_abc_", "model_", "_pydantic")) or isinstance(value, _DESCRIPTORS)
     return not generated
 
@@ -200,11 +203,14 @@ def named_values(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{part}", vars(value)[part]) for part in sorted(attributes & vars(value).keys()))
 
 
+_READING = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+
+
 @functools.lru_cache(maxsize=10_000)
 def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     """Globals that code reads, attributes that it reads, globals that it assigns to."""
     steps = list(dis.get_instructions(code))
-    read = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    read = {step.argval for step in steps if step.opname in _READING}
     attributes = {step.argval for step in steps if step.opname in ("LOAD_ATTR", "LOAD_METHOD")}
     assigned = {step.argval for step in steps if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
     for constant in code.co_consts:

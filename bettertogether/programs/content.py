@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
+import dis
 import enum
 import hashlib
 import marshal
@@ -16,6 +17,7 @@ import struct
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import dspy
@@ -108,6 +110,8 @@ class Walk:
             return combined("method", [self.hashed(value.__func__), self.hashed(value.__self__)])
         if isinstance(value, types.CodeType):
             return self._code_hashed(value)
+        if kind.__name__ == "TypeAliasType":
+            return combined("alias", [repr(value).encode(), self.hashed(value.__value__)])
         if isinstance(value, types.GenericAlias | types.UnionType) or kind.__module__ == "typing":
             arguments = typing.get_args(value)
             name = str(typing.get_origin(value)) if arguments else repr(value)
@@ -126,7 +130,8 @@ class Walk:
 
     def _code_hashed(self, code: types.CodeType) -> bytes:
         # Not its place in a file: other lines above it change nothing.
-        parts = (code.co_code, code.co_consts, code.co_names, code.co_varnames, code.co_freevars, code.co_flags)
+        body = _class_body(code) if "__firstlineno__" in code.co_names else (code.co_code, code.co_consts)
+        parts = (*body, code.co_names, code.co_varnames, code.co_freevars, code.co_flags)
         return combined("code", map(self.hashed, parts))
 
     def object_hashed(self, value: Any) -> bytes:
@@ -156,6 +161,12 @@ class Walk:
         """What has no content to see counts by its type."""
         self.unseen.append(name_of(type(value)))
         return combined("unseen", [name_of(type(value)).encode()])
+
+
+def _class_body(code: types.CodeType) -> list[tuple[str, Any]]:
+    """The instructions of a class body, but the one that loads its line in the file (Python 3.13 and later)."""
+    listed = [(each.opname, each.argval) for each in dis.get_instructions(code)]
+    return [each for each, following in pairwise(listed) if following[1] != "__firstlineno__"]
 
 
 def combined(kind: str, parts: Iterable[bytes]) -> bytes:

@@ -160,8 +160,11 @@ def _validated(value: Any, annotation: Any) -> tuple[bool, Any]:
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a type."""
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    """The alternatives of a type, also of one that a `type` statement names."""
+    annotation = getattr(annotation, "__value__", annotation)
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return (annotation,)
+    return tuple(kind for each in get_args(annotation) for kind in _kinds(each))
 
 
 def _legal_values(kind: Any) -> list[Any]:

@@ -11,6 +11,7 @@ import dspy
 import numpy as np
 import pytest
 from fakes import numbers, parity_engine, parity_match, parity_program, plain_lm, reply
+from typing_extensions import TypeAliasType
 
 from bettertogether.rollouts.rescue import as_field, hint_for, hint_of, narrow_signatures
 from bettertogether.steps.rows_from_traces import Collected
@@ -53,6 +54,8 @@ LABELS: list[Any] = [
     (str | None, 18, "18"),
     (Literal["a", "b"] | None, "A", "a"),
     (int | str, 5, 5),
+    (TypeAliasType("Sentiment", Literal["a", "b"]), "A", "a"),
+    (Optional[TypeAliasType("Sentiment", Literal["a", "b"])], "A", "a"),  # noqa: UP045
     (list[str], ["a"], ["a"]),
     (list[float], [1, "2"], [1.0, 2.0]),
     (Any, 5, 5),
