@@ -112,7 +112,7 @@ class Walk:
             return self._code_hashed(value)
         if kind.__name__ == "TypeAliasType":
             return combined("alias", [repr(value).encode(), self.hashed(value.__value__)])
-        if isinstance(value, types.GenericAlias | types.UnionType) or kind.__module__ == "typing":
+        if isinstance(value, types.GenericAlias | types.UnionType) or kind.__module__ in ("typing", "annotationlib"):
             arguments = typing.get_args(value)
             name = str(typing.get_origin(value)) if arguments else repr(value)
             return combined("annotation", [name.encode(), *map(self.hashed, arguments)])
