@@ -111,7 +111,7 @@ class Walk:
         if isinstance(value, types.CodeType):
             return self._code_hashed(value)
         if kind.__name__ == "TypeAliasType":
-            return combined("alias", [repr(value).encode(), self.hashed(value.__value__)])
+            return combined("alias", [repr(value).encode(), self.hashed(_aliased(value))])
         if isinstance(value, types.GenericAlias | types.UnionType) or kind.__module__ in ("typing", "annotationlib"):
             arguments = typing.get_args(value)
             name = str(typing.get_origin(value)) if arguments else repr(value)
@@ -161,6 +161,14 @@ class Walk:
         """What has no content to see counts by its type."""
         self.unseen.append(name_of(type(value)))
         return combined("unseen", [name_of(type(value)).encode()])
+
+
+def _aliased(alias: Any) -> Any:
+    try:
+        return alias.__value__
+    except NameError:
+        # A name that exists for the type checker alone.
+        return None
 
 
 def _class_body(code: types.CodeType) -> list[tuple[str, Any]]:

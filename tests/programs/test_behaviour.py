@@ -75,3 +75,8 @@ def test_a_type_statement_counts_by_its_value(annotation: str) -> None:
     )
     assert behaviour("\n" + source, "Ask") == behaviour(source, "Ask")
     assert behaviour(source.replace("'a'", "'b'"), "Ask") != behaviour(source, "Ask")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="no `type` statement")
+def test_a_type_statement_whose_names_exist_for_the_type_checker_alone_counts_by_its_name() -> None:
+    assert behaviour("type Kind = Later", "Kind") != behaviour("type Other = Later", "Other")
