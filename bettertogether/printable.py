@@ -25,6 +25,18 @@ def one_line(value: object) -> str:
     return _CONTROL_OR_BREAK.sub(_written_out, str(value))
 
 
+NOT_UNICODE = "not valid Unicode (half of an emoji, for example)"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8, which tokenizers and schemas ask for."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _written_out(match: re.Match[str]) -> str:
     return match.group().encode("unicode_escape").decode("ascii")
 

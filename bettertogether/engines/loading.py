@@ -245,8 +245,10 @@ def pick_device(device: str | torch.device) -> torch.device:
         raise ConfigError(
             f"device={device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices on this machine."
         )
+    if found.type in ("cpu", "cuda"):
+        return found
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if found.type not in ("cpu", "cuda", getattr(there, "type", None)):
+    if there is None or there.type != found.type:
         sees = "only the processor" if there is None else f"the processor and {there.type!r}"
         raise ConfigError(f"device={device!r} is not there: torch sees {sees} on this machine.")
     return found

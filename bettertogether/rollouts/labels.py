@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import dspy
 import numpy as np
 
+from ..checks import plain
 from ..errors import ConfigError
 from .examples import refuse_dataset
 
@@ -64,7 +65,7 @@ def labels_of(
 def stratified_order(items: Sequence[T], labels: Sequence[str | None], seed: int) -> list[T]:
     """The items in a seeded random order in which every label is spread evenly, so that any head of it is a
     stratified sample. Without labels: a plain shuffle."""
-    rng = random.Random(int(seed))
+    rng = random.Random(plain(seed))
     groups: dict[str | None, list[T]] = defaultdict(list)
     for item, label in zip(items, labels, strict=True):
         groups[label].append(item)

@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
+from ..printable import is_unicode
 from ..programs.program import predictors_of
 from .labels import label_value
 
@@ -83,17 +84,9 @@ def _narrowed(signature: Any, labels: tuple[tuple[str, type, Any], ...]) -> Any:
         annotation, label = signature.output_fields[label_field].annotation, known[label_field]
         known[label_field] = value = as_field(label, annotation)
         # A Literal of another type, or of half an emoji, has no schema, or is not read back as a value of the field's.
-        if type(value) in _PLAIN and _is_of_type(value, annotation) and _is_unicode(f"{value}{label}"):
+        if type(value) in _PLAIN and _is_of_type(value, annotation) and is_unicode(f"{value}{label}"):
             signature = signature.with_updated_fields(label_field, type_=_only(value, label))
     return _with_hint(signature, known)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _only(value: Any, label: Any) -> Any:

@@ -12,6 +12,7 @@ import dspy
 
 from ..errors import ArtifactError
 from ..lm import local_engine
+from ..printable import NOT_UNICODE, is_unicode
 from ..programs.demo_values import encode_demo
 from .prompt_capture import render_prompt
 
@@ -115,11 +116,10 @@ class DemoFit:
     def _problem(self, demo: Any) -> str | None:
         try:
             text = json.dumps(encode_demo(self._predictor, demo, self._name), ensure_ascii=False)
-            text.encode()
         except ArtifactError as error:
             return str(error)
-        except UnicodeEncodeError:
-            return "its text is not valid Unicode (half of an emoji, for example)"
+        if not is_unicode(text):
+            return f"its text is {NOT_UNICODE}"
         if self._engine is None:
             return None
         own = {field: demo.get(field, "") for field in self._predictor.signature.input_fields}

@@ -17,6 +17,7 @@ from dspy.lm15 import Request
 
 from ..engines.protocol import ChatMessage, FieldSpan, LocalEngine
 from ..errors import DataError
+from ..printable import NOT_UNICODE, is_unicode
 from ..rollouts.rescue import admits_none
 
 PLACEHOLDER = "value-of-the-field"
@@ -159,10 +160,8 @@ def _written(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str
 
 
 def _checked(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str, Any], completion: str) -> str:
-    try:
-        completion.encode()
-    except UnicodeEncodeError as error:
-        raise DataError("the answer is not valid Unicode (half of an emoji, for example)") from error
+    if not is_unicode(completion):
+        raise DataError(f"the answer is {NOT_UNICODE}")
     try:
         parsed = adapter.parse(signature, completion)
     except Exception as error:
