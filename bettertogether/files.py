@@ -146,7 +146,9 @@ def append_line(path: Path, line: bytes) -> None:
     """Add a line, durably. Raises RunDirectoryError; the file is then as it was."""
     with disk_errors(path):
         is_new = not path.exists()
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        # Windows writes other ends of lines where it is not told not to.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        handle = os.open(path, flags, 0o666)
         try:
             size = os.fstat(handle).st_size
             try:
@@ -233,8 +235,9 @@ def working_folder(parent: Path, name: str) -> Iterator[Path]:
         folder = parent / name
         folder.mkdir(exist_ok=True)
         yield folder
-        # Before the lock ends: whoever opened the file meanwhile finds it locked.
-        path.unlink(missing_ok=True)
+        # Before the lock ends: whoever opened the file meanwhile finds it locked. Windows lets no open file go.
+        with contextlib.suppress(PermissionError):
+            path.unlink(missing_ok=True)
     finally:
         lock.release()
 
@@ -245,14 +248,14 @@ def _claimed(path: Path) -> Path:
     owner = f"process {os.getpid()} on {platform.node()}"
     for _ in range(2):
         try:
-            with disk_errors(path), open(path, "x") as file:
+            with disk_errors(path), open(path, "x", encoding="utf-8") as file:
                 file.write(owner)
             return path
         except RunDirectoryError as error:
             if not isinstance(error.__cause__, FileExistsError):
                 raise
         with disk_errors(path):
-            found = path.read_text()
+            found = path.read_text("utf-8")
         if _lives(found):
             break
         with disk_errors(path):
@@ -312,7 +315,7 @@ def _durable(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(0o644)
-            with file.open("rb") as opened:
+            with file.open("r+b") as opened:
                 os.fsync(opened.fileno())
 
 

@@ -68,6 +68,9 @@ def last_lines(text: str) -> str:
 
 def stop_group(process: subprocess.Popen[bytes]) -> None:
     """End a process that leads a group of its own, and the rest of the group."""
+    if os.name == "nt":
+        stop_tree(process)
+        return
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -76,6 +79,21 @@ def stop_group(process: subprocess.Popen[bytes]) -> None:
             continue
         except ProcessLookupError:
             return
+
+
+def stop_tree(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started, where there are no groups of processes."""
+    import psutil
+
+    try:
+        parent = psutil.Process(process.pid)
+        tree = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for one in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(tree, STOP_S)
 
 
 def _end_with_input(process: subprocess.Popen[bytes]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import resource
+import sys
 import time
 
 import dspy
@@ -79,7 +79,19 @@ def main() -> None:
     print(compiled.report)
     print(f"\nOn {len(testset)} test messages that no step has seen:")
     print(compare({"untouched": before, "compiled": after}))
-    print(f"\n{clock}\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2:.1f} GiB")
+    print(f"\n{clock}\npeak memory {peak_memory_bytes() / 2**30:.1f} GiB")
+
+
+def peak_memory_bytes() -> int:
+    """What this process had at most."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Clock:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fakes import wait_for
 
-from bettertogether.processes import WatchedProcess, last_lines
+from bettertogether.processes import WatchedProcess, last_lines, stop_tree
 
 CHILD = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
 PARENT = """
@@ -85,3 +85,15 @@ def test_its_exit_code_and_output_are_kept(tmp_path: Path) -> None:
 
 def test_the_end_of_a_log_is_its_last_lines() -> None:
     assert last_lines("\n".join(map(str, range(100)))) == "\n".join(map(str, range(70, 100)))
+
+
+def test_where_there_are_no_groups_what_a_process_started_ends_with_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {CHILD!r}])"
+    with log.open("wb") as file:
+        process = subprocess.Popen([sys.executable, "-c", start], stdout=file)
+    child = pid_in(log)
+    stop_tree(process)
+    assert not is_alive(process.pid)
+    assert wait_for(lambda: not is_alive(child))
+    stop_tree(process)

@@ -96,7 +96,7 @@ def _shards(path: Path) -> list[str]:
     """Names of the weight files that belong to the main one."""
     if not path.name.endswith(".index.json"):
         return [path.name]
-    return sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    return sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
 
 
 def _first_or_rest(names: Iterable[str], exists: Any) -> list[str]:

@@ -184,7 +184,7 @@ def result_of(work: Path, code: int | None, processes: int) -> TrainingResult:
             "The checkpoint of the last full epoch is kept: the same call goes on from there, also where the file that "
             "accelerate_config names has fewer machines by then. num_processes=1 trains in this process."
         )
-    values: dict[str, Any] = json.loads(path.read_text())
+    values: dict[str, Any] = json.loads(path.read_bytes())
     history = tuple(TrainingProgress(**line) for line in values.pop("history"))
     for name in ("base", "best"):
         values[name] = values[name] and HeldOutLosses(**values[name])
@@ -192,7 +192,7 @@ def result_of(work: Path, code: int | None, processes: int) -> TrainingResult:
 
 
 def _failure(path: Path) -> dict[str, Any]:
-    failure: dict[str, Any] = json.loads(path.read_text())
+    failure: dict[str, Any] = json.loads(path.read_bytes())
     return failure
 
 
