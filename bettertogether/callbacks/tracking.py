@@ -48,7 +48,8 @@ class Tracking(Callback):
     def on_training(self, event: TrainingEvent) -> None:
         """Log the losses of this training step."""
         line = event["progress"]
-        values = {"loss": line.loss, "validation_loss": line.validation_loss, "learning_rate": line.learning_rate}
+        names = ("loss", "validation_loss", "validation_error", "learning_rate")
+        values = {name: getattr(line, name) for name in names}
         if (rewards := event.get("rewards")) is not None:
             values |= {name: value for name, value in asdict(rewards).items() if name != "step"}
         prefix = f"step_{self._index}/{_as_name(event.get('adapter', 'adapter'))}"

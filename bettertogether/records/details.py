@@ -148,6 +148,8 @@ class LossLine(Saved):
     tokens: Count
     """Tokens trained on so far."""
     learning_rate: Finite
+    validation_error: Number | None = None
+    """Mean probability of another token than the row's, of the rows held out: it chose the epoch."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The running mean of a training's weights: at any step what a learning rate that falls to 0 gives at the last one.
 
-So a training needs no length that is fixed beforehand: it goes on at its learning rate for as long as the held-out loss
-of the mean falls (Hägele et al., "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations",
+So a training needs no length that is fixed beforehand: it goes on at its learning rate for as long as the held-out
+error of the mean falls (Hägele et al., "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations",
 arXiv 2405.18392). The mean reaches back over a share of the steps done, not over a number of them (Karras et al.,
 arXiv 2312.02696, section 3): it follows the first steps closely, and smooths more the longer the run.
 """

@@ -22,7 +22,7 @@ from .packing import TokenizedRow
 from .progress import TrainingProgress
 from .sharing import all_whole, like
 
-SCHEMA = 3
+SCHEMA = 4
 FOLDER = "checkpoint"
 
 

@@ -62,11 +62,11 @@ class TrainingConfig:
     learning_rate: float | Literal["auto"] = "auto"
     """Peak learning rate of AdamW. "auto": by the model's width (`training/auto.py`)."""
     epochs: int | Literal["auto"] = "auto"
-    """Passes over the rows. "auto": as many as the rows need, at most what `training/auto.py` says, and fewer where the
-    held-out loss stops falling (see `patience`). The best of them is kept, see `keep_best`."""
+    """Passes over the rows. "auto": as many as the rows need, at most what `training/auto.py` says, and fewer where
+    the rows held out are answered no better (see `patience`). The best of them is kept, see `keep_best`."""
     patience: int = 3
-    """With epochs="auto", `keep_best` and validation rows: epochs without a lower held-out loss after which to stop, if
-    the loss has risen since, as rows were learned by heart, or is nearly 0; else more, see `training/length.py`."""
+    """With epochs="auto", `keep_best` and validation rows: epochs without a lower held-out loss or error after which to
+    stop, if both rose since, as rows were learned by heart, or are nearly 0; else more, see `training/length.py`."""
     max_minutes: float | None = None
     """Stop at the end of the epoch after which the next would take longer than this (within the first epoch: after the
     step that does). None: no limit."""
@@ -96,7 +96,8 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
     keep_best: bool = True
-    """With validation rows: keep the epoch with the lowest held-out loss, not the last."""
+    """With validation rows: keep the epoch with the lowest held-out error (see `TrainingProgress.validation_error`; of
+    pairs, the lowest loss), not the last."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; adapter weights and optimizer stay in float32.
     "auto": bfloat16 on hardware that has it, else float32."""

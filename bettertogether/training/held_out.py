@@ -34,6 +34,15 @@ class HeldOutLosses:
     """Of pairs, the mean loss of a token of the chosen answers."""
     fields: Mapping[str, float] = field(default_factory=dict)
     """By output field, of the free tokens of its values."""
+    error: float | None = None
+    """Mean probability of another token than the row's, 1 - p, of the tokens of `free`, with the same weights. A few
+    rows that the model is wrong about with confidence can't hide that it gets the others right, as they do in a mean
+    loss. None for pairs, and where no token is free."""
+
+    @property
+    def measure(self) -> float:
+        """What chooses the epoch, the lower the better."""
+        return self.free if self.error is None else self.error
 
     @property
     def finite(self) -> bool:
@@ -72,14 +81,17 @@ def held_out_losses(
     by_field = by_field and knows_fields(rows)
     names = sorted({name for row in rows for name in row.fields if name})
     shown = (each for row in rows for each in ((row, row.shown(0)) if row.forms else (row,)))
-    sums_2_K = torch.zeros(2, 2 + len(names), dtype=torch.float64)
+    sums_2_K = torch.zeros(2, 3 + len(names), dtype=torch.float64)
     for batch, losses_N in forward_passes(loss, shown, max_tokens, sharing):
         weights_K_N = _weights(batch.rows, names, by_field)
-        sums_2_K += torch.stack([weights_K_N @ losses_N, weights_K_N.sum(1)])
+        told_K = torch.cat([weights_K_N @ losses_N, weights_K_N[:1] @ -torch.expm1(-losses_N)])
+        sums_2_K += torch.stack([told_K, torch.cat([weights_K_N, weights_K_N[:1]]).sum(1)])
     sums_K, counts_K = sharing.sum(sums_2_K)
-    free, all_tokens, *means = (sums_K / counts_K).tolist()
-    measured = {name: mean for name, mean, count in zip(names, means, counts_K[2:], strict=True) if count > 0}
-    return HeldOutLosses(free if counts_K[0] > 0 else all_tokens, all_tokens, measured)
+    free, all_tokens, *means, error = (sums_K / counts_K).tolist()
+    measured = {name: mean for name, mean, count in zip(names, means, counts_K[2:-1], strict=True) if count > 0}
+    if counts_K[0] == 0:
+        return HeldOutLosses(all_tokens, all_tokens, measured)
+    return HeldOutLosses(free, all_tokens, measured, error)
 
 
 def _weights(rows: Iterable[TokenizedRow], names: Sequence[str], by_field: bool) -> Tensor:

@@ -15,10 +15,10 @@ TIMED_STEPS = 4
 """Optimizer steps after which the time of the whole run is foretold; the first is slower than the others."""
 
 FALL = 0.01
-"""A held-out loss is lower when it fell by this share of what it was before training. Less says nothing: where all rows
-held out are answered right, it goes on falling towards 0 for ever."""
+"""What is measured of the rows held out is lower when it fell by this share of what it was before training. Less says
+nothing: where all of them are answered right, it goes on falling towards 0 for ever."""
 NEARLY_ZERO = 0.04
-"""A loss below this share of what it was before training has hardly anything left to fall by."""
+"""Below this share of what it was before training it has hardly anything left to fall by."""
 
 PLATEAU_STEPS = 40
 """Optimizer steps for which a loss may stay where it is, neither falling nor rising. A model that learns to tell labels
@@ -28,38 +28,33 @@ logger = get_logger(__name__)
 
 
 def told_held_out(history: Sequence[TrainingProgress]) -> list[float]:
-    """The held-out loss before training, then after each epoch."""
-    return [line.validation_loss for line in history if line.validation_loss is not None]
+    """What was measured of the rows held out, and chooses the epoch: their error where there is one, else their loss;
+    before training, then after each epoch."""
+    told = [(line.validation_error, line.validation_loss) for line in history if line.validation_loss is not None]
+    return [loss if error is None else error for error, loss in told]
 
 
-def epochs_without_fall(losses: Sequence[float]) -> int:
-    """How many of the last epochs brought no lower held-out loss; `losses` before training, then after each epoch."""
-    return len(_since_low(losses))
-
-
-def has_settled(losses: Sequence[float], trained: float, steps_per_epoch: int, patience: int) -> bool:
-    """Whether more epochs won't lower the held-out loss: `patience` of them brought no fall, and it rose in all of them
-    as rows were learned by heart, or it has hardly anything left to fall by, or there was none for `PLATEAU_STEPS`.
-
-    `trained`: the mean loss of the last epoch's steps. Where that is no lower than the held-out loss ever was, nothing
-    is learned by heart yet: a rise is the noise of a plateau.
-    """
-    since = _since_low(losses)
+def has_settled(measured: Sequence[float], by_heart: bool, steps_per_epoch: int, patience: int) -> bool:
+    """Whether more epochs won't lower what is measured of the rows held out: `patience` of them brought no fall, and it
+    rose in all of them as rows are learned `by_heart`, or it has hardly anything left to fall by, or there was none for
+    `PLATEAU_STEPS`. Where nothing is learned by heart yet, a rise is the noise of a plateau."""
+    since = since_low(measured)
     if len(since) < patience:
         return False
-    low, least = min(losses[1:]), FALL * losses[0]
-    by_heart = trained < low < min(since[-patience:]) - least
-    return by_heart or low < NEARLY_ZERO * losses[0] or len(since) * steps_per_epoch >= PLATEAU_STEPS
+    low, least = min(measured[1:]), FALL * measured[0]
+    rose = by_heart and min(since[-patience:]) > low + least
+    return rose or low < NEARLY_ZERO * measured[0] or len(since) * steps_per_epoch >= PLATEAU_STEPS
 
 
-def _since_low(losses: Sequence[float]) -> list[float]:
-    """The losses of the epochs after the last that brought a lower one."""
+def since_low(measured: Sequence[float]) -> list[float]:
+    """What was measured in the epochs after the last that brought a lower one; `measured` before training, then after
+    each epoch."""
     low, since = math.inf, list[float]()
-    for loss in losses[1:]:
-        if loss < low - FALL * losses[0]:
-            low, since = loss, []
+    for each in measured[1:]:
+        if each < low - FALL * measured[0]:
+            low, since = each, []
         else:
-            since.append(loss)
+            since.append(each)
     return since
 
 
@@ -86,7 +81,7 @@ class RunLength:
         minutes = "" if self._max_minutes is None else f", {self._max_minutes:g} minutes"
         patience = ""
         if self._patience is not None:
-            patience = f"; ends {self._patience} epochs or more after the last lower held-out loss"
+            patience = f"; ends {self._patience} epochs or more after the best on the rows held out"
         logger.info(
             "Training on %d rows: at most %d epochs, %d steps%s%s.",
             self._rows,
@@ -119,16 +114,19 @@ class RunLength:
         return self.too_long(seconds * (epoch + 1) / epoch)
 
     def lost_patience(self, history: Sequence[TrainingProgress]) -> bool:
-        """Whether the held-out loss has not fallen for too long, after a whole epoch."""
+        """Whether neither loss nor error of the rows held out has fallen for too long, after a whole epoch."""
         if self._patience is None:
             return False
-        trained = [line.loss for line in history[-1 - self.steps_per_epoch :] if line.loss is not None]
-        return has_settled(told_held_out(history), fmean(trained), self.steps_per_epoch, self._patience)
+        trained = fmean(line.loss for line in history[-1 - self.steps_per_epoch :] if line.loss is not None)
+        losses = [line.validation_loss for line in history if line.validation_loss is not None]
+        by_heart = trained < min(losses[1:])
+        told = (losses, told_held_out(history))
+        return all(has_settled(measured, by_heart, self.steps_per_epoch, self._patience) for measured in told)
 
     def say_why(self, epoch: int, history: Sequence[TrainingProgress], step: int) -> None:
         """Say why the run has ended before its last epoch."""
         if self.lost_patience(history):
-            reason = f"no lower held-out loss since epoch {epoch - epochs_without_fall(told_held_out(history))}"
+            reason = f"nothing better on the rows held out since epoch {epoch - len(since_low(told_held_out(history)))}"
         elif step < epoch * self.steps_per_epoch:
             reason = f"max_minutes={self._max_minutes:g} are over, within the first epoch"
         else:

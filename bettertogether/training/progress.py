@@ -23,6 +23,9 @@ class TrainingProgress:
     tokens: int
     """Tokens trained on so far (forward tokens, as packed)."""
     learning_rate: float
+    validation_error: float | None = None
+    """Where there is a `validation_loss` of rows: the mean probability of another token than the row's, of the same
+    tokens. It chooses the epoch."""
 
 
 ProgressFunction = Callable[[TrainingProgress], None]

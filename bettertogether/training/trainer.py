@@ -157,7 +157,7 @@ class _Run:
         if self.state.epoch == 0 and self.validation_rows:
             losses = self._held_out_losses()
             self.state = replace(self.state, base=losses)
-            self._report(None, losses.free, 0.0)
+            self._report(None, losses, 0.0)
         while self.state.epoch < self.length.epochs and not self._ends_early():
             self._epoch(self.state.epoch + 1)
         if self.sharing.is_main:
@@ -219,13 +219,13 @@ class _Run:
                 break
         losses = self._held_out_losses() if self.validation_rows else None
         if losses is not None:
-            self._report(None, losses.free, self.stepper.optimizer.param_groups[0]["lr"])
+            self._report(None, losses, self.stepper.optimizer.param_groups[0]["lr"])
         self._finish_epoch(epoch, losses)
 
     def _finish_epoch(self, epoch: int, losses: HeldOutLosses | None) -> None:
         before, weights = self.state, self.adapter.state()
         choose = self.training.keep_best and losses is not None and before.best is not None
-        better = not choose or losses.free < before.best.free  # type: ignore[union-attr]
+        better = not choose or losses.measure < before.best.measure  # type: ignore[union-attr]
         first, second = checkpoint.optimizer_moments(self.stepper.optimizer, self.parameters)
         self.state = replace(
             before,
@@ -274,16 +274,17 @@ class _Run:
             )
         return losses
 
-    def _report(self, loss: float | None, validation_loss: float | None, rate: float) -> None:
+    def _report(self, loss: float | None, held_out: HeldOutLosses | None, rate: float) -> None:
         epoch, state = self.state.step / self.length.steps_per_epoch, self.state
         line = TrainingProgress(
             step=state.step,
             total_steps=self.total_steps,
             epoch=epoch,
             loss=loss,
-            validation_loss=validation_loss,
+            validation_loss=None if held_out is None else held_out.free,
             tokens=state.tokens,
             learning_rate=rate,
+            validation_error=None if held_out is None else held_out.error,
         )
         self.history.append(line)
         if self.on_progress is not None and self.sharing.is_main:

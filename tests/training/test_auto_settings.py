@@ -17,7 +17,7 @@ from bettertogether.training import TrainingConfig
 from bettertogether.training import length as length_module
 from bettertogether.training import trainer as trainer_module
 from bettertogether.training.auto import auto_epochs, auto_learning_rate, resolved
-from bettertogether.training.length import epochs_without_fall, has_settled, told_held_out
+from bettertogether.training.length import RunLength, has_settled, since_low, told_held_out
 from bettertogether.training.progress import TrainingProgress
 from bettertogether.training.trainer import TrainingResult, train_adapter
 
@@ -68,13 +68,18 @@ def losses(result: TrainingResult) -> list[float]:
 OVERFITTING: dict[str, Any] = {"learning_rate": 0.03, "scheduler": "constant", "warmup_ratio": 0.0}
 
 
-def test_auto_stops_when_the_held_out_loss_has_had_no_new_low_for_as_long_as_the_patience(tmp_path: Path) -> None:
+def test_auto_stops_when_the_held_out_error_has_had_no_new_low_for_as_long_as_the_patience(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", **OVERFITTING, epochs=20)
     result = train(tmp_path / "auto", **OVERFITTING, patience=2)
-    seen = [whole.base_validation_loss, *losses(whole)]
     trained = [line.loss for line in whole.history if line.loss is not None]
-    by_epoch = [0.0, *(fmean(trained[start : start + 3]) for start in range(0, 60, 3))]
-    ends = next(end for end in range(21) if has_settled(seen[: end + 1], by_epoch[end], steps_per_epoch=3, patience=2))
+    by_epoch = [fmean(trained[start : start + 3]) for start in range(0, 60, 3)]
+    held_out = [line.validation_loss for line in whole.history if line.validation_loss is not None]
+    by_heart = [False, *(by_epoch[epoch - 1] < min(held_out[1 : epoch + 1]) for epoch in range(1, 21))]
+
+    def settled(seen: list[float], end: int) -> bool:
+        return has_settled(seen[: end + 1], by_heart[end], steps_per_epoch=3, patience=2)
+
+    ends = next(end for end in range(21) if settled(held_out, end) and settled(told_held_out(whole.history), end))
     assert losses(result) == losses(whole)[:ends]
     assert result.best_epoch == losses(whole).index(min(losses(whole)[:ends])) + 1
     assert {line.total_steps for line in result.history} == {60}
@@ -92,7 +97,7 @@ def test_auto_stops_when_the_held_out_loss_has_had_no_new_low_for_as_long_as_the
     ],
 )
 def test_a_loss_is_lower_when_it_fell_by_a_share_of_what_it_was_before(losses: list[float], waited: int) -> None:
-    assert epochs_without_fall(losses) == waited
+    assert len(since_low(losses)) == waited
 
 
 @pytest.mark.parametrize(
@@ -113,15 +118,31 @@ def test_a_loss_is_lower_when_it_fell_by_a_share_of_what_it_was_before(losses: l
 def test_a_loss_that_has_risen_or_is_nearly_zero_ends_a_run_sooner_than_one_that_stays(
     losses: list[float], settled: bool
 ) -> None:
-    assert has_settled(losses, 0.0, steps_per_epoch=6, patience=2) is settled
+    assert has_settled(losses, True, steps_per_epoch=6, patience=2) is settled
 
 
 def test_a_rise_ends_a_run_only_where_rows_are_learned_by_heart() -> None:
     """Labels at chance, log(3), whose loss goes up and down before they are told apart."""
     losses = [4.2, 1.2, 1.3, 1.5, 1.4]
-    assert has_settled(losses, 0.1, steps_per_epoch=5, patience=3)
-    assert not has_settled(losses, 1.8, steps_per_epoch=5, patience=3)
-    assert has_settled([*losses, *[1.3] * 5], 1.8, steps_per_epoch=5, patience=3)
+    assert has_settled(losses, True, steps_per_epoch=5, patience=3)
+    assert not has_settled(losses, False, steps_per_epoch=5, patience=3)
+    assert has_settled([*losses, *[1.3] * 5], False, steps_per_epoch=5, patience=3)
+
+
+def test_a_run_goes_on_while_the_loss_rises_and_the_error_falls() -> None:
+    def after(*held_out: tuple[float, float]) -> bool:
+        history = [line(0, None, 4.0, 0.8)]
+        for step, (loss, error) in enumerate(held_out, 1):
+            history += [line(step, 0.01, None, None), line(step, None, loss, error)]
+        return RunLength(TrainingConfig(), 20, 8, held_out=True).lost_patience(history)
+
+    def line(step: int, loss: float | None, held_out: float | None, error: float | None) -> TrainingProgress:
+        done = {"step": step, "total_steps": 20, "epoch": float(step), "tokens": 0, "learning_rate": 1e-3}
+        return TrainingProgress(**done, loss=loss, validation_loss=held_out, validation_error=error)
+
+    assert not after((2.0, 0.4), (2.1, 0.3), (2.2, 0.2), (2.3, 0.1))
+    assert not after((2.0, 0.4), (1.9, 0.5), (1.8, 0.5), (1.7, 0.5))
+    assert after((2.0, 0.4), (2.1, 0.5), (2.2, 0.5), (2.3, 0.5))
 
 
 def test_a_number_of_epochs_is_run_whatever_the_held_out_loss_says(tmp_path: Path) -> None:
@@ -183,7 +204,7 @@ def test_the_bounds_are_said_before_and_the_time_after_the_first_steps(
     messages: dict[int, list[str]] = {}
     with caplog.at_level(logging.INFO, "bettertogether"):
         train(tmp_path, on_progress=report, learning_rate=1e-3, max_minutes=40)
-    patience = "ends 3 epochs or more after the last lower held-out loss"
+    patience = "ends 3 epochs or more after the best on the rows held out"
     assert messages[0] == [f"Training on 20 rows: at most 20 epochs, 60 steps, 40 minutes; {patience}."]
     assert messages[5][1:] == ["The training takes about 30.0 minutes at most (30.00 s a step)."]
 
@@ -195,5 +216,6 @@ def test_why_a_run_ended_early_is_said(tmp_path: Path, caplog: pytest.LogCapture
     ends = [record.getMessage() for record in caplog.records if "ends after" in record.getMessage()]
     step = result.history[-1].step
     last_fall = len(losses(result)) - 1
-    assert f"Training ends after {step} of 60 steps: no lower held-out loss since epoch {last_fall}." in ends
+    reason = f"nothing better on the rows held out since epoch {last_fall}"
+    assert f"Training ends after {step} of 60 steps: {reason}." in ends
     assert "Training ends after 1 of 60 steps: max_minutes=1e-09 are over, within the first epoch." in ends

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from unittest import mock
 
 import pytest
@@ -58,7 +60,9 @@ def measured(model: PreTrainedModel, rows: list[TokenizedRow], by_field: bool = 
         return held_out_losses(loss, rows, 10_000, Sharing.of_this_process(), by_field)
 
 
-def expected_mean(model: PreTrainedModel, rows: list[TokenizedRow], field: str | None, everything: bool) -> float:
+def expected_mean(
+    model: PreTrainedModel, rows: list[TokenizedRow], field: str | None, everything: bool, error: bool = False
+) -> float:
     total = count = 0.0
     with torch.no_grad():
         for row in rows:
@@ -66,7 +70,8 @@ def expected_mean(model: PreTrainedModel, rows: list[TokenizedRow], field: str |
             kept = [each and field in (None, name) for each, name in zip(kept, row.fields or kept, strict=True)]
             for prompt_ids in [row.prompt_ids, *row.forms[:1]]:
                 weight = 0.5 if row.forms else 1.0
-                total += weight * float(token_losses(model, prompt_ids, row)[torch.tensor(kept)].sum())
+                losses_N = token_losses(model, prompt_ids, row)[torch.tensor(kept)]
+                total += weight * float((1 - (-losses_N).exp() if error else losses_N).sum())
                 count += weight * sum(kept)
     return total / count
 
@@ -79,15 +84,27 @@ def test_held_out_losses_are_means_over_free_tokens_all_tokens_and_fields_under_
     found = measured(model, rows)
     assert found.free == pytest.approx(expected_mean(model, rows, None, everything=False), rel=1e-5)
     assert found.all_tokens == pytest.approx(expected_mean(model, rows, None, everything=True), rel=1e-5)
+    assert found.measure == pytest.approx(expected_mean(model, rows, None, everything=False, error=True), rel=1e-5)
     assert found.fields == {
         name: pytest.approx(expected_mean(model, rows, name, everything=False), rel=1e-5) for name in ("a", "b")
     }
 
 
+def test_one_row_that_is_wrong_with_confidence_does_not_hide_that_the_others_are_right() -> None:
+    """Of 16 labels, 15 likelier than before and one even less likely."""
+    told = []
+    for losses in ([math.log(2)] * 16, [*[0.1] * 15, 12.0]):
+        error = fmean(1 - math.exp(-loss) for loss in losses)
+        told.append(HeldOutLosses(fmean(losses), fmean(losses), error=error))
+    before, after = told
+    assert before.free < after.free
+    assert after.measure < before.measure
+
+
 def test_a_field_without_a_free_token_has_no_loss_and_where_all_is_forced_all_counts() -> None:
     row = TokenizedRow([5, 6, 7], [8, 9, 2], forced=[True] * 3, fields=["a", "", ""])
     found = measured(tiny_model(), [row])
-    assert found.free == found.all_tokens > 0
+    assert found.free == found.all_tokens == found.measure > 0
     assert found.fields == {}
 
 
