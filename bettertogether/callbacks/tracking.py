@@ -2,7 +2,7 @@
 
 Metrics of a round have the round's index as their step: `score`, `step_gain`, `seconds`, `lm_calls`, `metric_calls`,
 `tokens`, `cost`. Those of a training have the optimizer step: `step_1/ADAPTER/loss`, `.../validation_loss`,
-`.../learning_rate`, where 1 is the index of the round.
+`.../validation_error`, `.../learning_rate`, where 1 is the index of the round.
 """
 
 from __future__ import annotations
