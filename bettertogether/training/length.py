@@ -20,6 +20,10 @@ nothing: where all of them are answered right, it goes on falling towards 0 for 
 NEARLY_ZERO = 0.04
 """Below this share of what it was before training it has hardly anything left to fall by."""
 
+BY_HEART = 0.25
+"""Rows are learned by heart when the training loss is below this share of the lowest held-out one. Less of a gap is no
+sign of it: what can't be foretold in a text is remembered long before labels are told apart.
+"""
 PLATEAU_STEPS = 40
 """Optimizer steps for which a loss may stay where it is, neither falling nor rising. A model that learns to tell labels
 apart first learns how often each occurs, and stays there for some 20 to 60 steps."""
@@ -119,7 +123,7 @@ class RunLength:
             return False
         trained = fmean(line.loss for line in history[-1 - self.steps_per_epoch :] if line.loss is not None)
         losses = [line.validation_loss for line in history if line.validation_loss is not None]
-        by_heart = trained < min(losses[1:])
+        by_heart = trained < BY_HEART * min(losses[1:])
         told = (losses, told_held_out(history))
         return all(has_settled(measured, by_heart, self.steps_per_epoch, self._patience) for measured in told)
 
