@@ -31,11 +31,11 @@ apart first learns how often each occurs, and stays there for some 20 to 60 step
 logger = get_logger(__name__)
 
 
-def told_held_out(history: Sequence[TrainingProgress]) -> list[float]:
-    """What was measured of the rows held out, and chooses the epoch: their error where there is one, else their loss;
-    before training, then after each epoch."""
-    told = [(line.validation_error, line.validation_loss) for line in history if line.validation_loss is not None]
-    return [loss if error is None else error for error, loss in told]
+def told_held_out(history: Sequence[TrainingProgress]) -> tuple[list[float], list[float]]:
+    """Loss and error of the rows held out, before training, then after each epoch. Of pairs there is no error: their
+    loss stands for it."""
+    told = [(line.validation_loss, line.validation_error) for line in history if line.validation_loss is not None]
+    return [loss for loss, _ in told], [loss if error is None else error for loss, error in told]
 
 
 def has_settled(measured: Sequence[float], by_heart: bool, steps_per_epoch: int, patience: int) -> bool:
@@ -122,15 +122,15 @@ class RunLength:
         if self._patience is None:
             return False
         trained = fmean(line.loss for line in history[-1 - self.steps_per_epoch :] if line.loss is not None)
-        losses = [line.validation_loss for line in history if line.validation_loss is not None]
-        by_heart = trained < BY_HEART * min(losses[1:])
-        told = (losses, told_held_out(history))
+        told = told_held_out(history)
+        by_heart = trained < BY_HEART * min(told[0][1:])
         return all(has_settled(measured, by_heart, self.steps_per_epoch, self._patience) for measured in told)
 
     def say_why(self, epoch: int, history: Sequence[TrainingProgress], step: int) -> None:
         """Say why the run has ended before its last epoch."""
         if self.lost_patience(history):
-            reason = f"nothing better on the rows held out since epoch {epoch - len(since_low(told_held_out(history)))}"
+            waited = min(len(since_low(measured)) for measured in told_held_out(history))
+            reason = f"nothing better on the rows held out since epoch {epoch - waited}"
         elif step < epoch * self.steps_per_epoch:
             reason = f"max_minutes={self._max_minutes:g} are over, within the first epoch"
         else:
