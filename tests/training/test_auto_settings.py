@@ -116,8 +116,9 @@ def test_a_loss_is_lower_when_it_fell_by_a_share_of_what_it_was_before(losses: l
         ([4.0, 2.0, 2.5, 2.5], True),
         ([4.0, 2.0, 2.0, 2.0], False),
         ([4.0, 2.0, 2.0, 2.0, 2.0], False),
-        ([4.0, 2.0, *[2.0] * 7], True),
-        ([4.0, 2.0, *[2.0] * 6, 1.5], False),
+        ([4.0, 2.0, *[2.0] * 9], False),
+        ([4.0, 2.0, *[2.0] * 10], True),
+        ([4.0, 2.0, *[2.0] * 9, 1.5], False),
         ([4.0, 2.0, 2.5, 2.0, 2.5], False),
         ([4.0, 2.0, 2.5, 2.0, 2.5, 2.5], True),
         ([4.0, 0.1, 0.1, 0.1], True),
@@ -135,7 +136,7 @@ def test_a_rise_ends_a_run_only_where_rows_are_learned_by_heart() -> None:
     losses = [4.2, 1.2, 1.3, 1.5, 1.4]
     assert has_settled(losses, True, steps_per_epoch=5, patience=3)
     assert not has_settled(losses, False, steps_per_epoch=5, patience=3)
-    assert has_settled([*losses, *[1.3] * 5], False, steps_per_epoch=5, patience=3)
+    assert has_settled([*losses, *[1.3] * 9], False, steps_per_epoch=5, patience=3)
 
 
 def test_a_run_goes_on_while_the_error_falls_though_the_loss_rises_and_while_no_row_is_learned_by_heart() -> None:
