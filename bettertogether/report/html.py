@@ -243,6 +243,8 @@ def _losses(history: Sequence[LossLine], unit: str) -> str:
         held_out = _points((line.step, line.validation_loss) for line in lines)
         curves = [Curve("training", training, "#94a3b8", width=1.5)] if training else []
         curves += [Curve("held out", held_out, _COLORS[0], dots=True)] if held_out else []
+        error = _points((line.step, line.validation_error) for line in lines)
+        curves += [Curve("error held out", error, _COLORS[1], dots=True)] if error else []
         charts.append(line_chart(curves, "optimizer steps", f"Loss per {unit}, {adapter}"))
     return "".join(charts)
 

@@ -237,6 +237,15 @@ def test_a_loss_that_is_not_finite_leaves_a_gap_and_a_page(tmp_path: Path) -> No
     assert "nan" not in page
 
 
+def test_the_error_that_chose_the_epoch_is_drawn_beside_the_losses() -> None:
+    history = tuple(replace(loss_line("a", step, None, 0.5), validation_error=0.5 - step / 4) for step in range(3))
+    details = WeightDetails(DataCard({}, {}, {}, {}, {}, 0, 0, {}, {}, ()), {}, history)
+    rounds = (record(0, "", (0.0, 1.0)), record(1, "w", (1.0, 1.0), details=details))
+    assert "error held out" in page_of(report(rounds=rounds, selected=1))
+    plain = replace(details, history=tuple(replace(line, validation_error=None) for line in history))
+    assert "error held out" not in page_of(report(rounds=(rounds[0], replace(rounds[1], details=plain)), selected=1))
+
+
 def test_the_held_out_losses_of_a_weight_step_are_under_the_table() -> None:
     details = full_report("t").rounds[2].details
     assert isinstance(details, WeightDetails)
