@@ -22,8 +22,7 @@ NEARLY_ZERO = 0.04
 
 BY_HEART = 0.25
 """Rows are learned by heart when the training loss is below this share of the lowest held-out one. Less of a gap is no
-sign of it: what can't be foretold in a text is remembered long before labels are told apart.
-"""
+sign of it: what can't be foretold in a text is remembered long before labels are told apart."""
 PLATEAU_STEPS = 60
 """Optimizer steps for which a loss may stay where it is, neither falling nor rising. A model that learns to tell labels
 apart first learns how often each occurs, and stays there for some 20 to 60 steps."""
