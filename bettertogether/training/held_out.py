@@ -81,17 +81,17 @@ def held_out_losses(
     by_field = by_field and knows_fields(rows)
     names = sorted({name for row in rows for name in row.fields if name})
     shown = (each for row in rows for each in ((row, row.shown(0)) if row.forms else (row,)))
-    sums_2_K = torch.zeros(2, 3 + len(names), dtype=torch.float64)
+    sums_3_K = torch.zeros(3, 2 + len(names), dtype=torch.float64)
     for batch, losses_N in forward_passes(loss, shown, max_tokens, sharing):
         weights_K_N = _weights(batch.rows, names, by_field)
-        told_K = torch.cat([weights_K_N @ losses_N, weights_K_N[:1] @ -torch.expm1(-losses_N)])
-        sums_2_K += torch.stack([told_K, torch.cat([weights_K_N, weights_K_N[:1]]).sum(1)])
-    sums_K, counts_K = sharing.sum(sums_2_K)
-    free, all_tokens, *means, error = (sums_K / counts_K).tolist()
-    measured = {name: mean for name, mean, count in zip(names, means, counts_K[2:-1], strict=True) if count > 0}
+        errors_N = -torch.expm1(-losses_N)
+        sums_3_K += torch.stack([weights_K_N @ losses_N, weights_K_N @ errors_N, weights_K_N.sum(1)])
+    losses_K, errors_K, counts_K = sharing.sum(sums_3_K)
+    free, all_tokens, *means = (losses_K / counts_K).tolist()
+    measured = {name: mean for name, mean, count in zip(names, means, counts_K[2:], strict=True) if count > 0}
     if counts_K[0] == 0:
         return HeldOutLosses(all_tokens, all_tokens, measured)
-    return HeldOutLosses(free, all_tokens, measured, error)
+    return HeldOutLosses(free, all_tokens, measured, float(errors_K[0] / counts_K[0]))
 
 
 def _weights(rows: Iterable[TokenizedRow], names: Sequence[str], by_field: bool) -> Tensor:

@@ -30,11 +30,11 @@ apart first learns how often each occurs, and stays there for some 20 to 60 step
 logger = get_logger(__name__)
 
 
-def told_held_out(history: Sequence[TrainingProgress]) -> tuple[list[float], list[float]]:
-    """Loss and error of the rows held out, before training, then after each epoch. Of pairs there is no error: their
-    loss stands for it."""
-    told = [(line.validation_loss, line.validation_error) for line in history if line.validation_loss is not None]
-    return [loss for loss, _ in told], [loss if error is None else error for loss, error in told]
+def told_held_out(history: Sequence[TrainingProgress]) -> list[list[float]]:
+    """Loss of the rows held out, and their error where there is one, before training, then after each epoch."""
+    losses = [line.validation_loss for line in history if line.validation_loss is not None]
+    errors = [line.validation_error for line in history if line.validation_error is not None]
+    return [losses, errors] if errors else [losses]
 
 
 def has_settled(measured: Sequence[float], by_heart: bool, steps_per_epoch: int, patience: int) -> bool:

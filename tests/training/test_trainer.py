@@ -135,7 +135,7 @@ def test_keep_best_keeps_the_epoch_with_the_lowest_held_out_error(tmp_path: Path
     result = train(tmp_path, overfitting(keep_best=True), validation_rows=held_out)
     lines = [line for line in result.history if line.validation_error is not None][1:]
     best = min(lines, key=lambda line: line.validation_error or 1.0)
-    assert best.epoch == result.best_epoch
+    assert best.epoch == result.best_epoch < 4
     assert result.validation_loss == best.validation_loss
     loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path))
     with torch.no_grad():
