@@ -167,7 +167,11 @@ def _other_losses(base: Any, best: Any) -> dict[str, Any]:
     if base is None:
         return {}
     fields = {name: (before, best.fields[name]) for name, before in base.fields.items()}
-    return {"all_tokens_loss": (base.all_tokens, best.all_tokens), "field_losses": fields}
+    return {
+        "all_tokens_loss": (base.all_tokens, best.all_tokens),
+        "validation_error": (base.error, best.error),
+        "field_losses": fields,
+    }
 
 
 def _run(job: TrainingJob, model: Any, source: str, folder: Path, on_progress: ProgressFunction | None) -> Any:

@@ -82,6 +82,9 @@ class FinetuneResult:
     all_tokens_loss: tuple[float | None, float | None] = (None, None)
     """Held-out loss over all completion tokens, before training and of the weights kept; of pairs, over those of the
     chosen answers."""
+    validation_error: tuple[float | None, float | None] = (None, None)
+    """Held-out error (see `TrainingProgress.validation_error`), before training and of the weights kept; None for
+    pairs."""
     field_losses: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
     """By output field: the held-out loss of the free tokens of its values, before training and of the weights kept."""
 

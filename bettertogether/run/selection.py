@@ -2,11 +2,11 @@
 
 It is the round with the highest mean score on the valset, the untouched student included, so that the result is never
 worse on it than the student. Of rounds with equal means, the latest whose own step gave evidence of a gain on other
-data (`StepRecord.step_gain` above zero: a prompt step's validation score rose, a weight step's held-out loss fell below
-that of the weights before), or, where a later one goes on from it with fewer demos, that one: the same weights with
-shorter prompts. Where none did, the earliest, since it is the simplest. Noise is no tie: of rounds that differ by less
-than it, the higher mean is still the better guess. A round in which every example failed has no say unless all are so:
-its zeros are no scores. Without a valset nothing can be compared, and the latest complete round is returned, as in
+data (`StepRecord.step_gain` above zero: a prompt step's validation score rose, a weight step's held-out error fell
+below that of the weights before), or, where a later one goes on from it with fewer demos, that one: the same weights
+with shorter prompts. Where none did, the earliest, since it is the simplest. Noise is no tie: of rounds that differ by
+less than it, the higher mean is still the better guess. A round in which every example failed has no say unless all are
+so: its zeros are no scores. Without a valset nothing can be compared, and the latest complete round is returned, as in
 `dspy.BetterTogether`.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 from ..engines.protocol import FinetuneResult
 from ..records import HeldOutLoss, LossLine, TrainedAdapter, WeightDetails
@@ -38,8 +39,14 @@ def weight_details(
     return WeightDetails(collected.card, adapters, history, collected.blame)
 
 
-def fall_of_loss(results: Iterable[FinetuneResult]) -> float | None:
-    """By how much training lowered the held-out loss, where it was measured; the mean of the adapters."""
-    losses = [(result.base_validation_loss, result.validation_loss) for result in results]
-    falls = [before - after for before, after in losses if before is not None and after is not None]
-    return sum(falls) / len(falls) if falls else None
+def fall_held_out(results: Iterable[FinetuneResult]) -> float | None:
+    """By how much training lowered what chose the epoch, measured of the rows held out: their error, or their loss
+    where no error was measured; the mean of the adapters."""
+    falls = []
+    for result in results:
+        before, after = result.validation_error
+        if before is None or after is None:
+            before, after = result.base_validation_loss, result.validation_loss
+        if before is not None and after is not None:
+            falls.append(before - after)
+    return fmean(falls) if falls else None

@@ -35,7 +35,7 @@ from .data_card import make_data_card
 from .rows import Row, read_rows, write_rows
 from .rows_from_traces import Collected, Trainable
 from .step import StepContext, StepResult
-from .training_details import fall_of_loss, rows_file, weight_details
+from .training_details import fall_held_out, rows_file, weight_details
 from .training_work import training_work
 from .work import Outlook, Work
 
@@ -107,7 +107,7 @@ class TrainingStep(AdapterStep):
             ledger=(collected.ledger + trained).with_seconds(time.monotonic() - started),
             details=weight_details(collected, results, starts),
             # From other weights than those before, the fall is no gain over the round before.
-            step_gain=fall_of_loss(result for key, result in results.items() if starts[key] == key.model),
+            step_gain=fall_held_out(result for key, result in results.items() if starts[key] == key.model),
             warnings=(*collected.warnings, *collected.card.warnings),
         )
 

@@ -63,9 +63,16 @@ def test_the_folder_is_named_by_its_content_and_holds_a_plain_peft_adapter(train
     assert generated(tuned, prompt_ids, 4) == engine.completion_tokens("yes")
 
 
+def measured(result: FinetuneResult) -> list[float]:
+    return [line.validation_error for line in result.history if line.validation_error is not None]
+
+
 def test_the_losses_before_and_after_are_reported(trained: Any) -> None:
     _, result = trained
     assert result.validation_loss < 0.2 < result.base_validation_loss
+    before, after = result.validation_error
+    assert (before, after) == (result.history[0].validation_error, min(measured(result)))
+    assert after < 0.2 < before
     assert result.history[-1].total_steps == 12
     assert 1 <= result.best_epoch <= 12
     assert result.tokens > 0

@@ -366,6 +366,17 @@ def test_the_step_gain_is_the_fall_of_the_held_out_loss() -> None:
     assert without.step_gain is None
 
 
+def test_the_step_gain_is_the_fall_of_the_held_out_error_where_it_is_measured() -> None:
+    class Measuring(FakeEngine):
+        def finetune(self, *args: Any, **options: Any) -> FinetuneResult:
+            result = super().finetune(*args, **options)
+            return replace(result, base_validation_loss=1.0, validation_loss=1.5, validation_error=(0.75, 0.25))
+
+    optimizer = step(validation_share=0.2)
+    optimizer.compile(parity_program(Measuring(parity_engine(lambda *_: True).answer)), trainset=numbers(40))
+    assert optimizer.step_gain == 0.5
+
+
 def test_the_details_hold_the_data_card_the_adapters_and_the_losses_as_json() -> None:
     optimizer = step(validation_share=0.2)
     compiled = optimizer.compile(parity_program(parity_engine(lambda *_: True)), trainset=numbers(40))
