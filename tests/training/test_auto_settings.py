@@ -37,7 +37,7 @@ def test_pairs_take_a_third_of_the_rate_of_rows() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "epochs", "blind"),
-    [(1, 20, 20), (40, 20, 6), (64, 13, 4), (200, 4, 2), (300, 3, 2), (7992, 2, 2), (7993, 1, 1), (100_000, 1, 1)],
+    [(1, 40, 30), (40, 40, 6), (64, 25, 4), (200, 8, 2), (300, 6, 2), (7992, 2, 2), (7993, 1, 1), (100_000, 1, 1)],
 )
 def test_few_rows_are_seen_often_and_many_once(rows: int, epochs: int, blind: int) -> None:
     assert auto_epochs(rows, batch_size=8) == epochs
@@ -49,7 +49,7 @@ def test_numbers_stay_as_they_are() -> None:
     paper = TrainingConfig.paper()
     assert (paper.learning_rate, paper.epochs) == (1e-5, 5)
     assert (paper.skeleton_weight, paper.balance_fields, paper.adam_beta2) == (1.0, False, 0.999)
-    assert resolved(TrainingConfig(), 2000, 64) == TrainingConfig(learning_rate=5e-4, epochs=13)
+    assert resolved(TrainingConfig(), 2000, 64) == TrainingConfig(learning_rate=5e-4, epochs=25)
 
 
 def train(folder: Path, lines: list[TrainingProgress] | None = None, on_progress: Any = None, **options: Any) -> Any:
@@ -76,22 +76,22 @@ def short_plateau(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("short_plateau")
 def test_auto_stops_when_the_held_out_error_has_had_no_new_low_for_as_long_as_the_patience(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole", **OVERFITTING, epochs=20)
+    whole = train(tmp_path / "whole", **OVERFITTING, epochs=40)
     result = train(tmp_path / "auto", **OVERFITTING, patience=2)
     trained = [line.loss for line in whole.history if line.loss is not None]
-    by_epoch = [fmean(trained[start : start + 3]) for start in range(0, 60, 3)]
+    by_epoch = [fmean(trained[start : start + 3]) for start in range(0, 120, 3)]
     told = told_held_out(whole.history)
-    by_heart = [False, *(by_epoch[epoch - 1] < min(told[0][1 : epoch + 1]) / 4 for epoch in range(1, 21))]
+    by_heart = [False, *(by_epoch[epoch - 1] < min(told[0][1 : epoch + 1]) / 4 for epoch in range(1, 41))]
 
     def settled(seen: list[float], end: int) -> bool:
         return has_settled(seen[: end + 1], by_heart[end], steps_per_epoch=3, patience=2)
 
-    ends = next(end for end in range(21) if all(settled(seen, end) for seen in told))
+    ends = next(end for end in range(41) if all(settled(seen, end) for seen in told))
     assert losses(result) == losses(whole)[:ends]
-    assert 3 < ends < 20
+    assert 3 < ends < 40
     errors = told[1][1 : ends + 1]
     assert result.best_epoch == errors.index(min(errors)) + 1
-    assert {line.total_steps for line in result.history} == {60}
+    assert {line.total_steps for line in result.history} == {120}
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_number_of_epochs_is_run_whatever_the_held_out_loss_says(tmp_path: Pat
 
 def test_without_keep_best_auto_runs_to_its_bound(tmp_path: Path) -> None:
     result = train(tmp_path, **OVERFITTING, patience=1, keep_best=False)
-    assert (len(losses(result)), result.best_epoch) == (20, 20)
+    assert (len(losses(result)), result.best_epoch) == (40, 40)
 
 
 class Killed(BaseException):
@@ -222,10 +222,10 @@ def test_the_bounds_are_said_before_and_the_time_after_the_first_steps(
 
     messages: dict[int, list[str]] = {}
     with caplog.at_level(logging.INFO, "bettertogether"):
-        train(tmp_path, on_progress=report, learning_rate=1e-3, max_minutes=40)
+        train(tmp_path, on_progress=report, learning_rate=1e-3, max_minutes=80)
     patience = "ends 3 epochs or more after the best on the rows held out"
-    assert messages[0] == [f"Training on 20 rows: at most 20 epochs, 60 steps, 40 minutes; {patience}."]
-    assert messages[5][1:] == ["The training takes about 30.0 minutes at most (30.00 s a step)."]
+    assert messages[0] == [f"Training on 20 rows: at most 40 epochs, 120 steps, 80 minutes; {patience}."]
+    assert messages[5][1:] == ["The training takes about 60.0 minutes at most (30.00 s a step)."]
 
 
 @pytest.mark.usefixtures("short_plateau")
@@ -237,5 +237,5 @@ def test_why_a_run_ended_early_is_said(tmp_path: Path, caplog: pytest.LogCapture
     step = result.history[-1].step
     last_fall = len(losses(result)) - min(len(since_low(seen)) for seen in told_held_out(result.history))
     reason = f"nothing better on the rows held out since epoch {last_fall}"
-    assert f"Training ends after {step} of 60 steps: {reason}." in ends
-    assert "Training ends after 1 of 60 steps: max_minutes=1e-09 are over, within the first epoch." in ends
+    assert f"Training ends after {step} of 120 steps: {reason}." in ends
+    assert "Training ends after 1 of 120 steps: max_minutes=1e-09 are over, within the first epoch." in ends
