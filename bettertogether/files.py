@@ -40,6 +40,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("BETTERTOGETHER_CACHE") or "~/.cache/bettertogether").expanduser()
 
 
+def adapters_cache() -> Path:
+    """Where adapters go unless a folder is given."""
+    return cache_folder() / "adapters"
+
+
 def json_text(value: Any) -> str:
     """A value as JSON on one line; numbers that JSON lacks (NaN, infinity) become null. Raises TypeError and
     ValueError for what is not JSON."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..checks import require_strength
 from ..errors import ConfigError, ModelError, TrainingError
-from ..files import cache_folder
+from ..files import adapters_cache
 from ..training.arrow_rows import row_folder
 from ..training.config import LoRAConfig, PolicyConfig, TrainingConfig
 from ..training.progress import ProgressFunction
@@ -289,7 +289,7 @@ class BaseEngine:
     def _adapters_folder(self, folder: Path | None = None) -> Path:
         """Where trained adapters go: to the folder that is given, or where they go by default."""
         chosen = self.options.cache_folder if folder is None else folder
-        return cache_folder() / "adapters" if chosen is None else Path(chosen).expanduser()
+        return adapters_cache() if chosen is None else Path(chosen).expanduser()
 
     def _origin(self, start_from: str | None) -> tuple[str, Path | None] | None:
         """The model that a training goes on from, and its folder where it is an adapter."""

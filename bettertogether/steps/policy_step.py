@@ -17,7 +17,7 @@ from ..callbacks import events
 from ..checks import require
 from ..engines.protocol import MODEL_PREFIX, PolicyEngine
 from ..errors import ConfigError, NotTrainableError
-from ..files import cache_folder, working_folder
+from ..files import adapters_cache, working_folder
 from ..programs.behaviour import BehaviourWalk
 from ..programs.content import dataset_hash
 from ..programs.program import predictors_of, require_program, require_reachable
@@ -136,7 +136,7 @@ class PolicyFinetune(AdapterStep):
         trainset, held_out = self._split(context.trainset, context.valset or (), settings.seed or 0)
         asked = [self._asked(student), *map(dataset_hash, (trainset, held_out)), settings.seed]
         name = BehaviourWalk(lasting=True).of(asked)
-        folder = self._folder(context) or cache_folder() / "adapters"
+        folder = self._folder(context) or adapters_cache()
         starts = self._starts(trainable)
         with working_folder(folder, f"policy-{name[:12]}") as work:
             with ExitStack() as open_sessions:

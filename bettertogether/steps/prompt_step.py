@@ -19,7 +19,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from ..callbacks import events
 from ..checks import require_pass_options, require_switch, require_threshold, require_whole
 from ..errors import DataError
-from ..files import cache_folder
+from ..files import adapters_cache
 from ..programs.program import as_programs, copy_for_step, require_program, with_prompts
 from ..records import RaceResult
 from ..rollouts.examples import check_examples
@@ -308,7 +308,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
 
 def adapters_folder(context: StepContext) -> Path:
     """Where the adapters go that the step makes."""
-    return cache_folder() / "adapters" if context.folder is None else Path(context.folder)
+    return adapters_cache() if context.folder is None else Path(context.folder)
 
 
 def _said(*warnings: str | None) -> list[str]:

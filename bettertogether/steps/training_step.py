@@ -17,6 +17,7 @@ from ..callbacks import events
 from ..checks import require
 from ..engines.protocol import MODEL_PREFIX, FinetuneResult
 from ..errors import DataError, NoTrainingDataError
+from ..files import adapters_cache
 from ..printable import get_logger
 from ..programs.program import as_programs, require_program, require_reachable
 from ..records import Ledger
@@ -32,6 +33,7 @@ from .adapter_rows import (
 )
 from .adapter_step import AdapterStep
 from .data_card import make_data_card
+from .finished_trainings import asked_for, finished_trainings
 from .rows import Row, read_rows, write_rows
 from .rows_from_traces import Collected, Trainable
 from .step import StepContext, StepResult
@@ -213,23 +215,29 @@ class TrainingStep(AdapterStep):
         engines = {adapter_key(name, lm, self.multitask): engine for name, (engine, lm) in trainable.items()}
         starts = self._starts(trainable)
         training = self.training if seed is None else replace(self.training, seed=seed)
+        split = {key: self._split(group, apart.get(key, ()), training.seed) for key, group in groups.items()}
+        asked = {key: asked_for(engines[key], starts[key], self.lora, training, *rows) for key, rows in split.items()}
         results: dict[AdapterKey, FinetuneResult] = {}
-        for number, (key, group) in enumerate(groups.items(), 1):
-            train_rows, validation_rows = self._split(group, apart.get(key, ()), training.seed)
-            adapter = f"adapter {number}/{len(groups)}"
-            base = MODEL_PREFIX + engines[key].base_name
-            results[key] = engines[key].finetune(
-                [row.training_row for row in train_rows],
-                validation_rows=[row.training_row for row in validation_rows],
-                lora=self.lora,
-                training=training,
-                start_from=starts[key] if starts[key] != base else None,
-                folder=folder,
-                on_progress=lambda line, adapter=adapter: events.emit(  # type: ignore[misc]
-                    "training", {"adapter": adapter, "progress": line}
-                ),
-            )
-            write_rows([*train_rows, *validation_rows], rows_file(results[key]))
+        with finished_trainings(folder or adapters_cache(), list(asked.values())) as finished:
+            for number, (key, (train_rows, validation_rows)) in enumerate(split.items(), 1):
+                engine = engines[key]
+                result = finished.find(asked[key], engine)
+                if result is None:
+                    adapter = f"adapter {number}/{len(groups)}"
+                    result = engine.finetune(
+                        [row.training_row for row in train_rows],
+                        validation_rows=[row.training_row for row in validation_rows],
+                        lora=self.lora,
+                        training=training,
+                        start_from=starts[key] if starts[key] != MODEL_PREFIX + engine.base_name else None,
+                        folder=folder,
+                        on_progress=lambda line, adapter=adapter: events.emit(  # type: ignore[misc]
+                            "training", {"adapter": adapter, "progress": line}
+                        ),
+                    )
+                    write_rows([*train_rows, *validation_rows], rows_file(result))
+                    finished.add(asked[key], result)
+                results[key] = result
         return results
 
     def _split(self, rows: Sequence[Row], apart: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
