@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspy.utils.exceptions import AdapterParseError
@@ -56,6 +56,14 @@ def error_text(error: BaseException) -> str:
     if isinstance(error, AdapterParseError):
         return f"{', '.join(error.signature.output_fields)} not found in the answer {_short.repr(error.lm_response)}"
     return masked(f"{type(error).__name__}: {str(error).lstrip()}".splitlines()[0][:_LONGEST])
+
+
+def reason_of_metric(error: BaseException, prediction: Any) -> str:
+    """Why a metric raised: the program's fault where it returned what no metric can judge."""
+    if prediction is None or isinstance(prediction, Generator | AsyncGenerator | Awaitable):
+        returned = "None" if prediction is None else f"a {type(prediction).__name__}"
+        return f"program error: it returned {returned}, of which the metric says {error_text(error)}"
+    return f"metric error: {error_text(error)}"
 
 
 def count_failures(traces: Sequence[Trace]) -> tuple[Failure, ...]:

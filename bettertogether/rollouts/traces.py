@@ -17,7 +17,7 @@ from ..checks import is_number, require, require_switch, require_threshold, requ
 from ..errors import BetterTogetherError, TooManyErrors
 from ..records import Ledger
 from .branches import BranchPoint, branch_points
-from .failures import ENDS_ONE_RUN, count_failures, error_text, failure_warning
+from .failures import ENDS_ONE_RUN, count_failures, error_text, failure_warning, reason_of_metric
 from .labels import label_fields, labels_of, output_names
 from .metrics import Metric, Verdict, judge, require_metric, with_trace
 from .parallel import parallel_map, thread_count
@@ -296,7 +296,7 @@ class ExamplePass:
         except BetterTogetherError:
             raise
         except ENDS_ONE_RUN as error:
-            return Verdict(0.0, False, f"metric error: {error_text(error)}"), True
+            return Verdict(0.0, False, reason_of_metric(error, prediction)), True
 
 
 def _too_many(failures: Mapping[int, Trace], examples: int, limit: int) -> str:

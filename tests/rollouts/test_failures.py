@@ -127,6 +127,24 @@ def test_answers_of_which_none_can_be_parsed_are_reported_at_any_size_without_th
     assert not compiled.flag_compilation_error_occurred
 
 
+@pytest.mark.parametrize(
+    ("answer", "told"), [(lambda p, n: None, "None"), (lambda p, n: (p(number=n) for _ in "1"), "a generator")]
+)
+def test_a_program_that_returns_what_no_metric_can_judge_is_at_fault_itself(answer: Any, told: str) -> None:
+    class Lost(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decide = parity_program(parity_engine(learner))
+
+        def forward(self, number: int) -> Any:
+            return answer(self.decide, number)
+
+    (failure,) = evaluate(Lost(), numbers(4), parity_match).failures
+    reason = f"it returned {told}, of which the metric says AttributeError: "
+    assert (failure.kind, failure.count) == ("program error", 4)
+    assert failure.reason.startswith(reason)
+
+
 def test_a_program_that_raises_on_every_example_is_reported() -> None:
     class Broken(dspy.Module):
         def __init__(self) -> None:
