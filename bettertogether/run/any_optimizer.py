@@ -99,11 +99,15 @@ def run_any(
     """Compile a copy of `program` with `optimizer` itself, so that what it keeps of its work is found there.
 
     Of the context, it is given what its `compile` takes; settings that `compile` does not take are lent to the
-    optimizer. `given` are the user's own arguments for `compile`; they win.
+    optimizer; without a seed of its own or of the run it is given 0. `given` are the user's own arguments for
+    `compile`; they win.
 
     The program's LMs answer during the step, whatever `dspy.settings.lm` is, and are those of the result, unless the
     optimizer put others in their place.
     """
+    settings = context.settings
+    if getattr(optimizer, "seed", None) is None:
+        settings = settings.or_else(num_threads=None, max_errors=None, seed=0)
     student = copy_for_step(program)
     lms = {name: predictor.lm for name, predictor in predictors_of(student).items()}
     for predictor in student.predictors():
@@ -115,7 +119,7 @@ def run_any(
         "valset": context.valset,
         "teacher": _one_or_all(context.teachers),
         "provide_traceback": provide_traceback,
-        **_by_name(context.settings),
+        **_by_name(settings),
     }
     arguments = accepted_arguments(optimizer, offered)
     if "teacher" in arguments:
@@ -123,7 +127,7 @@ def run_any(
     arguments |= given
     before = _engine_counters(lms.values())
     with (
-        lent(optimizer, context.settings),
+        lent(optimizer, settings),
         _kept_lms(as_programs(given.get("teacher"))),
         _fallback_lm(lms),
         _billed() as bill,

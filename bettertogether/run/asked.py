@@ -65,7 +65,7 @@ def asked_of(plan: Plan) -> Noted:
         "form": FORM,
         "python": ".".join(platform.python_version_tuple()[:2]),
         "strategy": plan.strategy,
-        "seed": plan.seed,
+        "seed": plan.settings.seed,
         "max_rounds": plan.max_rounds,
         "shuffle": plan.shuffle,
         "two_by_two": plan.two_by_two,

@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def seed(self) -> int:
-        """The seed of the run."""
+        """Of what the run itself draws; steps have seeds of their own where none was given."""
         return self.settings.seed or 0
 
     @property
@@ -120,7 +120,7 @@ class Plan:
             strategies=parsed,
             auto=auto,
             max_rounds=int(max_rounds),
-            settings=RunSettings(num_threads, max_errors, seed or 0, RolloutStore()),
+            settings=RunSettings(num_threads, max_errors, seed, RolloutStore()),
             provide_traceback=provide_traceback,
             shuffle=shuffle_trainset_between_steps,
             compile_args=compile_args,

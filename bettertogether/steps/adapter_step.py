@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,6 +114,10 @@ class AdapterStep(Step, Teleprompter):
         check_examples(trainset, "trainset")
         check_examples(valset or (), "valset")
         return given.or_else(num_threads=self.num_threads, max_errors=self.max_errors, seed=self.seed)
+
+    def _seeded(self, seed: int | None) -> TrainingConfig:
+        """How it trains; a seed that was given takes the place of the configuration's."""
+        return self.training if seed is None else replace(self.training, seed=seed)
 
     def _folder(self, context: StepContext) -> Path | None:
         """Where adapters go; None: the cache."""

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -134,13 +133,14 @@ class PolicyFinetune(AdapterStep):
         settings = self._checked(context.trainset, context.valset, context.settings)
         assert self.metric is not None
         trainset, held_out = self._split(context.trainset, context.valset or (), settings.seed or 0)
-        asked = [self._asked(student), *map(dataset_hash, (trainset, held_out)), settings.seed]
+        training = self._seeded(context.settings.seed)
+        asked = [self._asked(student, training), *map(dataset_hash, (trainset, held_out)), settings.seed]
         name = BehaviourWalk(lasting=True).of(asked)
         folder = self._folder(context) or adapters_cache()
         starts = self._starts(trainable)
         with working_folder(folder, f"policy-{name[:12]}") as work:
             with ExitStack() as open_sessions:
-                sessions = self._sessions(trainable, starts, settings, folder, open_sessions)
+                sessions = self._sessions(trainable, starts, training, folder, open_sessions)
                 run = PolicyRun(
                     program=partial(self._tuned, student, trainable),
                     adapters={name: adapter_key(name, lm, self.multitask) for name, (_, lm) in trainable.items()},
@@ -179,9 +179,9 @@ class PolicyFinetune(AdapterStep):
             warnings=warnings,
         )
 
-    def _asked(self, student: dspy.Module) -> list[Any]:
-        """What decides how a training goes, but for the examples and the seed."""
-        options = [self.policy.to_dict(), self.lora.to_dict(), self.training.to_dict(), self.multitask, self.start_from]
+    def _asked(self, student: dspy.Module, training: TrainingConfig) -> list[Any]:
+        """What decides how a training goes, but for the examples and the seed of answers."""
+        options = [self.policy.to_dict(), self.lora.to_dict(), training.to_dict(), self.multitask, self.start_from]
         return [student, dspy.settings.adapter, self.metric, options, self.frozen]
 
     def trainable(self, student: dspy.Module) -> Trainable:
@@ -218,13 +218,12 @@ class PolicyFinetune(AdapterStep):
         self,
         trainable: Trainable,
         starts: Mapping[AdapterKey, str],
-        settings: RunSettings,
+        training: TrainingConfig,
         folder: Path,
         stack: ExitStack,
     ) -> dict[AdapterKey, Any]:
         """One for each adapter, open as long as the stack."""
         sessions: dict[AdapterKey, Any] = {}
-        training = self.training if settings.seed is None else replace(self.training, seed=settings.seed)
         for name, (engine, lm) in trainable.items():
             key = adapter_key(name, lm, self.multitask)
             if key not in sessions:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import dspy
@@ -214,7 +213,7 @@ class TrainingStep(AdapterStep):
         apart = rows_by_adapter(collected.held_out, trainable, multitask=self.multitask)
         engines = {adapter_key(name, lm, self.multitask): engine for name, (engine, lm) in trainable.items()}
         starts = self._starts(trainable)
-        training = self.training if seed is None else replace(self.training, seed=seed)
+        training = self._seeded(seed)
         split = {key: self._split(group, apart.get(key, ()), training.seed) for key, group in groups.items()}
         asked = {key: asked_for(engines[key], starts[key], self.lora, training, *rows) for key, rows in split.items()}
         results: dict[AdapterKey, FinetuneResult] = {}
