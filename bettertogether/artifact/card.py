@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..records import DataCard, WeightDetails
@@ -39,8 +40,14 @@ def _tuned(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [record for record in _locals(manifest) if record["adapter"]]
 
 
+def _hub_id(record: Mapping[str, Any]) -> str | None:
+    """That of an LM's base; None for one in a folder, whose path is of this machine alone."""
+    base = record["base"]
+    return base if _HUB_ID.fullmatch(base) and not Path(base).exists() else None
+
+
 def _front_matter(manifest: Mapping[str, Any]) -> str:
-    bases = sorted({r["base_name"] for r in _locals(manifest) if _HUB_ID.fullmatch(r["base_name"])})
+    bases = sorted({hub_id for record in _locals(manifest) if (hub_id := _hub_id(record))})
     tuned = _tuned(manifest)
     lines = ["library_name: peft" if tuned else "library_name: dspy"]
     if bases:
@@ -77,8 +84,9 @@ def _use(manifest: Mapping[str, Any], repo: str | None) -> Iterator[str]:
         f'program = load("{place}")  # of a class of your own: load("{place}", into=YourProgram())',
     )
     for record in _tuned(manifest):
-        folder, base = record["adapter"], record["base_name"]
-        yield f"The adapter `{folder}` is a plain PEFT folder. In peft, and behind vLLM's OpenAI server:"
+        folder, base = record["adapter"], _hub_id(record) or "BASE"
+        where = f", where BASE is the folder of `{record['base_name']}`" if base == "BASE" else ""
+        yield f"The adapter `{folder}` is a plain PEFT folder. In peft, and behind vLLM's OpenAI server{where}:"
         yield _code(
             "python",
             "from peft import PeftModel",

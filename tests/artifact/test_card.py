@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import dspy
+import pytest
 from fakes import Parity, learner, parity_engine, parity_match
 from saved import fresh_engine, tuned_program
+from small_models import save_adapter, save_model
 
-from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, load, save
+from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, load, local_lm, save
 from bettertogether.artifact.card import model_card
 
 
@@ -37,8 +39,9 @@ def test_the_card_says_how_the_adapter_is_loaded_in_dspy_peft_and_vllm(tmp_path:
     text = card_of(program, tmp_path / "a")
     folder = f"adapters/{program.lm.model.partition('@')[2]}"
     assert "dspy.configure(adapter=dspy.ChatAdapter())\nprogram = load(" in text
-    assert f'from_pretrained("fake"), "FOLDER/{folder}")' in text
-    assert f"vllm serve fake --enable-lora --lora-modules tuned=FOLDER/{folder}" in text
+    assert "vLLM's OpenAI server, where BASE is the folder of `fake`:" in text
+    assert f'from_pretrained("BASE"), "FOLDER/{folder}")' in text
+    assert f"vllm serve BASE --enable-lora --lora-modules tuned=FOLDER/{folder}" in text
     assert text.startswith("---\nlibrary_name: peft\ntags:\n- dspy\n- bettertogether\n- lora\n---\n")
 
 
@@ -75,12 +78,32 @@ def test_nothing_in_a_prompt_ends_its_block(tmp_path: Path) -> None:
     assert '````json\n{\n  "number": 1,' in text
 
 
-def test_only_a_hub_id_is_named_as_base_model() -> None:
-    def front(base: str) -> str:
-        lm = {"kind": "local", "base_name": base, "adapter": "adapters/a"}
+def test_a_base_is_named_by_its_hub_id_and_never_by_a_path_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def card(base: str) -> str:
+        lm = {"kind": "local", "base": base, "base_name": "name-0f067d49", "adapter": "adapters/a"}
         manifest = {"program": "m:P", "adapter": "ChatAdapter", "predictors": {}, "lms": {"lm0": lm}}
-        return model_card({**manifest, "created": "now", "versions": {}}, None).split("---")[1]
+        return model_card({**manifest, "created": "now", "versions": {}}, None)
 
-    assert "base_model:\n- owner/name\n" in front("owner/name")
-    assert "base_model" not in front("my-folder")
-    assert "base_model" not in front("/models/my-folder")
+    named = card("owner/name")
+    assert "base_model:\n- owner/name\n" in named.split("---")[1]
+    assert 'AutoModelForCausalLM.from_pretrained("owner/name")' in named
+    assert "vllm serve owner/name --enable-lora" in named
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    for base in ("mine", "models/mine", str(tmp_path / "models" / "mine")):
+        text = card(base)
+        assert "base_model" not in text
+        assert "mine" not in text
+        assert "vllm serve BASE --enable-lora" in text
+
+
+def test_the_card_of_a_real_engine_names_its_base_as_it_was_asked_for(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "tiny")
+    adapter = save_adapter(tmp_path / "adapter", seed=0)
+    program = dspy.Predict(Parity)
+    program.set_lm(local_lm(model, adapter=adapter))
+    text = card_of(program, tmp_path / "a")
+    assert "where BASE is the folder of `tiny-" in text
+    assert str(tmp_path) not in text
