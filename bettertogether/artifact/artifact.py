@@ -152,7 +152,8 @@ def merge(
 ) -> Path:
     """Write the tuned model of a saved program as a plain Hugging Face model, the adapter merged into the weights.
 
-    `predictor` picks one where the program has several adapters. `out` must be new or empty. Raises ArtifactError.
+    `predictor` picks one where the program has several adapters; `base_model` is the folder or hub id to merge into, in
+    place of the base that was saved. `out` must be new or empty. Raises ArtifactError.
     """
     return _merge(folder, out, predictor, base_model, gguf=False)
 
@@ -170,7 +171,8 @@ def save_gguf(
     in the file. `ollama create NAME -f out/Modelfile` takes both. Llama (with SmolLM2 and Mistral), SmolLM3, Qwen2,
     Qwen3, Gemma, Gemma 2 and Gemma 3 can be written.
 
-    `predictor` picks one where the program has several adapters. `out` must be new or empty. Raises ArtifactError.
+    `predictor` picks one where the program has several adapters; `base_model` is the folder or hub id to merge into, in
+    place of the base that was saved. `out` must be new or empty. Raises ArtifactError.
     """
     return _merge(folder, out, predictor, base_model, gguf=True)
 

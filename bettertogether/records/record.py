@@ -115,9 +115,9 @@ class StepRecord(Saved):
     scored_example: str | None = None
     """A valset example with the program's answer, in short, where all scores are equal."""
     step_gain: Number | None = None
-    """The step's own evidence of a gain, on data other than the valset (p: validation score over the prompts it was
-    given; w: fall of the held-out error, r: of the held-out loss of its pairs, where training began at the weights
-    before). Breaks ties of `score`."""
+    """The step's own evidence of a gain, on data other than the valset or by another measure (p: validation score over
+    the prompts it was given; w: fall of the held-out error, r: of the held-out loss of its pairs, where training began
+    at the weights before). Breaks ties of `score`."""
     ledger: Ledger = field(default_factory=Ledger)
     details: Details | None = field(default=None, repr=False)
     """What the step did, where a step ran to its end."""

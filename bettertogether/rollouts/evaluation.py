@@ -68,7 +68,8 @@ def evaluate(
     progress: bool = True,
 ) -> Evaluation:
     """Run `program` on every example and score it with `metric` (called with trace=None, as DSPy evaluates), and show
-    how far it is, unless `progress=False`.
+    how far it is, unless `progress=False`, under the name `phase`. `num_threads` examples at once; None: what the local
+    engine likes to have in flight. `seed` is that of sampled answers. Runs that are in `store` are not made again.
 
     A parse failure scores 0. An example whose program or metric raises scores 0 too, and counts against `max_errors`
     (None: `dspy.settings.max_errors`); raises TooManyErrors above it. Where more than half of the examples fail, the

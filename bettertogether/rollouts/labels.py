@@ -81,7 +81,8 @@ def stratified_order(items: Sequence[T], labels: Sequence[str | None], seed: int
 def stratified_split(
     examples: Sequence[dspy.Example], first_size: int, seed: int, label_field: str | None = None
 ) -> tuple[list[dspy.Example], list[dspy.Example]]:
-    """Two disjoint parts, the first with `first_size` examples, each in a seeded random order."""
+    """Two disjoint parts, the first with `first_size` examples, each in a seeded random order and, where labels repeat,
+    with the same shares of them. `label_field` holds the label; None finds it."""
     refuse_dataset(examples, "examples")
     order = stratified_order(list(range(len(examples))), labels_of(examples, label_field), seed)
     return [examples[i] for i in order[:first_size]], [examples[i] for i in order[first_size:]]

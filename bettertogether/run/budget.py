@@ -26,8 +26,8 @@ class Budget:
     tokens: int | None = None
     """Prompt, generated and trained tokens together."""
     cost: float | None = None
-    """US dollars for the answers of paid LMs, see `Ledger.cost`. Raises ConfigError at the first answer of an LM whose
-    price is not known."""
+    """US dollars for the answers of paid LMs, see `Ledger.cost`. An LM whose price is not known is a ConfigError at its
+    first answer; within a step it ends the run as any step that fails does (`on_step_error`)."""
 
     def __post_init__(self) -> None:
         with_plain_numbers(self)

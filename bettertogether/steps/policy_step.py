@@ -57,7 +57,8 @@ class PolicyFinetune(AdapterStep):
         validation_share: Share of the trainset's examples held out to choose the best step. Where that is fewer than
             16 and there is a valset, up to 16 examples of it are scored instead. 0: none, and the last step is kept.
         num_threads, max_errors, seed: As in `dspy.Evaluate`; `compile` may be given its own.
-        folder: Where adapters are written; None: the cache.
+        folder: Where adapters are written where the step is compiled by itself; None: the cache. In a `BetterTogether`
+            run they go to the run directory.
     """
 
     learns_from_solved = False

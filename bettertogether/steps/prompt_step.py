@@ -55,8 +55,8 @@ class BootstrapFewShotRS(Step, Teleprompter):
 
     Args:
         metric: `(example, prediction, trace=None)` to a bool, a number or `Prediction(score, feedback)`.
-        num_candidates: Demo sets to try, the best that earlier rounds of a strategy found among them, besides the
-            prompts given, the zero-shot prompt and the labels alone.
+        num_candidates: Demo sets to try, the best that earlier rounds of a strategy found among them (two new ones at
+            least), besides the prompts given, the zero-shot prompt and the labels alone.
         max_bootstrapped_demos: Demos of a set that come from traces, at most.
         max_labeled_demos: Demos of a set in all, filled up with labelled examples of the trainset.
         train_size: Examples to bootstrap from; None: all of the trainset, or 30% where it is split; at most 100.
@@ -148,7 +148,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
     ) -> dspy.Module:
         """A copy of the student with the best prompts found, its LMs kept.
 
-        `valset`, when given, is what candidates are scored on, and demos come from all of the trainset. `restart_from`
+        `valset`, when given, is what candidates are scored on, and demos come from the trainset. `restart_from`
         is the program whose prompts a restart starts from; None: the student without demos. The result has
         `candidate_programs` (dicts with score, program, name; best first). Raises ProgramError, DataError,
         TooManyErrors.

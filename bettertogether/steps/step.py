@@ -127,7 +127,7 @@ class Step(ABC):
 
     @property
     def step_gain(self) -> float | None:
-        """Evidence of a gain in the last `compile`, on data other than the valset."""
+        """Evidence of a gain in the last `compile`, on data other than the valset or by another measure."""
         return self.last.step_gain if self.last else None
 
     @property

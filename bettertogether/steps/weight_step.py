@@ -39,9 +39,9 @@ class LoRAFinetune(TrainingStep):
         max_demos: Demos that are drawn for a "varied" prompt, at most.
         num_samples: More tries, at `temperature`, for an example whose run failed; up to 8 where fewer than 16 examples
             are solved, hints tried too. 0 turns them off.
-        branches: New answers to each call of a run that failed, at `temperature` too, the calls before it as they were:
-            a program of several modules then learns the answers that alone repair a run, and the report says which
-            module the failures come from. 0: none.
+        branches: New answers to each call of a run that failed (at most three calls of a predictor), at `temperature`
+            too, the calls before it as they were: a program of several modules then learns the answers that alone
+            repair a run, and the report says which module the failures come from. 0: none.
         temperature: One number, or several used in turn.
         rescue: Give an example that failed all tries one more, with its label as a hint that no row shows (STaR). Where
             predictors come before those that answer the label, they alone get the hint first, so that what they
@@ -62,7 +62,8 @@ class LoRAFinetune(TrainingStep):
             16 and there is a valset, up to 16 examples of it are run and measured instead, and all of the trainset is
             trained on. 0: none.
         num_threads, max_errors, seed: As in `dspy.Evaluate`; `compile` may be given its own.
-        folder: Where adapters are written; None: the cache.
+        folder: Where adapters are written where the step is compiled by itself; None: the cache. In a `BetterTogether`
+            run they go to the run directory.
     """
 
     def __init__(

@@ -118,7 +118,7 @@ class TrainingConfig:
     nll_weight: float = 1.0
     """Of pairs: weight of the chosen answer's mean loss per token, beside the preference (Iterative RPO)."""
     seed: int = 0
-    """Seed of the adapter's initial weights and of the row order."""
+    """Seed of the adapter's initial weights and of the row order; a `seed` that is given to `compile` wins."""
 
     def __post_init__(self) -> None:
         with_plain_numbers(self)

@@ -62,7 +62,7 @@ def sampled_of(choice: Mapping[str, Any], request: Request, prompt_ids: list[int
     token_ids = choice.get("token_ids")
     if token_ids is None:
         raise ModelError(
-            "The vLLM server gave no token ids, without which a policy can't be trained: use vLLM 0.10.2 or later, or "
+            "The vLLM server gave no token ids, without which a policy can't be trained: use vLLM 0.32 or later, or "
             "local_lm(...)."
         )
     return SampledAnswer(
