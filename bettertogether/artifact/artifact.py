@@ -22,6 +22,7 @@ from ..engines.protocol import LocalEngine
 from ..errors import ArtifactError, ModelError, RunDirectoryError
 from ..files import atomic_folder, atomic_write, now
 from ..printable import get_logger
+from ..programs.copies import hang
 from ..programs.program import parameters_of
 from ..report.report import CompileReport
 from ..versions import versions
@@ -114,7 +115,7 @@ def load(
             parameter.lm = given[name] if name in given else saved_lm(key)
     report = load_report(root)
     if report is not None:
-        program.report = report
+        hang(program, report=report)
     _compare_prompt_adapter(root, manifest["adapter"])
     return program
 

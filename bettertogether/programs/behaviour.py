@@ -25,7 +25,7 @@ from typing_extensions import Format, get_annotations
 
 from ..redaction import is_secret, without_secrets
 from .content import Walk, by_name, cell_content, combined, name_of
-from .copies import RESULTS
+from .copies import own_attributes
 from .program import modules_of
 
 PACE = frozenset(
@@ -36,8 +36,10 @@ PACE = frozenset(
 )  # fmt: skip
 """Options of an engine that say where and how fast it runs; which model it runs is in the model's name."""
 
-NOISE = frozenset({"_compiled", "stage", "callbacks", "history", "traces", "train", *RESULTS})
+NOISE = frozenset({"_compiled", "callbacks", "history"})
 """Attributes of modules and LMs that say nothing about their answers."""
+NOISE_OF_PREDICT = NOISE | {"stage", "traces", "train"}
+"""Those of a `dspy.Predict`."""
 
 
 class BehaviourWalk(Walk):
@@ -113,7 +115,13 @@ def program_key(program: dspy.Module) -> str | None:
 
 def module_parts(module: dspy.Module) -> list[list[Any]]:
     """What decides a module's answers besides its class, as names with values."""
-    return by_name({name: value for name, value in vars(module).items() if name not in NOISE})
+    return by_name(answering_attributes(module))
+
+
+def answering_attributes(module: dspy.Module) -> dict[str, Any]:
+    """The attributes of a module that say something about its answers."""
+    noise = NOISE_OF_PREDICT if isinstance(module, dspy.Predict) else NOISE
+    return {name: value for name, value in own_attributes(module).items() if name not in noise}
 
 
 def lm_parts(lm: BaseLM) -> dict[str, Any]:
@@ -125,7 +133,7 @@ def lm_parts(lm: BaseLM) -> dict[str, Any]:
     if hasattr(engine, "dump_state"):
         parts |= {f"engine.{name}": value for name, value in engine_parts(engine)[1:]}
     if is_own(type(lm)):
-        left_out = {*NOISE, "cache", "kwargs", "model", "model_type", "num_retries"}
+        left_out = {*NOISE_OF_PREDICT, "cache", "kwargs", "model", "model_type", "num_retries"}
         held = {name: value for name, value in vars(lm).items() if name not in left_out and not name.startswith("_")}
         parts |= {f"attribute.{name}": value for name, value in _options(held).items()}
     return parts

@@ -21,11 +21,13 @@ from typing import Any
 import dspy
 from dspy.predict.parameter import Parameter
 
+from ..records.saved import Saved
+
 RESULTS = ("candidate_programs", "trial_logs", "detailed_results", "report", "flag_compilation_error_occurred")
-"""What optimizers hang on the program that they return: other programs and reports, no part of it."""
+"""Names of what optimizers hang on the program that they return: other programs and reports, no part of it."""
 
 _PARTS = (dspy.Module, Parameter)
-_LEFT_OUT = frozenset({*RESULTS, "history", "callbacks"})
+_LEFT_OUT = frozenset({"history", "callbacks"})
 _CONTAINERS = (list, dict, set, collections.deque, defaultdict, collections.OrderedDict, collections.Counter)
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, types.BuiltinFunctionType)
 _RUNNING = (threading.Thread, concurrent.futures.Executor, asyncio.AbstractEventLoop, contextvars.Context)
@@ -64,10 +66,39 @@ class Copier:
         return copied
 
 
+def results_of(module: Any) -> dict[str, Any]:
+    """What optimizers hung on a module, by name. A module of its own by such a name is part of it, and so is every
+    `report` that is not a run's."""
+    held = {name: vars(module)[name] for name in RESULTS if name in vars(module)}
+    return {
+        name: value
+        for name, value in held.items()
+        if not isinstance(value, dspy.Module) and (name != "report" or isinstance(value, Saved))
+    }
+
+
+def own_attributes(module: Any) -> dict[str, Any]:
+    """The attributes of a module without what optimizers hung on it."""
+    results = results_of(module)
+    return {name: value for name, value in list(vars(module).items()) if name not in results}
+
+
+def has_own(module: Any, name: str) -> bool:
+    """Whether a module has an attribute or a method of its own by the name of a result."""
+    return hasattr(module, name) and name not in results_of(module)
+
+
+def hang(program: dspy.Module, **results: Any) -> None:
+    """Hang results on a program; what it has of its own by such a name stays."""
+    for name, value in results.items():
+        if not has_own(program, name):
+            setattr(program, name, value)
+
+
 def drop_results(program: dspy.Module) -> None:
     """Take what an optimizer hung on a program off it."""
-    for name in RESULTS:
-        program.__dict__.pop(name, None)
+    for name in results_of(program):
+        del program.__dict__[name]
 
 
 class _Graph:
@@ -111,7 +142,7 @@ class _Graph:
         """A memo for `deepcopy`, in which what is shared was copied before, as itself."""
         memo: dict[int, Any] = {}
         for value in self.copied():
-            for child in (*_children(value), *_results_of(value)):
+            for child in (*_children(value), *_results(value)):
                 if id(child) not in self._copied:
                     memo[id(child)] = child
         return memo
@@ -130,7 +161,7 @@ def _children(value: Any) -> list[Any]:
     if isinstance(value, _CLOSED):
         return []
     if isinstance(value, _PARTS):
-        found = [item for name, item in list(value.__dict__.items()) if name not in _LEFT_OUT]
+        found = [item for name, item in own_attributes(value).items() if name not in _LEFT_OUT]
     elif isinstance(value, dspy.Example):
         found = list(value._store.values())
     elif type(value) in _CONTAINERS:
@@ -140,8 +171,8 @@ def _children(value: Any) -> list[Any]:
     return [item for item in found if not isinstance(item, _ATOMS)]
 
 
-def _results_of(value: Any) -> list[Any]:
-    return [value.__dict__[name] for name in RESULTS if name in value.__dict__] if isinstance(value, _PARTS) else []
+def _results(value: Any) -> list[Any]:
+    return list(results_of(value).values()) if isinstance(value, _PARTS) else []
 
 
 def _uncopyable(values: list[Any], memo: Mapping[int, Any]) -> dict[int, Any]:

@@ -11,15 +11,17 @@ import dspy
 from dspy.predict.parameter import Parameter
 
 from ..errors import ArtifactError, ProgramError
-from .copies import RESULTS, copy_program
+from .copies import copy_program, own_attributes
 from .demo_values import decode_demos, encode_demos
 
-_NO_PARTS = frozenset({*RESULTS, "history", "callbacks", "demos", "traces", "train", "lm", "signature"})
+_NO_PARTS = frozenset({"history", "callbacks"})
+_NO_PARTS_OF_PREDICT = _NO_PARTS | {"demos", "traces", "train", "lm", "signature"}
 
 
 def modules_of(program: dspy.Module) -> list[tuple[str, dspy.Module]]:
     """The modules that a program is made of, itself first, by name: those that are frozen too, unlike
-    `named_predictors`, and neither in `RESULTS` nor among the demos and histories, unlike `named_sub_modules`."""
+    `named_predictors`, and neither in what optimizers hung on it nor among the demos and histories, unlike
+    `named_sub_modules`."""
     found: list[tuple[str, dspy.Module]] = []
     seen: set[int] = set()
     queue: deque[tuple[str, Any]] = deque([("self", program)])
@@ -30,7 +32,8 @@ def modules_of(program: dspy.Module) -> list[tuple[str, dspy.Module]]:
         seen.add(id(value))
         if isinstance(value, dspy.Module):
             found.append((name, value))
-            queue.extend((f"{name}.{k}", v) for k, v in list(value.__dict__.items()) if k not in _NO_PARTS)
+            left_out = _NO_PARTS_OF_PREDICT if isinstance(value, dspy.Predict) else _NO_PARTS
+            queue.extend((f"{name}.{k}", v) for k, v in own_attributes(value).items() if k not in left_out)
         else:
             items = value.items() if isinstance(value, dict) else enumerate(value)
             # A corpus of a million texts needs no names.

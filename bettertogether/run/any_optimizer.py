@@ -15,7 +15,7 @@ from dspy.utils.callback import BaseCallback
 
 from ..errors import ProgramError
 from ..lm import local_engine
-from ..programs.copies import drop_results
+from ..programs.copies import drop_results, results_of
 from ..programs.program import as_programs, copy_for_step, modules_of, predictors_of
 from ..records import Ledger, OtherDetails, total_cost
 from ..rollouts.settings import RunSettings
@@ -222,7 +222,7 @@ def unmark(result: dspy.Module) -> dspy.Module:
     """Take the mark off an optimizer's result and its candidates. Raises ProgramError for a result that is none."""
     if not isinstance(result, dspy.Module):
         raise ProgramError(f"The optimizer returned {type(result).__name__} where a dspy.Module is needed.")
-    candidates = getattr(result, "candidate_programs", None) or []
+    candidates = results_of(result).get("candidate_programs") or []
     for each in (result, *(candidate["program"] for candidate in candidates if "program" in candidate)):
         for _, predictor in each.named_sub_modules(dspy.Predict):
             predictor.__dict__.pop("reset", None)

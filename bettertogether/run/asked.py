@@ -23,7 +23,16 @@ import dspy
 from dspy.clients.base_lm import BaseLM
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from ..programs.behaviour import NOISE, BehaviourWalk, class_parts, is_own, lm_parts, named_values, signature_parts
+from ..programs.behaviour import (
+    NOISE,
+    BehaviourWalk,
+    answering_attributes,
+    class_parts,
+    is_own,
+    lm_parts,
+    named_values,
+    signature_parts,
+)
 from ..programs.content import cell_content, dataset_hash
 from ..programs.program import model_names, modules_of, predictors_of
 from ..redaction import is_secret, is_secret_name, masked, split_secrets
@@ -128,8 +137,9 @@ class _Notes:
         }
 
     def _held(self, module: dspy.Module) -> Noted:
-        left_out = NOISE | ({"lm", "signature", "demos"} if isinstance(module, dspy.Predict) else set())
-        held = {k: v for k, v in vars(module).items() if k not in left_out and not isinstance(v, dspy.Module)}
+        left_out = {"lm", "signature", "demos"} if isinstance(module, dspy.Predict) else set()
+        attributes = answering_attributes(module).items()
+        held = {k: v for k, v in attributes if k not in left_out and not isinstance(v, dspy.Module)}
         return self.entries(held)
 
     def _prompt(self, predictor: dspy.Predict) -> Noted:

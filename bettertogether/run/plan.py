@@ -11,7 +11,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..checks import require_one_of, require_switch, require_whole
 from ..errors import ConfigError, NotTrainableError, ProgramError
-from ..programs.copies import copy_program
+from ..programs.copies import copy_program, has_own
 from ..programs.program import as_programs, predictors_of, require_program, unfound_predictors
 from ..rollouts.metrics import Metric
 from ..rollouts.rollout import RolloutStore
@@ -126,7 +126,7 @@ class Plan:
             compile_args=compile_args,
             on_step_error=on_step_error,
             two_by_two=two_by_two,
-            warnings=(*warnings, *_unfound(student), *_unasked(teachers, used)),
+            warnings=(*warnings, *_unfound(student), *_own_report(student), *_unasked(teachers, used)),
         )
 
 
@@ -145,6 +145,15 @@ def _unfound(student: dspy.Module) -> list[str]:
         f"DSPy doesn't find the student's predictors {names}: it looks into a list or dict of a module, but not into "
         "one within that. set_lm gives them no LM, and no step changes them. Keep each as an attribute of a module, or "
         "in a list or dict that is one."
+    ]
+
+
+def _own_report(student: dspy.Module) -> list[str]:
+    if not has_own(student, "report"):
+        return []
+    return [
+        "The student has a `report` of its own, which stays: that of the run is in its directory (report.json, which "
+        "CompileReport.from_dict reads, and report.html), not in `compiled.report`."
     ]
 
 

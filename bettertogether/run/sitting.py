@@ -9,6 +9,7 @@ import dspy
 
 from ..callbacks import events
 from ..files import json_text
+from ..programs.copies import hang
 from ..programs.program import copy_for_step
 from ..records import Ledger
 from ..report.report import CompileReport
@@ -72,7 +73,7 @@ def _best_program(report: CompileReport, programs: Mapping[str, dspy.Module]) ->
     rounds = report.rounds
     result = copy_for_step(programs[rounds[report.selected].strategy])
     result._compiled = True
-    result.candidate_programs = [
+    candidates = [
         {
             "score": None if (score := rounds[i].score) is None else round(100 * score, 2),
             "program": programs[rounds[i].strategy],
@@ -80,6 +81,6 @@ def _best_program(report: CompileReport, programs: Mapping[str, dspy.Module]) ->
         }
         for i in rank(rounds, report.selected)
     ]
-    result.flag_compilation_error_occurred = any(r.status == "failed" or all_raised(r) for r in rounds)
-    result.report = report
+    failed = any(r.status == "failed" or all_raised(r) for r in rounds)
+    hang(result, candidate_programs=candidates, flag_compilation_error_occurred=failed, report=report)
     return result

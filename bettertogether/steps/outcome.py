@@ -8,6 +8,7 @@ from typing import Any
 import dspy
 
 from ..errors import ArtifactError
+from ..programs.copies import hang
 from ..programs.program import copy_for_step, prompts_state
 from ..records import CandidateScore, PromptDetails, RaceResult, TraceCounts
 from ..rollouts.traces import TraceSet
@@ -36,7 +37,8 @@ class Outcome:
         """The best program, with all of them as its `candidate_programs`."""
         result = copy_for_step(self.best.program)
         result._compiled = True
-        result.candidate_programs = [{"score": c.mean, "program": c.program, "name": c.name} for c in self._ranked]
+        candidates = [{"score": c.mean, "program": c.program, "name": c.name} for c in self._ranked]
+        hang(result, candidate_programs=candidates)
         return result
 
     def gain(self) -> float | None:

@@ -12,6 +12,7 @@ import pytest
 from fakes import Parity, TwoSteps, api_lm, numbers, parity_engine, parity_program, plain_lm, two_step_program
 from pydantic import BaseModel
 
+from bettertogether import CompileReport
 from bettertogether.errors import ProgramError
 from bettertogether.programs.behaviour import program_key
 from bettertogether.programs.copies import copy_program
@@ -53,7 +54,7 @@ def test_what_an_optimizer_hung_on_a_program_is_no_part_of_its_copies_and_key(en
     key = program_key(program)
     program.candidate_programs = [{"program": two_step_program(engine), "score": 1.0}]
     program.trial_logs = {1: {"program": two_step_program(engine)}}
-    program.report = threading.Lock()
+    program.report = CompileReport(rounds=(), selected=0, valset_size=0, strategy="p", seed=0, versions={}, machine={})
     copied = copy_program(program)
     assert [name for name in ("candidate_programs", "trial_logs", "report") if hasattr(copied, name)] == []
     assert len(program.candidate_programs) == 1
