@@ -25,6 +25,7 @@ from bettertogether.programs.program import (
     require_program,
     with_prompts,
 )
+from bettertogether.records import StepRecord
 from bettertogether.steps.prompt_capture import render_prompt
 from bettertogether.testing import FakeEngine
 
@@ -54,7 +55,15 @@ def test_what_an_optimizer_hung_on_a_program_is_no_part_of_its_copies_and_key(en
     key = program_key(program)
     program.candidate_programs = [{"program": two_step_program(engine), "score": 1.0}]
     program.trial_logs = {1: {"program": two_step_program(engine)}}
-    program.report = CompileReport(rounds=(), selected=0, valset_size=0, strategy="p", seed=0, versions={}, machine={})
+    program.report = CompileReport(
+        rounds=(StepRecord(0, "", "", "complete"),),
+        selected=0,
+        valset_size=0,
+        strategy="p",
+        seed=0,
+        versions={},
+        machine={},
+    )
     copied = copy_program(program)
     assert [name for name in ("candidate_programs", "trial_logs", "report") if hasattr(copied, name)] == []
     assert len(program.candidate_programs) == 1
