@@ -34,7 +34,12 @@ class MLflowCallback(Tracking):
         if self._mlflow.active_run() is None:
             self._mlflow.start_run(run_name=self._run_name)
             self._started = True
-        self._mlflow.log_params({key: str(value)[:_LONGEST_PARAM] for key, value in params.items()})
+        try:
+            self._mlflow.log_params({key: str(value)[:_LONGEST_PARAM] for key, value in params.items()})
+        except BaseException:
+            # Else the next run would join it.
+            self._finish("FAILED")
+            raise
 
     def _log(self, values: Mapping[str, float], step: int, axis: str) -> None:
         self._mlflow.log_metrics(values, step=step)

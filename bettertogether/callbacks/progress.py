@@ -67,6 +67,7 @@ class ProgressState:
         with self._lock:
             self._started_s = self._event_s = self._clock()
             self._strategy, self._rounds = event["strategy"], list(event["rounds"])
+            self._finished, self._current, self._warnings = [], None, []
 
     def step_start(self, event: StepStartEvent) -> None:
         with self._lock:

@@ -37,7 +37,7 @@ class Tracking(Callback):
 
     def on_run_start(self, event: RunStartEvent) -> None:
         """Begin, and log what was asked."""
-        self._folder = Path(event.get("run_dir", ""))
+        self._folder, self._warnings = Path(event.get("run_dir", "")), 0
         self._begin({"strategy": event["strategy"], **_flat(event.get("params", {}))})
         self._under_way = True
 

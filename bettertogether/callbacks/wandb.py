@@ -24,8 +24,9 @@ class WandbCallback(Tracking):
         self._defined: set[str] = set()
 
     def _begin(self, params: Mapping[str, bool | int | float | str]) -> None:
-        self._started = self._wandb.run is None
-        self._run = self._wandb.init() if self._started else self._wandb.run
+        is_new = self._wandb.run is None
+        self._run = self._wandb.init() if is_new else self._wandb.run
+        self._started, self._defined = is_new, set()
         self._run.config.update(dict(params), allow_val_change=True)
 
     def _log(self, values: Mapping[str, float], step: int, axis: str) -> None:
@@ -55,4 +56,5 @@ class WandbCallback(Tracking):
 
     def _finish(self, status: Status) -> None:
         if self._started:
+            self._started = False
             self._run.finish(exit_code=int(status != "FINISHED"))

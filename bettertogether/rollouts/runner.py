@@ -25,6 +25,9 @@ from .sampled_lms import needs_seed, samples, sampling_lm
 from .usage import hand_on_usage, used
 from .watching import Record, Seen, Watch, answer_of, run_async_part, watched_lm
 
+DRAWN_BY = frozenset({"temperature", "seed", "rollout_id"})
+"""Options of a predictor that say how its answers are drawn; a try at another temperature has its own."""
+
 REFINE = "dspy.predict.refine"
 """Module of what is dspy.Refine's own: its adapter, and the predictor that it makes for advice."""
 
@@ -72,8 +75,11 @@ class Runner:
             with self._lock:
                 self._copier = self._copier or Copier(self._program, shares_state=True)
             copied = _Copy(self._program, self._copier.copy(), self._attribution)
+        before = set(threading.enumerate())
         run = copied.run(example, attempt, seed)
-        self._spare.append(copied)
+        # A thread that the program left behind may still call this copy: such a call is of no other run.
+        if not any(_is_left(thread) for thread in threading.enumerate() if thread not in before):
+            self._spare.append(copied)
         return run
 
     def _is_changed(self, attempt: Attempt) -> bool:
@@ -166,9 +172,11 @@ class _Copy:
         # One copy of an LM for all that share it: dspy.BestOfN asks for the one LM of its module.
         lms: dict[tuple[int, bool], Any] = {}
         for predictor, original, is_own in self._predictors:
-            predictor.signature, predictor.config = original.signature, original.config
-            predictor.demos = list(original.demos)
             sampled = seed is not None and is_own
+            predictor.signature, predictor.config = original.signature, original.config
+            if sampled and attempt.temperature is not None:
+                predictor.config = {k: v for k, v in original.config.items() if k not in DRAWN_BY}
+            predictor.demos = list(original.demos)
             lm = original.lm or (dspy.settings.lm if sampled else None)
             key = id(lm), sampled
             if lm is not None and key not in lms:
@@ -284,6 +292,11 @@ def _weights_of(lm: Any) -> tuple[Any, Any]:
     """What answers for an LM, whatever its options."""
     engine = getattr(lm, "engine", None)
     return engine if isinstance(engine, str) else id(engine), getattr(lm, "model", lm)
+
+
+def _is_left(thread: threading.Thread) -> bool:
+    """Whether a new thread is one of a program's, and neither ours nor the event loop's."""
+    return not thread.name.startswith(("bettertogether", "AnyIO", "asyncio"))
 
 
 def _call(program: dspy.Module, inputs: dict[str, Any]) -> Any:

@@ -287,6 +287,9 @@ class ExamplePass:
             raise run.error
         if run.failure in ("parse failure", "prompt too long"):
             return Verdict(0.0, False, run.failure), False
+        if run.error is not None and run.unread:
+            # dspy.Parallel gives None for a call whose answer can't be read, over which the program stumbles.
+            return Verdict(0.0, False, "parse failure"), False
         if run.error is not None:
             return Verdict(0.0, False, f"{run.failure}: {error_text(run.error)}"), True
         threshold = self.threshold if self.needs_verdict else float("-inf")
@@ -296,6 +299,8 @@ class ExamplePass:
         except BetterTogetherError:
             raise
         except ENDS_ONE_RUN as error:
+            if run.unread:
+                return Verdict(0.0, False, "parse failure"), False
             return Verdict(0.0, False, reason_of_metric(error, prediction)), True
 
 

@@ -6,6 +6,7 @@ import math
 import random
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import dspy
 
 from ..callbacks import events
-from ..errors import ArtifactError, BetterTogetherError, BudgetExceeded, ConfigError, RunDirectoryError
+from ..errors import ArtifactError, BetterTogetherError, BudgetExceeded, ConfigError, RunDirectoryError, TooManyErrors
 from ..printable import get_logger
 from ..programs.copies import drop_results
 from ..programs.program import model_names, prompts_state, same_prompts, with_prompts
@@ -42,7 +43,8 @@ class _BudgetWatch(events.Callback):
 
     def __init__(self, meter: BudgetMeter) -> None:
         self._meter = meter
-        self._trained = 0
+        self._trained = defaultdict[str, int](int)
+        """Tokens by adapter."""
         self._spent, self._started_s = Ledger(), time.monotonic()
 
     @property
@@ -56,9 +58,9 @@ class _BudgetWatch(events.Callback):
         self._charge(ledger if ledger.metric_calls else replace(ledger, metric_calls=1))
 
     def on_training(self, event: events.TrainingEvent) -> None:
-        tokens = event["progress"].tokens
-        new = max(0, tokens - self._trained)
-        self._trained = tokens
+        tokens, adapter = event["progress"].tokens, event.get("adapter", "")
+        new = max(0, tokens - self._trained[adapter])
+        self._trained[adapter] = tokens
         self._charge(Ledger(trained_tokens=new))
 
     def _charge(self, ledger: Ledger) -> None:
@@ -190,9 +192,18 @@ class Loop:
         # A prompt step may change the strength of adapters, but trains none.
         tuned = not isinstance(record.details, PromptDetails) and model_names(parent) != record.models
         measured = self.plan.two_by_two and tuned and scored is not None
-        cells = self._two_by_two(parent, program) if measured else {}
+        cells, ended = dict[str, Evaluation](), None
+        try:
+            cells = self._two_by_two(parent, program) if measured else {}
+        except TooManyErrors as error:
+            record = replace(record, warnings=(*record.warnings, f"The 2x2 was not measured: {error}"))
+        except (BudgetExceeded, KeyboardInterrupt) as error:
+            ended = error
         self.programs[name] = program
+        # The round is whole without its 2x2.
         self._keep(_with_scores(record, scored, cells, started))
+        if ended is not None:
+            raise ended
 
     def _unscored(self, name: str) -> tuple[StepRecord, dspy.Module] | None:
         """What the step gave in an earlier sitting that ended while its round was scored."""
@@ -342,7 +353,8 @@ class Loop:
         self.warnings.append(f"The run ended at {name!r}: {reason.rstrip('.')}. {self._how_to_go_on()}")
         expected = isinstance(error, BetterTogetherError | KeyboardInterrupt)
         logger.error("Step %r did not finish: %s", name, reason, exc_info=None if expected else error)
-        self._keep(record)
+        if name not in self.programs:
+            self._keep(record)
 
     def _restore(self, record: StepRecord) -> None:
         """Take a finished step of an earlier sitting."""

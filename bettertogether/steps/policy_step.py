@@ -188,7 +188,7 @@ class PolicyFinetune(AdapterStep):
     def trainable(self, student: dspy.Module) -> Trainable:
         """By predictor name, what is to be trained. Raises NotTrainableError, and ConfigError for LMs whose answers
         are not drawn from their whole distribution."""
-        found = super().trainable(student)
+        found, predictors = super().trainable(student), predictors_of(student)
         for name, (engine, lm) in found.items():
             if not isinstance(engine, PolicyEngine):
                 raise NotTrainableError(
@@ -196,10 +196,10 @@ class PolicyFinetune(AdapterStep):
                     f"rewards: use local_lm(...) or vllm_lm(...), or freeze it: frozen=[{name!r}]."
                 )
             for option, allowed in _WHOLE_DISTRIBUTION.items():
-                if (value := lm.kwargs.get(option)) not in allowed:
+                if (value := {**lm.kwargs, **predictors[name].config}.get(option)) not in allowed:
                     raise ConfigError(
-                        f"The LM of predictor {name!r} has {option}={value!r}: a policy's answers have to be single "
-                        f"draws from all that it might say. Make the LM without {option}."
+                        f"Predictor {name!r} or its LM has {option}={value!r}: a policy's answers have to be single "
+                        f"draws from all that it might say. Make them without {option}."
                     )
         return found
 

@@ -133,7 +133,8 @@ def optimizer_moments(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copies of AdamW's running means of the gradients and of their squares, by PEFT key."""
     first, second = (
-        all_whole({key: optimizer.state[parameter][name] for key, parameter in parameters.items()})
+        # An adapter that was never moved has none.
+        all_whole({key: optimizer.state[p].get(name, torch.zeros_like(p)) for key, p in parameters.items()})
         for name in ("exp_avg", "exp_avg_sq")
     )
     return first, second

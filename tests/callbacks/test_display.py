@@ -386,3 +386,17 @@ def test_in_a_notebook_the_view_is_one_output_that_stays_with_the_result_below(m
 def test_in_a_notebook_a_display_with_a_file_writes_lines_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     assert shown_run(io.StringIO()).splitlines()[-1] == "[bettertogether 0:20] done: w, score 1.000"
+
+
+def test_a_display_that_watches_a_second_run_shows_nothing_of_the_first() -> None:
+    file, clock = io.StringIO(), Clock()
+    with listening([ProgressDisplay(file=file, interval_s=1, clock=clock)]):
+        for score in (1.0, 0.5):
+            emit("run_start", {"strategy": "w", "rounds": ["", "w"]})
+            emit("step_start", {"index": 0, "step": "", "strategy": ""})
+            clock.now_s += 5
+            emit("progress", {"phase": "score", "done": 1, "total": 2, "tokens": 120})
+            emit("step_end", {"record": StepRecord(0, "", "", "complete", score, (score,))})
+    shown = [line for line in file.getvalue().splitlines() if "score 1/2" in line]
+    assert len(shown) == 2
+    assert "best so far" not in shown[1]

@@ -89,3 +89,17 @@ def test_without_mlflow_the_error_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'bettertogether\[mlflow\]'"):
         MLflowCallback()
+
+
+def test_a_run_whose_params_mlflow_refuses_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(FakeMLflow):
+        def log_params(self, params: object) -> None:
+            raise ValueError("no params")
+
+    mlflow = Refusing()
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    with pytest.raises(ValueError, match="no params"), listening([MLflowCallback()]):
+        emit("run_start", {"strategy": "w", "rounds": ["", "w"]})
+    assert [call[0] for call in mlflow.calls] == ["active_run", "start_run", "end_run"]
+    assert mlflow.calls[-1] == ("end_run", "FAILED")
+    assert len([call for call in mlflow.calls if call[0] == "end_run"]) == 1

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import dspy
 import pytest
 from fakes import numbers, parity_engine, parity_match, parity_program
+from safetensors.torch import load_file
 from small_models import PACKED, byte_tokenizer, random_model, save_adapter
 
 from bettertogether import BetterTogether, Budget, PolicyConfig, PolicyFinetune
@@ -138,6 +139,31 @@ def test_of_two_modules_each_learns_in_an_adapter_of_its_own(engine: Transformer
     assert trained_from == [f"local/{engine.base_name} first", f"local/{engine.base_name} second"]
     assert [line.groups for line in details_of(step).history] == [0, 4, 4, 4]
     assert program(word="w9").letter == "a"
+
+
+class Sometimes(Twice):
+    """Its second predictor is asked of one word alone."""
+
+    def forward(self, word: str) -> dspy.Prediction:
+        return super().forward(word) if word == "rare" else self.first(word=word)
+
+
+def test_an_adapter_whose_predictor_is_not_called_stays_unmoved_beside_one_that_learns(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    step = PolicyFinetune(is_a, folder=tmp_path, multitask=False, **QUICK)
+    program = tuned(step, program_of(engine, Sometimes))
+    assert program(word="w9").letter == "a"
+    tensors = {
+        name.partition(".")[0]: load_file(adapter_folder / "adapter_model.safetensors")
+        for name, adapter_folder in ((n, engine.adapter_folder(m)) for n, m in model_names(program).items())
+        if adapter_folder is not None
+    }
+    moved = {
+        name: any(bool(tensor.any()) for key, tensor in held.items() if "lora_B" in key)
+        for name, held in tensors.items()
+    }
+    assert moved == {"first": True, "second": False}
 
 
 def test_a_frozen_module_stays_as_it_was(engine: TransformersEngine, tmp_path: Path) -> None:
@@ -303,7 +329,7 @@ def test_an_lm_that_does_not_draw_from_all_it_might_say_is_refused(
     engine: TransformersEngine, option: dict[str, Any]
 ) -> None:
     ((name, value),) = option.items()
-    with pytest.raises(ConfigError, match=rf"has {name}={value}: .* Make the LM without {name}"):
+    with pytest.raises(ConfigError, match=rf"has {name}={value}: .* Make them without {name}"):
         PolicyFinetune(is_a).trainable(program_of(engine, **option))
 
 

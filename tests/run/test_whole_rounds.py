@@ -1,0 +1,106 @@
+"""A round that is trained and scored stays, whatever comes after it: its 2x2, a callback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from fakes import learner, numbers, parity_engine, parity_match, parity_program
+
+from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
+from bettertogether.callbacks import Callback
+from bettertogether.engines import TrainingProgress
+from bettertogether.run.budget import BudgetMeter
+from bettertogether.run.loop import _BudgetWatch
+from bettertogether.testing import FakeEngine
+
+TRAIN, VAL = numbers(24, start=40), numbers(20)
+
+
+def compile_(metric: Any = parity_match, *, engine: FakeEngine | None = None, **options: Any) -> dspy.Module:
+    p = BootstrapFewShotRS(parity_match, num_candidates=2, num_samples=0, rescue=False)
+    w = LoRAFinetune(parity_match, num_samples=0, rescue=False)
+    arguments: dict[str, Any] = {"trainset": TRAIN, "valset": VAL, "strategy": "p -> w", "progress": False}
+    student = parity_program(engine or parity_engine(learner))
+    return BetterTogether(metric, p=p, w=w).compile(student, **(arguments | options))
+
+
+def statuses(compiled: dspy.Module) -> list[tuple[str, str, Any]]:
+    return [(record.strategy, record.status, record.score) for record in compiled.report.rounds]
+
+
+class At2x2(Callback):
+    """Does something when the 2x2 is under way."""
+
+    def __init__(self, raises: BaseException) -> None:
+        self.raises = raises
+
+    def on_progress(self, event: Any) -> None:
+        if event["phase"] == "score the 2x2" and event["done"] == 3:
+            raise self.raises
+
+
+def test_a_budget_that_ends_within_the_2x2_keeps_the_round(tmp_path: Path) -> None:
+    whole = compile_()
+    calls = sum(record.ledger.metric_calls for record in whole.report.rounds)
+    compiled = compile_(budget=Budget(metric_calls=calls - 60), run_dir=tmp_path)
+    assert statuses(compiled) == statuses(whole)
+    assert compiled.report.rounds[2].two_by_two is None
+    assert whole.report.rounds[2].two_by_two is not None
+    assert compiled.report.selected == whole.report.selected == 2
+    assert "The run ended at 'p -> w'" in str(compiled.report.warnings)
+    engine = parity_engine(learner)
+    again = compile_(engine=engine, run_dir=tmp_path)
+    assert statuses(again) == statuses(whole)
+    assert engine.trainings == []
+
+
+def test_an_interrupt_within_the_2x2_keeps_the_round() -> None:
+    compiled = compile_(callbacks=[At2x2(KeyboardInterrupt())])
+    assert [status for _, status, _ in statuses(compiled)] == ["complete"] * 3
+    assert compiled.report.selected == 2
+
+
+def test_errors_in_a_cell_of_the_2x2_are_a_warning() -> None:
+    class Broken(FakeEngine):
+        """The tuned model answers prompts without demos by an error."""
+
+    def answer(request: Any) -> Any:
+        if request.trained_on and len(request.messages) < 4:
+            raise RuntimeError("broken")
+        return sound(request)
+
+    sound = parity_engine(learner).answer
+    compiled = compile_(engine=Broken(answer), max_errors=5)
+    assert [status for _, status, _ in statuses(compiled)] == ["complete"] * 3
+    assert compiled.report.rounds[2].two_by_two is None
+    assert "The 2x2 was not measured: " in compiled.report.rounds[2].warnings[-1]
+    assert not compiled.flag_compilation_error_occurred
+
+
+def test_a_callback_that_raises_after_a_round_makes_no_second_record_of_it(tmp_path: Path) -> None:
+    class Raises(Callback):
+        def on_step_end(self, event: Any) -> None:
+            if event["record"].strategy == "p":
+                raise RuntimeError("no disk")
+
+    with pytest.raises(RuntimeError, match="no disk"):
+        compile_(callbacks=[Raises()], run_dir=tmp_path)
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert [(line["strategy"], line["status"]) for line in map(json.loads, lines)] == [
+        ("", "complete"),
+        ("p", "complete"),
+    ]
+
+
+def test_tokens_are_counted_for_each_adapter() -> None:
+    watch = _BudgetWatch(BudgetMeter(Budget()))
+    for adapter in ("adapter 1/2", "adapter 2/2"):
+        for step in (1, 2, 3):
+            done: dict[str, Any] = {"step": step, "total_steps": 3, "epoch": 1.0, "loss": 1.0, "learning_rate": 1e-3}
+            line = TrainingProgress(**done, validation_loss=None, tokens=1000 * step)
+            watch.on_training({"adapter": adapter, "progress": line})
+    assert watch.spent.trained_tokens == 6000
