@@ -64,9 +64,9 @@ class CandidateEvent(TypedDict):
     total: int | None
     """Candidates there will be; None when not known."""
     score: float
-    """On the data that the step selects by, in the metric's unit."""
+    """Mean on what it was scored on so far of the data that the step selects by, in the metric's unit."""
     best_score: float
-    """The best so far, this one included."""
+    """The best of the candidates that were scored on as many examples, this one included."""
 
 
 class ProgressEvent(TypedDict):

@@ -287,14 +287,15 @@ def test_runs_of_the_store_are_used_again() -> None:
     assert len(engine.requests) == made
 
 
+class Watch(Callback):
+    def __init__(self) -> None:
+        self.events: list[CandidateEvent] = []
+
+    def on_candidate(self, event: CandidateEvent) -> None:
+        self.events.append(event)
+
+
 def test_a_candidate_event_is_sent_for_every_score() -> None:
-    class Watch(Callback):
-        def __init__(self) -> None:
-            self.events: list[CandidateEvent] = []
-
-        def on_candidate(self, event: CandidateEvent) -> None:
-            self.events.append(event)
-
     watch = Watch()
     optimizer = step(race=False)
     with listening([watch]):
@@ -302,6 +303,19 @@ def test_a_candidate_event_is_sent_for_every_score() -> None:
     candidates = prompt_details(optimizer.last).candidates
     assert [event["number"] for event in watch.events] == list(range(1, len(candidates) + 1))
     assert max(event["score"] for event in watch.events) == watch.events[-1]["best_score"]
+
+
+def test_in_a_race_the_last_event_of_a_candidate_has_the_mean_of_all_its_scores() -> None:
+    watch = Watch()
+    optimizer = step(race=True)
+    with listening([watch]):
+        optimizer.compile(parity_program(parity_engine(learner)), trainset=numbers(60))
+    candidates = prompt_details(optimizer.last).candidates
+    last = {event["number"]: event["score"] for event in watch.events}
+    assert len(watch.events) > len(candidates)
+    assert [last[number] for number in range(1, len(candidates) + 1)] == pytest.approx([c.score for c in candidates])
+    whole = [candidate for candidate in candidates if not candidate.stopped]
+    assert watch.events[-1]["best_score"] == pytest.approx(max(candidate.score for candidate in whole))
 
 
 def test_too_many_errors_in_the_metric_end_the_step() -> None:
