@@ -200,10 +200,12 @@ class Loop:
         except (BudgetExceeded, KeyboardInterrupt) as error:
             ended = error
         self.programs[name] = program
-        # The round is whole without its 2x2.
-        self._keep(_with_scores(record, scored, cells, started))
+        scored_record = _with_scores(record, scored, cells, started)
         if ended is not None:
+            # The round counts without its 2x2, which the next call makes up for.
+            self._add(scored_record)
             raise ended
+        self._keep(scored_record)
 
     def _unscored(self, name: str) -> tuple[StepRecord, dspy.Module] | None:
         """What the step gave in an earlier sitting that ended while its round was scored."""

@@ -55,6 +55,7 @@ def test_a_budget_that_ends_within_the_2x2_keeps_the_round(tmp_path: Path) -> No
     engine = parity_engine(learner)
     again = compile_(engine=engine, run_dir=tmp_path)
     assert statuses(again) == statuses(whole)
+    assert again.report.rounds[2].two_by_two == whole.report.rounds[2].two_by_two
     assert engine.trainings == []
 
 

@@ -194,7 +194,7 @@ def test_a_server_that_gives_no_tokens_is_an_error_with_the_ways_out(
     alone: VLLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_VLLM_IS_OLD", "1")
-    with pytest.raises(ModelError, match=r"use vLLM 0\.10\.2 or later, or local_lm"):
+    with pytest.raises(ModelError, match=r"use vLLM 0\.32 or later, or local_lm"):
         alone.complete(request(alone, store=True))
 
 
