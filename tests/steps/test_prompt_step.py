@@ -314,8 +314,8 @@ def test_in_a_race_the_last_event_of_a_candidate_has_the_mean_of_all_its_scores(
     last = {event["number"]: event["score"] for event in watch.events}
     assert len(watch.events) > len(candidates)
     assert [last[number] for number in range(1, len(candidates) + 1)] == pytest.approx([c.score for c in candidates])
-    whole = [candidate for candidate in candidates if not candidate.stopped]
-    assert watch.events[-1]["best_score"] == pytest.approx(max(candidate.score for candidate in whole))
+    whole = [each.score for each in candidates if each.score is not None and not each.stopped]
+    assert watch.events[-1]["best_score"] == pytest.approx(max(whole))
 
 
 def test_too_many_errors_in_the_metric_end_the_step() -> None:
