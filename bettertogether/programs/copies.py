@@ -78,9 +78,9 @@ def results_of(module: Any) -> dict[str, Any]:
 
 
 def own_attributes(module: Any) -> dict[str, Any]:
-    """The attributes of a module without what optimizers hung on it."""
-    results = results_of(module)
-    return {name: value for name, value in list(vars(module).items()) if name not in results}
+    """The attributes of a module without its history and callbacks, and without what optimizers hung on it."""
+    left_out = _LEFT_OUT | results_of(module).keys()
+    return {name: value for name, value in list(vars(module).items()) if name not in left_out}
 
 
 def has_own(module: Any, name: str) -> bool:
@@ -161,7 +161,7 @@ def _children(value: Any) -> list[Any]:
     if isinstance(value, _CLOSED):
         return []
     if isinstance(value, _PARTS):
-        found = [item for name, item in own_attributes(value).items() if name not in _LEFT_OUT]
+        found = list(own_attributes(value).values())
     elif isinstance(value, dspy.Example):
         found = list(value._store.values())
     elif type(value) in _CONTAINERS:

@@ -14,8 +14,7 @@ from ..errors import ArtifactError, ProgramError
 from .copies import copy_program, own_attributes
 from .demo_values import decode_demos, encode_demos
 
-_NO_PARTS = frozenset({"history", "callbacks"})
-_NO_PARTS_OF_PREDICT = _NO_PARTS | {"demos", "traces", "train", "lm", "signature"}
+_NO_PARTS_OF_PREDICT = frozenset({"demos", "traces", "train", "lm", "signature"})
 
 
 def modules_of(program: dspy.Module) -> list[tuple[str, dspy.Module]]:
@@ -32,7 +31,7 @@ def modules_of(program: dspy.Module) -> list[tuple[str, dspy.Module]]:
         seen.add(id(value))
         if isinstance(value, dspy.Module):
             found.append((name, value))
-            left_out = _NO_PARTS_OF_PREDICT if isinstance(value, dspy.Predict) else _NO_PARTS
+            left_out = _NO_PARTS_OF_PREDICT if isinstance(value, dspy.Predict) else ()
             queue.extend((f"{name}.{k}", v) for k, v in own_attributes(value).items() if k not in left_out)
         else:
             items = value.items() if isinstance(value, dict) else enumerate(value)

@@ -47,14 +47,14 @@ class CandidateScores:
             f"{len(running)} of {total} candidates, to {positions[-1] + 1} of {len(self._validation)}",
             "eval_minibatch",
         )
-        told = [[*each.scores.values(), *result.scores] for each, result in zip(running, results, strict=True)]
-        others = [list(each.scores.values()) for each in self._candidates if each not in running]
-        least = min(map(len, told))
-        best = max(fmean(scores) for scores in (*told, *others) if len(scores) >= least)
-        for candidate, result, scores in zip(running, results, told, strict=True):
+        means = [fmean([*each.scores.values(), *result.scores]) for each, result in zip(running, results, strict=True)]
+        least = min(len(each.scores) for each in running) + len(positions)
+        others = [each.mean for each in self._candidates if each not in running and len(each.scores) >= least]
+        best = max([*means, *others])
+        for candidate, result, mean in zip(running, results, means, strict=True):
             self.ledger += result.ledger
             number = self._candidates.index(candidate) + 1
-            events.emit("candidate", {"number": number, "total": total, "score": fmean(scores), "best_score": best})
+            events.emit("candidate", {"number": number, "total": total, "score": mean, "best_score": best})
         self._check(results)
         return [result.scores for result in results]
 

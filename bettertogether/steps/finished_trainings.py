@@ -25,16 +25,15 @@ _RESULT = pydantic.TypeAdapter(FinetuneResult)
 
 
 class FinishedTrainings:
-    """Results of trainings, by what was asked. `adapters` is the folder that holds the adapters."""
+    """Results of trainings in `folder`, by what was asked; without it none is kept. `adapters` holds the adapters."""
 
-    def __init__(self, folder: Path, adapters: Path) -> None:
+    def __init__(self, folder: Path | None, adapters: Path) -> None:
         self._folder, self._adapters = folder, adapters
 
-    def find(self, asked: str, engine: LocalEngine) -> FinetuneResult | None:
+    def find(self, asked: str | None, engine: LocalEngine) -> FinetuneResult | None:
         """The result of a training that was done before the process was killed, its adapter served by the engine; None
         where there is none, or its adapter is no longer what it was."""
-        path = self._folder / f"{asked}.json"
-        if not path.exists():
+        if self._folder is None or not (path := self._folder / f"{asked}.json").exists():
             return None
         try:
             result = _RESULT.validate_json(path.read_bytes())
@@ -48,14 +47,18 @@ class FinishedTrainings:
         logger.info("%s was trained before.", result.model)
         return replace(result, folder=folder)
 
-    def add(self, asked: str, result: FinetuneResult) -> None:
+    def add(self, asked: str | None, result: FinetuneResult) -> None:
         """Keep a result."""
-        atomic_write(self._folder / f"{asked}.json", _RESULT.dump_json(result))
+        if self._folder is not None:
+            atomic_write(self._folder / f"{asked}.json", _RESULT.dump_json(result))
 
 
 @contextlib.contextmanager
 def finished_trainings(adapters: Path, asked: Sequence[str]) -> Iterator[FinishedTrainings]:
-    """Those of a step that asks for these trainings; forgotten when it ends."""
+    """Those of a step that asks for these trainings; forgotten when it ends. Nothing is kept where none is named."""
+    if not asked:
+        yield FinishedTrainings(None, adapters)
+        return
     name = hashlib.sha256("".join(asked).encode()).hexdigest()[:12]
     with working_folder(adapters, f"trainings-{name}") as folder:
         yield FinishedTrainings(folder, adapters)

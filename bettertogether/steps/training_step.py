@@ -215,12 +215,14 @@ class TrainingStep(AdapterStep):
         starts = self._starts(trainable)
         training = self._seeded(seed)
         split = {key: self._split(group, apart.get(key, ()), training.seed) for key, group in groups.items()}
-        asked = {key: asked_for(engines[key], starts[key], self.lora, training, *rows) for key, rows in split.items()}
+        # A single training has its own checkpoint, and hashing many rows takes time.
+        several = split if len(split) > 1 else {}
+        asked = {key: asked_for(engines[key], starts[key], self.lora, training, *rows) for key, rows in several.items()}
         results: dict[AdapterKey, FinetuneResult] = {}
         with finished_trainings(folder or adapters_cache(), list(asked.values())) as finished:
             for number, (key, (train_rows, validation_rows)) in enumerate(split.items(), 1):
                 engine = engines[key]
-                result = finished.find(asked[key], engine)
+                result = finished.find(asked.get(key), engine)
                 if result is None:
                     adapter = f"adapter {number}/{len(groups)}"
                     result = engine.finetune(
@@ -235,7 +237,7 @@ class TrainingStep(AdapterStep):
                         ),
                     )
                     write_rows([*train_rows, *validation_rows], rows_file(result))
-                    finished.add(asked[key], result)
+                    finished.add(asked.get(key), result)
                 results[key] = result
         return results
 

@@ -22,10 +22,10 @@ TRAIN, VAL = numbers(24, start=40), numbers(20)
 class Named(dspy.Module):
     """Its only predictor has a name that the library knows of elsewhere."""
 
-    def __init__(self, name: str, within: bool) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        setattr(self, name, dspy.ChainOfThought(Parity) if within else dspy.Predict(Parity))
+        setattr(self, name, dspy.Predict(Parity))
 
     def forward(self, number: int) -> dspy.Prediction:
         return getattr(self, self.name)(number=number)
@@ -40,16 +40,17 @@ class Outer(dspy.Module):
         return self.inner(number=number)
 
 
-def program(name: str, *, nested: bool = False, within: bool = False, solves: Any = learner) -> dspy.Module:
-    made = Named(name, within)
-    made = Outer(made) if nested else made
-    made.set_lm(plain_lm(parity_engine(solves)))
+def program(name: str, *, nested: bool = False) -> dspy.Module:
+    made = Outer(Named(name)) if nested else Named(name)
+    made.set_lm(plain_lm(parity_engine(learner)))
     return made
 
 
-def compile_(student: dspy.Module) -> dspy.Module:
+def compile_(student: dspy.Module, **options: Any) -> dspy.Module:
     p = BootstrapFewShotRS(parity_match, num_candidates=2, num_samples=0, rescue=False)
-    return BetterTogether(parity_match, p=p).compile(student, trainset=TRAIN, valset=VAL, strategy="p", progress=False)
+    return BetterTogether(parity_match, p=p).compile(
+        student, trainset=TRAIN, valset=VAL, strategy="p", progress=False, **options
+    )
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -79,15 +80,11 @@ def test_a_program_with_a_report_module_is_compiled_and_not_changed(nested: bool
 
 
 def test_a_report_of_its_own_stays_and_a_warning_says_where_that_of_the_run_is(tmp_path: Any) -> None:
-    student = program("report")
-    p = BootstrapFewShotRS(parity_match, num_candidates=2, num_samples=0, rescue=False)
-    compiled = BetterTogether(parity_match, p=p).compile(
-        student, trainset=TRAIN, valset=VAL, strategy="p", progress=False, run_dir=tmp_path / "run"
-    )
+    compiled = compile_(program("report"), run_dir=tmp_path / "run")
     text = (tmp_path / "run" / "report.json").read_text()
     assert "The student has a `report` of its own, which stays" in text
     assert isinstance(compiled.report, dspy.Predict)
-    loaded = load(save(compiled, tmp_path / "saved"), into=Named("report", False), base_model=compiled.report.lm.engine)
+    loaded = load(save(compiled, tmp_path / "saved"), into=Named("report"), base_model=compiled.report.lm.engine)
     assert loaded.report.demos == compiled.report.demos
 
 

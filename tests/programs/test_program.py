@@ -55,15 +55,7 @@ def test_what_an_optimizer_hung_on_a_program_is_no_part_of_its_copies_and_key(en
     key = program_key(program)
     program.candidate_programs = [{"program": two_step_program(engine), "score": 1.0}]
     program.trial_logs = {1: {"program": two_step_program(engine)}}
-    program.report = CompileReport(
-        rounds=(StepRecord(0, "", "", "complete"),),
-        selected=0,
-        valset_size=0,
-        strategy="p",
-        seed=0,
-        versions={},
-        machine={},
-    )
+    program.report = CompileReport((StepRecord(0, "", "", "complete"),), 0, 0, "p")
     copied = copy_program(program)
     assert [name for name in ("candidate_programs", "trial_logs", "report") if hasattr(copied, name)] == []
     assert len(program.candidate_programs) == 1
