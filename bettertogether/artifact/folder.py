@@ -7,7 +7,7 @@ import ctypes
 import json
 import os
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -133,7 +133,7 @@ def put_in_place(work: Path, target: Path) -> None:
         return
     if exchange(work, target):
         return
-    old = Path(tempfile.mkdtemp(prefix=_aside(target), suffix=".tmp", dir=target.parent))
+    old = target.with_name(f"{_aside(target)}{uuid.uuid4().hex}.tmp")
     try:
         os.replace(target, old)
         os.replace(work, target)
@@ -162,6 +162,8 @@ def _aside(target: Path) -> str:
 
 def exchange(one: Path, other: Path) -> bool:
     """Swap two folders in one step; False where the system or the file system can't."""
+    if sys.platform == "win32":
+        return False
     name, arguments = ("renamex_np", ()) if sys.platform == "darwin" else ("renameat2", (-100,))
     with contextlib.suppress(OSError, AttributeError):
         rename = getattr(ctypes.CDLL(None, use_errno=True), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -214,6 +215,27 @@ def test_where_folders_cant_be_exchanged_a_load_after_a_kill_brings_the_earlier_
     assert not folder.exists()
     assert list(load(folder).signature.output_fields) == ["b"]
     assert "is brought back" in caplog.text
+
+
+def test_an_artifact_is_saved_over_on_windows_which_exchanges_no_folders_and_renames_onto_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def windows_replace(source: Any, to: Any) -> None:
+        if Path(to).is_dir():
+            raise PermissionError(13, "Access is denied")
+        replace(source, to)
+
+    def windows_library(name: object, use_errno: bool) -> None:
+        raise TypeError("argument of type 'NoneType' is not iterable")
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(ctypes, "CDLL", windows_library)
+    monkeypatch.setattr(os, "replace", windows_replace)
+    save(dspy.Predict("a -> c"), folder)
+    assert list(load(folder).signature.output_fields) == ["c"]
+    assert [path.name for path in folder.parent.iterdir()] == ["a"]
 
 
 def test_each_file_is_compared_with_what_was_saved(tmp_path: Path) -> None:
