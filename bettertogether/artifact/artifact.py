@@ -23,10 +23,10 @@ from ..errors import ArtifactError, ModelError, RunDirectoryError
 from ..files import atomic_folder, atomic_write, now
 from ..printable import get_logger
 from ..programs.copies import hang
-from ..programs.program import parameters_of
+from ..programs.program import parameters_of, prompt_adapter_name
 from ..report.report import CompileReport
 from ..versions import versions
-from .card import model_card
+from .card import configure_call, model_card
 from .folder import (
     CARD,
     MANIFEST,
@@ -250,7 +250,7 @@ def write(program: dspy.Module, work: Path, *, repo: str | None = None) -> None:
         "schema": SCHEMA,
         "created": now(),
         "program": class_path(program),
-        "adapter": _prompt_adapter(),
+        "adapter": (report and report.prompt_adapter) or prompt_adapter_name(),
         "predictors": predictors,
         "lms": lms,
         "versions": {"python": platform.python_version(), **versions()},
@@ -276,20 +276,14 @@ def _copy_adapter(source: Path, model: str, work: Path) -> str:
     return str(relative)
 
 
-def _prompt_adapter() -> str:
-    adapter = dspy.settings.adapter
-    return type(adapter).__name__ if adapter is not None else "ChatAdapter"
-
-
 def _compare_prompt_adapter(root: Path, saved: str) -> None:
-    if saved != _prompt_adapter():
+    if saved != prompt_adapter_name():
         logger.warning(
-            "%s was saved under %s and is loaded under %s: to get the prompts it was tuned with, use "
-            "dspy.configure(adapter=dspy.%s()).",
+            "%s was made under %s and is loaded under %s: to get the prompts it was tuned with, use %s.",
             root,
             saved,
-            _prompt_adapter(),
-            saved,
+            prompt_adapter_name(),
+            configure_call(saved),
         )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import dspy
+
 from ..records import DataCard, WeightDetails
 from ..report.report import CompileReport
 from ..report.view import ReportView, RoundView, view_of
@@ -80,7 +82,7 @@ def _use(manifest: Mapping[str, Any], repo: str | None) -> Iterator[str]:
         *(["from huggingface_hub import snapshot_download"] if download else []),
         "",
         *download,
-        f"dspy.configure(adapter=dspy.{manifest['adapter']}())",
+        configure_call(manifest["adapter"]),
         f'program = load("{place}")  # of a class of your own: load("{place}", into=YourProgram())',
     )
     for record in _tuned(manifest):
@@ -95,6 +97,12 @@ def _use(manifest: Mapping[str, Any], repo: str | None) -> Iterator[str]:
             f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{place}/{folder}")',
         )
         yield _code("shell", f"vllm serve {base} --enable-lora --lora-modules tuned={place}/{folder}")
+
+
+def configure_call(prompt_adapter: str) -> str:
+    """The code that puts a prompt adapter in force; one of the user's own is called as they have it."""
+    place = "dspy." if hasattr(dspy, prompt_adapter) else ""
+    return f"dspy.configure(adapter={place}{prompt_adapter}())"
 
 
 def _scores(view: ReportView) -> Iterator[str]:

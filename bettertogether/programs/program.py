@@ -185,6 +185,11 @@ def load_prompts(program: dspy.Module, state: Mapping[str, Any]) -> dspy.Module:
     return copied
 
 
+def prompt_adapter_name() -> str:
+    """The class of the prompt adapter in force."""
+    return type(dspy.settings.adapter or dspy.ChatAdapter()).__name__
+
+
 def model_names(program: dspy.Module) -> dict[str, str]:
     """Predictor name to the model name of its LM."""
     return {name: predictor.lm.model for name, predictor in predictors_of(program).items() if predictor.lm}

@@ -32,6 +32,8 @@ class ReportData(Saved):
     warnings: tuple[str, ...] = ()
     stopped: str = ""
     """Why strategy="auto" stopped, in a sentence; "" for another strategy, and where the run ended early."""
+    prompt_adapter: str = ""
+    """Class of the prompt adapter that the run was under; "" in reports from before it was kept."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.selected, int) or not 0 <= self.selected < len(self.rounds):

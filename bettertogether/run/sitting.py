@@ -10,7 +10,7 @@ import dspy
 from ..callbacks import events
 from ..files import json_text
 from ..programs.copies import hang
-from ..programs.program import copy_for_step
+from ..programs.program import copy_for_step, prompt_adapter_name
 from ..records import Ledger
 from ..report.report import CompileReport
 from ..rollouts.failures import all_raised
@@ -65,6 +65,7 @@ def _report(loop: Loop) -> CompileReport:
         machine=machine(),
         warnings=(*loop.plan.warnings, *loop.warnings, *of_steps),
         stopped=loop.stopped,
+        prompt_adapter=prompt_adapter_name(),
     )
 
 

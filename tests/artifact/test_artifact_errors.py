@@ -10,11 +10,14 @@ from typing import Any
 
 import dspy
 import pytest
-from fakes import TwoSteps, learner, parity_engine, parity_program, plain_lm, two_step_program
-from saved import edit_manifest, fresh_engine, tuned, tuned_program
+from fakes import TwoSteps, learner, numbers, parity_engine, parity_match, parity_program, plain_lm, two_step_program
+from saved import edit_manifest, fresh_engine, manifest_of, tuned, tuned_program
 
+from bettertogether import BetterTogether
 from bettertogether.artifact import load, merge, save
 from bettertogether.errors import ArtifactError
+from bettertogether.records import StepRecord
+from bettertogether.report import CompileReport
 
 
 def test_a_saved_class_that_is_no_program_is_refused(tmp_path: Path) -> None:
@@ -92,6 +95,29 @@ def test_another_dspy_adapter_is_warned_of(tmp_path: Path, caplog: pytest.LogCap
         assert caplog.text == ""
     load(tmp_path / "a")
     assert "dspy.configure(adapter=dspy.JSONAdapter())" in caplog.text
+
+
+def test_a_compiled_program_is_saved_with_the_prompt_adapter_it_was_compiled_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = parity_program(parity_engine(learner))
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        compiled = BetterTogether(parity_match).compile(
+            program, trainset=numbers(6), valset=numbers(6), strategy="p", progress=False
+        )
+    save(compiled, tmp_path / "a")
+    assert manifest_of(tmp_path / "a")["adapter"] == "JSONAdapter"
+    caplog.clear()
+    load(tmp_path / "a", base_model=fresh_engine())
+    assert "was made under JSONAdapter and is loaded under ChatAdapter" in caplog.text
+
+
+def test_a_compiled_program_whose_report_names_no_prompt_adapter_is_saved_with_the_one_in_force(tmp_path: Path) -> None:
+    program = dspy.Predict("a -> b")
+    program.report = CompileReport((StepRecord(0, "", "", "complete"),), 0, 0, "p")
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        save(program, tmp_path / "a")
+    assert manifest_of(tmp_path / "a")["adapter"] == "JSONAdapter"
 
 
 def test_saving_again_replaces_the_whole_artifact(tmp_path: Path) -> None:

@@ -45,6 +45,13 @@ def test_the_card_says_how_the_adapter_is_loaded_in_dspy_peft_and_vllm(tmp_path:
     assert text.startswith("---\nlibrary_name: peft\ntags:\n- dspy\n- bettertogether\n- lora\n---\n")
 
 
+def test_a_prompt_adapter_of_the_users_own_is_no_name_of_dspy(tmp_path: Path) -> None:
+    class Mine(dspy.ChatAdapter): ...
+
+    with dspy.context(adapter=Mine()):
+        assert "\ndspy.configure(adapter=Mine())\nprogram = load(" in card_of(dspy.Predict(Parity), tmp_path / "a")
+
+
 def test_the_card_of_a_compiled_program_has_its_rounds_and_its_training_data(tmp_path: Path) -> None:
     program = compiled()
     text = card_of(program, tmp_path / "a")
