@@ -46,6 +46,7 @@ from .saved_program import class_path, dump_parameter, load_parameters, rebuild
 
 logger = get_logger(__name__)
 
+REPORT = "report.json"
 _ADAPTER_FILES = (".json", ".safetensors", ".md", ".txt")
 
 
@@ -113,7 +114,7 @@ def load(
         key = saved[name]["lm"]
         if isinstance(parameter, dspy.Predict) and (key is not None or name in given):
             parameter.lm = given[name] if name in given else saved_lm(key)
-    report = load_report(root)
+    report = _load_report(root, manifest["files"])
     if report is not None:
         hang(program, report=report)
     _compare_prompt_adapter(root, manifest["adapter"])
@@ -140,8 +141,16 @@ def _given_lms(lms: Mapping[str, dspy.LM] | None, saved: Mapping[str, Any]) -> d
 
 def load_report(folder: str | os.PathLike[str]) -> CompileReport | None:
     """The CompileReport that was saved with a program, or None."""
-    path = inside(folder_argument(folder, "folder"), "report.json")
-    return read_json(path, CompileReport.from_dict) if path.exists() else None
+    root = folder_argument(folder, "folder")
+    manifest = inside(root, MANIFEST)
+    return _load_report(root, read_json(manifest, checked_manifest)["files"] if manifest.exists() else None)
+
+
+def _load_report(root: Path, files: Mapping[str, str] | None) -> CompileReport | None:
+    """The report, unless it is not among the files that were saved: then it is another program's."""
+    path = inside(root, REPORT)
+    saved = path.exists() and (files is None or REPORT in files)
+    return read_json(path, CompileReport.from_dict) if saved else None
 
 
 def merge(
@@ -245,7 +254,7 @@ def write(program: dspy.Module, work: Path, *, repo: str | None = None) -> None:
     if not isinstance(report, CompileReport):
         report = None
     if report is not None:
-        atomic_write(work / "report.json", json.dumps(report.to_dict(), ensure_ascii=False))
+        atomic_write(work / REPORT, json.dumps(report.to_dict(), ensure_ascii=False))
     manifest = {
         "schema": SCHEMA,
         "created": now(),

@@ -8,9 +8,10 @@ from pathlib import Path
 import dspy
 
 from ..errors import ArtifactError
-from .artifact import require_program, write
+from .artifact import REPORT, require_program, write
 
-_ADAPTERS = "adapters/*"
+_OURS = ["adapters/*", REPORT]
+"""What an earlier push may have left that this one does not write."""
 
 
 def push_to_hub(
@@ -24,8 +25,8 @@ def push_to_hub(
 ) -> str:
     """Save a program to a model repository on the Hugging Face hub, in one commit; returns the commit's URL.
 
-    What is written is what `save` writes, with a model card; adapters of an earlier push that the program no longer
-    uses are deleted there. Base weights are not copied.
+    What is written is what `save` writes, with a model card; adapters and the report of an earlier push that the
+    program no longer has are deleted there. Base weights are not copied.
 
     Args:
         program: What `compile` returned, or any program that `save` takes.
@@ -57,7 +58,7 @@ def push_to_hub(
                 folder_path=folder,
                 revision=revision,
                 commit_message=message,
-                delete_patterns=_ADAPTERS,
+                delete_patterns=_OURS,
             )
         except Exception as error:
             reason = " ".join(str(error).split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -10,7 +11,7 @@ import dspy
 import pydantic
 import pytest
 from fakes import Parity, TwoSteps, learner, parity_engine, parity_program, plain_lm, two_step_program
-from saved import fresh_engine, manifest_of, tuned, tuned_program
+from saved import edit_manifest, fresh_engine, manifest_of, tuned, tuned_program
 
 from bettertogether.artifact import artifact, load, load_report, save
 from bettertogether.artifact.saved_program import annotation_text
@@ -70,6 +71,16 @@ def test_the_report_of_a_compiled_program_comes_back(tmp_path: Path) -> None:
     save(program, tmp_path / "a")
     assert load(tmp_path / "a", base_model=fresh_engine()).report == program.report
     assert load_report(tmp_path / "a") == program.report
+
+
+def test_a_report_that_was_not_saved_with_the_program_is_not_its_report(tmp_path: Path) -> None:
+    save(parity_program(fresh_engine()), tmp_path / "a")
+    report = CompileReport((StepRecord(0, "", "", "complete"),), 0, 0, "p")
+    (tmp_path / "a" / "report.json").write_text(json.dumps(report.to_dict()))
+    assert not hasattr(load(tmp_path / "a", base_model=fresh_engine()), "report")
+    assert load_report(tmp_path / "a") is None
+    edit_manifest(tmp_path / "a", lambda manifest: manifest.pop("files"))
+    assert load_report(tmp_path / "a") == report
 
 
 def test_loading_leaves_the_given_program_as_it_was(tmp_path: Path) -> None:

@@ -134,6 +134,12 @@ def test_an_adapter_that_the_program_no_longer_uses_is_deleted_there(hub: Hub) -
     assert "notes.txt" in hub.files
 
 
+def test_the_report_of_another_program_is_deleted_there(hub: Hub) -> None:
+    hub.files = {"report.json": b"{}"}
+    push_to_hub(tuned_program(fresh_engine()), "me/p", token="hf_secret")
+    assert hub.deleted == ["report.json"]
+
+
 def test_what_the_hub_refuses_is_said_with_what_to_do(hub: Hub) -> None:
     hub.refuses = True
     with pytest.raises(ArtifactError, match=r"me/p can't be written on the hub: .*have the rights.*`hf auth login`"):
