@@ -96,7 +96,8 @@ def _use(manifest: Mapping[str, Any], repo: str | None) -> Iterator[str]:
             "",
             f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{place}/{folder}")',
         )
-        yield _code("shell", f"vllm serve {base} --enable-lora --lora-modules tuned={place}/{folder}")
+        served = f"--enable-lora --max-lora-rank 64 --lora-modules tuned={place}/{folder}"
+        yield _code("shell", f"vllm serve {base} {served}")
 
 
 def configure_call(prompt_adapter: str) -> str:

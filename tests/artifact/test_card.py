@@ -41,7 +41,7 @@ def test_the_card_says_how_the_adapter_is_loaded_in_dspy_peft_and_vllm(tmp_path:
     assert "dspy.configure(adapter=dspy.ChatAdapter())\nprogram = load(" in text
     assert "vLLM's OpenAI server, where BASE is the folder of `fake`:" in text
     assert f'from_pretrained("BASE"), "FOLDER/{folder}")' in text
-    assert f"vllm serve BASE --enable-lora --lora-modules tuned=FOLDER/{folder}" in text
+    assert f"vllm serve BASE --enable-lora --max-lora-rank 64 --lora-modules tuned=FOLDER/{folder}" in text
     assert text.startswith("---\nlibrary_name: peft\ntags:\n- dspy\n- bettertogether\n- lora\n---\n")
 
 

@@ -39,6 +39,20 @@ def test_without_a_valset_a_share_rounded_up_is_drawn(count: int, ratio: float, 
     assert sorted(e.number for e in [*train, *held_out]) == list(range(count))
 
 
+def test_examples_of_the_same_inputs_are_held_out_together() -> None:
+    other_label = [dspy.Example(number=n, parity="other").with_inputs("number") for n in range(20)]
+    train, held_out, warnings = split_valset([*numbers(20), *numbers(20), *other_label], None, 0.5, 0)
+    learned, measured = Counter(e.number for e in train), Counter(e.number for e in held_out)
+    assert set(learned.values()) == set(measured.values()) == {3}
+    assert (len(learned), len(measured), warnings) == (10, 10, [])
+
+
+def test_examples_of_the_same_inputs_alone_leave_no_valset() -> None:
+    train, held_out, (warning,) = split_valset([*numbers(1), *numbers(1)], None, 0.5, 0)
+    assert (len(train), held_out) == (2, [])
+    assert warning.startswith("There is no valset")
+
+
 def test_the_valset_is_drawn_at_random_by_seed() -> None:
     def drawn(seed: int) -> list[int]:
         return [e.number for e in split_valset(numbers(100), None, 0.1, seed)[1]]
