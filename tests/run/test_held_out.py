@@ -80,7 +80,8 @@ def test_a_small_valset_is_a_warning_that_says_how_coarse_scores_are() -> None:
 
 
 def test_examples_in_both_sets_are_a_warning() -> None:
-    _, _, warnings = split_valset(numbers(10), numbers(30), 0.1, 0)
+    other_label = [dspy.Example(number=n, parity="other").with_inputs("number") for n in range(10)]
+    _, _, warnings = split_valset(other_label, numbers(30), 0.1, 0)
     assert any("10 of the valset's 30 examples are in the trainset too" in warning for warning in warnings)
 
 
