@@ -180,6 +180,7 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] | None = None
         self._claim: Path | None = None
+        self._pid = os.getpid()
         with disk_errors(path):
             file = open(path, "a+b")  # noqa: SIM115
         try:
@@ -218,6 +219,9 @@ class FileLock:
     def release(self) -> None:
         """Give the lock back. The file stays: removing it would race with a process that just opened it."""
         if self._file is not None:
+            if os.getpid() == self._pid:
+                # Closing is not enough: a fork of this process, such as a worker of a pool, has the file open as well.
+                _system_unlock(self._file)
             self._file.close()
             self._file = None
         if self._claim is not None:
@@ -296,6 +300,15 @@ def _system_lock(file: IO[bytes]) -> None:
         import fcntl
 
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _system_unlock(file: IO[bytes]) -> None:
+    # Windows has no forks.
+    if os.name != "nt":
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            fcntl.flock(file.fileno(), fcntl.LOCK_UN)
 
 
 def cached_model(name: str, fill: Callable[[Path], None], cache: Path | None = None) -> Path:

@@ -58,6 +58,9 @@ class WatchedProcess:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+        if os.name != "nt":
+            # A fork of this process, such as a worker of a pool, may hold the other end of its input as well.
+            self._process.terminate()
         self._process.wait()
 
 
@@ -96,22 +99,32 @@ def stop_tree(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(tree, STOP_S)
 
 
-def _end_with_input(process: subprocess.Popen[bytes]) -> None:
+def _wait_for_end_of_input(asked: threading.Event) -> None:
     # Not through sys.stdin: a thread that waits in there makes Python abort when the main thread ends.
     while os.read(0, 1):
         pass
+    asked.set()
+
+
+def _stop_when_asked(asked: threading.Event, process: subprocess.Popen[bytes]) -> None:
+    asked.wait()
     stop_group(process)
 
 
 def main(command: Sequence[str]) -> int:
-    """Run a command until it ends or standard input closes; returns its exit code."""
+    """Run a command until it ends, standard input closes or SIGTERM comes; returns its exit code, 128 + n where signal
+    n ended it."""
+    asked = threading.Event()
+    # Before the command is there: it never lacks somebody to end it.
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    threading.Thread(target=_end_with_input, args=(process,), daemon=True).start()
+    threading.Thread(target=_wait_for_end_of_input, args=(asked,), daemon=True).start()
+    threading.Thread(target=_stop_when_asked, args=(asked, process), daemon=True).start()
     try:
-        return process.wait()
+        code = process.wait()
     finally:
         stop_group(process)
+    return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

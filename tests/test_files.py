@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
-from bettertogether.files import atomic_folder
+from bettertogether.errors import RunDirectoryError
+from bettertogether.files import FileLock, atomic_folder
 
 
 def test_a_folder_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
@@ -39,3 +42,17 @@ def test_a_folder_that_holds_something_is_left_as_it_is(tmp_path: Path) -> None:
         (work / "file").write_text("ours")
     assert (target / "file").read_text() == "theirs"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+def test_a_lock_that_was_given_back_is_free_while_a_fork_of_its_owner_lives(tmp_path: Path) -> None:
+    lock, forks = FileLock(tmp_path / "lock"), multiprocessing.get_context("fork")
+    releasing = forks.Process(target=lock.release)
+    releasing.start()
+    releasing.join()
+    with pytest.raises(RunDirectoryError, match="in use"):
+        FileLock(tmp_path / "lock")
+    with forks.Pool(1) as pool:
+        pool.apply(os.getpid)
+        lock.release()
+        FileLock(tmp_path / "lock").release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -73,6 +74,24 @@ def test_stop_ends_it_and_all_that_it_started(tmp_path: Path) -> None:
     process.stop()
     assert process.exit_code is not None
     assert wait_for(lambda: not is_alive(pid))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+def test_stop_waits_for_no_fork_of_its_parent(tmp_path: Path) -> None:
+    process = WatchedProcess([sys.executable, "-c", CHILD], tmp_path / "log")
+    child = pid_in(tmp_path / "log")
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        pool.apply(os.getpid)
+        process.stop()
+        assert wait_for(lambda: not is_alive(child))
+
+
+def test_a_signal_that_ends_it_shows_in_its_exit_code(tmp_path: Path) -> None:
+    process = WatchedProcess([sys.executable, "-c", CHILD], tmp_path / "log")
+    os.kill(pid_in(tmp_path / "log"), signal.SIGKILL)
+    assert wait_for(lambda: process.exit_code is not None)
+    assert process.exit_code == 128 + signal.SIGKILL
+    process.stop()
 
 
 def test_its_exit_code_and_output_are_kept(tmp_path: Path) -> None:
