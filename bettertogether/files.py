@@ -103,6 +103,13 @@ def atomic_folder(target: Path, put: Callable[[Path, Path], object] = os.replace
         shutil.rmtree(work, ignore_errors=True)
 
 
+def new_folder(parent: Path, prefix: str = "") -> Path:
+    """A new folder of a name of its own, which others may read, such as a server of another user."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    folder.chmod(0o755)
+    return folder
+
+
 def put_anew(work: Path, target: Path) -> None:
     """For `atomic_folder`: the folder takes the place of what is there."""
     shutil.rmtree(target, ignore_errors=True)
@@ -238,7 +245,7 @@ def working_folder(parent: Path, name: str) -> Iterator[Path]:
     try:
         lock = FileLock(path)
     except RunDirectoryError:
-        yield Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
+        yield new_folder(parent, prefix=f"{name}-")
         return
     try:
         folder = parent / name

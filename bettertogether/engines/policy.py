@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
+from ..files import new_folder
 from ..training.adapter import save_adapter
 from ..training.adapter_folder import content_hash, write_round
 from ..training.auto import auto_policy_rate
@@ -127,7 +128,7 @@ class Session:
     def finish(self) -> tuple[str, Path]:
         """Write the best adapter and serve it; its model name and folder."""
         base_name = self._host.base_name
-        work = Path(tempfile.mkdtemp(dir=self._scratch))
+        work = new_folder(self._scratch)
         save_adapter(work, self._training.adapter_config, self._training.best)
         write_round(work, self._round, base_name)
         content = content_hash(work)
@@ -178,6 +179,8 @@ def policy_session(
         try:
             # By a name that a run's directory clears away after a kill.
             with tempfile.TemporaryDirectory(prefix=".policy-", suffix=".tmp", dir=folder) as scratch:
+                # A server of another user reads from it.
+                Path(scratch).chmod(0o755)
                 session = Session(host, model, within, learning, adapter_round(name) + 1, folder, Path(scratch))
                 try:
                     yield session

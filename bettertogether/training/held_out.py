@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .loss import RowLoss
 from .packing import MicroBatch, TokenizedRow
-from .sharing import Sharing
+from .stepper import Stepper
 from .weighting import free_weights, knows_fields
 
 ROWS_AT_ONCE = 256
 """Rows that are in memory and are planned together."""
+HELD_OUT = "The rows held out"
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,25 @@ class HeldOutLosses:
 
 
 @torch.no_grad()
-def forward_passes(
-    loss: RowLoss, rows: Iterable[TokenizedRow], max_tokens: int, sharing: Sharing
-) -> Iterator[tuple[MicroBatch, Tensor]]:
+def forward_passes(stepper: Stepper, rows: Iterable[TokenizedRow], name: str) -> Iterator[tuple[MicroBatch, Tensor]]:
     """The passes over this process's share of many rows, each with the losses [N] of its completion tokens, in float64
-    on the CPU. All processes have to go through all of their passes."""
-    rows = iter(rows)
+    on the CPU. All processes have to go through all of their passes. `name` says in errors what it is. Raises
+    TrainingError."""
+    loss, sharing, rows = stepper.loss, stepper.sharing, iter(rows)
     # Never all of them, which may be more than memory holds (`arrow_rows`).
     while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        plan = loss.plan(sharing.rows(part), max_tokens)
-        for batch, counts in sharing.passes(plan, part):
-            losses_N = loss.token_losses(batch).cpu().double()
-            if counts:
-                yield batch, losses_N
+
+        def run(plan: Sequence[MicroBatch], part: Sequence[TokenizedRow] = part) -> list[tuple[MicroBatch, Tensor]]:
+            passes = [
+                (loss.token_losses(each).cpu().double(), each, counts) for each, counts in sharing.passes(plan, part)
+            ]
+            return [(batch, losses_N) for losses_N, batch, counts in passes if counts]
+
+        yield from stepper.in_memory(sharing.rows(part), run, name)
     sharing.let_go(loss.model)
 
 
-def held_out_losses(
-    loss: RowLoss,
-    rows: Sequence[TokenizedRow],
-    max_tokens: int,
-    sharing: Sharing,
-    by_field: bool,
-) -> HeldOutLosses:
+def held_out_losses(stepper: Stepper, rows: Sequence[TokenizedRow], by_field: bool) -> HeldOutLosses:
     """The losses of rows, a row with forms under its own prompt and under its first form, with half the weight each.
 
     Each process runs its share of the rows; all get the result.
@@ -82,11 +78,11 @@ def held_out_losses(
     names = sorted({name for row in rows for name in row.fields if name})
     shown = (each for row in rows for each in ((row, row.shown(0)) if row.forms else (row,)))
     sums_3_K = torch.zeros(3, 2 + len(names), dtype=torch.float64)
-    for batch, losses_N in forward_passes(loss, shown, max_tokens, sharing):
+    for batch, losses_N in forward_passes(stepper, shown, HELD_OUT):
         weights_K_N = _weights(batch.rows, names, by_field)
         errors_N = -torch.expm1(-losses_N)
         sums_3_K += torch.stack([weights_K_N @ losses_N, weights_K_N @ errors_N, weights_K_N.sum(1)])
-    losses_K, errors_K, counts_K = sharing.sum(sums_3_K)
+    losses_K, errors_K, counts_K = stepper.sharing.sum(sums_3_K)
     free, all_tokens, *means = (losses_K / counts_K).tolist()
     measured = {name: mean for name, mean, count in zip(names, means, counts_K[2:], strict=True) if count > 0}
     if counts_K[0] == 0:

@@ -53,7 +53,4 @@ class RowObjective:
 
     def held_out(self, rows: Sequence[TokenizedRow]) -> HeldOutLosses:
         """The mean losses of rows."""
-        stepper = self.stepper
-        return held_out_losses(
-            stepper.loss, rows, stepper.max_tokens, stepper.sharing, by_field=self.training.balance_fields
-        )
+        return held_out_losses(self.stepper, rows, by_field=self.training.balance_fields)

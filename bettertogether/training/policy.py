@@ -155,13 +155,18 @@ class PolicyTraining:
 
     def _reference_logprobs(self, rows: Sequence[PolicyRow]) -> dict[int, Tensor]:
         """Of the free tokens of each row, by its id, under the weights that the training started from."""
-        stepper, found = self._stepper, dict[int, Tensor]()
+        stepper = self._stepper
         stepper.adapter.base.eval()
-        with torch.no_grad(), in_place(self._parameters, self._reference):
-            for batch in stepper.loss.plan(rows, stepper.max_tokens):
+
+        def run(plan: Sequence[MicroBatch]) -> dict[int, Tensor]:
+            found = dict[int, Tensor]()
+            for batch in plan:
                 own = _by_row(choice_logprobs(stepper.loss, batch), batch.rows)
                 found |= {id(row): logprobs for row, logprobs in zip(batch.rows, own, strict=True)}
-        return found
+            return found
+
+        with torch.no_grad(), in_place(self._parameters, self._reference):
+            return stepper.in_memory(rows, run, "The reference of the answers")
 
     def keep(self) -> None:
         """Take the weights as they are for the best so far."""

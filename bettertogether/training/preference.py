@@ -7,7 +7,7 @@ grammar forces is no choice, so that an answer is as probable as its free tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .config import TrainingConfig
-from .held_out import HeldOutLosses, forward_passes
-from .packing import AnswerRow, MicroBatch, TokenizedRow
+from .held_out import HELD_OUT, HeldOutLosses, forward_passes
+from .packing import AnswerRow, TokenizedRow
 from .stepper import Stepper
 from .weighting import token_weights
 
@@ -123,7 +123,7 @@ class PairObjective:
                 yield row
 
         reference_P_2 = torch.zeros(len(rows), 2, dtype=torch.float64)
-        for batch, losses_N in self._passes(numbered()):
+        for batch, losses_N in forward_passes(self.stepper, numbered(), "The reference of the pairs"):
             answers = [row for row in batch.rows if isinstance(row, AnswerRow)]
             for row, log_probability in zip(answers, log_probabilities(answers, losses_N), strict=True):
                 reference_P_2[places[id(row.pair)], int(row.is_rejected)] = log_probability
@@ -137,11 +137,7 @@ class PairObjective:
         """The mean loss of pairs, and that of their chosen answers."""
         loss = PairLoss(self.training, len(rows))
         sums_2 = torch.zeros(2, dtype=torch.float64)
-        for batch, losses_N in self._passes(rows):
+        for batch, losses_N in forward_passes(self.stepper, rows, HELD_OUT):
             sums_2 += torch.stack([term_P.sum() for term_P in loss.terms(batch.rows, losses_N)])
         preference, chosen = (self.stepper.sharing.sum(sums_2) / len(rows)).tolist()
         return HeldOutLosses(preference + self.training.nll_weight * chosen, chosen)
-
-    def _passes(self, rows: Iterable[TokenizedRow]) -> Iterator[tuple[MicroBatch, Tensor]]:
-        stepper = self.stepper
-        return forward_passes(stepper.loss, rows, stepper.max_tokens, stepper.sharing)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -32,6 +32,8 @@ from .precision import (
 from .sharing import Sharing
 
 logger = get_logger(__name__)
+
+T = TypeVar("T")
 
 PassLoss = Callable[[MicroBatch], tuple[Tensor, Tensor]]
 """Of one forward pass over some rows of a step: its part of the step's loss, a scalar to go backward from, and its part
@@ -77,14 +79,27 @@ class Stepper:
     def _gradients(self, rows: Sequence[TokenizedRow], pass_loss: PassLoss, name: str) -> Tensor:
         """Add up the gradients of this process's part of a step; returns its share of what is told and, last, the
         tokens run."""
-        mine = self.sharing.rows(rows)
-        while True:
+
+        def run(plan: Sequence[MicroBatch]) -> Tensor:
             self.optimizer.zero_grad(set_to_none=False)
-            plan = self.loss.plan(mine, self.max_tokens)
+            told: list[Tensor] = []
+            for batch, counts in self.sharing.passes(plan, rows):
+                loss, of_pass = pass_loss(batch)
+                (loss * counts * self.sharing.loss_scale).backward()
+                told.append(of_pass * counts)
+            told_K = torch.stack(told).sum(0).cpu().double()
+            return torch.cat([told_K, told_K.new_tensor([sum(self.loss.tokens(batch) for batch in plan)])])
+
+        return self.in_memory(self.sharing.rows(rows), run, name)
+
+    def in_memory(self, rows: Sequence[TokenizedRow], run: Callable[[Sequence[MicroBatch]], T], name: str) -> T:
+        """What `run` gives for the forward passes over some rows. Where memory doesn't suffice for them it is run again
+        with smaller ones. Raises TrainingError, which says what it is by `name`, where there are none."""
+        while True:
+            plan = self.loss.plan(rows, self.max_tokens)
             try:
-                told_K = self._run(plan, rows, pass_loss)
-                return torch.cat([told_K, told_K.new_tensor([sum(self.loss.tokens(batch) for batch in plan)])])
-            except RuntimeError as error:
+                return run(plan)
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._check_splittable(plan, name, error)
@@ -92,14 +107,6 @@ class Stepper:
             self.max_tokens = max(self.loss.tokens(batch) for batch in plan) // 2
             logger.warning("Out of memory: going on with %d tokens per forward pass.", self.max_tokens)
             give_back_memory()
-
-    def _run(self, plan: Sequence[MicroBatch], rows: Sequence[TokenizedRow], pass_loss: PassLoss) -> Tensor:
-        told: list[Tensor] = []
-        for batch, counts in self.sharing.passes(plan, rows):
-            loss, of_pass = pass_loss(batch)
-            (loss * counts * self.sharing.loss_scale).backward()
-            told.append(of_pass * counts)
-        return torch.stack(told).sum(0).cpu().double()
 
     def _check_splittable(self, plan: Sequence[MicroBatch], name: str, error: Exception) -> None:
         """Raise TrainingError where a pass that memory doesn't suffice for can't be run in smaller ones."""

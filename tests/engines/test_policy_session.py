@@ -81,6 +81,7 @@ def test_a_bandit_learns_the_letter_that_is_rewarded(engine: TransformersEngine,
     assert counts[-1]["a"] == 12
     assert re.findall(r': "(.)"', ask(engine, name).text or "") == ["a"]
     assert (engine.adapter_folder(name), folder.parent) == (folder, tmp_path)
+    assert folder.stat().st_mode & 0o777 == 0o755
     assert untouched == during == ask(engine, base(engine)).text
 
 

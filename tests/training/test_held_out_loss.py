@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -22,9 +24,9 @@ from bettertogether.training import LoRAConfig, TrainingConfig, held_out
 from bettertogether.training.adapter import training_adapter
 from bettertogether.training.arrow_rows import write_arrow
 from bettertogether.training.held_out import HeldOutLosses, held_out_losses
-from bettertogether.training.loss import RowLoss, row_loss
+from bettertogether.training.loss import RowLoss
 from bettertogether.training.packing import TokenizedRow
-from bettertogether.training.sharing import Sharing
+from bettertogether.training.stepper import Stepper, ready_to_step
 from bettertogether.training.trainer import TrainingResult, train_adapter
 from bettertogether.training.weighting import TokenWeights
 
@@ -55,9 +57,17 @@ def token_losses(model: PreTrainedModel, prompt_ids: list[int], row: TokenizedRo
     return torch.nn.functional.cross_entropy(logits[len(prompt_ids) - 1 : -1], labels, reduction="none")
 
 
+@contextmanager
+def stepping(model: PreTrainedModel, longest: int) -> Iterator[Stepper]:
+    """A new adapter, which changes nothing yet."""
+    with ready_to_step(model, LoRAConfig(rank=2), FAST, None, longest) as stepper:
+        stepper.adapter.base.eval()
+        yield stepper
+
+
 def measured(model: PreTrainedModel, rows: list[TokenizedRow], by_field: bool = False) -> HeldOutLosses:
-    with row_loss(model, torch.float32, max(row.longest for row in rows)) as loss:
-        return held_out_losses(loss, rows, 10_000, Sharing.of_this_process(), by_field)
+    with stepping(model, max(row.longest for row in rows)) as stepper:
+        return held_out_losses(stepper, rows, by_field)
 
 
 def expected_mean(
@@ -112,8 +122,10 @@ def test_rows_of_a_file_are_read_a_part_at_a_time(tmp_path: Path, monkeypatch: p
     model, rows = tiny_model(), marked(random_rows(4, shared=20, seed=1), forms=1)
     expected = measured(model, rows, by_field=True)
     monkeypatch.setattr(held_out, "ROWS_AT_ONCE", 3)
-    with row_loss(model, torch.float32, 100) as loss, mock.patch.object(RowLoss, "plan", side_effect=loss.plan) as plan:
-        found = held_out_losses(loss, write_arrow(rows, tmp_path / "rows"), 10_000, Sharing.of_this_process(), True)
+    with stepping(model, 100) as stepper:
+        plan = mock.Mock(side_effect=stepper.loss.plan)
+        monkeypatch.setattr(RowLoss, "plan", plan)
+        found = held_out_losses(stepper, write_arrow(rows, tmp_path / "rows"), True)
     parts = [len(call.args[0]) for call in plan.call_args_list]
     assert parts == [3, 3, 2]
     assert (found.free, found.all_tokens) == pytest.approx((expected.free, expected.all_tokens), rel=1e-5)

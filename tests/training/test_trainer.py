@@ -294,12 +294,13 @@ def test_a_loss_that_is_not_a_number_is_an_error_that_names_the_step(tmp_path: P
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError(), RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)")]
 )
+@pytest.mark.parametrize("held_out", [[], HELD_OUT], ids=["in a step", "in measuring"])
 def test_running_out_of_memory_halves_the_passes_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, held_out: list[TokenizedRow]
 ) -> None:
     from bettertogether.training.loss import RowLoss
 
-    expected = train(tmp_path / "whole")
+    expected = train(tmp_path / "whole", validation_rows=held_out)
     original = RowLoss.token_losses
 
     def token_losses(self: RowLoss, batch: Any) -> torch.Tensor:
@@ -308,19 +309,23 @@ def test_running_out_of_memory_halves_the_passes_and_goes_on(
         return original(self, batch)
 
     monkeypatch.setattr(RowLoss, "token_losses", token_losses)
-    result = train(tmp_path / "split")
-    assert [line.loss for line in result.history] == pytest.approx([line.loss for line in expected.history], rel=1e-4)
+    result = train(tmp_path / "split", validation_rows=held_out)
+    for found, whole in zip(result.history, expected.history, strict=True):
+        assert (found.loss or found.validation_loss) == pytest.approx(whole.loss or whole.validation_loss, rel=1e-4)
 
 
-def test_memory_too_small_for_one_row_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("held_out", "where"), [([], "Step 1 of 9"), (HELD_OUT, "The rows held out")])
+def test_memory_too_small_for_one_row_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: list[TokenizedRow], where: str
+) -> None:
     from bettertogether.training.loss import RowLoss
 
     def token_losses(self: RowLoss, batch: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(RowLoss, "token_losses", token_losses)
-    with pytest.raises(TrainingError, match="memory doesn't suffice for a single row"):
-        train(tmp_path)
+    with pytest.raises(TrainingError, match=f"{where}: memory doesn't suffice for a single row"):
+        train(tmp_path, validation_rows=held_out)
 
 
 def test_float32_over_a_bfloat16_base_is_refused(tmp_path: Path) -> None:

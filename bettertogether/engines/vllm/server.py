@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from ...errors import BetterTogetherError, ConfigError, MissingExtraError, ModelError
+from ...errors import BetterTogetherError, ConfigError, EngineClosedError, MissingExtraError, ModelError
 from ...files import cache_folder
 from ...printable import get_logger
 from ...processes import WatchedProcess, last_lines
@@ -68,7 +68,7 @@ class VLLMServer:
         """Where its output goes."""
         self.starts = 0
         """How often one was started."""
-        self._asleep = False
+        self._asleep = self._closed = False
         self._failure: BetterTogetherError | None = None
         self._failures = 0
         self._lock = threading.Lock()
@@ -76,16 +76,22 @@ class VLLMServer:
     def address(self) -> tuple[str, int]:
         """Its URL, and a number that changes whenever a new server stands there. Starts ours where it is not running.
 
-        Raises MissingExtraError without vLLM, and ModelError when the server does not come up; those who waited for the
-        same start get the same error, and whoever comes later has it started again.
+        Raises EngineClosedError after `close`, MissingExtraError without vLLM, and ModelError when the server does not
+        come up; those who waited for the same start get the same error, and whoever comes later has it started again.
         """
         failures = self._failures
         with self._lock:
+            self.check_open()
             if self.ours and (self.process is None or self.process.exit_code is not None):
                 if self._failures > failures and self._failure is not None:
                     raise type(self._failure)(str(self._failure)) from self._failure
                 self._start()
             return self.url, self.starts
+
+    def check_open(self) -> None:
+        """Raise EngineClosedError after `close`."""
+        if self._closed:
+            raise EngineClosedError(f"The engine of {self._served_name} was closed. Make a new LM: vllm_lm(...).")
 
     @property
     def headers(self) -> dict[str, str]:
@@ -98,6 +104,11 @@ class VLLMServer:
         if process is None or process.exit_code is None:
             return ""
         return f" It ended with code {process.exit_code}; the end of {self.log}:\n{self._log_end()}"
+
+    def close(self) -> None:
+        """`stop` for good: whoever still waits for an answer has no other server started."""
+        self._closed = True
+        self.stop()
 
     def stop(self) -> None:
         """Stop our server and free its memory; the next `address()` starts another. One that is not ours runs on."""

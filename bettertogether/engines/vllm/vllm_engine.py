@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,7 +19,8 @@ import httpx
 import torch
 from dspy.lm15 import Request, Response
 
-from ...errors import ConfigError, EngineBusyError, EngineClosedError, ModelError
+from ...errors import ConfigError, EngineBusyError, ModelError
+from ...files import new_folder
 from ...printable import get_logger
 from ...training.adapter import save_adapter
 from ...training.adapter_folder import read_adapter_config, write_round
@@ -100,7 +101,6 @@ class VLLMEngine(BaseEngine):
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
         self._adapters: dict[str, Path] = {}
-        self._closed = False
         if self.server.ours:
             self.max_length = min(self.max_length, int(server_options.get("max_model_len") or self.max_length))
         else:
@@ -174,7 +174,7 @@ class VLLMEngine(BaseEngine):
 
     async def complete_async(self, request: Request) -> Response:
         """`complete` for an event loop."""
-        return await asyncio.wrap_future(self._pool.submit(self.complete, request))
+        return await asyncio.wrap_future(self._pool.submit(copy_context().run, self.complete, request))
 
     async def stream_async(self, request: Request) -> AsyncIterator[StreamEvent]:
         """`stream` for an event loop."""
@@ -226,8 +226,7 @@ class VLLMEngine(BaseEngine):
 
     def _body(self, request: Request) -> dict[str, Any]:
         """What is asked of the server. A request that can't be answered fails here, before any server is started."""
-        if self._closed:
-            raise EngineClosedError(f"The engine of {self.base_name} was closed. Make a new LM: vllm_lm(...).")
+        self.server.check_open()
         if self._turn.in_callback and self._stops_for_training:
             raise EngineBusyError(
                 f"A callback of a training of {self.short_name} asks the model, whose server rests until the "
@@ -359,7 +358,7 @@ class VLLMEngine(BaseEngine):
 
     def serve(self, training: PolicyTraining, round_number: int, folder: Path) -> str:
         """Answer with the adapter as it is now, which the server loads from `folder`."""
-        work = Path(tempfile.mkdtemp(dir=folder))
+        work = new_folder(folder)
         save_adapter(work, training.adapter_config, training.weights())
         write_round(work, round_number, self.base_name)
         return self.add_adapter(work)
@@ -371,8 +370,8 @@ class VLLMEngine(BaseEngine):
 
     def close(self) -> None:
         """Stop the server where it is ours; others run on."""
-        self._closed = True
-        self.server.stop()
+        for server in self.servers:
+            server.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._client.close()
         super().close()

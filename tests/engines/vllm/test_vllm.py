@@ -18,7 +18,7 @@ import pytest
 from dspy.lm15 import Config, ContextLengthError, Message, Request, ServerError, StreamDeltaEvent, TransportError
 from fakes import wait_for
 from running_vllm import FAKE, Running
-from small_models import SIZES, save_model
+from small_models import SIZES, save_adapter, save_model
 from transformers import Phi3Config
 
 from bettertogether import vllm_lm
@@ -295,6 +295,26 @@ def test_a_closed_engine_says_so(folder: Path) -> None:
         engine.complete(request(engine))
 
 
+def test_closing_ends_those_who_wait_for_their_turn_and_starts_no_other_server(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM_PAUSES", "60")
+    engine = VLLMEngine(folder, command=FAKE, mixed_batches=False)
+    adapter = engine.add_adapter(save_adapter(tmp_path / "adapter", 0))
+    engine.server.address()
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(engine.complete, request(engine))
+        assert wait_for(lambda: engine._gate.inside == 1)
+        waiting = pool.submit(engine.complete, request(engine, model=adapter))
+        assert wait_for(lambda: engine._gate.waiting == 1)
+        engine.close()
+        with pytest.raises((TransportError, EngineClosedError)):
+            asked.result(60)
+        with pytest.raises(EngineClosedError, match="was closed"):
+            waiting.result(60)
+    assert (engine.server.process, engine.server.starts) == (None, 1)
+
+
 @pytest.fixture
 def slow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VLLMEngine]:
     """An engine whose server takes 5 * 0.5 s for a stream."""
@@ -491,8 +511,12 @@ def test_what_the_server_refuses_is_an_error_of_dspys(served: VLLMEngine, monkey
             ask(request(served))
 
 
+@pytest.mark.parametrize("awaited", [False, True])
 def test_a_callback_that_asks_while_the_server_is_stopped_for_the_training_is_an_error(
-    alone: VLLMEngine, tmp_path: Path
+    alone: VLLMEngine, tmp_path: Path, awaited: bool
 ) -> None:
+    async def ask() -> None:
+        await asyncio.wait_for(alone.complete_async(request(alone)), 60)
+
     with pytest.raises(EngineBusyError, match="stop_while_training=False"):
-        train(alone, tmp_path, on_progress=lambda line: alone.complete(request(alone)))
+        train(alone, tmp_path, on_progress=lambda _: asyncio.run(ask()) if awaited else alone.complete(request(alone)))
