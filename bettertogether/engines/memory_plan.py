@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
-import psutil
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -16,6 +14,7 @@ from ..errors import ModelError
 from ..printable import get_logger
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.layers import ATTENTION_LAYERS, head_width
+from ..training.machine_memory import left_bytes
 from ..training.precision import activation_bytes, tokens_in_memory, wants_checkpointing
 from ..training.targets import ALL_LINEAR
 from .adapters import linear_shapes
@@ -27,12 +26,6 @@ GPU_SHARE = 0.8
 """Of what is free beside the weights, for keys and values; the rest is for what a pass computes."""
 PROCESSOR_SHARE = 0.5
 """Other programs are on the same memory, and a processor has no error to react to: the process is killed."""
-CGROUP = Path("/sys/fs/cgroup")
-CGROUP_FILES = {
-    "memory.max": ("memory.current", "inactive_file"),
-    "memory/memory.limit_in_bytes": ("memory.usage_in_bytes", "total_inactive_file"),
-}
-"""A container's limit, what of it is used, and what of that only caches files: in both versions of control groups."""
 ADAPTER_BYTES = 5 * 4
 """Of a parameter that is trained: itself, its gradient, AdamW's two moments and the running mean, in float32."""
 
@@ -130,22 +123,11 @@ def cache_share(device: torch.device, free: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free: of a GPU with what torch kept there for later use, else of this machine, up to the limit of
-    a container."""
+    """Memory that is free: of a GPU with what torch kept there for later use, else of this machine."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return min([int(psutil.virtual_memory().available), *_left_in_container()])
-
-
-def _left_in_container() -> list[int]:
-    """Bytes up to the limit of the container that this runs in; none where there is no limit."""
-    for limit, (used, caching) in CGROUP_FILES.items():
-        path = CGROUP / limit
-        if path.is_file() and (text := path.read_text().strip()) != "max":
-            stat = dict(line.split() for line in path.with_name("memory.stat").read_text().splitlines())
-            return [max(0, int(text) - int(path.with_name(used).read_text()) + int(stat[caching]))]
-    return []
+    return left_bytes()
 
 
 def _token_bytes(text: Any, dtype: torch.dtype) -> int:

@@ -60,10 +60,9 @@ def forward_passes(stepper: Stepper, rows: Iterable[TokenizedRow], name: str) ->
     while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
 
         def run(plan: Sequence[MicroBatch], part: Sequence[TokenizedRow] = part) -> list[tuple[MicroBatch, Tensor]]:
-            passes = [
-                (loss.token_losses(each).cpu().double(), each, counts) for each, counts in sharing.passes(plan, part)
-            ]
-            return [(batch, losses_N) for losses_N, batch, counts in passes if counts]
+            passes = sharing.passes(plan, part)
+            losses = [loss.token_losses(batch).cpu().double() for batch, _ in passes]
+            return [(batch, losses_N) for (batch, counts), losses_N in zip(passes, losses, strict=True) if counts]
 
         yield from stepper.in_memory(sharing.rows(part), run, name)
     sharing.let_go(loss.model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -72,7 +71,7 @@ class RunLength:
         """What measuring the held-out loss took."""
         self._rows, self._max_minutes = rows, asked.max_minutes
         self._patience = asked.patience if asked.epochs == "auto" and asked.keep_best and held_out else None
-        self._steps, self._first_step_done = 0, 0.0
+        self._steps: list[float] = []
 
     @property
     def fewest_epochs(self) -> int:
@@ -94,14 +93,13 @@ class RunLength:
             patience,
         )
 
-    def step_done(self, step: int, seconds: float) -> None:
-        """After each step of this sitting; `seconds` since the run began. Says, once, how long it will take at most."""
-        self._steps, now = self._steps + 1, time.perf_counter()
-        if self._steps == 1:
-            self._first_step_done = now
-        if self._steps != TIMED_STEPS:
+    def step_done(self, step: int, took: float, seconds: float) -> None:
+        """After each step of this sitting, which `took` so many seconds; `seconds` since the run began. Says, once, how
+        long it will take at most."""
+        self._steps.append(took)
+        if len(self._steps) != TIMED_STEPS:
             return
-        per_step = (now - self._first_step_done) / (TIMED_STEPS - 1)
+        per_step = fmean(self._steps[1:])
         measures = self.epochs - (step - 1) // self.steps_per_epoch
         expected = seconds + per_step * (self.total_steps - step) + measures * self.held_out_seconds
         if self._max_minutes is not None:

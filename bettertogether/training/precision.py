@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -15,6 +15,7 @@ from ..extras import is_installed
 from ._upstream import multiplies_bfloat16_fast, turn_checkpointing_on
 from .bars import no_bars
 from .config import TrainingConfig
+from .machine_memory import all_bytes
 
 CHECKPOINTED_PARAMETERS = 1_000_000_000
 """Base models above this are checkpointed on CUDA unless told otherwise."""
@@ -45,15 +46,17 @@ def _fast_bfloat16(device: torch.device) -> bool:
 
 def checkpoint_gradients(model: PreTrainedModel, training: TrainingConfig) -> bool:
     """Turn gradient checkpointing on where the options say so; returns whether it is on. The caller restores."""
-    wanted = wants_checkpointing(training, model.device, model.num_parameters())
-    if wanted:
-        if not model.supports_gradient_checkpointing:
-            raise ConfigError(
-                f"gradient_checkpointing=True: {type(model).__name__} doesn't support it. Use False, and a smaller "
-                "max_tokens_per_batch if memory is short."
-            )
+    if not wants_checkpointing(training, model.device, model.num_parameters()):
+        return False
+    if model.supports_gradient_checkpointing:
         turn_checkpointing_on(model)
-    return wanted
+        return True
+    if training.gradient_checkpointing == "auto":
+        return False
+    raise ConfigError(
+        f"gradient_checkpointing=True: {type(model).__name__} doesn't support it. Use False, and a smaller "
+        "max_tokens_per_batch if memory is short."
+    )
 
 
 def wants_checkpointing(training: TrainingConfig, device: torch.device, parameters: int) -> bool:
@@ -75,14 +78,16 @@ def activation_bytes(config: PretrainedConfig, dtype: torch.dtype, *, checkpoint
 
 
 def tokens_in_memory(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> int:
-    """Tokens of one forward and backward pass that half of the machine's memory holds; no bound on other devices.
+    """Tokens of one forward and backward pass that this process's part of half of the machine's memory holds; no bound
+    on other devices.
 
     A processor has no out-of-memory error to react to: the process is killed. The share is of all memory, not of what
     is free, so that a run is split the same way every time.
     """
     if device.type != "cpu":
         return sys.maxsize
-    return max(1, psutil.virtual_memory().total // 2 // activation_bytes(config, dtype))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, all_bytes() // 2 // processes // activation_bytes(config, dtype))
 
 
 def give_back_memory() -> None:

@@ -245,7 +245,7 @@ class _Run:
             checkpoint.save_state(self.folder, self.state, self.fingerprint)
 
     def _step(self, rows: Sequence[TokenizedRow]) -> None:
-        step = self.state.step + 1
+        step, started = self.state.step + 1, time.perf_counter()
         rate = learning_rate(step, self.total_steps, self.training)
         of_step = self.objective.of_step(rows)
 
@@ -258,7 +258,7 @@ class _Run:
         self.state = replace(self.state, step=step, tokens=self.state.tokens + tokens)
         self._report(loss, None, rate)
         if self.sharing.is_main:
-            self.length.step_done(step, self._seconds)
+            self.length.step_done(step, time.perf_counter() - started, self._seconds)
 
     def _held_out_losses(self) -> HeldOutLosses:
         self.adapter.base.eval()

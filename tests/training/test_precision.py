@@ -11,7 +11,7 @@ from tiny import SIZES, tiny_model
 from transformers import LlamaConfig
 
 from bettertogether.errors import ConfigError
-from bettertogether.training import TrainingConfig
+from bettertogether.training import TrainingConfig, precision
 from bettertogether.training.precision import checkpoint_gradients, compute_dtype, tokens_in_memory
 
 
@@ -42,6 +42,9 @@ def test_checkpointing_of_a_family_without_it_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
     with pytest.raises(ConfigError, match="LlamaForCausalLM doesn't support it"):
         checkpoint_gradients(model, TrainingConfig(gradient_checkpointing=True))
+    monkeypatch.setattr(precision, "wants_checkpointing", lambda *_: True)
+    assert not checkpoint_gradients(model, TrainingConfig(gradient_checkpointing="auto"))
+    assert not model.is_gradient_checkpointing
 
 
 def test_passes_on_the_processor_are_bounded_by_half_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,3 +53,5 @@ def test_passes_on_the_processor_are_bounded_by_half_of_its_memory(monkeypatch: 
     a_token = 2 * (14 * 64 + 6 * 96) * 4
     assert tokens_in_memory(config, cpu, torch.float32) == 10**9 // a_token
     assert tokens_in_memory(config, cpu, torch.bfloat16) == 10**9 // (a_token // 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert tokens_in_memory(config, cpu, torch.float32) == 10**9 // 2 // a_token

@@ -13,7 +13,7 @@ from dspy.lm15 import Config, Message, Request
 from small_models import PACKED, bank, decode, generated, prompts, tiny_model
 
 from bettertogether import TrainingConfig
-from bettertogether.engines import TransformersEngine, loading, memory_plan
+from bettertogether.engines import TransformersEngine, loading
 from bettertogether.engines.local import packed_decoder, transformers_engine
 from bettertogether.engines.local.decoder import BatchRow, Decision
 from bettertogether.engines.local.job import Job
@@ -141,23 +141,6 @@ def test_the_prompt_of_a_row_that_is_gone_is_not_computed() -> None:
         decisions = decoder.step([stays])
     assert len(decisions[0].token_ids) == 1
     assert decoder.cache_bytes == (100 + 150) * TOKEN_BYTES
-
-
-def test_what_is_free_goes_up_to_the_limit_of_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    machine = SimpleNamespace(available=8000)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: machine)
-    monkeypatch.setattr(memory_plan, "CGROUP", tmp_path)
-    cpu = torch.device("cpu")
-    assert memory_plan.free_bytes(cpu) == 8000
-    for name, text in {
-        "memory.max": "max",
-        "memory.current": "900",
-        "memory.stat": "anon 5\ninactive_file 300",
-    }.items():
-        (tmp_path / name).write_text(text)
-    assert memory_plan.free_bytes(cpu) == 8000
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert memory_plan.free_bytes(cpu) == 400
 
 
 @pytest.mark.parametrize("training", [TrainingConfig(num_processes=2), TrainingConfig(quantize_base="4bit")])
