@@ -178,6 +178,8 @@ def _on_numbers(op: Any, flat: list[Any], form: Any) -> Any:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *, scale: float) -> Any:
+    if q.shape[-1] % 8:
+        raise RuntimeError(f"the kernel takes no heads of width {q.shape[-1]}")
     out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, scale=scale)
     state = torch.zeros(2, dtype=torch.uint64), torch.zeros((), dtype=torch.uint64)
     return out, log_sum, None, None, q.shape[2], k.shape[2], *state, q.new_empty(0)
@@ -202,8 +204,8 @@ def _all_alike(tensors: list[list[Tensor]]) -> Any:
 
 
 def _flash_takes(asked: Any) -> bool:
-    q = asked.query
-    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    # Of any width up to that: `scaled_dot_product_attention` fills heads up.
+    return asked.query.dtype in (torch.bfloat16, torch.float16) and asked.query.shape[-1] <= 256
 
 
 def _wrapped(out: Any, known: dict[int, DeviceTensor]) -> Any:

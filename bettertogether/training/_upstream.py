@@ -64,12 +64,15 @@ def multiplies_bfloat16_fast() -> bool:
 
 
 def flash_attends(q_B_H_N_D: Tensor, k_B_H_S_D: Tensor, v_B_H_S_D: Tensor) -> bool:
-    """Whether `flash_attention` takes these: on the CPU any whose heads are alike, on CUDA those of half precision that
-    its kernels are made for."""
+    """Whether `flash_attention` takes these: on the CPU any whose heads are alike, on CUDA those of half precision and
+    of a width that its kernels are made for."""
     if k_B_H_S_D.shape != v_B_H_S_D.shape:
         return False
     if q_B_H_N_D.device.type != "cuda":
         return q_B_H_N_D.device.type == "cpu"
+    if q_B_H_N_D.shape[-1] % 8:
+        # `scaled_dot_product_attention`, for which torch answers below, would fill them up.
+        return False
     asked = torch.backends.cuda.SDPAParams(q_B_H_N_D, k_B_H_S_D, v_B_H_S_D, None, 0.0, False, False)
     return torch.backends.cuda.can_use_flash_attention(asked)
 

@@ -20,7 +20,7 @@ from ..printable import get_logger
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
-PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU")
+PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU")
 """Kinds of distribution under which each process holds the whole model."""
 SHARDED = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 

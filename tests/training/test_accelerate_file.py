@@ -34,6 +34,7 @@ def training(folder: Path, text: str, **options: Any) -> TrainingConfig:
         (PLAIN + "colour: red\n", {}, r"unknown keys \(\['colour'\]\)"),
         ("compute_environment: AMAZON_SAGEMAKER\n" + PLAIN, {}, "can't be read"),
         ("distributed_type: MEGATRON_LM\n", {}, "distributed_type: MEGATRON_LM"),
+        ("distributed_type: MULTI_XPU\n", {}, "Give one of NO, MULTI_GPU, MULTI_CPU, or FSDP"),
         ("distributed_type: FSDP\n", {}, "Say fsdp_version: 2"),
         (FSDP + "  fsdp_offload_params: true\n", {}, "fsdp_offload_params: false"),
         (PLAIN + "mixed_precision: fp16\n", {}, "mixed_precision: fp16"),

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from fake_device import DeviceTensor, fake_device
-from tiny import random_rows, tiny_model
+from tiny import SIZES, random_rows, tiny_model
+from transformers import LlamaConfig
 
 from bettertogether.training.attention import PackedLayout, training_attention
 from bettertogether.training.config import LoRAConfig, TrainingConfig
@@ -23,9 +24,14 @@ ROWS = [
 ]
 
 
-def losses(folder: Path, put: Callable[[Any], Any], on_progress: ProgressFunction | None = None) -> list[float]:
+def losses(
+    folder: Path,
+    put: Callable[[Any], Any],
+    on_progress: ProgressFunction | None = None,
+    config: LlamaConfig | None = None,
+) -> list[float]:
     """Held-out losses before training, and after each of two steps, on the device where the model is put."""
-    model: Any = tiny_model()
+    model: Any = tiny_model(config)
     model = put(model.to(torch.bfloat16).requires_grad_(False))
     options: dict[str, Any] = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "dtype": "bfloat16"}
     training = TrainingConfig(**options, gradient_checkpointing=True)
@@ -51,6 +57,14 @@ def test_training_learns_as_on_the_processor_and_reads_twice_a_step(kind: str, t
     assert found[-1] < 0.9 * found[0]
     # The loss, and the norm of the gradient.
     assert reads[1] - reads[0] == 2
+
+
+def test_heads_of_a_width_that_no_flash_kernel_takes_are_trained_without_it(tmp_path: Path) -> None:
+    config = LlamaConfig(**SIZES | {"head_dim": 12})
+    expected = losses(tmp_path / "cpu", lambda model: model, config=config)
+    with fake_device("cuda") as cuda:
+        found = losses(tmp_path / "cuda", cuda.put, config=config)
+    assert found == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.cuda
