@@ -24,6 +24,11 @@ TIME = rf"T([0-9]{{1,2}}H([0-9]{{1,2}}M)?({SECONDS})?|[0-9]{{1,2}}M({SECONDS})?|
 DAYS = r"([0-9]{1,3}Y([0-9]{1,3}D)?|[0-9]{1,6}D)"
 DURATION = rf"^-?P({DAYS}({TIME})?|{TIME})$"
 """What pydantic writes, and can read back: it refuses longer ones."""
+DATE = r"[0-9]{4}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|[12][0-9]))"
+CLOCK = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?"
+ZONE = r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+ZONES: Mapping[Any, str] = {None: f"{ZONE}?", "naive": ""}
+"""By pydantic's `tz_constraint`; other ones want a zone."""
 KEYS: Mapping[str, JsonSchemaValue] = {
     "int": {"pattern": r"^-?[0-9]+$"},
     "float": {"pattern": DECIMAL},
@@ -43,6 +48,12 @@ class _SchemaWriter(GenerateJsonSchema):
     def timedelta_schema(self, schema: Any) -> JsonSchemaValue:
         return {"type": "string", "pattern": DURATION}
 
+    def datetime_schema(self, schema: Any) -> JsonSchemaValue:
+        return {"type": "string", "pattern": f"^{DATE}T{_clock(schema)}$"}
+
+    def time_schema(self, schema: Any) -> JsonSchemaValue:
+        return {"type": "string", "pattern": f"^{_clock(schema)}$"}
+
     def url_schema(self, schema: Any) -> JsonSchemaValue:
         if not schema.get("allowed_schemes"):
             return super().url_schema(schema)
@@ -51,6 +62,11 @@ class _SchemaWriter(GenerateJsonSchema):
     def dict_schema(self, schema: Any) -> JsonSchemaValue:
         names = KEYS.get(schema.get("keys_schema", {}).get("type"))
         return super().dict_schema(schema) | ({"propertyNames": names} if names else {})
+
+
+def _clock(schema: Any) -> str:
+    """The time of a day, whose zone JSON schema's own formats would ask for."""
+    return CLOCK + ZONES.get(schema.get("tz_constraint"), ZONE)
 
 
 class _Answer(pydantic.BaseModel):

@@ -15,6 +15,7 @@ import pydantic
 import pytest
 from fakes import plain_lm
 
+from bettertogether.engines.answer_format import DSPY_NAME, whole_format
 from bettertogether.testing import FakeEngine
 
 Label = Literal["good", "bad"]
@@ -45,6 +46,12 @@ def schema_for(kind: Any, value: Any) -> Any:
     assert schema["additionalProperties"] is False
     field = schema["properties"]["answer"]
     return {key: each for key, each in field.items() if key != "title"}
+
+
+def fits(kind: Any, text: str) -> bool:
+    """Whether a text is allowed by the pattern of its type."""
+    schema = whole_format(pydantic.create_model(DSPY_NAME, answer=(kind, ...)), None).model_json_schema()
+    return re.search(schema["properties"]["answer"]["pattern"], text) is not None
 
 
 def test_a_dict_field_leaves_the_schema_of_the_others_on() -> None:
@@ -131,6 +138,40 @@ def test_every_length_of_time_that_pydantic_writes_fits_the_schema(length: datet
     text = pydantic.TypeAdapter(datetime.timedelta).dump_python(length, mode="json")
     pattern = schema_for(datetime.timedelta, text)["pattern"]
     assert re.search(pattern, text), text
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        datetime.datetime(1, 1, 1),
+        datetime.datetime(2024, 2, 29, 23, 59, 59, 5),
+        datetime.datetime(9999, 12, 31, tzinfo=datetime.UTC),
+        datetime.datetime(2024, 4, 30, 10, 0, 0, 120_000, datetime.timezone(-datetime.timedelta(hours=23, minutes=59))),
+    ],
+)
+def test_what_pydantic_writes_of_a_moment_fits_the_schema_of_its_kind_and_no_other(moment: datetime.datetime) -> None:
+    naive = moment.tzinfo is None
+    kinds = {datetime.datetime: True, pydantic.NaiveDatetime: naive, pydantic.AwareDatetime: not naive}
+    text = pydantic.TypeAdapter(datetime.datetime).dump_python(moment, mode="json")
+    assert {kind: fits(kind, text) for kind in kinds} == kinds
+    clock = pydantic.TypeAdapter(datetime.time).dump_python(moment.timetz(), mode="json")
+    assert fits(datetime.time, clock)
+    assert not fits(datetime.time, text)
+
+
+@pytest.mark.parametrize(
+    "text", ["2024-02-30T10:00:00", "2024-13-01T10:00:00", "2024-05-01T24:00:00", "2024-05-01T10:00:60", "2024-05-01",
+             "2024-05-01T10:00:00+24:00", "2024-05-01T10:00:00.", "2024-05-01T10:00:00z"],
+)  # fmt: skip
+def test_a_moment_that_there_is_not_fits_no_schema(text: str) -> None:
+    assert not fits(datetime.datetime, text)
+
+
+def test_a_moment_may_be_a_key() -> None:
+    schema = schema_for(dict[pydantic.NaiveDatetime, int], {"2024-05-01T10:00:00": 1})
+    moment = schema_for(pydantic.NaiveDatetime, "2024-05-01T10:00:00")
+    values = {moment["pattern"]: {"type": "integer"}}
+    assert schema == {"type": "object", "patternProperties": values, "additionalProperties": False}
 
 
 def test_a_mapping_inside_a_model_stays_open() -> None:
