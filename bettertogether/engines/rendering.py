@@ -159,9 +159,7 @@ class PromptRenderer:
             return []
         text = self._with_thoughts(completion)
         lead = self._lead(text)
-        with self._lock:
-            encoded = self._tokenizer(lead + text, add_special_tokens=False, return_offsets_mapping=True)
-        places = encoded.offset_mapping[len(self._encode(lead)) :]
+        places = self._encoded(lead + text, return_offsets_mapping=True).offset_mapping[len(self._encode(lead)) :]
         added = len(lead) + len(text) - len(completion)
         return [*((max(0, start - added), max(0, end - added)) for start, end in places), (len(completion),) * 2]
 
@@ -187,8 +185,11 @@ class PromptRenderer:
         return "\n" if self._encode("\n" + text)[: len(before)] == before else ""
 
     def _encode(self, text: str) -> list[int]:
+        return list(self._encoded(text).input_ids)
+
+    def _encoded(self, text: str, **options: Any) -> Any:
         with self._lock:
-            return list(self._tokenizer(text, add_special_tokens=False, **self._reading).input_ids)
+            return self._tokenizer(text, add_special_tokens=False, **self._reading, **options)
 
     def _render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
         turns = _merged(messages) if self._merge_system else list(messages)

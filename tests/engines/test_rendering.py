@@ -196,6 +196,12 @@ def test_without_a_template_no_text_of_a_message_or_an_answer_is_a_special_token
     assert completion_ids[-1] == EOS
 
 
+def test_without_a_template_the_places_of_an_answer_are_those_of_its_tokens() -> None:
+    text = "a <eos>"
+    assert renderer(None).completion_places(text) == [*((place, place + 1) for place in range(7)), (7, 7)]
+    assert len(renderer(None).completion_tokens(text)) == 8
+
+
 def test_the_beginning_of_text_token_is_left_out_where_the_tokenizer_has_none() -> None:
     tokenizer = byte_tokenizer(None)
     tokenizer.bos_token = None
