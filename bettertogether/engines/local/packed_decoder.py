@@ -226,7 +226,8 @@ class PackedDecoder:
         self._slots.reserve(slot + 1, capacity)
         row.computed = row.reused_tokens = length
         self._reused_tokens += length
-        self._seats[row] = _Seat(slot, prefix, length, keep_prompt=2 * length < own.size)
+        keep_prompt = 2 * length < own.size and length < len(row.prompt_ids)
+        self._seats[row] = _Seat(slot, prefix, length, keep_prompt)
         self._by_slot.append(row)
         return True
 

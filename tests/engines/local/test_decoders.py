@@ -107,6 +107,13 @@ def test_prompts_that_are_the_same_share_all_but_the_last_token(model: Any) -> N
     assert [row.reused_tokens for row in rows] == [len(prompt) - 1] * 4
 
 
+def test_answers_under_way_that_share_more_than_their_prompt_go_on_together(model: Any) -> None:
+    prompt, common, *own = (prompts(1, size, seed=seed)[0] for seed, size in enumerate((20, 80, 150, 150)))
+    rows = [BatchRow(list(prompt), len(common + tail) + 3, output_ids=common + tail) for tail in own]
+    expected = [generated(model, row.prompt_ids + row.output_ids, 3) for row in rows]
+    assert [answer[-3:] for answer in answers(packed(model), rows)] == expected
+
+
 def test_a_long_prompt_goes_through_in_chunks(model: Any) -> None:
     decoder = packed(model, tokens_per_pass=64)
     rows = [BatchRow(text, 3) for text in (*prompts(3, 150), *prompts(2, 0, own=150, seed=5))]
