@@ -224,8 +224,11 @@ class PackedDecoder:
             return False
         self._prefixes.reserved_bytes = size_bytes
         self._slots.reserve(slot + 1, capacity)
-        row.computed = row.reused_tokens = length
-        self._reused_tokens += length
+        # The first row that waits for a prefix is the one that it is computed for.
+        waited_for = any(seat.prefix is prefix for seat in self._seats.values())
+        there = length if prefix is None or waited_for else min(length, prefix.computed)
+        row.computed, row.reused_tokens = length, min(there, len(row.prompt_ids))
+        self._reused_tokens += row.reused_tokens
         keep_prompt = 2 * length < own.size and length < len(row.prompt_ids)
         self._seats[row] = _Seat(slot, prefix, length, keep_prompt)
         self._by_slot.append(row)

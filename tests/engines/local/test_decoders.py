@@ -79,7 +79,7 @@ def test_a_shared_prefix_is_computed_once(model: Any) -> None:
     decoder = packed(model)
     texts = prompts(8, 100)
     answers(decoder, [BatchRow(text, 1) for text in texts])
-    assert decoder.counters() == {"forward_passes": 2, "prefix_tokens_reused": 8 * 100}
+    assert decoder.counters() == {"forward_passes": 2, "prefix_tokens_reused": 7 * 100}
 
 
 def test_a_lone_prompt_is_kept_for_those_that_share_a_part_of_it(model: Any) -> None:
@@ -104,7 +104,16 @@ def test_prompts_that_are_the_same_share_all_but_the_last_token(model: Any) -> N
     prompt = prompts(1, 200)[0]
     rows = [BatchRow(list(prompt), 3) for _ in range(4)]
     assert answers(packed(model), rows) == [generated(model, prompt, 3)] * 4
-    assert [row.reused_tokens for row in rows] == [len(prompt) - 1] * 4
+    assert [row.reused_tokens for row in rows] == [0, *[len(prompt) - 1] * 3]
+
+
+def test_tokens_of_answers_are_none_of_the_prompt_tokens_that_were_found_computed(model: Any) -> None:
+    prompt, common = prompts(1, 40)[0], prompts(1, 80, seed=1)[0]
+    rows = [BatchRow(list(prompt), 100, output_ids=list(common)) for _ in range(3)]
+    decoder = packed(model)
+    decoder.admit(rows)
+    assert [row.reused_tokens for row in rows] == [0, len(prompt), len(prompt)]
+    assert decoder.counters()["prefix_tokens_reused"] == 2 * len(prompt)
 
 
 def test_answers_under_way_that_share_more_than_their_prompt_go_on_together(model: Any) -> None:
