@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from dspy.lm15 import Config, UnsupportedFeatureError
 
+COLD = 1e-5
+"""Below this temperature the likeliest token is taken: logits over it may be infinite."""
 UNSUPPORTED = ("frequency_penalty", "presence_penalty", "reasoning", "tool_choice", "probabilities", "extensions")
 
 
@@ -16,7 +18,7 @@ class SamplingOptions:
     """How the next token is picked from the model's distribution."""
 
     temperature: float = 0.0
-    """0 takes the likeliest token."""
+    """0 takes the likeliest token, and so does what is below `COLD`."""
     top_p: float = 1.0
     """Keep the likeliest tokens whose probabilities add up to this, 0 to 1."""
     top_k: int | None = None
@@ -53,7 +55,7 @@ class SamplingOptions:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken each time."""
-        return self.temperature == 0.0 or self.top_p == 0.0 or self.top_k == 1
+        return self.temperature < COLD or self.top_p == 0.0 or self.top_k == 1
 
 
 @dataclass(frozen=True)

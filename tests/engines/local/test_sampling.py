@@ -58,7 +58,10 @@ def drawn(times: int = 4000, constraint: Allowed | None = None, **options: Any) 
     return {token: count / times for token, count in sorted(counts.items())}
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_p": 0.0}])
+GREEDY = [{}, *({"temperature": heat} for heat in (1e-300, 1e-46, 1e-40, 1e-38))]
+
+
+@pytest.mark.parametrize("options", [*GREEDY, {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_p": 0.0}])
 def test_greedy_takes_the_likeliest(options: dict[str, Any]) -> None:
     assert choose(LOGITS_1_V, [row(**options)]) == [0]
 
