@@ -67,12 +67,9 @@ class ResponseWriter:
         """First event of a stream."""
         return StreamStartEvent(model=request.model)
 
-    def deltas(self) -> Callable[[str, Sequence[TokenScore]], Iterator[StreamEvent]]:
-        """For one stream: a function that gives the events for each piece of its text."""
-        return ThoughtfulDeltas(self._scores) if self._thinks else self._deltas
-
-    def _deltas(self, text: str, scores: Sequence[TokenScore]) -> Iterator[StreamEvent]:
-        yield StreamDeltaEvent(TextDelta(text, logprobs=self._scores(scores)))
+    def deltas(self) -> Deltas:
+        """The events of one stream's text."""
+        return ThoughtfulDeltas(self._scores) if self._thinks else Deltas(self._scores)
 
     def end(self, answer: FinishedAnswer) -> StreamEvent:
         """Last event of a stream."""
@@ -90,11 +87,28 @@ class ResponseWriter:
         )
 
 
-class ThoughtfulDeltas:
+WriteScores = Callable[[Sequence[TokenScore]], tuple[TokenLogprob, ...]]
+
+
+class Deltas:
+    """The events of an answer, for each piece of its text as it comes."""
+
+    def __init__(self, write_scores: WriteScores) -> None:
+        self._write_scores = write_scores
+
+    def __call__(self, text: str, scores: Sequence[TokenScore]) -> Iterator[StreamEvent]:
+        yield StreamDeltaEvent(TextDelta(text, logprobs=self._write_scores(scores)))
+
+    def finish(self) -> Iterator[StreamEvent]:
+        """The events that were held back, where the text ends."""
+        yield from ()
+
+
+class ThoughtfulDeltas(Deltas):
     """The events of an answer that begins with thoughts: those are part 0, and the answer is part 1."""
 
-    def __init__(self, write_scores: Callable[[Sequence[TokenScore]], tuple[TokenLogprob, ...]]) -> None:
-        self._write_scores = write_scores
+    def __init__(self, write_scores: WriteScores) -> None:
+        super().__init__(write_scores)
         self._splitter = ThoughtSplitter()
         self._thought = False
 
@@ -106,6 +120,11 @@ class ThoughtfulDeltas:
         if answer:
             part = int(self._thought)
             yield StreamDeltaEvent(TextDelta(answer, part_index=part, logprobs=self._write_scores(scores)))
+
+    def finish(self) -> Iterator[StreamEvent]:
+        """The beginning of an end of thinking that didn't come."""
+        if thoughts := self._splitter.finish():
+            yield StreamDeltaEvent(ThinkingDelta(thoughts))
 
 
 def _usage(answer: FinishedAnswer) -> Usage:

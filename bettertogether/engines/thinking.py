@@ -42,6 +42,11 @@ class ThoughtSplitter:
         thoughts, self._held = self._held[:cut], self._held[cut:]
         return thoughts, ""
 
+    def finish(self) -> str:
+        """The thoughts that are held back where the text ends."""
+        held, self._held = self._held, ""
+        return held
+
     def _answer(self, text: str) -> str:
         while self._missing and text.startswith(self._missing[0]):
             text, self._missing = text[1:], self._missing[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 from collections.abc import Iterator, Sequence
@@ -11,10 +12,12 @@ from typing import Any, Literal, Self
 import dspy
 import pytest
 import transformers.utils.chat_template_utils as chat_templates
-from dspy.lm15 import Config, Message, Request
+from dspy.lm15 import Config, Message, Request, ThinkingDelta
 from small_models import CHATML, VOCABULARY, byte_tokenizer, save_model
 
 from bettertogether.engines import TransformersEngine
+from bettertogether.engines.answers import FinishedAnswer
+from bettertogether.engines.local.job import Job
 from bettertogether.engines.local.thinking import ThinkingConstraint
 from bettertogether.engines.rendering import PromptRenderer
 from bettertogether.engines.structured import GrammarCompiler, after_thoughts, answer_grammar
@@ -172,6 +175,8 @@ def test_thoughts_are_split_off_text_that_comes_in_pieces_as_off_the_whole(size:
 
 def test_text_without_an_end_of_thinking_is_all_thought() -> None:
     assert split_thoughts("still thinking") == ("still thinking", "")
+    splitter = ThoughtSplitter()
+    assert [splitter.push("2 <"), splitter.push(" 3 </thi"), splitter.finish()] == [("2 ", ""), ("< 3 ", ""), "</thi"]
 
 
 def test_the_grammar_for_a_server_lets_thoughts_come_first() -> None:
@@ -209,6 +214,23 @@ def test_a_stream_brings_thoughts_and_answer_as_parts_of_their_own(reasoning_eng
     texts = {kind: "".join(d.text for d in deltas if d.type == kind) for kind in ("thinking", "text")}
     assert texts["text"] == response.text
     assert texts["thinking"].strip("\n") == response.message.parts[0].text
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_stream_that_ends_within_the_thoughts_brings_all_of_them(
+    asynchronous: bool, reasoning_engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(job: Job) -> None:
+        assert job.sink is not None
+        job.sink("1 <", ())
+        job.future.set_result(FinishedAnswer("1 <", "length", 1, 0, 3, (), cut=False))
+
+    async def streamed() -> list[Any]:
+        return [event async for event in reasoning_engine.stream_async(asked(reasoning_engine))]
+
+    monkeypatch.setattr(reasoning_engine._scheduler, "submit", answer)
+    events = asyncio.run(streamed()) if asynchronous else list(reasoning_engine.stream(asked(reasoning_engine)))
+    assert [event.delta for event in events[1:-1]] == [ThinkingDelta("1 "), ThinkingDelta("<")]
 
 
 def test_dspy_parses_the_answer_and_has_the_thoughts_beside_it(reasoning_engine: TransformersEngine) -> None:

@@ -113,6 +113,7 @@ class TransformersEngine(BaseEngine):
             deltas = self._writer.deltas()
             while (piece := events.get()) is not None:
                 yield from deltas(*piece)
+            yield from deltas.finish()
             yield self._writer.end(_wait(job.future))
         finally:
             job.future.cancel()
@@ -145,6 +146,8 @@ class TransformersEngine(BaseEngine):
             while (piece := await events.get()) is not None:
                 for event in deltas(*piece):
                     yield event
+            for event in deltas.finish():
+                yield event
             yield self._writer.end(job.future.result())
         finally:
             job.future.cancel()
