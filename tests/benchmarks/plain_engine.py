@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bettertogether.engines.rendering import PromptRenderer, messages_of
+from bettertogether.training._upstream import multiplies_bfloat16_fast
 from bettertogether.training.config import LoRAConfig
 
 
@@ -106,7 +107,7 @@ class PlainEngine:
                 max_length=None,
                 completion_only_loss=True,
                 gradient_checkpointing=False,
-                bf16=True,
+                bf16=multiplies_bfloat16_fast(),
                 use_cpu=True,
                 save_strategy="no",
                 report_to="none",

@@ -3,13 +3,13 @@
     pip install trl
     python tests/benchmarks/whole_run.py [--train 12] [--val 8] [--test 40] [--seeds 0 1 2]
 
-Both sides get the same program (ChatAdapter, DSPy's default), model, messages, metric, number of demo sets, examples
-to score them on, LoRA and training settings. Theirs is `dspy.BetterTogether` with `BootstrapFewShotWithRandomSearch`
-and `BootstrapFinetune`, an engine that calls transformers' `generate` for one request at a time, and a provider that
-trains with trl's SFTTrainer. Ours is this library with its own extras left on (race, 2x2) but for more data (more
-tries, rescue, balance). Theirs drops unparseable answers before training, which stop dspy 3.4.1 otherwise. Each side
-runs in a process of its own, DSPy's disk cache off; theirs takes a quarter of an hour on two cores. Prints calls, rows,
-seconds, peak memory and scores, then the ratios (theirs / ours).
+Both sides get the same program (ChatAdapter, DSPy's default), model, messages, metric, number of demo sets, examples to
+score them on, rank, learning rate, epochs, batches and precision of training. Theirs is `dspy.BetterTogether` with
+`BootstrapFewShotWithRandomSearch` and `BootstrapFinetune`, an engine that calls transformers' `generate` for one
+request at a time, and a provider that trains with trl's SFTTrainer. Ours is this library with its own extras left on
+(race, 2x2) but for more data (more tries, rescue, balance). Theirs drops unparseable answers before training, which
+stop dspy 3.4.1 otherwise. Each side runs in a process of its own, DSPy's disk cache off; theirs takes a quarter of an
+hour on two cores. Prints calls, rows, seconds, peak memory and scores, then the ratios (theirs / ours).
 """
 
 from __future__ import annotations
