@@ -270,7 +270,7 @@ class BaseEngine:
         parent, origin = self._adapters_folder(folder), self._origin(start_from)
         return policy_session(self, policy, lora, training, origin, parent)
 
-    def trained_model(self) -> AbstractContextManager[Any]:
+    def trained_model(self, training: TrainingConfig) -> AbstractContextManager[Any]:
         """The model that a policy session trains."""
         raise NotImplementedError
 

@@ -39,7 +39,7 @@ class PolicyHost(Protocol):
 
     def choices(self, answer: SampledAnswer) -> list[NDArray[np.uint32] | None]: ...
 
-    def trained_model(self) -> AbstractContextManager[Any]:
+    def trained_model(self, training: TrainingConfig) -> AbstractContextManager[Any]:
         """The model to train; the same one for the whole block."""
         ...
 
@@ -167,7 +167,7 @@ def policy_session(
         )
     name, start = start_from if start_from is not None else ("", None)
     folder.mkdir(parents=True, exist_ok=True)
-    with host.trained_model() as model, ExitStack() as ready:
+    with host.trained_model(training) as model, ExitStack() as ready:
         before = ModelState.of(model)
         with host.alone():
             if training.learning_rate == "auto":

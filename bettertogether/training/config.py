@@ -203,7 +203,7 @@ class PolicyConfig:
 
     What a `TrainingConfig` says of AdamW, precision and memory holds here too: `learning_rate` ("auto": a tenth of that
     for rows), `adam_beta2`, `weight_decay`, `max_grad_norm`, `warmup_ratio`, `scheduler` ("averaged" is constant here),
-    `max_tokens_per_batch`, `dtype`, `gradient_checkpointing`, `quantize_base` and `seed`.
+    `max_tokens_per_batch`, `dtype`, `gradient_checkpointing`, `quantize_base` (behind vLLM) and `seed`.
     """
 
     steps: int = 40

@@ -138,7 +138,10 @@ def test_a_session_that_is_loaded_goes_on_as_the_saved_one(engine: TransformersE
         assert session.model == expected
 
 
-def test_a_training_in_other_processes_is_refused(engine: TransformersEngine) -> None:
-    options = {**OPTIONS, "training": TrainingConfig(num_processes=2)}
-    with pytest.raises(ConfigError, match="num_processes"), engine.policy_session(**options):
+@pytest.mark.parametrize("training", [TrainingConfig(num_processes=2), TrainingConfig(quantize_base="4bit")])
+def test_a_training_in_other_processes_or_on_a_model_of_its_own_is_refused(
+    engine: TransformersEngine, training: TrainingConfig
+) -> None:
+    options = {**OPTIONS, "training": training}
+    with pytest.raises(ConfigError, match=r"num_processes|quantize_base"), engine.policy_session(**options):
         pass

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from dspy.lm15 import Request, Response
 
+from ...errors import ConfigError
 from ...extras import is_installed
 from ...printable import get_logger
 from ...training.adapter import adapter_digest, config_json
+from ...training.config import TrainingConfig
 from ...training.lending import ModelState, lent_out
 from ...training.precision import give_back_memory, is_out_of_memory
 from ...training.progress import ProgressFunction, TrainingProgress
@@ -225,8 +227,13 @@ class TransformersEngine(BaseEngine):
                 return train(self, job, model, source, report)
 
     @contextmanager
-    def trained_model(self) -> Iterator[Any]:
-        """The model that answers."""
+    def trained_model(self, training: TrainingConfig) -> Iterator[Any]:
+        """The model that answers. Raises ConfigError for `quantize_base`, which would be a second one beside it."""
+        if training.quantize_base is not None:
+            raise ConfigError(
+                f"quantize_base={training.quantize_base!r} is not for learning from rewards with local_lm, where the "
+                "model that answers is the one that learns: leave it out, or use vllm_lm(...)."
+            )
         self._scheduler.check_open()
         yield self._loaded_model()
 

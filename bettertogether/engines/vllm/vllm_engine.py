@@ -24,6 +24,7 @@ from ...files import new_folder
 from ...printable import get_logger
 from ...training.adapter import save_adapter
 from ...training.adapter_folder import read_adapter_config, write_round
+from ...training.config import TrainingConfig
 from ...training.progress import ProgressFunction
 from .._upstream import StreamEvent
 from ..adapters import adapter_name, unknown_adapter
@@ -339,7 +340,7 @@ class VLLMEngine(BaseEngine):
         with model_to_train(self._card, device, four_bit=four_bit) as model:
             return train(self, job, model, self._card.source, on_progress)
 
-    def trained_model(self) -> AbstractContextManager[Any]:
+    def trained_model(self, training: TrainingConfig) -> AbstractContextManager[Any]:
         """A model of this process's own, beside that of the server, freed after the block. Raises ConfigError for one
         that thinks: the server has another grammar for its thoughts."""
         if self._renderer.thinks:
@@ -348,7 +349,7 @@ class VLLMEngine(BaseEngine):
                 "local_lm(...), or engine_options={'chat_template_kwargs': {'enable_thinking': False}}."
             )
         self._check_unchanged()
-        return model_to_train(self._card, pick_device("auto"))
+        return model_to_train(self._card, pick_device("auto"), four_bit=training.quantize_base is not None)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
