@@ -67,24 +67,26 @@ def split_secrets(value: Any) -> tuple[Any, set[str]]:
     """`without_secrets`, and the names of what was left out.
 
     Left out are entries with the name of a secret (unless they are None, True or False), texts in the form of a known
-    kind of key, and user, password and secret parameters in addresses.
+    kind of key, and user, password and secret parameters in addresses. The fields that a JSON schema names are none.
     """
     left_out: set[str] = set()
-    kept = _kept(value, left_out, "value")
+    kept = _kept(value, left_out, "value", paired=True)
     return (MASK if kept is _LEFT_OUT else kept), left_out
 
 
 _LEFT_OUT = object()
 
 
-def _kept(value: Any, left_out: set[str], name: str) -> Any:
+def _kept(value: Any, left_out: set[str], name: str, *, paired: bool = False, schema: bool = False) -> Any:
+    """A value without secrets. `paired`: it may be a header, as an item of a list; `schema`: it is of a JSON schema,
+    whose names are those of fields."""
     if isinstance(value, Mapping):
-        return _kept_entries(value, left_out)
+        return _kept_entries(value, left_out, schema or _is_schema(value))
     if isinstance(value, list | tuple | set | frozenset):
-        if _is_named_secret(value):
+        if paired and not schema and _is_named_secret(value):
             left_out.add(str(next(iter(value))))
             return _LEFT_OUT
-        items = [_kept(item, left_out, name) for item in value]
+        items = [_kept(item, left_out, name, paired=True, schema=schema) for item in value]
         return [item for item in items if item is not _LEFT_OUT]
     if isinstance(value, str):
         if _VALUE.fullmatch(value.strip()):
@@ -94,14 +96,19 @@ def _kept(value: Any, left_out: set[str], name: str) -> Any:
     return value
 
 
-def _kept_entries(value: Mapping[Any, Any], left_out: set[str]) -> dict[Any, Any]:
+def _is_schema(value: Mapping[Any, Any]) -> bool:
+    of_object = value.get("type") == "object" and isinstance(value.get("properties"), Mapping)
+    return of_object or isinstance(value.get("$defs"), Mapping)
+
+
+def _kept_entries(value: Mapping[Any, Any], left_out: set[str], schema: bool) -> dict[Any, Any]:
     kept = {}
     named = any(str(key).lower() in ("name", "key", "header") and is_secret_name(item) for key, item in value.items())
     for key, item in value.items():
         secret = (is_secret_name(key) and not named) or (named and str(key).lower() == "value")
-        if secret and not isinstance(item, bool | None):
+        if secret and not schema and not isinstance(item, bool | None):
             left_out.add(str(key))
-        elif (inner := _kept(item, left_out, str(key))) is not _LEFT_OUT:
+        elif (inner := _kept(item, left_out, str(key), schema=schema)) is not _LEFT_OUT:
             kept[key] = inner
     return kept
 

@@ -65,6 +65,38 @@ def test_options_are_kept_without_their_secrets_at_any_depth(options: dict[str, 
     assert without_secrets(options) == kept
 
 
+PAIR = {"type": "object", "properties": {"key": {"type": "string"}, "token": {"$ref": "#/$defs/Token"}}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop": ["Token", "###"]},
+        {"stop": ["Password:", "User:"], "n": 2},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "key", "schema": PAIR}}},
+        {"guided_json": {**PAIR, "required": ["password", "token"], "$defs": {"Token": {"enum": ["key", "x"]}}}},
+        {"guided_json": {"anyOf": [{"$ref": "#/$defs/Token"}], "$defs": {"Token": PAIR}}},
+    ],
+)  # fmt: skip
+def test_what_an_answer_ends_with_and_the_fields_of_its_schema_are_no_secrets(options: dict[str, Any]) -> None:
+    assert split_secrets(options) == (options, set())
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"type": "object", "api_key": "x"}, {"type": "object"}),
+        ({"properties": {"api_key": "x"}}, {"properties": {}}),
+        ({"body": {**PAIR, "examples": [KEY]}, "token": "x"}, {"body": {**PAIR, "examples": []}}),
+        ({"body": {**PAIR, "$id": "http://u:p@host/1"}}, {"body": {**PAIR, "$id": "http://host/1"}}),
+        ([PAIR, {"api_key": "x"}, ["Token", "x"]], [PAIR, {}]),
+        (["Authorization", "x"], "***"),
+    ],
+)  # fmt: skip
+def test_beside_a_schema_and_in_its_values_secrets_are_left_out(options: Any, kept: Any) -> None:
+    assert without_secrets(options) == kept
+
+
 def test_what_was_left_out_is_named() -> None:
     options = {"api_key": "x", "extra_body": {"apiKey": "y"}, "api_base": "http://u:p@h", "user": KEY, "seed": 1}
     assert split_secrets(options)[1] == {"api_key", "apiKey", "api_base", "user"}
