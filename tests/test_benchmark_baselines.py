@@ -104,9 +104,11 @@ def test_setfit_that_is_not_installed_is_named_with_what_brings_it(monkeypatch: 
 
 def write(folder: Path, name: str, right: int, *, seed: int = 0, **changes: Any) -> None:
     """A result: of 100 test messages the first `right` are right."""
-    asked = {"side": name, "model": "smollm" if BASELINES[name].needs_lm else NO_MODEL, "seed": seed}
+    model = "smollm" if BASELINES[name].needs_lm else NO_MODEL
+    asked = {"task": "quickstart", "side": name, "model": model, "seed": seed}
     costs = {"minutes": 4.0, "cpu_minutes": 6.0, "lm_calls": 400, "answer_ms": 90.0}
-    data = {"cell": asked, "done": True, "tests": {"returned": [1.0] * right + [0.0] * (100 - right)}}
+    tests = {"returned": [1.0] * right + [0.0] * (100 - right)}
+    data = {"cell": asked, "done": True, "sizes": [32, 40, 100], "tests": tests}
     (folder / f"{name}-{seed}.json").write_text(json.dumps({**data, **costs, **changes}))
 
 
@@ -131,6 +133,14 @@ def test_the_reading_says_which_tool_wins_which_is_as_good_for_less_and_which_lo
     )
     assert said[3].startswith("Lower than ours: dspy.GEPA -0.300 [-0.")
     assert said[4] == "Not compared, for they have other seeds: dspy.MIPROv2."
+
+
+def test_results_of_other_sizes_are_not_compared(tmp_path: Path) -> None:
+    write(tmp_path, "ours", 80)
+    write(tmp_path, "tfidf", 80, sizes=[8, 8, 100])
+
+    with pytest.raises(SystemExit, match=r"tfidf-0\.json is of \[8, 8, 100\] .*ours-0\.json of \[32, 40, 100\]"):
+        load(tmp_path)
 
 
 def test_without_ours_the_highest_is_compared_with(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def cell(task: str = "iris", seed: int = 0, side: str = "ours", **changes: Any) 
     data = {
         "cell": {"task": task, "seed": seed, "side": side, "model": "smollm", "ablation": "default"},
         "done": True,
+        "sizes": [50, 50, 4],
         "rounds": rounds,
         "tests": tests,
         "returned": "p -> w -> p",
@@ -148,6 +149,18 @@ def test_an_ablation_stands_beside_the_default_on_the_same_tasks_and_seeds(tmp_p
     assert compared[1][:6] == ["train_prompt=vanilla", "1", "0.500", "0.750", "1.000", "0.250"]
     assert compared[1][6:10] == ["0.250", "+0.000", "[+0.000,", "+0.000]"]
     assert compared[1][10] == "-0.750"
+
+
+def test_cells_of_other_sizes_are_not_paired(tmp_path: Path) -> None:
+    folder = write(tmp_path, cell(), cell("orders", sizes=[40, 40, 4]), cell(side="theirs", sizes=[40, 40, 4]))
+
+    with pytest.raises(SystemExit) as refused:
+        load(folder)
+
+    assert str(refused.value) == (
+        f"{tmp_path / '2.json'} is of [40, 40, 4] examples (train, validation, test), {tmp_path / '0.json'} of "
+        "[50, 50, 4]: their scores can't be paired. Keep results of another --limit or --test in a folder of their own."
+    )
 
 
 def test_a_cell_that_is_not_finished_is_in_no_table(tmp_path: Path) -> None:

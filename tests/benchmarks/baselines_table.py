@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from together_results import finished
 from together_tables import grid
 
 from bettertogether.report.intervals import mean_interval, paired_interval
@@ -100,10 +100,8 @@ class Line:
 def load(folder: Path) -> dict[str, list[Line]]:
     """Model name to the lines of its table, from the finished cells of a folder. Tools without a model are in each."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["done"]:
-            found.setdefault((data["cell"]["model"], data["cell"]["side"]), []).append(data)
+    for data in finished(folder):
+        found.setdefault((data["cell"]["model"], data["cell"]["side"]), []).append(data)
     models = {model for model, _ in found} - {NO_MODEL} or {NO_MODEL}
     return {
         model: [line_of(name, cells) for name in BASELINES for cells in (of(found, model, name),) if cells]

@@ -149,7 +149,7 @@ def run_ours(outcome: Outcome, task: Task, student: dspy.Module, data: tuple[lis
             "val": record.score,
             "test": key,
             "minutes": record.ledger.seconds / 60,
-            "lm_calls": record.ledger.lm_calls,
+            "lm_calls": record.ledger.lm_calls - record.ledger.cache_hits,
             "trained_tokens": record.ledger.trained_tokens,
             "step_gain": record.step_gain,
             "test_minutes": known.get("test_minutes", (time.monotonic() - started) / 60),

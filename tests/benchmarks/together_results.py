@@ -36,6 +36,23 @@ class Cell:
         return "-".join((self.task, f"s{self.seed}", self.side, self.ablation, Path(self.model).name))
 
 
+def finished(folder: Path) -> list[dict[str, Any]]:
+    """The results of a folder's finished cells, by file name. Those of one task have to be of the same sizes: with
+    others its test examples are others, too."""
+    read = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    done = {path: data for path, data in read.items() if data["done"]}
+    first: dict[str, Path] = {}
+    for path, data in done.items():
+        other = first.setdefault(data["cell"]["task"], path)
+        sizes, others = data["sizes"], done[other]["sizes"]
+        if sizes != others:
+            raise SystemExit(
+                f"{path} is of {sizes} examples (train, validation, test), {other} of {others}: their scores can't be "
+                "paired. Keep results of another --limit or --test in a folder of their own."
+            )
+    return list(done.values())
+
+
 class Outcome:
     """The result file of a cell: what is known so far, on disk after each addition."""
 

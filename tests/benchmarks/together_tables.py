@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from together_results import finished
 
 PAPER = "p -> w -> p"
 STRATEGIES = ("", "p", "w", "w -> w", "w -> r", "w -> g", "p -> w", "w -> p", PAPER)
@@ -80,12 +80,8 @@ Groups = dict[tuple[str, str], list[Result]]
 def load(folder: Path) -> Groups:
     """The finished cells of a results folder. Theirs, which have no ablations, stand beside each of ours; rounds that
     were added also stand where ours did not run."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    done = {}
-    for data in found:
-        if data["done"]:
-            cell = data["cell"]
-            done[cell["side"], cell["model"], cell["ablation"], cell["task"], cell["seed"]] = data
+    names = ("side", "model", "ablation", "task", "seed")
+    done = {tuple(data["cell"][name] for name in names): data for data in finished(folder)}
     groups: Groups = {}
     for model, ablation, task, seed in dict.fromkeys(key[1:] for key in done if key[0] in ("ours", *ADDED)):
         parts = [data for side in (*ADDED, "ours") if (data := done.get((side, model, ablation, task, seed)))]
@@ -229,7 +225,7 @@ def two_by_two_table(results: Sequence[Result]) -> str:
 
 
 def costs_table(results: Sequence[Result]) -> str:
-    """Minutes and LM calls of each step with the scoring of its round on validation, means over seeds."""
+    """Minutes and LM calls (no cache hits) of each step and of scoring its round on validation, means over seeds."""
     rows = [["minutes / LM calls", *(strategy or "untouched" for strategy in STRATEGIES), "auto in all", "dspy's"]]
 
     def shown(costs: Sequence[tuple[float, float]]) -> str:
