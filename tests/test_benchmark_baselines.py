@@ -18,6 +18,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import baselines_cell  # noqa: E402
 from baselines import arguments, cells, main  # noqa: E402
 from baselines_cell import QUICKSTART, run_baseline  # noqa: E402
 from baselines_table import BASELINES, NO_MODEL, load, reading, tables  # noqa: E402
@@ -87,6 +88,23 @@ def test_each_optimizer_compiles_the_quickstart_s_program_and_is_tested_on_the_s
     assert all(calls[name] > 20 for name in ("bootstrap", "mipro", "gepa", "together", "ours")), calls
     assert results["labeled"]["demos"] == 8
     assert sum(results["ours"]["tests"]["returned"]) > sum(results["untouched"]["tests"]["returned"])
+
+
+def test_ours_that_was_killed_in_its_test_says_what_all_of_it_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(baselines_cell, "tested", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ran("ours", tmp_path)
+    before = json.loads((tmp_path / f"{cell('ours').name}.json").read_text())
+
+    after = ran("ours", tmp_path)
+
+    assert after["lm_calls"] == before["lm_calls"] > 20
 
 
 def test_words_alone_tell_the_made_up_messages_apart(tmp_path: Path) -> None:

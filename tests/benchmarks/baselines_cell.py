@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,8 @@ def _together(given: Given) -> dspy.Module:
 
 
 def _ours(given: Given) -> dspy.Module:
+    # What an earlier sitting did would be missing from what it took.
+    shutil.rmtree(given.run_dir, ignore_errors=True)
     weights = LoRAFinetune(given.metric, training=TrainingConfig(epochs=3))
     return BetterTogether(given.metric, p=BootstrapFewShotRS(given.metric), w=weights).compile(
         given.student,
