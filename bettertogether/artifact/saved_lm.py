@@ -61,8 +61,8 @@ def dump_lm(lm: Any) -> SavedLM:
 
 def _engine_options(state: Mapping[str, Any]) -> dict[str, Any]:
     """The options that decide an engine's answers. The precision goes along only where it was chosen: another machine
-    has its own default."""
-    usual = "bfloat16" if str(state.get("device", "")).startswith("cuda") else "float32"
+    has its own default (`engines.loading.pick_dtype`, whose torch is not needed here)."""
+    usual = "float32" if str(state.get("device", "cpu")).startswith("cpu") else "bfloat16"
     chosen = {"chat_template_kwargs": state.get("chat_template_kwargs"), "dtype": state.get("dtype", usual)}
     return {name: value for name, value in chosen.items() if value not in (None, usual)}
 

@@ -285,6 +285,8 @@ def test_the_public_functions_are_those_of_the_package() -> None:
         ({"dtype": "float32", "device": "cpu", "chat_template_kwargs": None}, {}),
         ({"dtype": "bfloat16", "device": "cuda:0"}, {}),
         ({"dtype": "bfloat16", "device": "cpu"}, {"dtype": "bfloat16"}),
+        ({"dtype": "bfloat16", "device": "mps"}, {}),
+        ({"dtype": "float32", "device": "mps"}, {"dtype": "float32"}),
         ({"chat_template_kwargs": {"enable_thinking": True}}, {"chat_template_kwargs": {"enable_thinking": True}}),
     ],
 )
