@@ -20,6 +20,7 @@ import pytest
 from fakes import field_of, outputs_of, plain_lm, reply
 from table_1 import BEST, MODELS, STRATEGIES, TABLE_1, table
 
+import bettertogether
 from bettertogether import LoRAConfig, TrainingConfig, evaluate
 from bettertogether.testing import FakeEngine, FakeRequest
 
@@ -146,6 +147,30 @@ def test_a_run_directory_of_another_command_is_refused_but_takes_more_seeds(whol
     text = iris.main([*command, "--seeds", "2"], lm=plain_lm(student_engine("iris")))
     assert "2 seed(s)" in text
     assert hub_files.own_numbers(text)["p"] == "100.0 (100.0 to 100.0)"
+
+
+@pytest.mark.parametrize("whole", ["iris"], indirect=True)
+@pytest.mark.parametrize("other", ["examples", "lm", "version"])
+def test_seeds_of_other_data_models_or_versions_are_not_mixed(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    run_dir = shutil.copytree(whole.run_dir, tmp_path / "run")
+    engine: FakeEngine = student_engine("iris")
+    command = [*whole.command, "--run-dir", str(run_dir), "--seeds", "2"]
+    if other == "examples":
+        monkeypatch.setattr(iris, "flowers", lambda data, read=iris.flowers: read(data)[::-1])
+    elif other == "lm":
+        engine = FakeEngine(engine.answer, base_name="other")
+    else:
+        monkeypatch.setattr(bettertogether, "__version__", "0.0.1")
+    before = json.loads((run_dir / "command.json").read_text())[other]
+
+    with pytest.raises(SystemExit) as refused:
+        iris.main(command, lm=plain_lm(engine))
+
+    message = f"{run_dir} belongs to another command, with {{{other!r}: {before!r}}}. Give another --run-dir."
+    assert str(refused.value) == message
+    assert not (run_dir / "seed-1").exists()
 
 
 def test_a_stopped_run_goes_on_after_the_last_strategy_that_was_tested(

@@ -8,6 +8,7 @@ and a prompt step after a weight step chooses its prompts on those, with what ea
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import dspy
 from table_1 import BEST, STRATEGIES, table
 
+import bettertogether
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, default_model, evaluate, local_lm
 
 FAMILIES = {"p": ["p -> p", "p -> w -> p"], "w": ["w -> p", "w -> w"]}
@@ -88,10 +90,10 @@ def run(
     if options.seeds < 1 or (options.limit is not None and options.limit < 2):
         raise SystemExit("--seeds must be 1 or more, --limit 2 or more.")
     folder = Path(options.run_dir)
-    _same_command(folder, options)
     if lm is None:
         model = options.model or default_model()
         lm = local_lm(model, temperature=0.1, top_p=0.97, max_tokens=options.max_tokens)
+    _same_command(folder, options, data, lm)
     dspy.configure_cache(enable_disk_cache=False)
     program.set_lm(lm)
     with dspy.context(adapter=ADAPTERS[options.adapter]()):
@@ -113,14 +115,18 @@ def _heading(task: Task, options: argparse.Namespace, sizes: Sequence[int]) -> s
     )
 
 
-def _same_command(folder: Path, options: argparse.Namespace) -> None:
-    """Refuse a folder of another command, but for more seeds."""
+def _same_command(folder: Path, options: argparse.Namespace, data: Sequence[Examples], lm: dspy.LM) -> None:
+    """Refuse a folder of another command, data, model or version, but for more seeds."""
     asked = {name: value for name, value in vars(options).items() if name not in ("seeds", "run_dir")}
+    examples = json.dumps([[example.toDict() for example in part] for part in data])
+    digest = hashlib.sha256(examples.encode()).hexdigest()
+    asked |= {"examples": digest, "lm": lm.model, "version": bettertogether.__version__}
     path = folder / "command.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         if before != asked:
-            raise SystemExit(f"{folder} belongs to another command: {before}. Give another --run-dir.")
+            others = {name: before.get(name) for name in before | asked if before.get(name) != asked.get(name)}
+            raise SystemExit(f"{folder} belongs to another command, with {others}. Give another --run-dir.")
     _write(path, asked)
 
 
