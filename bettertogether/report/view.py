@@ -148,12 +148,12 @@ def _round(report: ReportData, position: int) -> RoundView:
 def _blame(record: StepRecord) -> tuple[BlameView, ...]:
     if not isinstance(record.details, WeightDetails):
         return ()
-    counted = [(name, each, each.repaired / each.failed_runs) for name, each in record.details.blame.items()]
+    counted = [(name, each, each.repaired / max(1, each.failed_runs)) for name, each in record.details.blame.items()]
     views = []
     for name, each, share in sorted(counted, key=lambda line: -line[2]):
         low, high = share_interval(each.repaired, each.failed_runs)
-        runs = f"{each.repaired} of {each.failed_runs}"
-        views.append(BlameView(name, str(each.calls), f"{share:.2f} [{low:.2f}, {high:.2f}]", runs))
+        text = f"{share:.2f} [{low:.2f}, {high:.2f}]" if each.failed_runs else "-"
+        views.append(BlameView(name, str(each.calls), text, f"{each.repaired} of {each.failed_runs}"))
     return tuple(views)
 
 

@@ -259,15 +259,16 @@ def test_the_held_out_losses_of_a_weight_step_are_under_the_table() -> None:
 def test_which_predictors_failures_came_from_is_in_the_table_and_on_the_page_the_guilty_first() -> None:
     details = full_report("t").rounds[2].details
     assert isinstance(details, WeightDetails)
-    guilt = {"innocent": Blame(12, 8, 0), "guilty": Blame(8, 8, 6)}
+    guilt = {"innocent": Blame(12, 8, 0), "guilty": Blame(8, 8, 6), "not asked": Blame(0, 0, 0)}
     rounds = (record(0, "", (0.0,)), record(1, "w", (1.0,), details=replace(details, blame=guilt)))
     found = report(rounds=rounds, selected=1)
     lines = [line.split() for line in str(found).splitlines()]
     start = lines.index(
         ["failures", "before", "w", "repaired", "by", "it", "alone", "[95%", "interval]", "runs", "calls"]
     )
-    assert lines[start + 1 : start + 3] == [
+    assert lines[start + 1 : start + 4] == [
         ["guilty", "0.75", "[0.41,", "0.93]", "6", "of", "8", "8"],
         ["innocent", "0.00", "[0.00,", "0.32]", "0", "of", "8", "12"],
+        ["not", "asked", "-", "0", "of", "0", "0"],
     ]
     assert "guilty0.75 [0.41, 0.93]6 of 88" in Page(page_of(found)).text
