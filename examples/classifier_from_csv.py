@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--save", help="folder for the compiled classifier")
     arguments = parser.parse_args()
 
-    with open(arguments.csv, encoding="utf-8", newline="") as file:
+    with open(arguments.csv, encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file)
         rows, columns = list(table), table.fieldnames or []
     for column in (arguments.text, arguments.label):

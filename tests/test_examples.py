@@ -100,11 +100,12 @@ def test_a_classifier_is_made_from_the_rows_of_a_csv(run: Run, serve: Serve, tmp
     assert score(printed, "untouched") < score(printed, "compiled") == 1
 
 
-def test_a_column_that_a_csv_lacks_is_named_with_those_that_it_has(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_column_that_a_csv_lacks_is_named_with_those_that_it_has_without_excels_byte_order_mark(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str
 ) -> None:
     table = tmp_path / "reviews.csv"
-    table.write_text("id,review\n1,good\n")
+    table.write_text("id,review\n1,good\n", encoding=encoding)
     with pytest.raises(SystemExit):
         run("classifier_from_csv.py", "--csv", table)
     assert "has no column 'text', it has ['id', 'review']: name two with --text and --label" in capsys.readouterr().err
