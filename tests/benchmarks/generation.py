@@ -4,7 +4,7 @@
 
 64 requests of an Iris program (chain of thought, JSON) with 8 demos each, greedy and of a fixed length, so that every
 way does the same work. A way that is slow is timed on a part of the requests, and the time is scaled to all of them
-(`--share one-by-one=8`): one by one and in padded batches it is proportional to their number. The texts of all ways
+(`--share one_by_one=8`): one by one and in padded batches it is proportional to their number. The texts of all ways
 are compared. llama.cpp is timed when `llama_cpp` can be imported and --gguf names its file; vLLM when --vllm is the
 address of its server, on the same processors:
 
@@ -49,6 +49,7 @@ Answers = list[list[int]]
 Way = Callable[[Prompts], Answers]
 OTHERS = {"llama_cpp": "gguf", "vllm": "vllm"}
 """Ways with arithmetic of their own, which may write other texts; and the option by which they find the model."""
+WAYS = ("engine", "one_by_one", "padded", "continuous", *OTHERS)
 
 
 class Iris(dspy.Signature):
@@ -216,11 +217,14 @@ def main() -> int:
     numbers = {"requests": 64, "demos": 8, "new-tokens": 64, "repeats": 3, "padded-batch": 16, "own-tokens": 0}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--ways", nargs="*", default=["engine", "one_by_one", "padded", "continuous", *OTHERS])
+    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS)
     parser.add_argument("--share", nargs="*", default=["one_by_one=8", "padded=16"], help="WAY=REQUESTS, then scaled")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="with --threads 1: fair on a machine that others use")
     options = parser.parse_args()
+    shares = dict(share.split("=") for share in options.share)
+    if unknown := sorted(shares.keys() - {*WAYS}):
+        parser.error(f"--share names {unknown}, the ways are {[*WAYS]}.")
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
     bench = Bench(options)
@@ -228,7 +232,6 @@ def main() -> int:
         prompts = long_prompts(options.requests, options.own_tokens)
     else:
         prompts = [bench.renderer.prompt_tokens(chat) for chat in chats(options.requests, options.demos)]
-    shares = dict(share.split("=") for share in options.share)
     print(f"{len(prompts)} prompts of {len(prompts[0])} tokens, {options.new_tokens} new ones each, {options.dtype}")
     reference: Answers = []
     base = 0.0
