@@ -234,7 +234,7 @@ def scene_match(example: dspy.Example, prediction: dspy.Prediction, trace: Any =
 
 
 def reply_match(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
-    """Whether it is one sentence of four to twelve words that names the product."""
+    """Whether it is one sentence of four to twelve words that names the product, even as part of another word."""
     words = words_of_one_sentence(prediction.reply)
     return 4 <= len(words) <= 12 and example.product in " ".join(words)
 
