@@ -16,6 +16,8 @@ from itertools import takewhile
 from typing import Any
 
 from dspy.lm15 import UnsupportedFeatureError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from ..errors import MissingExtraError
 from ..extras import is_installed
@@ -204,9 +206,23 @@ class GrammarCompiler:
                 )
             import llguidance.hf
 
-            tokenizer = llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos_ids)
+            known = _known_to_model(self._tokenizer, self._vocabulary)
+            tokenizer = llguidance.hf.from_tokenizer(known, n_vocab=self._vocabulary, eos_token=self._eos_ids)
             self._wrapped = tokenizer, TokenBytes(tokenizer, self._vocabulary)
         return self._wrapped
+
+
+def _known_to_model(tokenizer: Any, vocabulary: int) -> Any:
+    """The tokenizer without the tokens that the model has no embedding for: llguidance takes none larger than it."""
+    if max(tokenizer.get_vocab().values()) < vocabulary:
+        return tokenizer
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocabulary]
+    if state["model"]["type"] == "BPE":
+        tokens = {token: number for token, number in state["model"]["vocab"].items() if number < vocabulary}
+        merges = [pair for pair in state["model"]["merges"] if tokens.keys() >= {*pair, "".join(pair)}]
+        state["model"] |= {"vocab": tokens, "merges": merges}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
 
 
 def answer_grammar(response_format: Mapping[str, Any]) -> str:

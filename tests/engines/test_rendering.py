@@ -140,6 +140,17 @@ def test_the_grammar_forces_the_tokens_that_an_answer_is_trained_on_with_sentenc
     assert forced
 
 
+def test_a_grammar_has_no_token_that_the_model_has_no_embedding_for() -> None:
+    pytest.importorskip("llguidance")
+    tokenizer = sentencepiece(LLAMA2)
+    tokenizer.add_tokens(["cd"])
+    without = len(tokenizer) - 2
+    assert tokenizer.convert_ids_to_tokens(without) == "]{"
+    schema = {"type": "json_schema", "schema": {"const": {"y": "]{cd"}}}
+    forced = GrammarCompiler(tokenizer, without, [2]).constraint(schema).forced()
+    assert tokenizer.convert_ids_to_tokens(forced)[-8:] == ['"', "]", "{", "c", "d", '"', "<0x0A>", "}"]
+
+
 def test_an_answer_that_begins_with_a_space_keeps_it_with_sentencepiece() -> None:
     tokenizer = sentencepiece(LLAMA2)
     found = PromptRenderer(tokenizer, [2], None).completion_tokens(" yes")

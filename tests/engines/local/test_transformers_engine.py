@@ -413,6 +413,8 @@ def test_a_token_without_an_embedding_is_told_at_load_and_refused_by_name(
     engine = TransformersEngine(folder)
     assert "has tokens up to 261, the model embeddings for 261: texts with '<call>'" in caplog.text
     assert engine.complete(ask("plain", max_tokens=2)).usage.output_tokens == 2
+    called = engine.complete(ask("plain", max_tokens=40, response_format=labels("<call>")))
+    assert called.text == '{\n  "label": "<call>"\n}'
     with pytest.raises(ModelError, match=r"'<call>', which is token 261.*embeddings for tokens 0 to 260"):
         engine.complete(ask("a <call> here"))
     engine.close()
