@@ -81,16 +81,19 @@ class ModelCard:
 
 
 def located(model: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> str | Path:
-    """Where transformers finds a model: its folder or hub id, with "~" as the home folder; of a GGUF file, or a folder
-    that holds one, the folder that it is converted to; of a revision of a hub id, or one that needs a token, the folder
-    that it is downloaded to. Raises ModelError."""
+    """Where transformers finds a model: its folder as an absolute path, or its hub id; of a GGUF file, or a folder that
+    holds one, the folder that it is converted to; of a revision of a hub id, or one that needs a token, the folder that
+    it is downloaded to. Raises ModelError."""
     place = type(model)(Path(model).expanduser()) if str(model).startswith("~") else model
     with readable(model):
         gguf_file = gguf_in(Path(place))
         is_folder = Path(place).is_dir()
     if gguf_file is not None:
         return converted(gguf_file)
-    if is_folder or (revision is None and token is None):
+    if is_folder:
+        # It is read again, from wherever the process is then.
+        return type(model)(Path(place).absolute())
+    if revision is None and token is None:
         return place
     try:
         snapshot = snapshot_download(

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from small_models import generated, save_model
+from small_models import generated, save_adapter, save_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from bettertogether import local_lm
@@ -64,6 +64,20 @@ def test_what_is_no_whole_gguf_file_is_refused(gguf_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"damaged\.gguf can't be read as a model \("):
         local_lm(gguf_folder / "damaged.gguf")
     assert not list((gguf_folder.parent / "cache" / "models").rglob("damaged"))
+
+
+def test_a_model_and_an_adapter_are_found_wherever_the_process_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, adapter = save_model(tmp_path / "models" / "tiny"), save_adapter(tmp_path / "adapter", 1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    lm = local_lm("models/tiny", adapter="adapter", max_tokens=4, cache=False)
+    assert local_lm(model).engine is lm.engine
+    state = lm.engine.dump_state()
+    assert (state["model"], state["adapters"]) == (str(model), [str(adapter)])
+    monkeypatch.chdir("elsewhere")
+    assert lm("One?") == local_lm(model, adapter=adapter, max_tokens=4, cache=False)("One?")
 
 
 def hub_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:

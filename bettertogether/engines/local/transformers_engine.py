@@ -187,7 +187,7 @@ class TransformersEngine(BaseEngine):
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
         self._scheduler.check_open()
-        return self._adapters.add(Path(folder).expanduser())
+        return self._adapters.add(Path(folder).expanduser().absolute())
 
     def remove_adapter(self, model: str) -> None:
         """Serve an adapter no more."""
