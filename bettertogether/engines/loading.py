@@ -34,6 +34,7 @@ from ..printable import get_logger
 from ..training.adapter_settings import CONFIG_FILE
 from ..training.bars import no_bars
 from ..training.precision import four_bit_model, give_back_memory
+from .fingerprint import TEMPLATES
 from .gguf import converted, gguf_in
 
 logger = get_logger(__name__)
@@ -96,12 +97,21 @@ def located(model: str | Path, *, revision: str | None = None, token: str | bool
     if revision is None and token is None:
         return place
     try:
-        snapshot = snapshot_download(
-            str(place), revision=revision, token=token, allow_patterns=list(_SNAPSHOT), ignore_patterns=["*/*"]
-        )
+        return _snapshot(str(place), revision, token)
     except (OSError, ValueError) as error:
         raise _not_loaded(place, error, revision) from error
-    return Path(snapshot)
+
+
+def _snapshot(repo: str, revision: str | None, token: str | bool | None) -> Path:
+    """What transformers reads of a repository, downloaded."""
+    found = snapshot_download(
+        repo, revision=revision, token=token, allow_patterns=list(_SNAPSHOT), ignore_patterns=["*/*"]
+    )
+    snapshot = Path(found)
+    rest = [TEMPLATES] if any(snapshot.glob("*.safetensors")) else [TEMPLATES, "pytorch_model*.bin"]
+    # The folder is named after its commit.
+    snapshot_download(repo, revision=snapshot.name, token=token, allow_patterns=rest)
+    return snapshot
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils._paths import filter_repo_objects
+from safetensors.torch import load_file
 from small_models import generated, save_adapter, save_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -112,21 +115,35 @@ def test_what_the_hub_answers_is_said_with_what_to_do(
     assert "hf_secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
 def test_a_revision_is_fetched_with_the_token_and_named_after_its_repository(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, Any] = {}
-    snapshot = save_model(tmp_path / "models--me--tiny" / "snapshots" / "0123")
+    asked: list[tuple[Any, ...]] = []
+    repo, snapshot = save_model(tmp_path / "repo"), tmp_path / "models--me--tiny" / "snapshots" / "0123"
+    torch.save(load_file(repo / "model.safetensors"), repo / "pytorch_model.bin")
+    if weights == "pytorch_model.bin":
+        (repo / "model.safetensors").unlink()
+    for name in ("additional_chat_templates/rag.jinja", "onnx/config.json"):
+        (repo / name).parent.mkdir()
+        (repo / name).write_text("{}")
 
-    def download(repo: str, **options: Any) -> str:
-        asked.update(options, repo=repo)
+    def download(repo_id: str, *, revision: str, token: str, **patterns: Any) -> str:
+        asked.append((repo_id, revision, token))
+        names = [path.relative_to(repo).as_posix() for path in repo.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, **patterns):
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repo / name, snapshot / name)
         return os.fspath(snapshot)
 
     monkeypatch.setattr(loading, "snapshot_download", download)
-    lm = local_lm("me/tiny", revision="v2", token="hf_secret")
-    assert (asked["repo"], asked["revision"], asked["token"]) == ("me/tiny", "v2", "hf_secret")
+    lm = local_lm("me/tiny", revision="v2", token="hf_secret", max_tokens=4, cache=False)
+    assert asked == [("me/tiny", "v2", "hf_secret"), ("me/tiny", "0123", "hf_secret")]
     assert lm.engine.short_name == "tiny"
     assert "hf_secret" not in repr(lm.dump_state())
+    assert [path.name for path in snapshot.rglob("*") if path.suffix in (".bin", ".safetensors")] == [weights]
+    assert [path.name for path in snapshot.iterdir() if path.is_dir()] == ["additional_chat_templates"]
+    assert lm("One?") == local_lm(repo, max_tokens=4, cache=False)("One?")
 
 
 @pytest.mark.parametrize("options", [{"revision": 3}, {"token": 3}])
