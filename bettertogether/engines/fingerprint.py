@@ -81,8 +81,7 @@ def short_name(model: str | Path) -> str:
 def _folder_parts(folder: Path) -> dict[str, str]:
     """File name to hash, for the files that transformers reads of a folder."""
     small = _first_or_rest(TOKENIZER_FILES, lambda name: (folder / name).is_file())
-    templates = [path.relative_to(folder).as_posix() for path in folder.glob(TEMPLATES)]
-    names = [name for name in (*SMALL_FILES, *small, *templates) if (folder / name).is_file()]
+    names = [name for name in (*SMALL_FILES, *small, *_templates(folder)) if (folder / name).is_file()]
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     main = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if main is None:
@@ -90,6 +89,11 @@ def _folder_parts(folder: Path) -> dict[str, str]:
     else:
         weights = [folder / name for name in _shards(folder / main)]
     return hashes | file_hashes(weights)
+
+
+def _templates(folder: Path) -> list[str]:
+    """Names of the further chat templates."""
+    return [path.relative_to(folder).as_posix() for path in folder.glob(TEMPLATES)]
 
 
 def _shards(path: Path) -> list[str]:
@@ -113,7 +117,9 @@ def _hub_parts(repo: str, commit: str | None) -> dict[str, str]:
         return Path(found) if isinstance(found, str) else None
 
     small = _first_or_rest(TOKENIZER_FILES, local)
-    here = {name: path for name in (*SMALL_FILES, *small) if (path := local(name)) is not None}
+    config = local("config.json")
+    templates = [] if config is None else _templates(config.parent)
+    here = {name: path for name in (*SMALL_FILES, *small, *templates) if (path := local(name)) is not None}
     hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in here.items()}
     for main in WEIGHT_FILES:
         path = local(main)

@@ -287,6 +287,13 @@ def test_a_model_of_the_hub_has_the_hash_of_the_same_model_in_a_folder(hub: Path
     assert model_hash("org/tiny", COMMIT) == model_hash(hub) == model_hash(tmp_path / "plain" / "tiny")
 
 
+def test_a_further_chat_template_counts_for_a_model_of_the_hub_as_for_a_folder(hub: Path) -> None:
+    before = model_hash("org/tiny", COMMIT)
+    (hub / "additional_chat_templates").mkdir()
+    (hub / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    assert before != model_hash("org/tiny", COMMIT) == model_hash(hub)
+
+
 def test_weights_in_the_hubs_cache_are_not_read_for_their_hash(hub: Path, reads: list[int]) -> None:
     model_hash("org/tiny", COMMIT)
     assert reads == []
