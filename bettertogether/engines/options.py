@@ -58,6 +58,8 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         with_plain_numbers(self)
+        if self.chat_template_kwargs == DEFAULT_TEMPLATE_KWARGS:
+            object.__setattr__(self, "chat_template_kwargs", None)
         for each in fields(self):
             value, rule = getattr(self, each.name), each.metadata["rule"]
             if not rule.allows(value):

@@ -66,6 +66,23 @@ def test_options_that_decide_only_the_pace_are_no_part_of_the_name() -> None:
     assert TransformersOptions(dtype="bfloat16").resolved().traits() != usual
 
 
+@pytest.mark.parametrize("kind", [TransformersOptions, VLLMOptions])
+def test_the_default_variables_of_the_template_are_the_same_where_they_are_given(kind: type[EngineOptions]) -> None:
+    assert kind(chat_template_kwargs={"enable_thinking": False}) == kind()
+
+
+def test_a_device_has_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(*devices: str) -> list[Any]:
+        return [TransformersOptions(device=device).resolved().device for device in devices]
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert names("cpu", "cpu:0") == ["cpu"] * 2
+    assert names("cuda", "cuda:0", "cuda:1") == ["cuda:0", "cuda:0", "cuda:1"]
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    assert names("cuda", "cuda:0") == ["cuda:1", "cuda:0"]
+
+
 def test_of_a_servers_options_those_that_decide_only_the_pace_are_no_part_of_the_name() -> None:
     options = VLLMOptions(server_options={"max_num_seqs": 8, "quantization": "fp8"}, concurrency=2)
     assert options.traits()["server_options"] == {"quantization": "fp8"}

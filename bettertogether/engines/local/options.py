@@ -45,4 +45,13 @@ class TransformersOptions(EngineOptions):
 
     def resolved(self) -> Self:
         """The same options, with the device and the precision by name."""
-        return replace(self, device=str(self.torch_device), dtype=str(self.torch_dtype).removeprefix("torch."))
+        dtype = str(self.torch_dtype).removeprefix("torch.")
+        return replace(self, device=_only_name(self.torch_device), dtype=dtype)
+
+
+def _only_name(device: torch.device) -> str:
+    """One name for all ways to ask for a device; "cuda" is the one that is current in this process."""
+    if device.type != "cuda":
+        return device.type
+    current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    return f"cuda:{current if device.index is None else device.index}"
