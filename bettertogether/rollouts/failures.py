@@ -25,7 +25,7 @@ from dspy.utils.exceptions import AdapterParseError
 
 from ..records import Failure, StepRecord, failure_text
 from ..redaction import masked
-from .metrics import BELOW_THRESHOLD
+from .metrics import BELOW_THRESHOLD, reaches
 
 if TYPE_CHECKING:
     from .traces import Trace
@@ -152,7 +152,7 @@ def round_warnings(records: Sequence[StepRecord], full_mark: float) -> list[str]
 
 def _equal_scores(record: StepRecord, name: str, full_mark: float) -> list[str]:
     score, count = (record.scores or (0.0,))[0], len(record.scores or ())
-    if score < full_mark:
+    if not reaches(score, full_mark):
         seen = f" ({record.scored_example})" if record.scored_example else ""
         return [
             f"{name}: each of the {count} examples scores {score:g}, so nothing can be told apart by it: check the "
@@ -171,7 +171,7 @@ def no_difference(records: Sequence[StepRecord], full_mark: float) -> str | None
     scored = [record.scores for record in records if record.status == "complete" and record.scores]
     if len(scored) < 2 or len(scored[0]) < 2 or len(set(scored)) > 1:
         return None
-    if any(map(all_failed, records)) or min(scored[0]) >= full_mark:
+    if any(map(all_failed, records)) or reaches(min(scored[0]), full_mark):
         return None
     return (
         f"The {len(scored)} rounds have the same score on each of the {len(scored[0])} validation examples: the scores "

@@ -17,6 +17,12 @@ Metric = Callable[..., Any]
 FULL_MARK = 1.0
 """Score that passes when no threshold is given: True, 1, 1.0."""
 
+EQUAL = 1e-9
+"""Scores closer than this are equal: sums of the same numbers in another order."""
+
+ROUNDING = 1e-6
+"""By which a full mark in 32 bits, such as a cosine, may be above 1."""
+
 BELOW_THRESHOLD = "score below threshold"
 """Reason of a verdict on a run that did not fail and was not good enough."""
 
@@ -35,6 +41,16 @@ class Verdict:
 def full_mark(threshold: float | None) -> float:
     """The score from which an example counts as solved."""
     return FULL_MARK if threshold is None else threshold
+
+
+def reaches(score: float, mark: float) -> bool:
+    """Whether a score is as high as the mark, but for rounding."""
+    return score >= mark - EQUAL
+
+
+def is_above_one(score: float) -> bool:
+    """Whether a score, but for rounding, is none of a metric whose full mark is 1."""
+    return score > FULL_MARK + ROUNDING
 
 
 def with_trace(metric: Metric) -> Metric:
@@ -116,10 +132,10 @@ def judge(
     score = score_of(metric(example, prediction, trace))
     if not math.isfinite(score):
         return Verdict(0.0, False, f"metric returned {'NaN' if math.isnan(score) else score}")
-    if threshold is None and score > FULL_MARK:
+    if threshold is None and is_above_one(score):
         raise ConfigError(
             f"The metric returned {score:g}. Without a threshold, 1.0 is taken as its full mark: give threshold=... "
             "(the score from which an example counts as solved), or return a score from 0 to 1."
         )
-    passed = score >= full_mark(threshold)
+    passed = reaches(score, full_mark(threshold))
     return Verdict(score, passed, None if passed else BELOW_THRESHOLD)

@@ -23,7 +23,7 @@ from ..redaction import masked
 from ..rollouts.evaluation import Evaluation, Kind, evaluate_many
 from ..rollouts.failures import count_failures, failure_warning, no_difference, round_warnings, scored_example
 from ..rollouts.labels import label_fields
-from ..rollouts.metrics import FULL_MARK
+from ..rollouts.metrics import FULL_MARK, is_above_one
 from ..rollouts.rollout import stable_seed
 from ..steps.step import StepContext, StepResult, as_step
 from . import auto, strategy
@@ -148,7 +148,7 @@ class Loop:
     def _check_scale(self) -> None:
         scores = self.records[0].scores or ()
         unset = [key for key, threshold in self.plan.thresholds.items() if threshold is None]
-        if unset and max(scores, default=0.0) > FULL_MARK:
+        if unset and is_above_one(max(scores, default=0.0)):
             raise ConfigError(
                 f"The metric gave {max(scores):g} on the valset, but the steps {unset} take 1.0 as its full mark: give "
                 "them threshold=... (the score from which an example counts as solved), or scale the metric to 0..1."
@@ -328,7 +328,7 @@ class Loop:
         """The score that can't be bettered, as far as it is known: of a metric that goes above 1 by the thresholds."""
         marks = [each for each in self.plan.thresholds.values() if each is not None]
         highest = max((score for record in self.records for score in record.scores or ()), default=0.0)
-        return max([FULL_MARK, *marks]) if marks or highest <= FULL_MARK else math.inf
+        return max([FULL_MARK, *marks]) if marks or not is_above_one(highest) else math.inf
 
     def _end(
         self,

@@ -17,9 +17,7 @@ from collections.abc import Sequence
 
 from ..records import ARROW, StepRecord
 from ..rollouts.failures import all_failed
-
-EQUAL = 1e-9
-"""Means closer than this are equal: sums of the same scores in another order."""
+from ..rollouts.metrics import reaches
 
 
 def select(records: Sequence[StepRecord]) -> int:
@@ -30,7 +28,7 @@ def select(records: Sequence[StepRecord]) -> int:
         return complete[-1]
     scored = {i: score for i, score in scored.items() if not all_failed(records[i])} or scored
     best = max(score for score in scored.values() if score is not None)
-    tied = [i for i, score in scored.items() if score is not None and score >= best - EQUAL]
+    tied = [i for i, score in scored.items() if score is not None and reaches(score, best)]
     evident = [i for i in tied if (records[i].step_gain or 0.0) > 0]
     return _simplest(records, evident[-1], tied) if evident else tied[0]
 

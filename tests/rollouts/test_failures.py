@@ -327,7 +327,8 @@ def test_a_round_of_equal_scores_is_told_once_for_each_score_with_an_answer() ->
 
 
 def test_a_round_that_reaches_the_full_mark_everywhere_is_a_success() -> None:
-    assert round_warnings([record(0, (0.0, 1.0)), record(1, (1.0, 1.0), "p")], 1.0) == []
+    for full in (1.0, 0.6 + 0.3 + 0.1):
+        assert round_warnings([record(0, (0.0, full)), record(1, (full, full), "p")], 1.0) == []
 
 
 def test_the_full_mark_is_the_steps_threshold_where_that_is_higher() -> None:

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import dspy
+import numpy as np
 import pytest
 
 from bettertogether.errors import ConfigError
@@ -25,7 +26,7 @@ def test_the_full_mark_passes_without_a_threshold(value: Any) -> None:
     assert verdict(value) == Verdict(1.0, True)
 
 
-@pytest.mark.parametrize("value", [False, 0, 0.3, 1e-9, 0.999, -1.0, dspy.Prediction(score=0.0), {"score": 0.5}])
+@pytest.mark.parametrize("value", [False, 0, 0.3, 1e-9, 0.99999999, -1.0, dspy.Prediction(score=0.0), {"score": 0.5}])
 def test_less_than_the_full_mark_does_not_pass(value: Any) -> None:
     got = verdict(value)
     assert (got.passed, got.reason) == (False, "score below threshold")
@@ -34,6 +35,23 @@ def test_less_than_the_full_mark_does_not_pass(value: Any) -> None:
 @pytest.mark.parametrize(("value", "passed"), [(0.7, True), (0.5, True), (0.49, False), (True, True), (-2.0, False)])
 def test_a_threshold_passes_scores_from_it_on(value: Any, passed: bool) -> None:
     assert verdict(value, 0.5).passed is passed
+
+
+def test_the_parts_of_a_full_mark_need_not_sum_to_it_exactly() -> None:
+    score = 0.6 + 0.3 + 0.1
+    assert score < 1
+    assert verdict(score) == Verdict(score, True)
+    assert verdict(100 * score, 100) == Verdict(100 * score, True)
+
+
+def test_a_full_mark_in_32_bits_may_be_above_one() -> None:
+    a = np.array([0.3, 0.5, 0.7], dtype=np.float32)
+    unit = a / np.linalg.norm(a)
+    cosine = float(unit @ unit)
+    assert cosine > 1
+    assert verdict(cosine) == Verdict(cosine, True)
+    with pytest.raises(ConfigError, match="give threshold="):
+        verdict(1.00001)
 
 
 def test_a_negative_threshold_is_a_threshold() -> None:

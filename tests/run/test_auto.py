@@ -82,6 +82,11 @@ def test_a_run_passes_from_the_threshold_of_the_weight_step() -> None:
     assert next_of(half, w=W, p=P).startswith("p next: the untouched student passes 0 of 10")
 
 
+def test_a_full_mark_that_is_rounded_passes() -> None:
+    full = [StepRecord(0, "", "", "complete", 0.6 + 0.3 + 0.1, (0.6 + 0.3 + 0.1,) * 10)]
+    assert next_of(full, w=W, p=P) == "w next: it was given first"
+
+
 def test_after_a_prompt_step_comes_a_weight_step() -> None:
     assert next_of(rounds(("", 2), ("p", 6))) == (
         "w next: p gained +0.40 [68%: +0.20, +0.60], and 6 of 10 examples pass, so there is more to learn from"

@@ -372,6 +372,14 @@ def test_a_metric_above_one_without_thresholds_ends_the_run_before_any_step(engi
     assert engine.trainings == []
 
 
+def test_a_full_mark_that_is_above_one_by_rounding_ends_nothing() -> None:
+    compiled = compile_(
+        parity_engine(lambda *_: True), "p", metric=lambda e, p, trace=None: 1.0000001 * parity_match(e, p)
+    )
+    assert rounds(compiled) == [("", "complete"), ("p", "complete")]
+    assert "each of the 20 examples has the full score 1: nothing is left to gain" in compiled.report.warnings[0]
+
+
 def test_a_metric_above_one_with_thresholds_is_scored_in_its_unit(engine: FakeEngine) -> None:
     percent = lambda e, p, trace=None: 100.0 * parity_match(e, p)  # noqa: E731
     optimizers = {"p": BootstrapFewShotRS(percent, threshold=100), "w": LoRAFinetune(percent, threshold=100)}

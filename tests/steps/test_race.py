@@ -133,7 +133,7 @@ def test_one_that_answers_like_a_known_one_is_stopped() -> None:
     assert (known.stopped, new.stopped, len(new.scores)) == (False, True, 16)
 
 
-@pytest.mark.parametrize(("score", "stopped"), [(0.0, False), (0.5, False), (1.0, True)])
+@pytest.mark.parametrize(("score", "stopped"), [(0.0, False), (0.5, False), (1.0, True), (0.6 + 0.3 + 0.1, True)])
 def test_where_all_scores_are_the_same_only_the_full_mark_says_that_candidates_are_alike(
     score: float, stopped: bool
 ) -> None:
