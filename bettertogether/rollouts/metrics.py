@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import dspy
+import numpy as np
 
 from ..errors import ConfigError
 
@@ -100,11 +101,7 @@ def score_of(value: Any) -> float:
 
     Raises TypeError for anything else (None among them).
     """
-    score = value
-    if isinstance(value, Mapping):
-        score = value.get("score")
-    elif isinstance(value, dspy.Example) or hasattr(value, "score"):
-        score = getattr(value, "score", None)
+    score = _without_feedback(value)
     try:
         # Of -0.0, which a negated loss is, the sum is 0.0.
         return float(None if isinstance(score, str) else score) + 0.0  # type: ignore[arg-type]
@@ -114,6 +111,14 @@ def score_of(value: Any) -> float:
         ) from None
 
 
+def _without_feedback(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return value.get("score")
+    if isinstance(value, dspy.Example) or hasattr(value, "score"):
+        return getattr(value, "score", None)
+    return value
+
+
 def judge(
     metric: Metric | None,
     example: dspy.Example,
@@ -121,15 +126,16 @@ def judge(
     trace: list[Any] | None,
     threshold: float | None = None,
 ) -> Verdict:
-    """The verdict on one prediction: passed when the score is a number and at least `threshold` (None: full mark).
-    The metric takes three arguments, see `with_trace`.
+    """The verdict on one prediction: passed when the score is True, or a number and at least `threshold` (None:
+    full mark). The metric takes three arguments, see `with_trace`.
 
     Raises what the metric raises; ConfigError when scores above 1 come without a threshold, since the full mark of
     such a metric is not known.
     """
     if metric is None:
         return Verdict(FULL_MARK, True)
-    score = score_of(metric(example, prediction, trace))
+    value = metric(example, prediction, trace)
+    score = score_of(value)
     if not math.isfinite(score):
         return Verdict(0.0, False, f"metric returned {'NaN' if math.isnan(score) else score}")
     if threshold is None and is_above_one(score):
@@ -137,5 +143,6 @@ def judge(
             f"The metric returned {score:g}. Without a threshold, 1.0 is taken as its full mark: give threshold=... "
             "(the score from which an example counts as solved), or return a score from 0 to 1."
         )
-    passed = reaches(score, full_mark(threshold))
+    is_bool = isinstance(_without_feedback(value), bool | np.bool_)
+    passed = bool(score) if is_bool else reaches(score, full_mark(threshold))
     return Verdict(score, passed, None if passed else BELOW_THRESHOLD)

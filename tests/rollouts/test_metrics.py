@@ -62,6 +62,14 @@ def test_a_threshold_of_zero_is_a_threshold() -> None:
     assert verdict(0.0, 0.0).passed is True
 
 
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.5, 80.0, None])
+def test_a_bool_passes_or_not_whatever_the_threshold(threshold: float | None) -> None:
+    for true in (True, np.bool_(True), {"score": True}, dspy.Prediction(score=np.bool_(True))):
+        assert verdict(true, threshold) == Verdict(1.0, True)
+    for false in (False, np.bool_(False), {"score": False}, dspy.Prediction(score=np.bool_(False))):
+        assert verdict(false, threshold) == Verdict(0.0, False, "score below threshold")
+
+
 def test_nan_scores_zero_and_says_so() -> None:
     assert verdict(math.nan, -1.0) == Verdict(0.0, False, "metric returned NaN")
 
