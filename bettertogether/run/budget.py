@@ -17,10 +17,11 @@ _LIMITS = {"minutes": ("minutes", 1), "metric_calls": ("metric calls", 0), "toke
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of a run; None is no limit. Checked between units of work, so a run overshoots by one unit at most."""
+    """Limits of a run; None is no limit. Checked between units of work, so a run overshoots by one unit at most. What
+    earlier calls with the same `run_dir` used counts, also for steps that were cut off or failed."""
 
     minutes: float | None = None
-    """Wall time in minutes, the time of resumed steps included."""
+    """Wall time in minutes."""
     metric_calls: int | None = None
     """Calls of the metric."""
     tokens: int | None = None
@@ -40,7 +41,7 @@ class Budget:
             raise ConfigError(f"Budget({name}={value!r}) is not allowed: give {number} above 0, or None for no limit.")
 
     def start(self, spent: Ledger = Ledger(), *, clock: Callable[[], float] = time.monotonic) -> BudgetMeter:
-        """A meter whose clock runs from now on. `spent` is what resumed steps used before, their seconds included."""
+        """A meter whose clock runs from now on. `spent` is what earlier sittings used, their seconds included."""
         return BudgetMeter(self, spent, clock=clock)
 
 

@@ -17,6 +17,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +25,7 @@ from typing import Any, Self
 from ..errors import RunDirectoryError
 from ..files import FileLock, append_line, atomic_write, cache_folder, disk_errors, json_text, now
 from ..printable import get_logger
-from ..records import StepRecord
+from ..records import Ledger, StepRecord
 
 logger = get_logger(__name__)
 
@@ -147,6 +148,12 @@ class RunDirectory:
         """Whether `finish` was called, in this process or an earlier one."""
         return self._header["finished"] is not None
 
+    @property
+    def spent(self) -> Ledger | None:
+        """What all sittings so far used; None in a directory of before that was noted."""
+        noted = self._header.get("spent")
+        return None if noted is None else Ledger(**noted)
+
     def records(self) -> tuple[StepRecord, ...]:
         """The records on disk, in the order they were appended."""
         return tuple(self._records)
@@ -175,10 +182,17 @@ class RunDirectory:
         atomic_write(target, text)
         return target
 
+    def note_spent(self, ledger: Ledger) -> None:
+        """Keep what all sittings used, whatever became of it."""
+        self._note("spent", asdict(ledger))
+
     def finish(self) -> None:
         """Mark the run as complete."""
+        self._note("finished", now())
+
+    def _note(self, key: str, value: Any) -> None:
         self._require_open()
-        header = {**self._header, "finished": now()}
+        header = {**self._header, key: value}
         atomic_write(self.path / "run.json", _pretty(header))
         self._header = header
 
@@ -242,6 +256,7 @@ def _read_header(folder: Path) -> dict[str, Any] | None:
     try:
         header = json.loads(path.read_bytes())
         schema, run, _ = header["schema"], dict(header["run"]), header["finished"]
+        Ledger(**header.get("spent", {}))
         run |= {key: dict(run[key]) for key in PER_STEP & run.keys()}
     except DAMAGE as error:
         raise RunDirectoryError(f"{path} is damaged ({error!r}): restore it, or give another run_dir.") from error

@@ -128,6 +128,7 @@ class Loop:
             return True
         record, watch = self._record(0, (), StepResult(self.plan.student, Ledger()), started), _BudgetWatch(self.meter)
         try:
+            self.meter.check()
             with events.listening([watch]):
                 scored = self._evaluate(self.plan.student, "untouched student")
         except BudgetExceeded as error:
@@ -184,6 +185,7 @@ class Loop:
         if done is None:
             result = self._step(index, steps, parent)
             record, program = self._record(index, steps, result, started), result.program
+            self.directory.note_spent(self.meter.used)
             self.directory.set_aside(record)
         else:
             record, program = done
@@ -309,6 +311,7 @@ class Loop:
             return None
 
     def _keep(self, record: StepRecord) -> None:
+        self.directory.note_spent(self.meter.used)
         self.directory.append(record)
         self._add(record)
 

@@ -41,9 +41,12 @@ def carry_out(plan: Plan, directory: RunDirectory, asked: Mapping[str, Any], bud
     with events.run_end_on_error():
         for warning in plan.warnings:
             events.warn(warning)
-        done = [*finished, *([directory.unscored] if directory.unscored else [])]
-        loop = Loop(plan, directory, budget.start(Ledger.total(record.ledger for record in done)))
-        loop.run()
+        meter = budget.start(directory.spent or Ledger.total(record.ledger for record in finished))
+        loop = Loop(plan, directory, meter)
+        try:
+            loop.run()
+        finally:
+            directory.note_spent(meter.used)
         report = _report(loop)
         directory.write_text("report.json", json_text(report.to_dict()))
         report.to_html(directory.report)

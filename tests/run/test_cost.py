@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import dspy
@@ -9,6 +11,7 @@ import pytest
 from fakes import PaidLM, Parity, numbers, parity_engine, parity_match, parity_program
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget
+from bettertogether.callbacks import Callback
 from bettertogether.errors import ConfigError
 from bettertogether.records import StepRecord
 
@@ -61,6 +64,55 @@ def test_a_budget_of_dollars_stops_between_two_examples() -> None:
 def test_a_step_of_any_optimizer_is_one_unit_of_a_budget() -> None:
     report = compile_(PRICE, "theirs", budget=Budget(cost=PRICE * (len(VAL) + 1))).report
     assert [record.status for record in report.rounds] == ["complete", "skipped"]
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[dspy.BaseLM]:
+    """The LM of each answer that was paid."""
+    answered: list[dspy.BaseLM] = []
+    forward = PaidLM.forward
+
+    def noted(lm: PaidLM, *arguments: Any, **options: Any) -> Any:
+        answered.append(lm)
+        return forward(lm, *arguments, **options)
+
+    monkeypatch.setattr(PaidLM, "forward", noted)
+    return answered
+
+
+def spent(run_dir: Path) -> float:
+    cost: float = json.loads((run_dir / "run.json").read_text())["spent"]["cost"]
+    return cost
+
+
+@pytest.mark.parametrize(("calls", "ended"), [(5, "student"), (25, "p")])
+def test_a_call_whose_budget_an_earlier_one_used_up_pays_nothing(
+    tmp_path: Path, answers: list[dspy.BaseLM], calls: int, ended: str
+) -> None:
+    for _ in range(2):
+        report = compile_(PRICE, "p", budget=Budget(cost=PRICE * calls), run_dir=tmp_path).report
+        assert (report.rounds[-1].name, spent(tmp_path)) == (ended, PRICE * calls)
+        paid = len(answers)
+        answers.clear()
+    assert paid == 0
+
+
+def test_a_larger_budget_has_what_earlier_calls_left_of_it(tmp_path: Path) -> None:
+    for calls in (5, 23, 46):
+        report = compile_(PRICE, "p", budget=Budget(cost=PRICE * calls), run_dir=tmp_path).report
+        assert spent(tmp_path) == PRICE * calls
+    assert [record.ledger.lm_calls for record in report.rounds] == [20, 3]
+
+
+def test_what_was_spent_is_on_disk_with_each_record(tmp_path: Path, answers: list[dspy.BaseLM]) -> None:
+    noted = []
+
+    class Reading(Callback):
+        def on_step_end(self, event: Any) -> None:
+            noted.append((spent(tmp_path), PRICE * len(answers)))
+
+    compile_(PRICE, "p", callbacks=[Reading()], run_dir=tmp_path)
+    assert noted == [(5.0, 5.0), (PRICE * len(answers), PRICE * len(answers))]
 
 
 def test_a_cost_can_not_be_bounded_where_a_price_is_not_known() -> None:
