@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from ..records import ARROW, StepRecord
 from ..rollouts.failures import all_failed
-from ..rollouts.metrics import reaches
+from ..rollouts.metrics import EQUAL, reaches
 
 
 def select(records: Sequence[StepRecord]) -> int:
@@ -29,7 +29,7 @@ def select(records: Sequence[StepRecord]) -> int:
     scored = {i: score for i, score in scored.items() if not all_failed(records[i])} or scored
     best = max(score for score in scored.values() if score is not None)
     tied = [i for i, score in scored.items() if score is not None and reaches(score, best)]
-    evident = [i for i in tied if (records[i].step_gain or 0.0) > 0]
+    evident = [i for i in tied if (records[i].step_gain or 0.0) > EQUAL]
     return _simplest(records, evident[-1], tied) if evident else tied[0]
 
 

@@ -16,12 +16,10 @@ from typing import Any
 from ..engines.answers import SampledAnswer
 from ..engines.protocol import RewardedAnswer
 from ..rollouts.branches import BranchPoint
+from ..rollouts.metrics import EQUAL
 from ..rollouts.rollout import Call
 from ..rollouts.traces import Trace
 from ..training.config import PolicyConfig
-
-LEAST_SPREAD = 1e-9
-"""Rewards that differ by less are the same: their mean is rounded."""
 
 GroupKey = tuple[int, str, int]
 """Example, predictor, and the number of the call among the predictor's calls of the run, or among those that were
@@ -80,7 +78,7 @@ def compared(runs: Iterable[Trace | BranchPoint], predictors: Collection[str], p
 
 
 def _has_spread(rewards: Sequence[float]) -> bool:
-    return max(rewards) - min(rewards) > LEAST_SPREAD
+    return max(rewards) - min(rewards) > EQUAL
 
 
 _Answers = Iterator[tuple[GroupKey, Mapping[str, Any], float]]

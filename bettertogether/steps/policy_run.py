@@ -24,7 +24,7 @@ from ..programs.program import predictors_of
 from ..records import SCHEMA, Ledger, RewardLine, Saved, read
 from ..rollouts.branches import BranchPoint, branch_points
 from ..rollouts.evaluation import evaluate_many
-from ..rollouts.metrics import Metric
+from ..rollouts.metrics import Metric, reaches
 from ..rollouts.rollout import Attempt, Call
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Trace
@@ -234,7 +234,7 @@ class PolicyRun:
     def _scored(self) -> float | None:
         """Score the adapters as they are; of those that score best, the last ones are kept."""
         score, best = self._score(self.state.step), self.state.best_score
-        if score is None or best is None or score >= best:
+        if score is None or best is None or reaches(score, best):
             self.state = replace(self.state, best_step=self.state.step, best_score=score)
             for session in self.sessions.values():
                 session.keep()

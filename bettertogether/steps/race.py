@@ -89,7 +89,9 @@ def expected_calls(count: int, size: int, contest: tuple[float, float], *, race:
 def choose(candidates: Sequence[Candidate], size: int) -> Candidate:
     """The best mean of those fully scored; of equals the one with fewer demos, then the earlier."""
     finished = [candidate for candidate in candidates if len(candidate.scores) == size]
-    return min(finished, key=lambda candidate: (-candidate.mean, candidate.demos))
+    best = max(candidate.mean for candidate in finished)
+    tied = [candidate for candidate in finished if reaches(candidate.mean, best)]
+    return min(tied, key=lambda candidate: candidate.demos)
 
 
 def _stop_losers(running: Sequence[Candidate], rivals: Sequence[Candidate], seen: range, size: int) -> None:

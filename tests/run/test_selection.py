@@ -45,6 +45,7 @@ def test_sums_in_another_order_are_equal() -> None:
     a, b = 0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1
     assert a != b
     assert select([record(b), record(a)]) == select([record(a), record(b)]) == 0
+    assert select([record(0.5), record(0.5, gain=a - b)]) == 0
 
 
 def test_a_failed_or_skipped_round_is_never_selected() -> None:

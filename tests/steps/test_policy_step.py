@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from bettertogether.errors import ConfigError, NoTrainingDataError, NotTrainable
 from bettertogether.lm import engine_lm
 from bettertogether.programs.program import model_names
 from bettertogether.records import PolicyDetails
+from bettertogether.rollouts.settings import RunSettings
+from bettertogether.steps.policy_run import PolicyRun, RunState
 from bettertogether.steps.step import StepContext
 from bettertogether.steps.work import Outlook
 from bettertogether.training.config import LoRAConfig, TrainingConfig
@@ -299,6 +302,20 @@ def test_what_does_worse_than_before_is_not_taken_and_adapter_and_demos_stay_as_
 
 def same(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
     return 0.5
+
+
+def test_of_steps_that_score_the_same_but_for_rounding_the_last_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = PolicyRun(lambda _: dspy.Module(), {}, {}, [], [], is_a, PolicyConfig(), RunSettings(), tmp_path, "run")
+    run.state = RunState(step=5, best_step=0, best_score=0.1 + 0.2 + 0.3)
+    monkeypatch.setattr(run, "_score", lambda step: 0.3 + 0.2 + 0.1)
+    run._scored()
+    assert run.state.best_step == 5
+    monkeypatch.setattr(run, "_score", lambda step: 0.5)
+    run.state = replace(run.state, step=6)
+    run._scored()
+    assert run.state.best_step == 5
 
 
 def test_a_metric_that_gives_all_runs_the_same_is_an_error_after_the_first_draws(

@@ -181,6 +181,14 @@ def test_one_that_was_scored_before_takes_part_with_its_scores_and_costs_nothing
     assert [candidate.stopped for candidate in (known, *others)] == [False, True, False]
 
 
+def test_means_that_differ_by_rounding_are_equal() -> None:
+    plain, shown = Candidate("current", dspy.Predict("q -> a")), Candidate("demos 1", dspy.Predict("q -> a"))
+    shown.program.demos = [dspy.Example(q="1", a="2")]
+    plain.scores, shown.scores = dict(enumerate([0.3, 0.2, 0.1])), dict(enumerate([0.1, 0.2, 0.3]))
+    assert shown.mean > plain.mean
+    assert choose([plain, shown], 3) is choose([shown, plain], 3) is plain
+
+
 def test_with_all_scores_there_is_no_race() -> None:
     known = Candidate("known", dspy.Module(), scores={0: 1.0, 1: 0.0})
     result = run_race([known], 2, scorer({}))
