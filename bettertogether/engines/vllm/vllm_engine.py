@@ -215,6 +215,7 @@ class VLLMEngine(BaseEngine):
                         if choice["text"]:
                             yield from deltas(choice["text"], scores_of(choice))
         if not reader.stopped:
+            yield from deltas.finish()
             yield self._writer.end(self._answer(last, usage))
 
     @property
