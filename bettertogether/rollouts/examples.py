@@ -40,6 +40,18 @@ def refuse_dataset(examples: object, name: str) -> None:
         )
 
 
+def first_alike(examples: Sequence[dspy.Example]) -> list[int]:
+    """For each example the position of the first that asks the same, as far as can be told."""
+    first: dict[object, int] = {}
+    return [first.setdefault(question_key(example), place) for place, example in enumerate(examples)]
+
+
+def question_key(example: dspy.Example) -> object:
+    """The same for examples of the same inputs, if all of their content can be seen."""
+    content, all_seen = example_content(example.inputs())
+    return content if all_seen else id(example)
+
+
 def example_key(example: dspy.Example) -> str:
     """A hash of an example's fields and of which of them are inputs."""
     return example_content(example)[0]

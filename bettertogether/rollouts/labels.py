@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 import random
 from collections import defaultdict
@@ -14,7 +15,7 @@ import numpy as np
 
 from ..checks import plain
 from ..errors import ConfigError
-from .examples import refuse_dataset
+from .examples import first_alike, refuse_dataset
 
 MOST_LABELS = 50
 _LABEL_TYPES = (str, int, enum.Enum, np.integer, np.bool_)
@@ -86,3 +87,17 @@ def stratified_split(
     refuse_dataset(examples, "examples")
     order = stratified_order(list(range(len(examples))), labels_of(examples, label_field), seed)
     return [examples[i] for i in order[:first_size]], [examples[i] for i in order[first_size:]]
+
+
+def split_apart(
+    examples: Sequence[dspy.Example], first_size: int, seed: int
+) -> tuple[list[dspy.Example], list[dspy.Example]]:
+    """`stratified_split` into parts of which none asks what the other does: the first has `first_size` examples, and
+    those that ask the same as its last. Neither is empty, unless all ask the same: then the first is."""
+    groups: dict[int, list[dspy.Example]] = {}
+    for example, first in zip(examples, first_alike(examples), strict=True):
+        groups.setdefault(first, []).append(example)
+    order = stratified_order(list(groups.values()), labels_of([group[0] for group in groups.values()]), seed)
+    sizes = itertools.accumulate(map(len, order), initial=0)
+    cut = min(sum(size < first_size for size in sizes), len(order) - 1)
+    return list(itertools.chain(*order[:cut])), list(itertools.chain(*order[cut:]))

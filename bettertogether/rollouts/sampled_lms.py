@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+APART = 1_000
+"""Between the seeds of calls that ask the same; rollouts have those between."""
 
 
 def samples(options: Mapping[str, Any]) -> bool:
@@ -35,9 +38,10 @@ def sampling_lm(lm: Any, number: int, temperature: float | None, seed: int | Non
     return sampled
 
 
-def draw_anew(lm: Any, arguments: dict[str, Any]) -> None:
+def draw_anew(lm: Any, arguments: dict[str, Any], earlier: Callable[[], int]) -> None:
     """Give another rollout that a program asks for another seed, where the run gave the LM one: with the same seed
-    every rollout would be the same answer. It asks by a copy of the LM (`dspy.BestOfN`) or in the call's config."""
+    every rollout would be the same answer. It asks by a copy of the LM (`dspy.BestOfN`), in the call's config or, where
+    no cache repeats an answer, by asking the same again; `earlier` counts how often it did."""
     drawn = getattr(lm, "drawn", None)
     if not drawn or lm.kwargs.get("seed") != drawn[0]:
         return
@@ -45,8 +49,13 @@ def draw_anew(lm: Any, arguments: dict[str, Any]) -> None:
     if lm.kwargs.get("rollout_id") != rollout:
         lm.kwargs["seed"] = _seed_of(seed, lm.kwargs.get("rollout_id"))
     config = arguments.get("config") or {}
-    if "rollout_id" in config and "seed" not in config:
-        arguments["config"] = {**config, "seed": _seed_of(lm.kwargs["seed"], config["rollout_id"])}
+    if "seed" in config:
+        return
+    own = _seed_of(lm.kwargs["seed"], config.get("rollout_id"))
+    if not getattr(lm, "cache", True):
+        own = _seed_of(own, APART * earlier())
+    if own != lm.kwargs["seed"]:
+        arguments["config"] = {**config, "seed": own}
 
 
 def _seed_of(seed: int, rollout: int | None) -> int:

@@ -94,6 +94,7 @@ class Record:
         self.unread: list[Seen] = []
         """Calls with answers that DSPy's adapter could not read, and that therefore are in no trace."""
         self._seen: dict[int, Seen] = {}
+        self._asked: dict[str, itertools.count[int]] = {}
         self._homes: set[tuple[int, int]] = set()
 
     def runs_here(self) -> None:
@@ -103,6 +104,11 @@ class Record:
     def is_here(self) -> bool:
         """Whether the program itself runs at this place, which is none of its own threads and tasks."""
         return _place() in self._homes
+
+    def earlier(self, seen: Seen) -> int:
+        """How many calls before this one asked the same of the same predictor."""
+        asked = repr((seen.predictor.stage, seen.inputs))
+        return next(self._asked.setdefault(asked, itertools.count()))
 
     def finished(self, seen: Seen, prediction: Any) -> Any:
         """Keep a call by its prediction, which a trace holds too."""
@@ -194,7 +200,7 @@ class Watch:
                 yield None, lambda prediction: prediction
                 return
             seen = _begun(predictor, arguments)
-            draw_anew(seen.lm, arguments)
+            draw_anew(seen.lm, arguments, lambda: record.earlier(seen))
             known = None if record.replay is None else _replayed(record.replay, seen, arguments)
             token = _CALL.set(seen)
             try:

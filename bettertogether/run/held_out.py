@@ -9,9 +9,8 @@ from numbers import Real
 import dspy
 
 from ..errors import DataError
-from ..programs.content import example_content
-from ..rollouts.examples import check_examples
-from ..rollouts.labels import stratified_split
+from ..rollouts.examples import check_examples, question_key
+from ..rollouts.labels import split_apart
 
 FEW_EXAMPLES = 20
 """With fewer valset examples than this, a warning says how coarse the scores are."""
@@ -29,8 +28,8 @@ def split_valset(
         raise DataError(f"valset_ratio must be in range [0, 1), got {ratio!r}. Give 0 for no valset.")
     held_out = check_examples(valset, "valset") if valset is not None else []
     warnings = _overlap(train, held_out)
-    if not held_out:
-        held_out, train = _apart(train, ratio, seed)
+    if not held_out and ratio:
+        held_out, train = split_apart(train, math.ceil(ratio * len(train)), seed)
     if not held_out:
         return train, [], ["There is no valset: rounds are not scored, and the latest is returned."]
     if len(held_out) < FEW_EXAMPLES:
@@ -41,29 +40,9 @@ def split_valset(
     return train, held_out, warnings
 
 
-def _apart(examples: list[dspy.Example], ratio: float, seed: int) -> tuple[list[dspy.Example], list[dspy.Example]]:
-    """The examples to hold out and the others."""
-    alike: dict[object, list[dspy.Example]] = {}
-    for example in examples:
-        alike.setdefault(_inputs_key(example), []).append(example)
-    if ratio == 0 or len(alike) < 2:
-        return [], examples
-    groups = {id(group[0]): group for group in alike.values()}
-    firsts = [group[0] for group in groups.values()]
-    parts = stratified_split(firsts, min(math.ceil(ratio * len(firsts)), len(firsts) - 1), seed)
-    held_out, rest = ([each for first in part for each in groups[id(first)]] for part in parts)
-    return held_out, rest
-
-
-def _inputs_key(example: dspy.Example) -> object:
-    """The same for examples that ask the same, as far as can be told."""
-    content, all_seen = example_content(example.inputs())
-    return content if all_seen else id(example)
-
-
 def _overlap(train: Sequence[dspy.Example], held_out: Sequence[dspy.Example]) -> list[str]:
-    known = {_inputs_key(example) for example in train} if held_out else ()
-    shared = sum(_inputs_key(example) in known for example in held_out)
+    known = {question_key(example) for example in train} if held_out else ()
+    shared = sum(question_key(example) in known for example in held_out)
     if not shared:
         return []
     return [

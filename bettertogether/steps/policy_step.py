@@ -21,7 +21,7 @@ from ..programs.behaviour import BehaviourWalk
 from ..programs.content import dataset_hash
 from ..programs.program import predictors_of, require_program, require_reachable
 from ..records import PolicyDetails, RewardedAdapter
-from ..rollouts.labels import stratified_split
+from ..rollouts.labels import split_apart
 from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.settings import RunSettings
 from ..training.config import LoRAConfig, PolicyConfig, TrainingConfig
@@ -212,7 +212,7 @@ class PolicyFinetune(AdapterStep):
         number = held_out_count(len(trainset), self.validation_share)
         if not number:
             return trainset, ()
-        held_out, rest = stratified_split(trainset, number, seed)
+        held_out, rest = split_apart(trainset, number, seed)
         return rest, held_out
 
     def _sessions(

@@ -23,7 +23,7 @@ from ..files import adapters_cache
 from ..programs.program import as_programs, copy_for_step, require_program, with_prompts
 from ..records import RaceResult
 from ..rollouts.examples import check_examples
-from ..rollouts.labels import stratified_split
+from ..rollouts.labels import split_apart, stratified_split
 from ..rollouts.metrics import Metric, full_mark, require_metric
 from ..rollouts.rollout import RolloutStore, stable_seed
 from ..rollouts.settings import RunSettings
@@ -236,11 +236,13 @@ class BootstrapFewShotRS(Step, Teleprompter):
         if valset:
             train = stratified_split(trainset, self.train_size or MOST_TRAIN, seed)[0]
             return train, stratified_split(valset, self.val_size or len(valset), seed)[0]
-        if len(trainset) < 2:
-            raise DataError(f"trainset has {len(trainset)} example: give two or more, or a valset.")
         share = min(MOST_TRAIN, max(1, round(TRAIN_SHARE * len(trainset))))
-        size = min(self.train_size or share, len(trainset) - 1)
-        train, rest = stratified_split(trainset, size, seed)
+        train, rest = split_apart(trainset, self.train_size or share, seed)
+        if not train:
+            raise DataError(
+                f"trainset has one example, or asks the same in all of its {len(trainset)}: give two or more that "
+                "differ, or a valset."
+            )
         return train, rest[: self.val_size or MOST_VALIDATION]
 
     def _start(self, student: dspy.Module, restart_from: dspy.Module | None) -> dspy.Module:

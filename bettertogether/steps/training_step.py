@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import dspy
@@ -20,6 +21,7 @@ from ..files import adapters_cache
 from ..printable import get_logger
 from ..programs.program import as_programs, require_program, require_reachable
 from ..records import Ledger
+from ..rollouts.examples import first_alike
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
@@ -141,9 +143,16 @@ class TrainingStep(AdapterStep):
         measured = self.measured(trainset, valset or (), seed)
         traces = traces_of(trainset, "collect training data")
         held_out = traces_of(measured, "collect held-out data") if measured else None
-        return self.rows_of(
+        collected = self.rows_of(
             student, trainset, traces, trainable, valset=measured, held_out=held_out, earlier=earlier, seed=seed
         )
+        # Those that ask the same are one example, so that none is held out while another is trained on.
+        first = first_alike(trainset)
+        rows = (
+            row if first[row.example] == row.example else replace(row, example=first[row.example])
+            for row in collected.rows
+        )
+        return replace(collected, rows=tuple(rows))
 
     def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
         """The tries for rows and the training on them, as the outlook has them."""

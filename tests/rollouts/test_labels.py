@@ -9,7 +9,7 @@ import dspy
 import numpy as np
 import pytest
 
-from bettertogether.rollouts.labels import label_fields, labels_of, stratified_order, stratified_split
+from bettertogether.rollouts.labels import label_fields, labels_of, split_apart, stratified_order, stratified_split
 
 
 def examples(answers: list[object], **more: list[object]) -> list[dspy.Example]:
@@ -93,6 +93,17 @@ def test_without_labels_the_order_is_a_plain_shuffle(label: str | None) -> None:
     order = stratified_order(list(range(30)), [label] * 30, seed=0)
     assert sorted(order) == list(range(30))
     assert order != list(range(30))
+
+
+@pytest.mark.parametrize(("first_size", "expected"), [(0, 0), (1, 3), (3, 3), (4, 6), (30, 15)])
+def test_parts_that_are_split_apart_ask_nothing_that_the_other_asks(first_size: int, expected: int) -> None:
+    first, second = split_apart([*examples(["a"] * 6)] * 3, first_size, seed=0)
+    assert (len(first), len(second)) == (expected, 18 - expected)
+    assert not {example.q for example in first} & {example.q for example in second}
+
+
+def test_what_asks_the_same_throughout_is_not_split_apart() -> None:
+    assert split_apart([*examples(["a"])] * 3, 1, seed=0) == ([], [*examples(["a"])] * 3)
 
 
 def test_a_split_is_disjoint_and_complete() -> None:

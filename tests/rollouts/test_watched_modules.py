@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import dspy
+import pytest
 from fakes import CutEngine, Parity, numbers, parity_engine, plain_lm
 
 from bettertogether.rollouts.rollout import Attempt, Call
@@ -89,6 +90,25 @@ def test_rollouts_that_a_sampled_run_asks_for_by_config_have_seeds_of_their_own(
         Runner(over(Several(), engine)).run(numbers(1)[0], Attempt("sample", 1, 1.0))
         seeds.append([request.seed for request in engine.requests])
     assert len(set(seeds[0])) == 3
+    assert seeds[0] == seeds[1]
+
+
+@pytest.mark.parametrize(("cache", "distinct"), [(False, 3), (True, 1)])
+def test_a_run_that_asks_the_same_again_has_an_answer_of_its_own_where_no_cache_repeats_one(
+    cache: bool, distinct: int
+) -> None:
+    class Voting(One):
+        def forward(self, number: int) -> Any:
+            return [self.p(number=number) for _ in range(3)][-1]
+
+    seeds = []
+    for _ in range(2):
+        engine = parity_engine(lambda *_: True)
+        program = over(Voting(), engine)
+        program.p.lm.cache = cache
+        Runner(program).run(numbers(1)[0], Attempt("sample", 1, 1.0))
+        seeds.append([request.seed for request in engine.requests])
+    assert len(set(seeds[0])) == distinct
     assert seeds[0] == seeds[1]
 
 

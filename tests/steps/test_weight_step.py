@@ -357,6 +357,14 @@ def test_the_rows_of_one_example_are_never_on_both_sides() -> None:
     assert not {row.example for row in train} & {row.example for row in rest}
 
 
+def test_rows_of_examples_that_ask_the_same_are_held_out_together() -> None:
+    program = parity_program(parity_engine(lambda *_: True))
+    rows = step().collect(program, trainset=[*numbers(40), *numbers(40)]).rows
+    train, rest = hold_out(rows, share=0.25, seed=0)
+    assert (len(train), len(rest)) == (60, 10)
+    assert not {repr(row.messages) for row in train} & {repr(row.messages) for row in rest}
+
+
 def test_the_step_gain_is_the_fall_of_the_held_out_loss() -> None:
     optimizer = step(validation_share=0.2)
     optimizer.compile(parity_program(parity_engine(lambda *_: True)), trainset=numbers(40))
