@@ -48,8 +48,13 @@ def first_alike(examples: Sequence[dspy.Example]) -> list[int]:
 
 def question_key(example: dspy.Example) -> object:
     """The same for examples of the same inputs, if all of their content can be seen."""
+    return question_hash(example) or id(example)
+
+
+def question_hash(example: dspy.Example) -> str | None:
+    """A hash of an example's inputs; None where not all of their content can be seen."""
     content, all_seen = example_content(example.inputs())
-    return content if all_seen else id(example)
+    return content if all_seen else None
 
 
 def example_key(example: dspy.Example) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import dspy
 from dspy.adapters.utils import serialize_for_json
 
 from ..programs.program import predictors_of
+from ..rollouts.examples import question_hash
 from ..rollouts.traces import Trace
 from .demo_sets import labelled_demo
 
@@ -26,10 +28,11 @@ def plain_fields(demo: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _plain(value) for name, value in demo.items() if name != "augmented"}
 
 
-def without_example(demos: Sequence[Any], inputs: Mapping[str, Any]) -> list[Any]:
-    """The demos that don't show these very inputs."""
+def without_example(demos: Sequence[Any], inputs: Mapping[str, Any], question: str | None = None) -> list[Any]:
+    """The demos that don't show these very inputs, and are not from a run on the example of this `question_hash`."""
     asked = plain_fields(inputs)
-    return [demo for demo in demos if any(_plain(demo.get(n)) != shown for n, shown in asked.items())]
+    others = [demo for demo in demos if question is None or demo.get("augmented") != question]
+    return [demo for demo in others if any(_plain(demo.get(n)) != shown for n, shown in asked.items())]
 
 
 class DemoExamples:
@@ -42,6 +45,7 @@ class DemoExamples:
         self._inputs = [plain_fields(example.inputs()) for example in trainset]
         first: dict[str, int] = {}
         self._questions = [first.setdefault(_text(inputs), index) for index, inputs in enumerate(self._inputs)]
+        self._trainset = trainset
         self._made: dict[tuple[str, str], set[int]] = defaultdict(set)
         for trace in traces:
             for call in trace.calls:
@@ -70,8 +74,15 @@ class DemoExamples:
             for question, inputs in zip(self._questions, self._inputs, strict=True)
             if (shared := inputs.keys() & fields.keys()) and all(inputs[name] == fields[name] for name in shared)
         }
+        made = self._made.get((predictor, _text(fields)), set()) | self._by_hash.get(demo.get("augmented"), set())
         # What several examples have in common (a language, a topic) does not tell which is shown.
-        return self._made.get((predictor, _text(fields)), set()) | (asked if len(asked) == 1 else set())
+        return made | (asked if len(asked) == 1 else set())
+
+    @cached_property
+    def _by_hash(self) -> dict[Any, set[int]]:
+        """The question of each example by its hash, which demos from runs bear."""
+        pairs = zip(self._trainset, self._questions, strict=True)
+        return {name: {question} for example, question in pairs if (name := question_hash(example))}
 
 
 def _text(fields: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import dspy
 import numpy as np
 
 from ..programs.program import copy_for_step, predictors_of
-from ..rollouts.examples import example_key
+from ..rollouts.examples import example_key, question_hash
 from ..rollouts.labels import label_value, labels_of, output_names, stratified_order
 from ..rollouts.rescue import admits_none, as_field
 from ..rollouts.rollout import stable_seed
@@ -47,11 +47,13 @@ class Candidate:
 
 def demos_of(trace: Trace) -> dict[str, dspy.Example]:
     """One demo per predictor of a trace. Of several calls of one predictor, one chosen by the trace's content: half
-    the time the last, else one of the earlier, as DSPy does."""
+    the time the last, else one of the earlier, as DSPy does. `augmented`, which marks demos from runs, says of which
+    example they are (`DemoExamples`)."""
     calls: dict[str, list[dspy.Example]] = defaultdict(list)
+    question = question_hash(trace.example) or True
     for call in trace.calls:
         if not call.cut:
-            calls[call.predictor].append(dspy.Example({**call.inputs, **call.outputs, "augmented": True}))
+            calls[call.predictor].append(dspy.Example({**call.inputs, **call.outputs, "augmented": question}))
     chosen = {}
     for name, demos in calls.items():
         chosen[name] = demos[-1]

@@ -20,6 +20,7 @@ from ..errors import DataError, NoTrainingDataError
 from ..programs.program import predictors_of
 from ..records import Blame, DataCard, Ledger
 from ..rollouts.branches import blame
+from ..rollouts.examples import question_hash
 from ..rollouts.labels import label_fields, labels_of, output_names
 from ..rollouts.rollout import Call
 from ..rollouts.traces import Trace, TraceSet
@@ -193,10 +194,11 @@ def _rows_of(
     dropped: Dropped,
 ) -> list[Row]:
     rows: list[Row] = []
+    origin: dict[str, Any] = {"example": trace.index, "label": trace.label, "source": trace.source}
+    origin["question"] = question_hash(trace.example)
     for call in trace.calls:
         if call.predictor not in trainable:
             continue
-        origin: dict[str, Any] = {"example": trace.index, "label": trace.label, "source": trace.source}
         engine = trainable[call.predictor].engine
         kind: dict[str, Any] = {"train_prompt": options.train_prompt, "reasoning": options.reasoning, "forms": forms}
         try:
@@ -206,16 +208,18 @@ def _rows_of(
     return list({(row.predictor, repr(row.messages), row.completion): row for row in rows}.values())
 
 
-def prompt_variants(predictor: dspy.Predict, call: Call, train_prompt: TrainPrompt) -> list[list[Any]]:
-    """The demos of each prompt that a call gives a row for, forms not among them. Raises DataError for a call with
-    demos of its own that show its very inputs."""
+def prompt_variants(
+    predictor: dspy.Predict, call: Call, train_prompt: TrainPrompt, question: str | None = None
+) -> list[list[Any]]:
+    """The demos of each prompt that a call gives a row for, forms not among them; none is from a run on the example of
+    this `question_hash`. Raises DataError for a call with demos of its own that show its very inputs."""
     if call.demos is not None:
         if len(without_example(call.demos, call.inputs)) < len(call.demos):
             raise DataError("the demos that the call was given show its own inputs")
         return [list(call.demos)]
     if train_prompt in ("varied", "vanilla"):
         return [[]]
-    optimized = without_example(predictor.demos, call.inputs)
+    optimized = without_example(predictor.demos, call.inputs, question)
     return [optimized] if train_prompt == "optimized" or not optimized else [[], optimized]
 
 
@@ -226,6 +230,7 @@ def rows_of_call(
     train_prompt: TrainPrompt,
     *,
     example: int,
+    question: str | None = None,
     reasoning: Reasoning = "strip",
     forms: PromptForms | None = None,
     as_written: bool = False,
@@ -241,7 +246,7 @@ def rows_of_call(
     completion, fields = _completion_of(predictor, call, reasoning, as_written)
     room = engine.max_length - len(engine.completion_tokens(completion))
     rows = []
-    for demos in prompt_variants(predictor, call, train_prompt):
+    for demos in prompt_variants(predictor, call, train_prompt, question):
         request = take_request(predictor, call.inputs, demos, config=call.config, adapter=call.adapter)
         messages = _texts_shared(engine.messages(request))
         if len(engine.prompt_tokens(messages)) > room:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fakes import Parity, numbers, parity_engine, parity_match, parity_program, right, two_step_engine, two_step_program
 
+from bettertogether.rollouts.examples import question_hash
 from bettertogether.rollouts.metrics import Verdict
 from bettertogether.rollouts.rollout import Call
 from bettertogether.rollouts.traces import ExamplePass, Sampling, Trace, collect_traces
@@ -42,7 +43,9 @@ def test_a_candidate_shows_the_asked_number_of_traces() -> None:
     candidate = sets().candidate("demos", 3, 3, seed=0)
     assert candidate is not None
     assert len(shown(candidate)) == candidate.demos == 3
-    assert all(demo.augmented and demo.parity == right(demo.number) for demo in candidate.program.demos)
+    for demo in candidate.program.demos:
+        example = dspy.Example(number=demo.number).with_inputs("number")
+        assert (demo.parity, demo.augmented) == (right(demo.number), question_hash(example))
 
 
 def test_labelled_examples_fill_up_to_the_asked_number_and_repeat_no_example() -> None:

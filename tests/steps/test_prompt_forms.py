@@ -24,6 +24,7 @@ from fakes import (
 
 from bettertogether.engines.protocol import ChatMessage
 from bettertogether.errors import ConfigError
+from bettertogether.rollouts.examples import question_hash
 from bettertogether.rollouts.traces import ExamplePass, Sampling, collect_traces
 from bettertogether.steps.prompt_capture import render_prompt
 from bettertogether.steps.prompt_forms import N_FORMS, OWN_EXAMPLE, TEMPLATE_TOKENS, TOO_LONG, PromptForms, too_long
@@ -120,6 +121,16 @@ def test_no_form_shows_the_rows_own_example_out_of_an_earlier_program() -> None:
     rows = collect(blind_program(), numbers(6), earlier=[earlier], num_samples=1, sample_passing=True).rows
     first = {row.example: len(row.forms[0]) for row in rows if row.predictor == "decide"}
     assert first == {0: 6, 1: 6, 2: 6, 3: 4, 4: 6, 5: 6}
+
+
+@pytest.mark.parametrize("train_prompt", ["varied", "optimized"])
+def test_no_prompt_shows_what_came_of_the_own_example_under_another_prompt(train_prompt: str) -> None:
+    program, trainset = blind_program(), numbers(6)
+    own = dspy.Example(remark="in other words", parity="odd", augmented=question_hash(trainset[3]))
+    program.decide.demos = [own, dspy.Example(remark="x", parity="even")]
+    rows = [row for row in collect(program, trainset, train_prompt=train_prompt).rows if row.predictor == "decide"]
+    lengths = {row.example: len(row.forms[0] if row.forms else row.messages) for row in rows}
+    assert lengths == {0: 6, 1: 6, 2: 6, 3: 4, 4: 6, 5: 6}
 
 
 def test_forms_of_one_number_show_one_demo_set_less_the_own_example_and_begin_alike(adapter: dspy.Adapter) -> None:

@@ -274,7 +274,7 @@ class VLLMEngine(BaseEngine):
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
-        folder = Path(folder).expanduser()
+        folder = Path(folder).expanduser().absolute()
         self._check_rank(int(read_adapter_config(folder)["r"]), f"The adapter in {folder}", ModelError)
         name = adapter_name(self.base_name, folder)
         with self._lock:
