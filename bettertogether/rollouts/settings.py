@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import dspy
+
 from ..checks import require, require_pass_options, with_plain_numbers
 from .rollout import RolloutStore
 
@@ -26,6 +28,12 @@ class RunSettings:
         require_pass_options(self.num_threads, self.max_errors, self.seed)
         is_store = isinstance(self.store, RolloutStore | None)
         require(is_store, "store", self.store, "a bettertogether.rollouts.rollout.RolloutStore, or None")
+
+    @property
+    def most_errors(self) -> int | None:
+        """Examples that may raise before the pass does; None: any number."""
+        limit: int | None = dspy.settings.max_errors if self.max_errors is None else self.max_errors
+        return limit
 
     def or_else(self, *, num_threads: int | None, max_errors: int | None, seed: int | None) -> RunSettings:
         """These settings, with the given ones where these are None."""

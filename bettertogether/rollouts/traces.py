@@ -224,8 +224,7 @@ class ExamplePass:
     ) -> list[Trace]:
         """`over` for several programs at once: (program index, example index, attempt) jobs share the threads."""
         runners = [self._runner_of(program) for program in programs]
-        settings = self.settings
-        limit = dspy.settings.max_errors if settings.max_errors is None else settings.max_errors
+        settings, limit = self.settings, self.settings.most_errors
         failures: dict[int, dict[int, Trace]] = defaultdict(dict)
         done = 0
 
@@ -246,7 +245,7 @@ class ExamplePass:
             if trace.failed:
                 failed[trace.index] = trace
             if limit is not None and len(failed) > limit:
-                raise TooManyErrors(_too_many(failed, len(examples), limit))
+                raise TooManyErrors(too_many(failed, len(examples), limit))
 
         threads = max(thread_count(program, settings.num_threads) for program in programs)
         return parallel_map(one, jobs, num_threads=threads, on_result=note)
@@ -304,7 +303,8 @@ class ExamplePass:
             return Verdict(0.0, False, reason_of_metric(error, prediction)), True
 
 
-def _too_many(failures: Mapping[int, Trace], examples: int, limit: int) -> str:
+def too_many(failures: Mapping[int, Trace], examples: int, limit: int) -> str:
+    """What to say of a pass that ends since more examples than the limit raised."""
     reasons = Counter(trace.reason for trace in failures.values()).most_common(3)
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
     return (

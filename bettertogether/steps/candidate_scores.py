@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 import dspy
 
 from ..callbacks import events
+from ..errors import TooManyErrors
 from ..records import Ledger
 from ..rollouts.evaluation import Evaluation, Evaluator
 from ..rollouts.failures import count_failures, failure_warning
 from ..rollouts.metrics import Metric, full_mark, reaches
 from ..rollouts.settings import RunSettings
+from ..rollouts.traces import too_many
 from .demo_sets import Candidate
 
 
@@ -28,18 +31,23 @@ class CandidateScores:
     ) -> None:
         self._candidates = [*candidates]
         self._validation = validation
-        self._evaluator = Evaluator(metric, settings)
+        self._most_errors = settings.most_errors
+        # So that what one candidate raises doesn't end the pass of all.
+        self._evaluator = Evaluator(metric, replace(settings, max_errors=len(validation)))
         self.ledger = Ledger()
         """What the scores cost so far."""
         self.warnings: list[str] = []
         """That most runs failed; said already."""
+        self.broken: list[str] = []
+        """Which candidates left since they raise; said already."""
 
     def add(self, candidates: Sequence[Candidate]) -> None:
         """Expect these to be scored, too."""
         self._candidates += candidates
 
-    def __call__(self, running: Sequence[Candidate], positions: Sequence[int]) -> list[tuple[float, ...]]:
-        """The scores of each."""
+    def __call__(self, running: Sequence[Candidate], positions: Sequence[int]) -> list[tuple[float, ...] | None]:
+        """The scores of each; None of one that raises on too many examples. Raises TooManyErrors where that is the
+        first candidate, or no other is left."""
         total = len(self._candidates)
         results = self._evaluator.evaluate(
             [candidate.program for candidate in running],
@@ -47,16 +55,37 @@ class CandidateScores:
             f"{len(running)} of {total} candidates, to {positions[-1] + 1} of {len(self._validation)}",
             "eval_minibatch",
         )
-        means = [fmean([*each.scores.values(), *result.scores]) for each, result in zip(running, results, strict=True)]
+        self.ledger += Ledger.total(result.ledger for result in results)
+        errors = [self._error(result) for result in results]
+        self._leave(running, errors)
+        pairs = zip(running, results, strict=True)
+        means = [fmean([*candidate.scores.values(), *result.scores]) for candidate, result in pairs]
         least = min(len(each.scores) for each in running) + len(positions)
         others = [each.mean for each in self._candidates if each not in running and len(each.scores) >= least]
-        best = max([*means, *others])
-        for candidate, result, mean in zip(running, results, means, strict=True):
-            self.ledger += result.ledger
-            number = self._candidates.index(candidate) + 1
-            events.emit("candidate", {"number": number, "total": total, "score": mean, "best_score": best})
+        best = max([*(mean for mean, error in zip(means, errors, strict=True) if error is None), *others])
+        for candidate, mean, error in zip(running, means, errors, strict=True):
+            if error is None:
+                number = self._candidates.index(candidate) + 1
+                events.emit("candidate", {"number": number, "total": total, "score": mean, "best_score": best})
         self._check(results)
-        return [result.scores for result in results]
+        return [result.scores if error is None else None for result, error in zip(results, errors, strict=True)]
+
+    def _error(self, result: Evaluation) -> str | None:
+        """That a candidate raises on too many examples."""
+        failed = {trace.index: trace for trace in result.traces if trace.failed}
+        if self._most_errors is None or len(failed) <= self._most_errors:
+            return None
+        return too_many(failed, len(result.traces), self._most_errors)
+
+    def _leave(self, running: Sequence[Candidate], errors: Sequence[str | None]) -> None:
+        """Say which candidates leave with an error, where the prompts given aren't among them and others are left."""
+        broken = {candidate.name: error for candidate, error in zip(running, errors, strict=True) if error is not None}
+        left = [each for each in self._candidates if not each.stopped and each.name not in broken]
+        if broken and (self._candidates[0].name in broken or not left):
+            raise TooManyErrors(next(iter(broken.values())))
+        for name, error in broken.items():
+            self.broken.append(f"candidates: {name!r} leaves the race: {error}")
+            events.warn(self.broken[-1])
 
     def _check(self, results: Sequence[Evaluation]) -> None:
         traces = [trace for result in results for trace in result.traces]

@@ -177,6 +177,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         candidates = self._candidates(student, start, context.earlier, sets, seed)
         scoring = CandidateScores(candidates, validation, self.metric, settings)
         candidates, race = self._race(candidates, len(validation), scoring, context)
+        warnings += scoring.broken
         warnings += scoring.warnings or _said(all_equal(candidates, self.threshold))
         outcome = Outcome(candidates, len(validation))
         warnings += _said(*_left_out(sets))

@@ -35,7 +35,7 @@ ALIKE = 16
 RACES = 20
 """Made-up races of which `expected_calls` is the mean."""
 
-ScoreFunction = Callable[[Sequence[Candidate], Sequence[int]], Sequence[Sequence[float]]]
+ScoreFunction = Callable[[Sequence[Candidate], Sequence[int]], Sequence[Sequence[float] | None]]
 
 
 def slices(size: int, race: bool) -> list[range]:
@@ -53,8 +53,8 @@ def run_race(
     full_mark: float = FULL_MARK,
 ) -> RaceResult:
     """Fill the candidates' scores. `score(running, positions)` gives the scores of each of these candidates at these
-    validation positions. A candidate that was fully scored before takes part with the scores it has. Scores that are
-    all the same tell candidates apart only where they are the `full_mark`."""
+    validation positions, or None where it leaves the race. A candidate that was fully scored before takes part with
+    the scores it has. Scores that are all the same tell candidates apart only where they are the `full_mark`."""
     new = [candidate for candidate in candidates if len(candidate.scores) < size]
     calls = 0
     for part in slices(size, race):
@@ -62,8 +62,11 @@ def run_race(
         if not running:
             break
         for candidate, scores in zip(running, score(running, part), strict=True):
-            candidate.scores.update(zip(part, scores, strict=True))
+            candidate.stopped = scores is None
+            if scores is not None:
+                candidate.scores.update(zip(part, scores, strict=True))
         calls += len(part) * len(running)
+        running = [candidate for candidate in running if not candidate.stopped]
         if part.stop < size:
             rivals = [candidate for candidate in candidates if candidate not in new or not candidate.stopped]
             _stop_losers(running, rivals, range(part.stop), size)
