@@ -14,7 +14,7 @@ from typing import Any, Literal
 import dspy
 
 from ..callbacks import events
-from ..errors import ArtifactError, BetterTogetherError, BudgetExceeded, ConfigError, RunDirectoryError, TooManyErrors
+from ..errors import ArtifactError, BetterTogetherError, BudgetExceeded, RunDirectoryError, TooManyErrors
 from ..printable import get_logger
 from ..programs.copies import drop_results
 from ..programs.program import model_names, prompts_state, same_prompts, with_prompts
@@ -124,7 +124,7 @@ class Loop:
         self.programs[""] = self.plan.student
         if earlier is not None:
             self._restore(earlier)
-            self._check_scale()
+            self.plan.check_scale(self.records[0].scores or ())
             return True
         record, watch = self._record(0, (), StepResult(self.plan.student, Ledger()), started), _BudgetWatch(self.meter)
         try:
@@ -140,20 +140,11 @@ class Loop:
             events.emit("step_end", {"record": self.records[0]})
             return False
         self._keep(_with_scores(record, scored, {}, started))
-        self._check_scale()
+        self.plan.check_scale(self.records[0].scores or ())
         return True
 
     def _how_to_go_on(self) -> str:
         return f"Make the same call with run_dir={str(self.directory.path)!r} to go on."
-
-    def _check_scale(self) -> None:
-        scores = self.records[0].scores or ()
-        unset = [key for key, threshold in self.plan.thresholds.items() if threshold is None]
-        if unset and is_above_one(max(scores, default=0.0)):
-            raise ConfigError(
-                f"The metric gave {max(scores):g} on the valset, but the steps {unset} take 1.0 as its full mark: give "
-                "them threshold=... (the score from which an example counts as solved), or scale the metric to 0..1."
-            )
 
     def _finish(self, steps: Steps, earlier: StepRecord | None) -> bool:
         """Run or restore one step; False when the run ends here."""

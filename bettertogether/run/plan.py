@@ -13,7 +13,7 @@ from ..checks import require_one_of, require_switch, require_whole
 from ..errors import ConfigError, NotTrainableError, ProgramError
 from ..programs.copies import copy_program, has_own
 from ..programs.program import as_programs, predictors_of, require_program, unfound_predictors
-from ..rollouts.metrics import Metric
+from ..rollouts.metrics import Metric, is_above_one
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.settings import RunSettings
 from ..steps.adapter_step import AdapterStep
@@ -64,6 +64,21 @@ class Plan:
         None: the full mark."""
         ours = {key: step for key, step in self.optimizers.items() if isinstance(step, Step)}
         return {key: step.threshold for key, step in ours.items() if step.learns_from_solved}
+
+    def check_scale(self, scores: Sequence[float]) -> None:
+        """Raise ConfigError where these scores of the untouched student are none that the run can compare by."""
+        if min(scores, default=0.0) < 0:
+            raise ConfigError(
+                f"The metric gave {min(scores):g} on the valset, and an example whose answer can't be read scores 0, "
+                "which would be more: a program that fails often would win. Give a metric whose worst score is 0, such "
+                "as 1 / (1 + error)."
+            )
+        unset = [key for key, threshold in self.thresholds.items() if threshold is None]
+        if unset and is_above_one(max(scores, default=0.0)):
+            raise ConfigError(
+                f"The metric gave {max(scores):g} on the valset, but the steps {unset} take 1.0 as its full mark: give "
+                "them threshold=... (the score from which an example counts as solved), or scale the metric to 0..1."
+            )
 
     @property
     def strategy(self) -> str:

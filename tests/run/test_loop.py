@@ -372,6 +372,12 @@ def test_a_metric_above_one_without_thresholds_ends_the_run_before_any_step(engi
     assert engine.trainings == []
 
 
+def test_a_metric_below_zero_by_which_failing_would_be_best_ends_the_run_before_any_step(engine: FakeEngine) -> None:
+    with pytest.raises(ConfigError, match=r"The metric gave -1 on the valset, .* whose worst score is 0"):
+        compile_(engine, metric=lambda e, p, trace=None: parity_match(e, p) - 1.0)
+    assert engine.trainings == []
+
+
 def test_a_full_mark_that_is_above_one_by_rounding_ends_nothing() -> None:
     compiled = compile_(
         parity_engine(lambda *_: True), "p", metric=lambda e, p, trace=None: 1.0000001 * parity_match(e, p)
