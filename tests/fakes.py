@@ -162,6 +162,9 @@ class PaidLM(dspy.BaseLM):
             _hidden_params={"response_cost": self.price},
         )
 
+    async def aforward(self, *arguments: Any, **options: Any) -> Any:
+        return self.forward(*arguments, **options)
+
 
 def models(requests: Iterable[FakeRequest]) -> set[str]:
     return {request.model for request in requests}

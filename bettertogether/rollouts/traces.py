@@ -26,6 +26,7 @@ from .rescue import has_leads, hint_for, talks_about_hint
 from .rollout import Attempt, Call, Rollout, Source
 from .runner import Runner
 from .settings import RunSettings
+from .usage import billed
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,8 @@ class ExamplePass:
     def _judged(self, index: int, example: dspy.Example, run: Rollout, attempt: Attempt, label: str | None) -> Trace:
         # What the metric does to them must not show where the example is asked, or the run judged, again.
         prediction = snapshot(run.prediction)
-        verdict, failed = self._verdict(snapshot(example), prediction, run)
+        with billed() as bill:
+            verdict, failed = self._verdict(snapshot(example), prediction, run)
         if attempt.source == "rescue" and verdict.passed and talks_about_hint(run.outputs):
             verdict = replace(verdict, passed=False, reason="answer talks about the hint")
         judged = run.error is None and self.metric is not None
@@ -273,7 +275,7 @@ class ExamplePass:
             label=label,
             failed=failed,
             detail=error_text(run.error) if run.error is not None else None,
-            ledger=replace(run.ledger, metric_calls=int(judged)),
+            ledger=run.ledger + replace(bill.ledger, metric_calls=int(judged)),
             strangers=run.strangers,
             answers=run.answers,
             strayed=run.strayed,

@@ -1,14 +1,59 @@
-"""What the LM calls of a run used."""
+"""What the LM calls of a run, of a metric or of an optimizer used."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import dspy
+from dspy.utils.callback import BaseCallback
 from dspy.utils.usage_tracker import UsageTracker
 
 from ..records import Ledger, total_cost
-from .watching import Record
+from .watching import Record, cost_of
+
+
+class Bill(BaseCallback):
+    """Counts the answers of LMs, and leaves those who ask alone. As one of DSPy's `caller_modules` it is told each."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._usages: list[Mapping[str, Any]] = []
+        self._costs: list[float | None] = []
+        self._lock = threading.Lock()
+        self.history = self
+
+    def on_lm_end(self, call_id: str, outputs: Any, exception: Exception | None = None) -> None:
+        with self._lock:
+            self._calls += exception is None
+
+    def __len__(self) -> int:
+        """As a history, none of whose entries is to be dropped."""
+        return 0
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """As a history."""
+        self._usages.append(entry["usage"])
+        self._costs.append(cost_of(entry))
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of all of them. Where DSPy's histories are off, only their number is known, and the cost is None."""
+        calls = self._calls
+        if calls and (dspy.settings.disable_history or dspy.settings.max_history_size == 0):
+            return Ledger(lm_calls=calls, cost=None)
+        return _ledger(calls, [usage for usage in self._usages if usage], self._costs)
+
+
+@contextmanager
+def billed() -> Iterator[Bill]:
+    """The bill of what is asked within the block."""
+    bill, callers = Bill(), dspy.settings.caller_modules or []
+    with dspy.context(callbacks=[*dspy.settings.callbacks, bill], caller_modules=[*callers, bill]):
+        yield bill
 
 
 def hand_on_usage(tracker: UsageTracker, prediction: Any) -> None:
@@ -25,11 +70,15 @@ def hand_on_usage(tracker: UsageTracker, prediction: Any) -> None:
 def used(record: Record, calls: int) -> Ledger:
     """The cost of a run that made so many calls."""
     entries = [entry for model_entries in record.tracker.usage_data.values() for entry in model_entries]
+    return replace(_ledger(calls, entries, record.costs), program_calls=1)
+
+
+def _ledger(calls: int, usages: Sequence[Mapping[str, Any]], costs: Sequence[float | None]) -> Ledger:
+    """Of so many calls; those without usage were answered by the cache."""
     return Ledger(
-        program_calls=1,
-        lm_calls=max(calls, len(entries)),
-        cache_hits=max(0, calls - len(entries)),
-        prompt_tokens=sum(int(entry.get("prompt_tokens") or 0) for entry in entries),
-        generated_tokens=sum(int(entry.get("completion_tokens") or 0) for entry in entries),
-        cost=total_cost(record.costs),
+        lm_calls=max(calls, len(usages)),
+        cache_hits=max(0, calls - len(usages)),
+        prompt_tokens=sum(int(usage.get("prompt_tokens") or 0) for usage in usages),
+        generated_tokens=sum(int(usage.get("completion_tokens") or 0) for usage in usages),
+        cost=total_cost(costs),
     )

@@ -4,52 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
-from dspy.utils.callback import BaseCallback
 
 from ..errors import ProgramError
 from ..lm import local_engine
 from ..programs.copies import drop_results, results_of
 from ..programs.program import as_programs, copy_for_step, modules_of, predictors_of
-from ..records import Ledger, OtherDetails, total_cost
+from ..records import Ledger, OtherDetails
 from ..rollouts.settings import RunSettings
-from ..rollouts.watching import cost_of
+from ..rollouts.usage import Bill, billed
 from ..steps.step import StepContext, StepResult
-
-
-class _Bill(BaseCallback):
-    """Counts the calls of LMs and what they cost. As one of DSPy's `caller_modules` it is told each answer."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self._costs: list[float | None] = []
-        self._lock = threading.Lock()
-        self.history = self
-
-    def on_lm_end(self, call_id: str, outputs: Any, exception: Exception | None = None) -> None:
-        with self._lock:
-            self.calls += 1
-
-    def __len__(self) -> int:
-        """As a history, none of whose entries is to be dropped."""
-        return 0
-
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """As a history."""
-        self._costs.append(cost_of(entry))
-
-    @property
-    def cost(self) -> float | None:
-        """US dollars; None where a price is not known, or where DSPy's histories are off."""
-        off = dspy.settings.disable_history or dspy.settings.max_history_size == 0
-        return None if off and self.calls else total_cost(self._costs)
-
 
 _USUAL = ("trainset", "teacher", "valset")
 
@@ -130,7 +100,7 @@ def run_any(
         lent(optimizer, settings),
         _kept_lms(as_programs(given.get("teacher"))),
         _fallback_lm(lms),
-        _billed() as bill,
+        billed() as bill,
     ):
         result = unmark(optimizer.compile(student, **arguments))
     drop_results(result)
@@ -147,13 +117,14 @@ def _by_name(settings: RunSettings) -> dict[str, int | None]:
     return {"num_threads": settings.num_threads, "max_errors": settings.max_errors, "seed": settings.seed}
 
 
-def _ledger(bill: _Bill, before: Mapping[str, int], after: Mapping[str, int]) -> Ledger:
-    return Ledger(
-        lm_calls=bill.calls,
-        cache_hits=max(0, bill.calls - (after["requests"] - before["requests"])) if before["engines"] else 0,
-        prompt_tokens=after["prompt_tokens"] - before["prompt_tokens"],
-        generated_tokens=after["generated_tokens"] - before["generated_tokens"],
-        cost=bill.cost,
+def _ledger(bill: Bill, before: Mapping[str, int], after: Mapping[str, int]) -> Ledger:
+    """What the bill has. Engines count also what it misses: answers in threads of the program's own, and tokens where
+    DSPy's histories are off."""
+    spent = bill.ledger
+    return replace(
+        spent,
+        prompt_tokens=max(spent.prompt_tokens, after["prompt_tokens"] - before["prompt_tokens"]),
+        generated_tokens=max(spent.generated_tokens, after["generated_tokens"] - before["generated_tokens"]),
     )
 
 
@@ -163,19 +134,8 @@ def _one_or_all(teachers: Sequence[dspy.Module]) -> Any:
 
 def _engine_counters(lms: Any) -> dict[str, int]:
     engines = {id(engine): engine for lm in lms if (engine := local_engine(lm)) is not None}
-    totals = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0, "engines": len(engines)}
-    for engine in engines.values():
-        counters = engine.counters()
-        for name in ("requests", "prompt_tokens", "generated_tokens"):
-            totals[name] += counters.get(name, 0)
-    return totals
-
-
-@contextmanager
-def _billed() -> Iterator[_Bill]:
-    bill, callers = _Bill(), dspy.settings.caller_modules or []
-    with dspy.context(callbacks=[*dspy.settings.callbacks, bill], caller_modules=[*callers, bill]):
-        yield bill
+    counters = [engine.counters() for engine in engines.values()]
+    return {name: sum(each.get(name, 0) for each in counters) for name in ("prompt_tokens", "generated_tokens")}
 
 
 @contextmanager

@@ -128,7 +128,7 @@ def _outlooks(plan: Plan, measured: Probe) -> tuple[Outlook, Outlook, Outlook]:
     count = len(measured.passed)
     solved, margin = sum(measured.passed) / count, 1 / math.sqrt(count)
     fewest, most = max(0.0, solved - margin), min(1.0, solved + margin)
-    per_run = measured.plain.ledger.lm_calls / measured.plain.runs
+    per_run = measured.plain.calls / measured.plain.runs
     trained = [step for step in plan.optimizers.values() if isinstance(step, AdapterStep)]
     predictors = len(predictors_of(plan.student))
     share = max((len(step.trainable(plan.student)) for step in trained), default=0) / max(1, predictors)

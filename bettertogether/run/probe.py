@@ -38,6 +38,8 @@ class Sample:
 
     ledger: Ledger
     runs: int
+    calls: int
+    """Of predictors."""
 
     def of(self, runs: float) -> Ledger:
         """What another number of them costs."""
@@ -127,7 +129,8 @@ class _Runs:
         traces = self._pass.over(program, self._examples, [(position, Attempt()) for position in positions])
         seconds = time.monotonic() - started
         self.traces += traces
-        return Sample(Ledger.total(trace.ledger for trace in traces).with_seconds(seconds), len(traces))
+        calls = sum(1 for trace in traces for _ in trace.every_call())
+        return Sample(Ledger.total(trace.ledger for trace in traces).with_seconds(seconds), len(traces), calls)
 
 
 def _uncached(program: dspy.Module) -> dspy.Module:
