@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,9 @@ from ..rollouts.usage import Bill, billed
 from ..steps.step import StepContext, StepResult
 
 _USUAL = ("trainset", "teacher", "valset")
+
+_METRICS = ("metric", "metric_fn")
+"""What DSPy's optimizers call their metric; the second is GEPA's."""
 
 
 @contextmanager
@@ -48,6 +51,30 @@ def _could_set(optimizer: Teleprompter, name: str, value: Any) -> bool:
     except (AttributeError, TypeError, ValueError):
         return False
     return True
+
+
+@contextmanager
+def _counted_metric(optimizer: Teleprompter) -> Iterator[list[None]]:
+    """An entry for each call of the optimizer's metric within the block."""
+    calls: list[None] = []
+    own = {name: metric for name in _METRICS if callable(metric := vars(optimizer).get(name))}
+    counting = {name: _counting(metric, calls) for name, metric in own.items()}
+    counting = {name: metric for name, metric in counting.items() if _could_set(optimizer, name, metric)}
+    try:
+        yield calls
+    finally:
+        for name, metric in counting.items():
+            if getattr(optimizer, name, None) is metric:
+                setattr(optimizer, name, own[name])
+
+
+def _counting(metric: Callable[..., Any], calls: list[None]) -> Callable[..., Any]:
+    @functools.wraps(metric)
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(None)
+        return metric(*arguments, **options)
+
+    return counted
 
 
 def accepted_arguments(optimizer: Teleprompter, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +128,7 @@ def run_any(
         _kept_lms(as_programs(given.get("teacher"))),
         _fallback_lm(lms),
         billed() as bill,
+        _counted_metric(optimizer) as metric_calls,
     ):
         result = unmark(optimizer.compile(student, **arguments))
     drop_results(result)
@@ -109,7 +137,7 @@ def run_any(
         if predictor.lm is None:
             predictor.lm = lms.get(name)
     ledger = _ledger(bill, before, _engine_counters(lms.values()))
-    return StepResult(result, ledger, OtherDetails(type(optimizer).__name__))
+    return StepResult(result, replace(ledger, metric_calls=len(metric_calls)), OtherDetails(type(optimizer).__name__))
 
 
 def _by_name(settings: RunSettings) -> dict[str, int | None]:

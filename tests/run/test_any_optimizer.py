@@ -168,6 +168,39 @@ def test_the_ledger_of_a_foreign_step_counts_calls_and_tokens() -> None:
     assert ledger.cache_hits == 0
 
 
+@pytest.mark.parametrize("name", PROMPT_OPTIMIZERS)
+def test_the_ledger_of_a_foreign_step_counts_the_calls_of_its_metric(name: str) -> None:
+    engine = proposing_engine(careful)
+    calls: list[int] = []
+
+    def metric(gold: Any, pred: Any, trace: Any = None, pred_name: Any = None, pred_trace: Any = None) -> float:
+        calls.append(gold.number)
+        return float(parity_match(gold, pred))
+
+    optimizer = foreign(name, plain_lm(engine))
+    attribute = "metric_fn" if name == "GEPA" else "metric"
+    if name != "LabeledFewShot":
+        setattr(optimizer, attribute, metric)
+    result = run_with(optimizer, parity_program(engine), OVERRIDES.get(name), valset=TRAIN)
+    assert result.ledger.metric_calls == len(calls)
+    assert bool(calls) == (name != "LabeledFewShot")
+    assert getattr(optimizer, attribute, metric) is metric
+
+
+def test_an_optimizer_that_raises_has_its_own_metric_again() -> None:
+    class Raises(Teleprompter):
+        def __init__(self) -> None:
+            self.metric = parity_match
+
+        def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+            raise OSError(self.metric(TRAIN[0], TRAIN[0]))
+
+    optimizer = Raises()
+    with pytest.raises(OSError, match="True"):
+        run_with(optimizer, parity_program(parity_engine(careful)))
+    assert optimizer.metric is parity_match
+
+
 class Recorder(Teleprompter):
     """Notes what it was given."""
 

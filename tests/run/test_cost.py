@@ -41,6 +41,7 @@ def test_a_round_costs_its_calls_of_a_paid_lm() -> None:
 def test_a_step_of_any_optimizer_costs_its_calls_too() -> None:
     ledger = compile_(PRICE, "theirs").report.rounds[1].ledger
     assert ledger.cost == PRICE * ledger.lm_calls
+    assert (ledger.prompt_tokens, ledger.generated_tokens) == (10 * ledger.lm_calls, 2 * ledger.lm_calls)
     assert ledger.lm_calls > len(VAL)
 
 
