@@ -84,6 +84,16 @@ def _spread(calls: Sequence[Call]) -> list[Call]:
     return chosen
 
 
+def branch_runs(runs: Sequence[Trace]) -> dict[str, float]:
+    """By predictor, how many runs of the program it takes to answer its calls of one of these runs anew, once, on
+    average: those before a call are not made again."""
+    found: dict[str, float] = defaultdict(float)
+    for run in runs:
+        for call in _spread((*run.calls, *run.unread)):
+            found[call.predictor] += (1 - (call.place or 0) / len(run.answers)) / len(runs)
+    return dict(found)
+
+
 def blame(points: Collection[BranchPoint]) -> dict[str, Blame]:
     """By predictor, how many of the failed runs are repaired by answering its calls alone anew."""
     calls: Counter[str] = Counter()

@@ -140,6 +140,7 @@ def _outlooks(plan: Plan, measured: Probe) -> tuple[Outlook, Outlook, Outlook]:
         contest=(NEAR, FAR),
         patience=0.5,
         calls=per_run * share,
+        branch_runs=measured.branch_runs,
         has_demos=any(predictor.demos for predictor in plan.student.predictors()),
         is_scored=bool(plan.valset) and program_key(plan.student) is not None,
     )

@@ -15,6 +15,7 @@ from ..lm import local_engine
 from ..programs.copies import copy_program
 from ..programs.program import copy_for_step, predictors_of
 from ..records import Ledger
+from ..rollouts.branches import branch_runs
 from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import FULL_MARK
 from ..rollouts.rollout import Attempt
@@ -61,6 +62,8 @@ class Probe:
     """Tokens of a set of demos."""
     passed: tuple[bool, ...]
     """Of the first runs of an example: those of the first teacher, or of the student."""
+    branch_runs: Mapping[str, float]
+    """Of these runs, see `Outlook`."""
     trainings: Mapping[str, TrainingCosts]
     """By the key of a weight step; those are left out of whose runs none could be learned from."""
     spent: Ledger
@@ -90,7 +93,7 @@ def probe(plan: Plan) -> Probe:
     teacher = None
     if plan.teachers:
         teacher = runs.timed(_uncached(plan.teachers[0]), range(len(examples))[:TEACHER_EXAMPLES])
-    passed = runs.traces[-teacher.runs :] if teacher else seen.traces
+    firsts = runs.traces[-teacher.runs :] if teacher else seen.traces
     trainings = dict[str, TrainingCosts]()
     for key, step in plan.optimizers.items():
         if isinstance(step, AdapterStep):
@@ -103,7 +106,8 @@ def probe(plan: Plan) -> Probe:
         teacher=teacher,
         prompt_s=max(0.0, first.ledger.seconds - alone.ledger.seconds),
         demo_tokens=max(0.0, (with_demos.ledger.prompt_tokens - without.ledger.prompt_tokens) / len(batch)),
-        passed=tuple(trace.passed for trace in passed),
+        passed=tuple(trace.passed for trace in firsts),
+        branch_runs=branch_runs(firsts),
         trainings=trainings,
         spent=spent,
         memory_gib=_memory_gib(),

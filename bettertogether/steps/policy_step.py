@@ -257,7 +257,8 @@ class PolicyFinetune(AdapterStep):
         learned = min(policy.examples_per_step, len(trainset)) * policy.group_size * policy.steps
         scored = (1 + -(-policy.steps // policy.score_every)) * len(held_out)
         by_call = policy.group_by == "call"
-        runs_each = policy.group_size if by_call else 1 + (policy.group_size - 1) * outlook.branch_runs
+        branch_runs = sum(outlook.branch_runs.get(name, 0.0) for name in self.trainable(student))
+        runs_each = policy.group_size if by_call else 1 + (policy.group_size - 1) * branch_runs
         runs = Work.of_runs(examples * runs_each * policy.steps + scored, outlook)
         return runs + Work(trained_rows=outlook.calls * learned * policy.updates, trainings=1)
 

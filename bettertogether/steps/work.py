@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import dspy
@@ -31,6 +31,8 @@ class Outlook:
     """Share of the batches that show demos, where any may; None: as the training is configured."""
     calls: float = 1.0
     """Calls of a run that a weight step learns from."""
+    branch_runs: Mapping[str, float] = field(default_factory=dict)
+    """By predictor, runs that it costs to answer its calls of a run anew, once."""
     has_demos: bool = False
     """The prompts show demos."""
     is_tuned: bool = False
@@ -39,12 +41,6 @@ class Outlook:
     """Share of the trainset that the program ran on before, the answers kept."""
     is_scored: bool = False
     """The program ran on the valset before, the answers kept."""
-
-    @property
-    def branch_runs(self) -> float:
-        """Runs that it costs to answer each call of a run anew, once: of n calls, number i costs the calls from there
-        on, a share 1 - (i - 1) / n of a run."""
-        return (self.calls + 1) / 2
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ class ExpectedTries:
         self.unsolved *= 1 - self.outlook.again
 
     def branch(self, temperatures: Sequence[float], *, everyone: bool = False) -> None:
-        runs = len(temperatures) * self.outlook.branch_runs
+        runs = len(temperatures) * sum(self.outlook.branch_runs.values())
         self.runs += runs * (self.examples if everyone else self.unsolved)
         self.unsolved *= 1 - self.outlook.again
 

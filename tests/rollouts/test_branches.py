@@ -10,7 +10,7 @@ import pytest
 from fakes import TwoSteps, api_lm, field_of, number_of, numbers, outputs_of, plain_lm, reply, right, wrong
 
 from bettertogether.records import Blame
-from bettertogether.rollouts.branches import BranchPoint, blame
+from bettertogether.rollouts.branches import BranchPoint, blame, branch_runs
 from bettertogether.rollouts.rollout import RolloutStore
 from bettertogether.rollouts.settings import RunSettings
 from bettertogether.rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
@@ -133,6 +133,20 @@ def test_of_a_long_loop_three_turns_are_answered_anew() -> None:
     program.set_lm(plain_lm(FakeEngine(turn)))
     points = traces_of(program, Sampling(0, 0.9, rescue=False, branches=1), examples=1).branches
     assert [point.call.place for point in points] == [0, 4, 8]
+
+
+def test_what_branches_cost_is_known_from_the_runs_before_them() -> None:
+    engine = FakeEngine(turn)
+    program = Loop(9)
+    program.set_lm(plain_lm(engine))
+    first = traces_of(program, Sampling(0, rescue=False), examples=2)
+    assert len(engine.requests) == 2 * 9
+    traces_of(program, BRANCHES, examples=2)
+    # Of nine calls, those from the first, fifth and ninth on are made.
+    assert len(engine.requests) == 2 * 9 + 2 * 9 + 2 * 4 * (9 + 5 + 1)
+    assert branch_runs(first.traces) == pytest.approx({"step": (9 + 5 + 1) / 9})
+    parts = branch_runs(traces_of(two_steps(FakeEngine(remark_at_fault)), Sampling(0, rescue=False)).traces)
+    assert parts == pytest.approx({"remark": 1.0, "decide": 0.5})
 
 
 class Sampler(dspy.Module):

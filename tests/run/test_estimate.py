@@ -8,10 +8,30 @@ from typing import Any
 
 import dspy
 import pytest
-from fakes import PaidLM, Parity, learner, numbers, parity_engine, parity_match, parity_program
+from fakes import (
+    PaidLM,
+    Parity,
+    learner,
+    number_of,
+    numbers,
+    parity_engine,
+    parity_match,
+    parity_program,
+    plain_lm,
+    reply,
+    right,
+    wrong,
+)
 from small_models import save_model
 
-from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, TrainingConfig, local_lm
+from bettertogether import (
+    BetterTogether,
+    BootstrapFewShotRS,
+    LoRAFinetune,
+    PreferenceFinetune,
+    TrainingConfig,
+    local_lm,
+)
 from bettertogether.errors import StrategyError
 from bettertogether.programs.program import prompts_state
 from bettertogether.records import Ledger
@@ -108,6 +128,36 @@ def test_expected_tries_are_those_of_a_real_schedule() -> None:
     Sampling(num_samples=2).carry_out(tries)
     # 16, then 8 and 4 unsolved, then a hint for 2 which solves them.
     assert (tries.runs, tries.solved) == (16 + 8 + 4 + 2, 16)
+
+
+def test_branches_of_a_frozen_predictor_and_of_a_loop_are_counted_as_they_are_made() -> None:
+    class Loop(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.note = dspy.Predict("number: int, notes: list[str] -> note: str")
+            self.decide = dspy.Predict("number: int, notes: list[str] -> parity: str")
+
+        def forward(self, number: int) -> dspy.Prediction:
+            notes: list[str] = []
+            for _ in range(8):
+                notes.append(self.note(number=number, notes=list(notes)).note)
+            return self.decide(number=number, notes=notes)
+
+    def answer(request: FakeRequest) -> str:
+        if "`note`" in request.system.split("output fields")[1]:
+            return reply(request, note=f"note {request.seed}")
+        known = request.temperature == 0 or (request.seed or 0) % 2 == 0
+        return reply(request, parity=(right if known else wrong)(number_of(request)))
+
+    program = Loop()
+    program.set_lm(plain_lm(FakeEngine(answer)))
+    optimizer = BetterTogether(parity_match, r=PreferenceFinetune(parity_match, num_samples=2, frozen=["note"]))
+    options: dict[str, Any] = {"trainset": numbers(6), "valset": numbers(4, start=100), "strategy": "r"}
+    said = optimizer.estimate(program, **options).rounds[1]
+    taken = optimizer.compile(program, progress=False, **options).report.rounds[1].ledger.lm_calls
+    # Six runs, and ten of which the notes 1, 4 and 8 and the decision are answered anew twice; four are scored.
+    assert taken == 6 * 9 + 10 * 2 * (9 + 6 + 2 + 1) + 4 * 9
+    assert said.low.lm_calls == said.likely.lm_calls == said.high.lm_calls == taken
 
 
 def test_expected_tries_go_on_where_few_are_solved() -> None:

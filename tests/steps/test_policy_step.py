@@ -187,7 +187,7 @@ def test_in_groups_by_branch_each_call_of_a_run_is_answered_anew(engine: Transfo
     # Of each example one run, and five new answers to each of its two calls.
     assert step.ledger.program_calls == 3 * 2 * (1 + 2 * 5)
     assert [(line.examples, line.groups) for line in details_of(step).history[1:]] == [(2, 4)] * 3
-    outlook = Outlook(0.5, 0.2, 1.0, None, calls=2)
+    outlook = Outlook(0.5, 0.2, 1.0, None, branch_runs={"first": 1.0, "second": 0.5})
     assert step.work(student, StepContext(words(4)), outlook).plain_runs == 3 * 2 * (1 + 5 * 1.5)
 
 
