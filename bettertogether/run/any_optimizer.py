@@ -92,6 +92,7 @@ def run_any(
     context: StepContext,
     given: Mapping[str, Any],
     provide_traceback: bool | None = None,
+    charge: Callable[[Ledger], None] = lambda ledger: None,
 ) -> StepResult:
     """Compile a copy of `program` with `optimizer` itself, so that what it keeps of its work is found there.
 
@@ -100,7 +101,7 @@ def run_any(
     `compile`; they win.
 
     The program's LMs answer during the step, whatever `dspy.settings.lm` is, and are those of the result, unless the
-    optimizer put others in their place.
+    optimizer put others in their place. `charge` is given what it cost, also where the optimizer raises.
     """
     settings = context.settings
     if getattr(optimizer, "seed", None) is None:
@@ -130,14 +131,17 @@ def run_any(
         billed() as bill,
         _counted_metric(optimizer) as metric_calls,
     ):
-        result = unmark(optimizer.compile(student, **arguments))
+        try:
+            result = unmark(optimizer.compile(student, **arguments))
+        finally:
+            ledger = _ledger(bill, len(metric_calls), before, _engine_counters(lms.values()))
+            charge(ledger)
     drop_results(result)
     _free_forward(result)
     for name, predictor in predictors_of(result).items():
         if predictor.lm is None:
             predictor.lm = lms.get(name)
-    ledger = _ledger(bill, before, _engine_counters(lms.values()))
-    return StepResult(result, replace(ledger, metric_calls=len(metric_calls)), OtherDetails(type(optimizer).__name__))
+    return StepResult(result, ledger, OtherDetails(type(optimizer).__name__))
 
 
 def _by_name(settings: RunSettings) -> dict[str, int | None]:
@@ -145,12 +149,13 @@ def _by_name(settings: RunSettings) -> dict[str, int | None]:
     return {"num_threads": settings.num_threads, "max_errors": settings.max_errors, "seed": settings.seed}
 
 
-def _ledger(bill: Bill, before: Mapping[str, int], after: Mapping[str, int]) -> Ledger:
+def _ledger(bill: Bill, metric_calls: int, before: Mapping[str, int], after: Mapping[str, int]) -> Ledger:
     """What the bill has. Engines count also what it misses: answers in threads of the program's own, and tokens where
     DSPy's histories are off."""
     spent = bill.ledger
     return replace(
         spent,
+        metric_calls=metric_calls,
         prompt_tokens=max(spent.prompt_tokens, after["prompt_tokens"] - before["prompt_tokens"]),
         generated_tokens=max(spent.generated_tokens, after["generated_tokens"] - before["generated_tokens"]),
     )

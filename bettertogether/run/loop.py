@@ -7,7 +7,7 @@ import random
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -64,9 +64,13 @@ class _BudgetWatch(events.Callback):
         self._charge(Ledger(trained_tokens=new))
 
     def _charge(self, ledger: Ledger) -> None:
+        self.charge(ledger)
+        self._meter.check()
+
+    def charge(self, ledger: Ledger) -> None:
+        """Add work that no event tells of."""
         self._spent += ledger
         self._meter.charge(ledger)
-        self._meter.check()
 
 
 @dataclass
@@ -158,7 +162,7 @@ class Loop:
         try:
             self.meter.check()
             with events.listening([watch]):
-                self._run(index, steps, started)
+                self._run(index, steps, started, watch.charge)
             return True
         except BudgetExceeded as error:
             self._end(index, steps, error, "skipped", str(error), watch.spent)
@@ -170,11 +174,11 @@ class Loop:
                 raise
         return False
 
-    def _run(self, index: int, steps: Steps, started: float) -> None:
+    def _run(self, index: int, steps: Steps, started: float, charge: Callable[[Ledger], None]) -> None:
         name, parent = strategy.join(steps), self.programs[strategy.join(steps[:-1])]
         done = self._unscored(name)
         if done is None:
-            result = self._step(index, steps, parent)
+            result = self._step(index, steps, parent, charge)
             record, program = self._record(index, steps, result, started), result.program
             self.directory.note_spent(self.meter.used)
             self.directory.set_aside(record)
@@ -213,7 +217,7 @@ class Loop:
         logger.info("Step %r was done; its round is scored now.", name)
         return record, program
 
-    def _step(self, index: int, steps: Steps, parent: dspy.Module) -> StepResult:
+    def _step(self, index: int, steps: Steps, parent: dspy.Module, charge: Callable[[Ledger], None]) -> StepResult:
         plan, key = self.plan, steps[-1]
         optimizer, given = plan.optimizers[key], plan.compile_args.get(key, {})
         context = StepContext(
@@ -228,9 +232,7 @@ class Loop:
         )
         step = as_step(optimizer)
         if step is None:
-            result = run_any(optimizer, parent, context, given, plan.provide_traceback)
-            self.meter.charge(result.ledger)
-            return result
+            return run_any(optimizer, parent, context, given, plan.provide_traceback, charge)
         context = step.sparing(context, is_tuned=model_names(parent) != model_names(plan.student))
         result = step.run_seen(parent, context.with_arguments(given))
         drop_results(result.program)

@@ -86,6 +86,25 @@ def spent(run_dir: Path) -> float:
     return cost
 
 
+def test_a_step_of_any_optimizer_that_fails_has_cost_its_calls(
+    tmp_path: Path, answers: list[dspy.BaseLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Any) -> None:
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(dspy.BootstrapFewShot, "_train", fails)
+    failed = compile_(PRICE, "theirs", run_dir=tmp_path).report.rounds[1]
+    # For its two demos.
+    assert (failed.status, failed.ledger.metric_calls, failed.ledger.cost) == ("failed", 2, PRICE * 2)
+    assert spent(tmp_path) == PRICE * len(answers) == PRICE * (len(VAL) + 2)
+
+
+def test_a_step_of_any_optimizer_that_was_not_scored_has_cost_its_calls(tmp_path: Path) -> None:
+    skipped = compile_(PRICE, "theirs", budget=Budget(cost=PRICE * (len(VAL) + 1)), run_dir=tmp_path).report.rounds[1]
+    assert (skipped.status, skipped.ledger.metric_calls, skipped.ledger.cost) == ("skipped", 3, PRICE * 3)
+    assert spent(tmp_path) == PRICE * (len(VAL) + 3)
+
+
 @pytest.mark.parametrize(("calls", "ended"), [(5, "student"), (25, "p")])
 def test_a_call_whose_budget_an_earlier_one_used_up_pays_nothing(
     tmp_path: Path, answers: list[dspy.BaseLM], calls: int, ended: str
