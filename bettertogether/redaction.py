@@ -70,23 +70,22 @@ def split_secrets(value: Any) -> tuple[Any, set[str]]:
     kind of key, and user, password and secret parameters in addresses. The fields that a JSON schema names are none.
     """
     left_out: set[str] = set()
-    kept = _kept(value, left_out, "value", paired=True)
+    kept = _kept(value, left_out, "value")
     return (MASK if kept is _LEFT_OUT else kept), left_out
 
 
 _LEFT_OUT = object()
 
 
-def _kept(value: Any, left_out: set[str], name: str, *, paired: bool = False, schema: bool = False) -> Any:
-    """A value without secrets. `paired`: it may be a header, as an item of a list; `schema`: it is of a JSON schema,
-    whose names are those of fields."""
+def _kept(value: Any, left_out: set[str], name: str, *, schema: bool = False) -> Any:
+    """A value without secrets. `schema`: the names in it are those of a JSON schema's fields."""
     if isinstance(value, Mapping):
-        return _kept_entries(value, left_out, schema or _is_schema(value))
+        return _kept_entries(value, left_out, schema)
     if isinstance(value, list | tuple | set | frozenset):
-        if paired and not schema and _is_named_secret(value):
+        if name != "stop" and not schema and _is_named_secret(value):
             left_out.add(str(next(iter(value))))
             return _LEFT_OUT
-        items = [_kept(item, left_out, name, paired=True, schema=schema) for item in value]
+        items = [_kept(item, left_out, name, schema=schema) for item in value]
         return [item for item in items if item is not _LEFT_OUT]
     if isinstance(value, str):
         if _VALUE.fullmatch(value.strip()):
@@ -96,19 +95,22 @@ def _kept(value: Any, left_out: set[str], name: str, *, paired: bool = False, sc
     return value
 
 
+_OF_FIELDS = ("properties", "$defs", "required")
+
+
 def _is_schema(value: Mapping[Any, Any]) -> bool:
     of_object = value.get("type") == "object" and isinstance(value.get("properties"), Mapping)
     return of_object or isinstance(value.get("$defs"), Mapping)
 
 
 def _kept_entries(value: Mapping[Any, Any], left_out: set[str], schema: bool) -> dict[Any, Any]:
-    kept = {}
+    kept, fields = {}, _OF_FIELDS if _is_schema(value) else ()
     named = any(str(key).lower() in ("name", "key", "header") and is_secret_name(item) for key, item in value.items())
     for key, item in value.items():
         secret = (is_secret_name(key) and not named) or (named and str(key).lower() == "value")
         if secret and not schema and not isinstance(item, bool | None):
             left_out.add(str(key))
-        elif (inner := _kept(item, left_out, str(key), schema=schema)) is not _LEFT_OUT:
+        elif (inner := _kept(item, left_out, str(key), schema=schema or key in fields)) is not _LEFT_OUT:
             kept[key] = inner
     return kept
 

@@ -87,6 +87,8 @@ def test_what_an_answer_ends_with_and_the_fields_of_its_schema_are_no_secrets(op
     [
         ({"type": "object", "api_key": "x"}, {"type": "object"}),
         ({"properties": {"api_key": "x"}}, {"properties": {}}),
+        ({**PAIR, "api_key": "x"}, PAIR),
+        ({"param": ("X-Api-Key", "x")}, {}),
         ({"body": {**PAIR, "examples": [KEY]}, "token": "x"}, {"body": {**PAIR, "examples": []}}),
         ({"body": {**PAIR, "$id": "http://u:p@host/1"}}, {"body": {**PAIR, "$id": "http://host/1"}}),
         ([PAIR, {"api_key": "x"}, ["Token", "x"]], [PAIR, {}]),

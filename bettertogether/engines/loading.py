@@ -108,7 +108,7 @@ def _snapshot(repo: str, revision: str | None, token: str | bool | None) -> Path
         repo, revision=revision, token=token, allow_patterns=list(_SNAPSHOT), ignore_patterns=["*/*"]
     )
     snapshot = Path(found)
-    rest = [TEMPLATES] if any(snapshot.glob("*.safetensors")) else [TEMPLATES, "pytorch_model*.bin"]
+    rest = [TEMPLATES] if any(snapshot.glob("model*.safetensors")) else [TEMPLATES, "pytorch_model*.bin"]
     # The folder is named after its commit.
     snapshot_download(repo, revision=snapshot.name, token=token, allow_patterns=rest)
     return snapshot

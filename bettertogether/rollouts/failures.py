@@ -7,7 +7,7 @@ The rules, for the report and for the log line that is written at once:
   of them raised (program, metric, a metric without a finite number) the result's flag is set as for a failed step.
 - Where all scores of a round are equal, they tell nothing apart. The first round with a score below the full mark on
   every example gets a warning with an answer as an example; so does a student with the full mark on every example,
-  since nothing is left to gain. A later round that reaches the full mark everywhere is a success.
+  since nothing is left to gain. A later round that passes the full mark everywhere is a success.
 - Where all rounds have the same score on each example, below the full mark, a warning says that the scores did not
   select.
 The full mark is 1, or the highest threshold of a step where that is higher.
@@ -25,7 +25,7 @@ from dspy.utils.exceptions import AdapterParseError
 
 from ..records import Failure, StepRecord, failure_text
 from ..redaction import masked
-from .metrics import BELOW_THRESHOLD, reaches
+from .metrics import BELOW_THRESHOLD, passes
 
 if TYPE_CHECKING:
     from .traces import Trace
@@ -152,7 +152,7 @@ def round_warnings(records: Sequence[StepRecord], full_mark: float) -> list[str]
 
 def _equal_scores(record: StepRecord, name: str, full_mark: float) -> list[str]:
     score, count = (record.scores or (0.0,))[0], len(record.scores or ())
-    if not reaches(score, full_mark):
+    if not passes(score, full_mark):
         seen = f" ({record.scored_example})" if record.scored_example else ""
         return [
             f"{name}: each of the {count} examples scores {score:g}, so nothing can be told apart by it: check the "
@@ -171,7 +171,7 @@ def no_difference(records: Sequence[StepRecord], full_mark: float) -> str | None
     scored = [record.scores for record in records if record.status == "complete" and record.scores]
     if len(scored) < 2 or len(scored[0]) < 2 or len(set(scored)) > 1:
         return None
-    if any(map(all_failed, records)) or reaches(min(scored[0]), full_mark):
+    if any(map(all_failed, records)) or passes(min(scored[0]), full_mark):
         return None
     return (
         f"The {len(scored)} rounds have the same score on each of the {len(scored[0])} validation examples: the scores "

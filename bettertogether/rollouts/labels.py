@@ -92,12 +92,21 @@ def stratified_split(
 def split_apart(
     examples: Sequence[dspy.Example], first_size: int, seed: int
 ) -> tuple[list[dspy.Example], list[dspy.Example]]:
-    """`stratified_split` into parts of which none asks what the other does: the first has `first_size` examples, and
-    those that ask the same as its last. Neither is empty, unless all ask the same: then the first is."""
+    """`stratified_split` into parts of which none asks what the other does: the first has `first_size` examples, or
+    fewer where those that ask the same don't fit. Neither is empty, unless all ask the same: then the first is."""
     groups: dict[int, list[dspy.Example]] = {}
-    for example, first in zip(examples, first_alike(examples), strict=True):
-        groups.setdefault(first, []).append(example)
+    for example, place in zip(examples, first_alike(examples), strict=True):
+        groups.setdefault(place, []).append(example)
     order = stratified_order(list(groups.values()), labels_of([group[0] for group in groups.values()]), seed)
-    sizes = itertools.accumulate(map(len, order), initial=0)
-    cut = min(sum(size < first_size for size in sizes), len(order) - 1)
-    return list(itertools.chain(*order[:cut])), list(itertools.chain(*order[cut:]))
+    first: list[list[dspy.Example]] = []
+    rest: list[list[dspy.Example]] = []
+    count = 0
+    for group in order:
+        fits = count + len(group) <= first_size
+        (first if fits else rest).append(group)
+        count += len(group) * fits
+    if first and not rest:
+        rest.append(first.pop())
+    if not first and first_size and len(rest) > 1:
+        first.append(rest.pop(min(range(len(rest)), key=lambda number: len(rest[number]))))
+    return list(itertools.chain(*first)), list(itertools.chain(*rest))

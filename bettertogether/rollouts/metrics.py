@@ -22,7 +22,7 @@ EQUAL = 1e-9
 """Scores closer than this are equal: sums of the same numbers in another order."""
 
 ROUNDING = 1e-6
-"""By which a full mark in 32 bits, such as a cosine, may be above 1."""
+"""By which a score in 32 bits, such as a cosine, may miss what it should be."""
 
 BELOW_THRESHOLD = "score below threshold"
 """Reason of a verdict on a run that did not fail and was not good enough."""
@@ -44,9 +44,14 @@ def full_mark(threshold: float | None) -> float:
     return FULL_MARK if threshold is None else threshold
 
 
-def reaches(score: float, mark: float) -> bool:
-    """Whether a score is as high as the mark, but for rounding."""
-    return score >= mark - EQUAL
+def reaches(mean: float, best: float) -> bool:
+    """Whether a mean is as high as the best one, but for rounding."""
+    return mean >= best - EQUAL
+
+
+def passes(score: float, mark: float) -> bool:
+    """Whether a score is as high as the mark, but for rounding in 32 bits."""
+    return score >= mark - ROUNDING
 
 
 def is_above_one(score: float) -> bool:
@@ -144,5 +149,5 @@ def judge(
             "(the score from which an example counts as solved), or return a score from 0 to 1."
         )
     is_bool = isinstance(_without_feedback(value), bool | np.bool_)
-    passed = bool(score) if is_bool else reaches(score, full_mark(threshold))
+    passed = bool(score) if is_bool else passes(score, full_mark(threshold))
     return Verdict(score, passed, None if passed else BELOW_THRESHOLD)

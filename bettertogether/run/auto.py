@@ -30,7 +30,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..records import CELLS, DataCard, StepRecord, WeightDetails
 from ..report.intervals import Effect, paired_interval
-from ..rollouts.metrics import FULL_MARK, reaches
+from ..rollouts.metrics import FULL_MARK, passes
 from ..steps.adapter_step import AdapterStep
 from ..steps.prompt_step import BootstrapFewShotRS
 
@@ -167,11 +167,11 @@ class _Auto:
 
     def _passing(self, position: int) -> str:
         scores = self.records[position].scores or ()
-        return f"{sum(reaches(score, self._mark) for score in scores)} of {len(scores)}"
+        return f"{sum(passes(score, self._mark) for score in scores)} of {len(scores)}"
 
     def _share_passing(self, position: int) -> float:
         scores = self.records[position].scores or ()
-        return sum(reaches(score, self._mark) for score in scores) / len(scores) if scores else 0.0
+        return sum(passes(score, self._mark) for score in scores) / len(scores) if scores else 0.0
 
     @property
     def _mark(self) -> float:

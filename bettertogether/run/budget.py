@@ -18,7 +18,8 @@ _LIMITS = {"minutes": ("minutes", 1), "metric_calls": ("metric calls", 0), "toke
 @dataclass(frozen=True)
 class Budget:
     """Limits of a run; None is no limit. Checked between units of work, so a run overshoots by one unit at most. What
-    earlier calls with the same `run_dir` used counts, also for steps that were cut off or failed."""
+    earlier calls with the same `run_dir` used counts, also for steps that failed or that Ctrl-C or the budget cut off;
+    what a killed process used since its last step is not known."""
 
     minutes: float | None = None
     """Wall time in minutes."""

@@ -41,7 +41,8 @@ def carry_out(plan: Plan, directory: RunDirectory, asked: Mapping[str, Any], bud
     with events.run_end_on_error():
         for warning in plan.warnings:
             events.warn(warning)
-        meter = budget.start(directory.spent or Ledger.total(record.ledger for record in finished))
+        noted = [*finished, *([directory.unscored] if directory.unscored else [])]
+        meter = budget.start(directory.spent or Ledger.total(record.ledger for record in noted))
         loop = Loop(plan, directory, meter)
         try:
             loop.run()

@@ -13,7 +13,7 @@ from ..errors import TooManyErrors
 from ..records import Ledger
 from ..rollouts.evaluation import Evaluation, Evaluator
 from ..rollouts.failures import count_failures, failure_warning
-from ..rollouts.metrics import Metric, full_mark, reaches
+from ..rollouts.metrics import Metric, full_mark, passes
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import too_many
 from .demo_sets import Candidate
@@ -98,7 +98,7 @@ class CandidateScores:
 def all_equal(candidates: Sequence[Candidate], threshold: float | None) -> str | None:
     """A warning where the scores say nothing, though there is something to gain."""
     scores = [score for candidate in candidates for score in candidate.scores.values()]
-    if not len(scores) > len(candidates) > 1 or len(set(scores)) > 1 or reaches(scores[0], full_mark(threshold)):
+    if not len(scores) > len(candidates) > 1 or len(set(scores)) > 1 or passes(scores[0], full_mark(threshold)):
         return None
     return (
         f"candidates: each of the {len(candidates)} scores {scores[0]:g} on each example, so the scores don't say "

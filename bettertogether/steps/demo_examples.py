@@ -74,12 +74,14 @@ class DemoExamples:
             for question, inputs in zip(self._questions, self._inputs, strict=True)
             if (shared := inputs.keys() & fields.keys()) and all(inputs[name] == fields[name] for name in shared)
         }
-        made = self._made.get((predictor, _text(fields)), set()) | self._by_hash.get(demo.get("augmented"), set())
+        made, mark = self._made.get((predictor, _text(fields)), set()), demo.get("augmented")
+        if isinstance(mark, str):
+            made = made | self._by_hash.get(mark, set())
         # What several examples have in common (a language, a topic) does not tell which is shown.
         return made | (asked if len(asked) == 1 else set())
 
     @cached_property
-    def _by_hash(self) -> dict[Any, set[int]]:
+    def _by_hash(self) -> dict[str, set[int]]:
         """The question of each example by its hash, which demos from runs bear."""
         pairs = zip(self._trainset, self._questions, strict=True)
         return {name: {question} for example, question in pairs if (name := question_hash(example))}

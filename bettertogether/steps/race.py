@@ -21,7 +21,7 @@ from statistics import NormalDist
 import dspy
 
 from ..records import RaceResult
-from ..rollouts.metrics import FULL_MARK, reaches
+from ..rollouts.metrics import FULL_MARK, passes, reaches
 from .demo_sets import Candidate
 
 CONFIDENCE = 0.95
@@ -111,7 +111,7 @@ def _stop_alike(running: Sequence[Candidate], rivals: Sequence[Candidate], seen:
     first: dict[tuple[float, ...], Candidate] = {}
     for candidate in sorted((each for each in rivals if not each.stopped), key=lambda each: each.demos):
         scores = tuple(candidate.scores[i] for i in seen)
-        telling = len(set(scores)) > 1 or reaches(scores[0], full_mark)
+        telling = len(set(scores)) > 1 or passes(scores[0], full_mark)
         simplest = first.setdefault(scores, candidate)
         if candidate in running and telling and simplest is not candidate:
             candidate.stopped = True

@@ -195,7 +195,8 @@ def _rows_of(
 ) -> list[Row]:
     rows: list[Row] = []
     origin: dict[str, Any] = {"example": trace.index, "label": trace.label, "source": trace.source}
-    origin["question"] = question_hash(trace.example)
+    if options.train_prompt in ("optimized", "mixed"):
+        origin["question"] = question_hash(trace.example)
     for call in trace.calls:
         if call.predictor not in trainable:
             continue

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,8 +79,9 @@ class TrainableAdapter:
 
 
 def adapter_digest(config: LoraConfig, state: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of an adapter's options and weights."""
-    return hashlib.sha256(config_json(config).encode() + save(dict(state))).hexdigest()
+    """SHA-256 (hex) of an adapter's options and weights, wherever its base model lies."""
+    options = config_json(replace(config, base_model_name_or_path=None))
+    return hashlib.sha256(options.encode() + save(dict(state))).hexdigest()
 
 
 def save_adapter(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:

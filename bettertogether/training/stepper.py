@@ -117,7 +117,7 @@ class Stepper:
                 "lower max_tokens_per_batch, or use gradient_checkpointing=True."
             ) from error
         if all(batch.is_single for batch in plan):
-            longest = max(self.loss.tokens(batch) for batch in plan)
+            longest = max((self.loss.tokens(batch) for batch in plan), default=0)
             raise TrainingError(
                 f"{where} a single row or pair of {longest} tokens. Use gradient_checkpointing=True or "
                 "quantize_base='4bit', or leave out the longest rows."

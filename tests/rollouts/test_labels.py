@@ -95,11 +95,17 @@ def test_without_labels_the_order_is_a_plain_shuffle(label: str | None) -> None:
     assert order != list(range(30))
 
 
-@pytest.mark.parametrize(("first_size", "expected"), [(0, 0), (1, 3), (3, 3), (4, 6), (30, 15)])
+@pytest.mark.parametrize(("first_size", "expected"), [(0, 0), (1, 3), (3, 3), (4, 3), (6, 6), (30, 15)])
 def test_parts_that_are_split_apart_ask_nothing_that_the_other_asks(first_size: int, expected: int) -> None:
     first, second = split_apart([*examples(["a"] * 6)] * 3, first_size, seed=0)
     assert (len(first), len(second)) == (expected, 18 - expected)
     assert not {example.q for example in first} & {example.q for example in second}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_that_ask_the_same_are_not_more_than_was_asked_for(seed: int) -> None:
+    many, few = [*examples(["a"])] * 9, [dspy.Example(q=9, answer="a").with_inputs("q")]
+    assert split_apart([*many, *few], 2, seed) == (few, many)
 
 
 def test_what_asks_the_same_throughout_is_not_split_apart() -> None:

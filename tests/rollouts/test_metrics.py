@@ -26,7 +26,7 @@ def test_the_full_mark_passes_without_a_threshold(value: Any) -> None:
     assert verdict(value) == Verdict(1.0, True)
 
 
-@pytest.mark.parametrize("value", [False, 0, 0.3, 1e-9, 0.99999999, -1.0, dspy.Prediction(score=0.0), {"score": 0.5}])
+@pytest.mark.parametrize("value", [False, 0, 0.3, 1e-9, 0.999998, -1.0, dspy.Prediction(score=0.0), {"score": 0.5}])
 def test_less_than_the_full_mark_does_not_pass(value: Any) -> None:
     got = verdict(value)
     assert (got.passed, got.reason) == (False, "score below threshold")
@@ -44,12 +44,14 @@ def test_the_parts_of_a_full_mark_need_not_sum_to_it_exactly() -> None:
     assert verdict(100 * score, 100) == Verdict(100 * score, True)
 
 
-def test_a_full_mark_in_32_bits_may_be_above_one() -> None:
+def test_a_full_mark_in_32_bits_may_be_above_one_or_below() -> None:
     a = np.array([0.3, 0.5, 0.7], dtype=np.float32)
     unit = a / np.linalg.norm(a)
     cosine = float(unit @ unit)
     assert cosine > 1
     assert verdict(cosine) == Verdict(cosine, True)
+    below = float(np.nextafter(np.float32(1), np.float32(0)))
+    assert verdict(below) == Verdict(below, True)
     with pytest.raises(ConfigError, match="give threshold="):
         verdict(1.00001)
 

@@ -378,6 +378,13 @@ def test_a_metric_below_zero_by_which_failing_would_be_best_ends_the_run_before_
     assert engine.trainings == []
 
 
+def test_a_score_that_is_below_zero_by_rounding_ends_nothing() -> None:
+    compiled = compile_(
+        parity_engine(lambda *_: True), "p", metric=lambda e, p, trace=None: parity_match(e, p) - 1.0000001
+    )
+    assert rounds(compiled) == [("", "complete"), ("p", "complete")]
+
+
 def test_a_full_mark_that_is_above_one_by_rounding_ends_nothing() -> None:
     compiled = compile_(
         parity_engine(lambda *_: True), "p", metric=lambda e, p, trace=None: 1.0000001 * parity_match(e, p)
