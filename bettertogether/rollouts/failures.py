@@ -7,7 +7,7 @@ The rules, for the report and for the log line that is written at once:
   of them raised (program, metric, a metric without a finite number) the result's flag is set as for a failed step.
 - Where all scores of a round are equal, they tell nothing apart. The first round with a score below the full mark on
   every example gets a warning with an answer as an example; so does a student with the full mark on every example,
-  since nothing is left to gain. A later round that passes the full mark everywhere is a success.
+  since nothing is left to gain. A later round that reaches the full mark everywhere is a success.
 - Where all rounds have the same score on each example, below the full mark, a warning says that the scores did not
   select.
 The full mark is 1, or the highest threshold of a step where that is higher.

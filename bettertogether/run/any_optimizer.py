@@ -32,8 +32,15 @@ def lent(optimizer: Teleprompter, settings: RunSettings) -> Iterator[None]:
     """Give the optimizer's attributes that are None the value of the setting of the same name, for the optimizers that
     take num_threads, max_errors or seed when they are made; take them back afterwards."""
     given = {name: value for name, value in _by_name(settings).items() if value is not None}
-    given = {name: value for name, value in given.items() if getattr(optimizer, name, ...) is None}
-    of_class = {name for name in given if getattr(type(optimizer), name, ...) is None} - vars(optimizer).keys()
+    with _attributes(optimizer, {n: value for n, value in given.items() if getattr(optimizer, n, ...) is None}):
+        yield
+
+
+@contextmanager
+def _attributes(optimizer: Teleprompter, given: Mapping[str, Any]) -> Iterator[None]:
+    """Give the optimizer other values of its attributes, as far as they can be set; take them back afterwards."""
+    before = {name: getattr(optimizer, name) for name in given}
+    of_class = {name for name in given if getattr(type(optimizer), name, ...) is before[name]} - vars(optimizer).keys()
     given = {name: value for name, value in given.items() if _could_set(optimizer, name, value)}
     try:
         yield
@@ -41,7 +48,7 @@ def lent(optimizer: Teleprompter, settings: RunSettings) -> Iterator[None]:
         for name, value in given.items():
             # Another value is one that the optimizer itself, or its user, has put there meanwhile.
             if getattr(optimizer, name, None) is value:
-                delattr(optimizer, name) if name in of_class else setattr(optimizer, name, None)
+                delattr(optimizer, name) if name in of_class else setattr(optimizer, name, before[name])
 
 
 def _could_set(optimizer: Teleprompter, name: str, value: Any) -> bool:
@@ -58,14 +65,8 @@ def _counted_metric(optimizer: Teleprompter) -> Iterator[list[None]]:
     """An entry for each call of the optimizer's metric within the block."""
     calls: list[None] = []
     own = {name: metric for name in _METRICS if callable(metric := vars(optimizer).get(name))}
-    counting = {name: _counting(metric, calls) for name, metric in own.items()}
-    counting = {name: metric for name, metric in counting.items() if _could_set(optimizer, name, metric)}
-    try:
+    with _attributes(optimizer, {name: _counting(metric, calls) for name, metric in own.items()}):
         yield calls
-    finally:
-        for name, metric in counting.items():
-            if getattr(optimizer, name, None) is metric:
-                setattr(optimizer, name, own[name])
 
 
 def _counting(metric: Callable[..., Any], calls: list[None]) -> Callable[..., Any]:

@@ -58,17 +58,16 @@ class CandidateScores:
         self.ledger += Ledger.total(result.ledger for result in results)
         errors = [self._error(result) for result in results]
         self._leave(running, errors)
-        pairs = zip(running, results, strict=True)
-        means = [fmean([*candidate.scores.values(), *result.scores]) for candidate, result in pairs]
+        scores = [None if error else result.scores for result, error in zip(results, errors, strict=True)]
+        means = [(each, fmean([*each.scores.values(), *new])) for each, new in zip(running, scores, strict=True) if new]
         least = min(len(each.scores) for each in running) + len(positions)
         others = [each.mean for each in self._candidates if each not in running and len(each.scores) >= least]
-        best = max([*(mean for mean, error in zip(means, errors, strict=True) if error is None), *others])
-        for candidate, mean, error in zip(running, means, errors, strict=True):
-            if error is None:
-                number = self._candidates.index(candidate) + 1
-                events.emit("candidate", {"number": number, "total": total, "score": mean, "best_score": best})
+        best = max([*(mean for _, mean in means), *others])
+        for candidate, mean in means:
+            number = self._candidates.index(candidate) + 1
+            events.emit("candidate", {"number": number, "total": total, "score": mean, "best_score": best})
         self._check(results)
-        return [result.scores if error is None else None for result, error in zip(results, errors, strict=True)]
+        return scores
 
     def _error(self, result: Evaluation) -> str | None:
         """That a candidate raises on too many examples."""

@@ -13,7 +13,6 @@ from ..errors import DataError, NoTrainingDataError
 from ..programs.program import predictors_of
 from ..records import Ledger
 from ..rollouts.branches import BranchPoint, blame
-from ..rollouts.examples import question_hash
 from ..rollouts.traces import TraceSet
 from .data_card import make_data_card
 from .rows import Row
@@ -103,7 +102,7 @@ def _answers(
                 call,
                 "optimized",
                 example=trace.index,
-                question=question_hash(trace.example),
+                own=trace.example,
                 reasoning="keep",
                 as_written=not is_read,
                 label=trace.label,

@@ -194,9 +194,12 @@ def _rows_of(
     dropped: Dropped,
 ) -> list[Row]:
     rows: list[Row] = []
-    origin: dict[str, Any] = {"example": trace.index, "label": trace.label, "source": trace.source}
-    if options.train_prompt in ("optimized", "mixed"):
-        origin["question"] = question_hash(trace.example)
+    origin: dict[str, Any] = {
+        "example": trace.index,
+        "own": trace.example,
+        "label": trace.label,
+        "source": trace.source,
+    }
     for call in trace.calls:
         if call.predictor not in trainable:
             continue
@@ -210,16 +213,17 @@ def _rows_of(
 
 
 def prompt_variants(
-    predictor: dspy.Predict, call: Call, train_prompt: TrainPrompt, question: str | None = None
+    predictor: dspy.Predict, call: Call, train_prompt: TrainPrompt, own: dspy.Example | None = None
 ) -> list[list[Any]]:
-    """The demos of each prompt that a call gives a row for, forms not among them; none is from a run on the example of
-    this `question_hash`. Raises DataError for a call with demos of its own that show its very inputs."""
+    """The demos of each prompt that a call gives a row for, forms not among them; none is from a run on its `own`
+    example. Raises DataError for a call with demos of its own that show its very inputs."""
     if call.demos is not None:
         if len(without_example(call.demos, call.inputs)) < len(call.demos):
             raise DataError("the demos that the call was given show its own inputs")
         return [list(call.demos)]
     if train_prompt in ("varied", "vanilla"):
         return [[]]
+    question = question_hash(own) if own is not None and predictor.demos else None
     optimized = without_example(predictor.demos, call.inputs, question)
     return [optimized] if train_prompt == "optimized" or not optimized else [[], optimized]
 
@@ -231,14 +235,14 @@ def rows_of_call(
     train_prompt: TrainPrompt,
     *,
     example: int,
-    question: str | None = None,
+    own: dspy.Example | None = None,
     reasoning: Reasoning = "strip",
     forms: PromptForms | None = None,
     as_written: bool = False,
     **origin: Any,
 ) -> list[Row]:
-    """The rows of one call; `origin` gives label and source. An answer that could not be read is taken `as_written`.
-    Raises DataError with the reason to drop it."""
+    """The rows of one call of a run on its `own` example; `origin` gives label and source. An answer that could not be
+    read is taken `as_written`. Raises DataError with the reason to drop it."""
     if call.cut or call.unfit:
         raise DataError(CUT if call.cut else call.unfit)
     if call.signature is not None:
@@ -247,7 +251,7 @@ def rows_of_call(
     completion, fields = _completion_of(predictor, call, reasoning, as_written)
     room = engine.max_length - len(engine.completion_tokens(completion))
     rows = []
-    for demos in prompt_variants(predictor, call, train_prompt, question):
+    for demos in prompt_variants(predictor, call, train_prompt, own):
         request = take_request(predictor, call.inputs, demos, config=call.config, adapter=call.adapter)
         messages = _texts_shared(engine.messages(request))
         if len(engine.prompt_tokens(messages)) > room:
