@@ -39,6 +39,9 @@ def numbers(count: int, start: int = 0) -> list[dspy.Example]:
     return [dspy.Example(number=n, parity=right(n)).with_inputs("number") for n in range(start, start + count)]
 
 
+ONE = numbers(1, start=1)[0]
+
+
 def parity_match(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
     return bool(example.parity == prediction.parity)
 

@@ -10,33 +10,13 @@ from typing import Any
 import dspy
 import pydantic
 import pytest
-from fakes import (
-    OtherEngine,
-    Parity,
-    TwoSteps,
-    numbers,
-    parity_engine,
-    parity_program,
-    plain_lm,
-    reply,
-    two_step_engine,
-    two_step_program,
-)
+from fakes import ONE, TwoSteps, numbers, parity_program, plain_lm, reply, two_step_program
 
 from bettertogether.errors import PromptTooLongError
-from bettertogether.programs.copies import Copier
 from bettertogether.records import Ledger
-from bettertogether.rollouts.examples import example_key
-from bettertogether.rollouts.rollout import Attempt, Call, RolloutStore, stable_seed
+from bettertogether.rollouts.rollout import Attempt, Call, stable_seed
 from bettertogether.rollouts.runner import Runner
 from bettertogether.testing import FakeEngine, FakeRequest
-
-ONE = numbers(1, start=1)[0]
-
-
-@pytest.fixture
-def engine() -> FakeEngine:
-    return two_step_engine(lambda *_: True)
 
 
 def echo_engine() -> FakeEngine:
@@ -395,171 +375,11 @@ def test_a_long_history_does_not_slow_runs_down(engine: FakeEngine) -> None:
     assert seconds(used) < 3 * seconds(fresh)
 
 
-def test_a_plain_attempt_runs_the_program_itself(engine: FakeEngine) -> None:
-    program = two_step_program(engine)
-    run = Runner(program).run(ONE)
-    assert [id(entry[0]) for entry in run.raw_trace] == [id(program.remark), id(program.decide)]
-    assert {request.seed for request in engine.requests} == {None}
-
-
-def test_a_sampled_attempt_has_its_temperature_and_a_seed_of_its_example_and_number(engine: FakeEngine) -> None:
-    runner = Runner(two_step_program(engine), seed=7)
-    for example in numbers(2):
-        for number in (1, 2):
-            runner.run(example, Attempt("sample", number, 0.9))
-    assert {request.temperature for request in engine.requests} == {0.9}
-    seeds = [request.seed for request in engine.requests]
-    assert len(set(seeds)) == 4
-    assert seeds[0] == stable_seed(7, example_key(numbers(1)[0]), 1)
-
-
-def test_sampling_leaves_the_program_as_it_was(engine: FakeEngine) -> None:
-    program = two_step_program(engine)
-    lm, signature = program.remark.lm, program.remark.signature
-    Runner(program).run(ONE, Attempt("rescue", 1, None, {"parity": "odd"}))
-    assert (program.remark.lm, program.remark.signature) == (lm, signature)
-    assert lm.kwargs == {"temperature": 0.0, "max_tokens": None}
-
-
-def test_one_copy_serves_attempts_that_do_not_overlap(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    copies: list[Copier] = []
-    copy = Copier.copy
-
-    def counted(self: Copier) -> dspy.Module:
-        copies.append(self)
-        return copy(self)
-
-    monkeypatch.setattr(Copier, "copy", counted)
-    runner = Runner(two_step_program(engine))
-    for number in range(1, 5):
-        runner.run(ONE, Attempt("sample", number, 1.0))
-    assert len(copies) == 1
-
-
-def test_a_rescue_leaves_no_hint_for_the_next_attempt(engine: FakeEngine) -> None:
-    runner = Runner(two_step_program(engine))
-    runner.run(ONE, Attempt("rescue", 1, None, {"parity": "odd"}))
-    runner.run(ONE, Attempt("sample", 1, 1.0))
-    assert ["result is known" in request.system for request in engine.requests] == [False, True, False, False]
-
-
-def test_an_lm_that_samples_without_a_seed_is_given_one(engine: FakeEngine) -> None:
-    program = two_step_program(engine, temperature=0.7)
-    Runner(program, seed=1).run(ONE)
-    assert {request.seed for request in engine.requests} == {stable_seed(1, example_key(ONE), 0)}
-
-
-def test_an_lm_with_its_own_seed_keeps_it(engine: FakeEngine) -> None:
-    Runner(two_step_program(engine, temperature=0.7, seed=5)).run(ONE)
-    assert {request.seed for request in engine.requests} == {5}
-
-
-def test_an_engine_that_takes_no_seed_is_sent_none() -> None:
-    other = OtherEngine(lambda request: reply(request, parity="odd"))
-    program = dspy.Predict(Parity)
-    program.set_lm(dspy.LM("local/api", engine=other, cache=False))
-    Runner(program).run(ONE, Attempt("sample", 1, 1.0))
-    assert [(request.temperature, request.seed) for request in other.fake.requests] == [(1.0, None)]
-
-
-def test_rescue_narrows_the_answer_to_the_label_and_says_so_in_the_prompt() -> None:
-    engine = parity_engine(lambda *_: True)
-    with dspy.context(adapter=dspy.JSONAdapter()):
-        Runner(parity_program(engine)).run(ONE, Attempt("rescue", 1, None, {"parity": "odd"}))
-    (request,) = engine.requests
-    assert request.schema is not None
-    assert request.schema["properties"]["parity"]["const"] == "odd"
-    assert "`parity` = 'odd'" in request.system
-
-
-def test_rescue_hints_at_the_predictors_that_answer_the_label_alone(engine: FakeEngine) -> None:
-    Runner(two_step_program(engine)).run(ONE, Attempt("rescue", 1, None, {"parity": "odd"}))
-    assert ["result is known" in request.system for request in engine.requests] == [False, True]
-
-
-def test_a_rescue_that_leads_hints_at_the_predictors_before_the_answer_alone(engine: FakeEngine) -> None:
-    Runner(two_step_program(engine)).run(ONE, Attempt("rescue", 1, None, {"parity": "odd"}, leads=True))
-    assert ["`parity` = 'odd'" in request.system for request in engine.requests] == [True, False]
-
-
-def test_rescue_hints_at_all_predictors_when_none_answers_the_label(engine: FakeEngine) -> None:
-    Runner(two_step_program(engine)).run(ONE, Attempt("rescue", 1, None, {"total": 3}))
-    assert ["`total` = 3" in request.system for request in engine.requests] == [True, True]
-
-
 def test_a_run_keeps_the_inputs_and_outputs_of_a_call_once(engine: FakeEngine) -> None:
     run = Runner(two_step_program(engine)).run(ONE)
     for call, answer in zip(run.calls, run.answers, strict=True):
         assert call.inputs is answer.inputs is answer.filled
         assert call.outputs is answer.prediction._store
-
-
-def test_a_run_in_the_store_is_not_done_again(engine: FakeEngine) -> None:
-    store = RolloutStore()
-    first = Runner(two_step_program(engine), store=store).run(ONE)
-    again = Runner(two_step_program(engine), store=store).run(ONE)
-    assert len(engine.requests) == 2
-    assert again.calls == first.calls
-    assert again.ledger == Ledger()
-
-
-@pytest.mark.parametrize(
-    "attempt",
-    [Attempt("sample", 1, 1.0), Attempt("sample", 2, 0.5), Attempt("rescue", 1, None, {"parity": "odd"})],
-    ids=["sample", "another sample", "rescue"],
-)
-def test_another_attempt_is_another_run(engine: FakeEngine, attempt: Attempt) -> None:
-    runner = Runner(two_step_program(engine), store=RolloutStore())
-    runner.run(ONE)
-    runner.run(ONE, attempt)
-    assert len(engine.requests) == 4
-
-
-def test_another_seed_is_another_run_of_a_sampled_attempt(engine: FakeEngine) -> None:
-    store = RolloutStore()
-    for seed in (0, 1, 1):
-        Runner(two_step_program(engine), seed=seed, store=store).run(ONE, Attempt("sample", 1, 1.0))
-    assert len(engine.requests) == 4
-
-
-def test_the_seed_does_not_matter_for_a_greedy_run(engine: FakeEngine) -> None:
-    store = RolloutStore()
-    for seed in (0, 1):
-        Runner(two_step_program(engine), seed=seed, store=store).run(ONE)
-    assert len(engine.requests) == 2
-
-
-def test_a_parse_failure_is_kept_in_the_store_and_a_raise_or_a_timeout_is_not() -> None:
-    class Raises(dspy.Predict):
-        def forward(self, **inputs: Any) -> dspy.Prediction:
-            raise errors.pop(0)
-
-    errors: list[Exception] = [TimeoutError(), KeyError(), ValueError()]
-    program, store = Raises(Parity), RolloutStore()
-    kinds = [Runner(program, store=store).run(ONE).failure for _ in range(3)]
-    assert (kinds, errors) == (["timeout", "program error", "program error"], [])
-    unparseable = FakeEngine(lambda _: "no")
-    for _ in range(2):
-        Runner(parity_program(unparseable), store=store).run(ONE)
-    assert len(unparseable.requests) == 2
-
-
-def test_runs_of_a_program_with_a_patched_forward_are_never_taken_from_the_store(engine: FakeEngine) -> None:
-    store = RolloutStore()
-    Runner(two_step_program(engine), store=store).run(ONE)
-    patched = two_step_program(engine)
-    patched.forward = lambda **inputs: dspy.Prediction(parity="patched")  # type: ignore[method-assign]
-    assert Runner(patched, store=store).run(ONE).prediction.parity == "patched"
-
-
-def test_examples_of_equal_content_have_equal_keys() -> None:
-    assert example_key(numbers(1)[0]) == example_key(numbers(1)[0])
-    assert example_key(numbers(1)[0]) != example_key(numbers(1, start=2)[0])
-
-
-def test_a_stable_seed_is_a_31_bit_number_that_depends_on_the_parts_alone() -> None:
-    assert stable_seed("a", 1) == stable_seed("a", 1) != stable_seed("a", 2)
-    assert all(0 <= stable_seed(i) < 2**31 for i in range(100))
 
 
 def test_runs_of_many_threads_do_not_mix_their_traces(engine: FakeEngine) -> None:

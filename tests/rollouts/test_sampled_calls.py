@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dspy
 from dspy.lm15 import Request, Response
-from fakes import TwoSteps, numbers, plain_lm, reply
+from fakes import ONE, TwoSteps, plain_lm, reply
 
 from bettertogether.rollouts.rollout import Call
 from bettertogether.rollouts.runner import Runner
@@ -36,9 +36,6 @@ def program(decided: str, **options: bool) -> TwoSteps:
 
 def in_words(calls: tuple[Call, ...]) -> list[tuple[str, list[int]]]:
     return [(call.predictor, [words for answer in call.sampled for words in answer["token_ids"]]) for call in calls]
-
-
-ONE = numbers(1, start=1)[0]
 
 
 def test_a_call_has_all_its_answers_in_tokens_the_one_that_counts_last() -> None:

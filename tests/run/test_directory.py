@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from directory_files import RUN, files_of, record
 from forking import Programs, programs_that_import
 
 from bettertogether.errors import RunDirectoryError
 from bettertogether.files import atomic_write
-from bettertogether.records import Ledger, OtherDetails, StepRecord
+from bettertogether.records import OtherDetails
 from bettertogether.run.directory import RunDirectory, default_run_directory
-
-RUN = {"strategy": "p -> w", "seed": 0, "options": {"p": {"candidates": 6}}, "versions": {"dspy": "3.4.1"}}
 
 APPEND_FOREVER = """
 from bettertogether.records import StepRecord
@@ -51,15 +50,6 @@ with RunDirectory.open({folder!r}, {{}}) as directory:
     except RunDirectoryError as error:
         print(len(directory.records()), error)
 """
-
-
-def record(index: int, **fields: Any) -> StepRecord:
-    values = {"step": "p", "strategy": "p", "status": "complete", "score": 0.5, "scores": (0.0, 1.0), **fields}
-    return StepRecord(index=index, ledger=Ledger(lm_calls=3, seconds=1.5), **values)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
 
 
 def test_records_come_back_as_they_were_appended(tmp_path: Path) -> None:
@@ -375,44 +365,6 @@ def test_a_file_system_without_sync_of_folders_is_usable(tmp_path: Path, monkeyp
     with RunDirectory.open(tmp_path, RUN) as directory:
         directory.append(record(0))
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 1
-
-
-DAMAGED_LINES = ["[" * 100_000, "{}", "[]", "5", "null", '{"schema": 1}', '{"schema": 1, "nope": 2}']
-WHOLE = '{"schema": 1, "index": 0, "step": "", "strategy": "", "status": "complete"'
-
-
-@pytest.mark.parametrize("line", [*DAMAGED_LINES, WHOLE + ', "ledger": 5}', WHOLE + ', "scores": 5}', "\xff"])
-def test_a_damaged_record_is_an_error_that_names_file_and_line(tmp_path: Path, line: str) -> None:
-    RunDirectory.open(tmp_path, RUN).close()
-    (tmp_path / "records.jsonl").write_text(WHOLE + "}\n" + line + "\n", encoding="latin-1")
-    with pytest.raises(RunDirectoryError, match=r"records\.jsonl, line 2 is damaged"):
-        RunDirectory.open(tmp_path, RUN)
-
-
-def test_records_that_are_a_folder_are_an_error_that_names_it(tmp_path: Path) -> None:
-    RunDirectory.open(tmp_path, RUN).close()
-    (tmp_path / "records.jsonl").mkdir()
-    with pytest.raises(RunDirectoryError, match=r"records\.jsonl can't be read"):
-        RunDirectory.open(tmp_path, RUN)
-
-
-@pytest.mark.parametrize("content", ["[" * 100_000, "5", "null", '{"schema": 1, "run": {}}'])
-def test_a_run_json_of_any_damage_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "run.json").write_text(content)
-    with pytest.raises(RunDirectoryError, match=r"run\.json is damaged"):
-        RunDirectory.open(tmp_path, RUN)
-
-
-def test_a_run_json_that_is_a_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run.json").mkdir()
-    with pytest.raises(RunDirectoryError, match=r"run\.json is damaged"):
-        RunDirectory.open(tmp_path, RUN)
-
-
-@pytest.mark.parametrize("name", ["n" * 256, "a\0b", 5, b"run", "", "~nobody-of-this-name/run"])
-def test_what_names_no_folder_is_an_error(tmp_path: Path, name: Any) -> None:
-    with pytest.raises(RunDirectoryError):
-        RunDirectory.open(tmp_path / name if name == "n" * 256 else name, RUN)
 
 
 def test_numbers_that_json_lacks_are_written_as_null(tmp_path: Path) -> None:

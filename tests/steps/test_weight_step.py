@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,8 @@ from fakes import (
     two_step_engine,
     two_step_program,
 )
+from parity_step import step
 
-from bettertogether.callbacks import Callback, TrainingEvent, listening
-from bettertogether.engines.protocol import FinetuneResult
 from bettertogether.errors import (
     ConfigError,
     DataError,
@@ -37,18 +34,12 @@ from bettertogether.errors import (
 )
 from bettertogether.programs.program import prompts_state
 from bettertogether.records import Blame, WeightDetails
-from bettertogether.steps.adapter_rows import hold_out
-from bettertogether.steps.rows import Row, read_rows, write_rows
+from bettertogether.steps.rows import Row, write_rows
 from bettertogether.steps.step import StepContext
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.steps.work import Outlook
 from bettertogether.testing import FakeEngine, FakeRequest
 from bettertogether.training.config import LoRAConfig, TrainingConfig
-
-
-def step(**options: Any) -> LoRAFinetune:
-    off: dict[str, Any] = {"num_samples": 0, "rescue": False, "balance": False, "validation_share": 0.0}
-    return LoRAFinetune(parity_match, **(off | options))
 
 
 def test_the_tuned_program_answers_with_an_adapter_trained_on_its_passing_runs() -> None:
@@ -311,141 +302,6 @@ def test_no_metric_accepts_every_run_that_does_not_fail() -> None:
     engine = parity_engine(lambda *_: False)
     LoRAFinetune(validation_share=0.0).compile(parity_program(engine), trainset=numbers(4))
     assert len(engine.trainings[0]) == 4
-
-
-def held_out(engine: FakeEngine, share: float, count: int = 60, **options: Any) -> tuple[set[str], set[str]]:
-    """The prompts trained on, and those held out."""
-    seen: dict[str, set[str]] = {}
-    original = engine.finetune
-
-    def finetune(rows: Any, *, validation_rows: Any = (), **keywords: Any) -> Any:
-        seen["train"] = {str(row.messages) for row in rows}
-        seen["held out"] = {str(row.messages) for row in validation_rows}
-        return original(rows, validation_rows=validation_rows, **keywords)
-
-    engine.finetune = finetune  # type: ignore[method-assign]
-    step(validation_share=share, **options).compile(parity_program(engine), trainset=numbers(count))
-    return seen["train"], seen["held out"]
-
-
-def test_a_share_of_the_examples_is_held_out_to_choose_the_epoch() -> None:
-    train, rest = held_out(parity_engine(lambda *_: True), 0.1)
-    assert (len(train), len(rest)) == (54, 6)
-    assert not train & rest
-
-
-@pytest.mark.parametrize(("count", "kept", "rest"), [(39, 35, 4), (20, 16, 4), (19, 19, 0)])
-def test_of_few_examples_a_larger_share_is_held_out_and_of_too_few_none(count: int, kept: int, rest: int) -> None:
-    train, others = held_out(parity_engine(lambda *_: True), 0.1, count=count)
-    assert (len(train), len(others)) == (kept, rest)
-
-
-def test_without_keep_best_none_is_held_out() -> None:
-    _, rest = held_out(parity_engine(lambda *_: True), 0.5, training=TrainingConfig(keep_best=False))
-    assert rest == set()
-
-
-def test_the_rows_of_one_example_are_never_on_both_sides() -> None:
-    engine = parity_engine(lambda *_: True)
-    program_rows = step(train_prompt="mixed")
-    program = parity_program(engine)
-    program.demos = numbers(1, start=99)
-    rows = program_rows.collect(program, trainset=numbers(60)).rows
-    assert len(hold_out(rows, share=0, seed=0)[0]) == 120
-    train, rest = hold_out(rows, share=0.2, seed=0)
-    assert (len(train), len(rest)) == (96, 12)
-    assert not {row.example for row in train} & {row.example for row in rest}
-
-
-def test_rows_of_examples_that_ask_the_same_are_held_out_together() -> None:
-    program = parity_program(parity_engine(lambda *_: True))
-    rows = step().collect(program, trainset=[*numbers(40), *numbers(40)]).rows
-    train, rest = hold_out(rows, share=0.25, seed=0)
-    assert (len(train), len(rest)) == (60, 10)
-    assert not {repr(row.messages) for row in train} & {repr(row.messages) for row in rest}
-
-
-def test_the_step_gain_is_the_fall_of_the_held_out_loss() -> None:
-    optimizer = step(validation_share=0.2)
-    optimizer.compile(parity_program(parity_engine(lambda *_: True)), trainset=numbers(40))
-    assert optimizer.step_gain == 1.0
-    without = step()
-    without.compile(parity_program(parity_engine(lambda *_: True)), trainset=numbers(40))
-    assert without.step_gain is None
-
-
-def test_the_step_gain_is_the_fall_of_the_held_out_error_where_it_is_measured() -> None:
-    class Measuring(FakeEngine):
-        def finetune(self, *args: Any, **options: Any) -> FinetuneResult:
-            result = super().finetune(*args, **options)
-            return replace(result, base_validation_loss=1.0, validation_loss=1.5, validation_error=(0.75, 0.25))
-
-    optimizer = step(validation_share=0.2)
-    optimizer.compile(parity_program(Measuring(parity_engine(lambda *_: True).answer)), trainset=numbers(40))
-    assert optimizer.step_gain == 0.5
-
-
-def test_the_details_hold_the_data_card_the_adapters_and_the_losses_as_json() -> None:
-    optimizer = step(validation_share=0.2)
-    compiled = optimizer.compile(parity_program(parity_engine(lambda *_: True)), trainset=numbers(40))
-    details = json.loads(json.dumps(optimizer.details))
-    assert details["data_card"]["examples"] == 40
-    adapter = details["adapters"][compiled.lm.model]
-    assert adapter["trained_from"] == "local/fake"
-    assert adapter["held_out_loss"] == {"before": 2.0, "after": 1.0}
-    assert Path(adapter["folder"]).is_dir()
-    assert [line["adapter"] for line in details["history"]] == [compiled.lm.model]
-
-
-def test_the_details_hold_the_losses_of_all_tokens_and_of_each_field() -> None:
-    class Measuring(FakeEngine):
-        def finetune(self, *args: Any, **options: Any) -> FinetuneResult:
-            result = super().finetune(*args, **options)
-            return replace(result, all_tokens_loss=(1.0, 0.5), field_losses={"parity": (3.0, None)})
-
-    optimizer = step(validation_share=0.2)
-    compiled = optimizer.compile(parity_program(Measuring(parity_engine(lambda *_: True).answer)), trainset=numbers(40))
-    adapter = json.loads(json.dumps(optimizer.details))["adapters"][compiled.lm.model]
-    assert adapter["held_out_loss"] == {"before": 2.0, "after": 1.0}
-    assert adapter["all_tokens_loss"] == {"before": 1.0, "after": 0.5}
-    assert adapter["field_losses"] == {"parity": {"before": 3.0, "after": None}}
-    assert optimizer.step_gain == 1.0
-
-
-def test_the_rows_trained_on_are_kept_beside_the_adapter(tmp_path: Path) -> None:
-    engine = parity_engine(lambda *_: True)
-    optimizer = step(folder=tmp_path)
-    compiled = optimizer.compile(parity_program(engine), trainset=numbers(4))
-    assert optimizer.last is not None
-    assert isinstance(optimizer.last.details, WeightDetails)
-    adapter = optimizer.last.details.adapters[compiled.lm.model]
-    rows = read_rows(Path(adapter.rows))
-    assert Path(adapter.rows).parent == tmp_path
-    assert tuple(row.training_row for row in rows) == engine.trainings[0]
-
-
-def test_the_ledger_counts_runs_and_trained_tokens() -> None:
-    engine = parity_engine(lambda *_: True)
-    optimizer = step(training=TrainingConfig(epochs=2))
-    optimizer.compile(parity_program(engine), trainset=numbers(4))
-    rows = engine.trainings[0]
-    tokens = sum(len(engine.prompt_tokens(r.messages)) + len(engine.completion_tokens(r.completion)) for r in rows)
-    assert optimizer.ledger.trained_tokens == 2 * tokens
-    assert optimizer.ledger.metric_calls == 4
-
-
-def test_training_events_name_the_adapter() -> None:
-    class Watch(Callback):
-        def __init__(self) -> None:
-            self.events: list[TrainingEvent] = []
-
-        def on_training(self, event: TrainingEvent) -> None:
-            self.events.append(event)
-
-    watch = Watch()
-    with listening([watch]):
-        step(multitask=False).compile(two_step_program(two_step_engine(lambda *_: True)), trainset=numbers(3))
-    assert [event["adapter"] for event in watch.events] == ["adapter 1/2", "adapter 2/2"]
 
 
 def test_configs_and_seed_reach_the_engine() -> None:

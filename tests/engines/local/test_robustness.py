@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from dspy.lm15 import Config, Message, Request
 from forking import Programs, programs_that_import
 from small_models import save_adapter
+from tiny_requests import ask
 
 import bettertogether.engines.local.packed_decoder as packed_decoder
 from bettertogether import LoRAConfig, TrainingConfig, local_lm
@@ -30,10 +30,6 @@ from bettertogether.errors import EngineBusyError, EngineClosedError, NumericsEr
 
 ROWS = [TrainingRow(({"role": "user", "content": f"q{number}"},), "yes") for number in range(4)]
 SHORT: dict[str, Any] = {"lora": LoRAConfig(rank=2), "training": TrainingConfig(epochs=1, dtype="float32")}
-
-
-def ask(text: str = "Hello", model: str = "local/tiny", **config: Any) -> Request:
-    return Request(model, (Message.user(text),), config=Config(**{"max_tokens": 8, **config}))
 
 
 def text(engine: TransformersEngine, *args: Any, **config: Any) -> str | None:
