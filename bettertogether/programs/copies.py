@@ -23,7 +23,10 @@ from dspy.predict.parameter import Parameter
 
 from ..records.saved import Saved
 
-RESULTS = ("candidate_programs", "trial_logs", "detailed_results", "report", "flag_compilation_error_occurred")
+RESULTS = (
+    "candidate_programs", "mb_candidate_programs", "trial_logs", "detailed_results", "report",
+    "flag_compilation_error_occurred",
+)  # fmt: skip
 """Names of what optimizers hang on the program that they return: other programs and reports, no part of it."""
 
 _PARTS = (dspy.Module, Parameter)

@@ -161,13 +161,14 @@ def load_prompt(predictor: dspy.Predict, state: Mapping[str, Any], name: str) ->
 
 
 def with_prompts(program: dspy.Module, source: dspy.Module) -> dspy.Module:
-    """A copy of `program` (its LMs) with the prompts of `source`: signatures and demos."""
+    """A copy of `program` (its LMs) with the prompts of `source`: signatures, demos, and how a decision is made."""
     copied = copy_for_step(program)
     originals = predictors_of(source)
     for name, predictor in predictors_of(copied).items():
         original = originals[name]
         predictor.signature = original.signature
         predictor.demos = list(original.demos)
+        predictor.fields = copy.deepcopy(original.fields)
     return copied
 
 

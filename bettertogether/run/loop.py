@@ -294,14 +294,16 @@ class Loop:
 
     def _saved_prompts(self, steps: Steps, program: dspy.Module) -> dict[str, Any] | None:
         """The prompts as JSON; None where they are not all there is to the program, or can't be saved."""
-        if steps and not is_restorable(program, self.plan.student):
-            return None
+        name = strategy.join(steps)
         try:
-            return prompts_state(program)
+            prompts = prompts_state(program)
         except ArtifactError as error:
-            name = strategy.join(steps)
             self._warn(f"Round {name!r} can't be restored by a later call, nor its program saved: {error}")
             return None
+        if not steps or is_restorable(program, self.plan.student, prompts):
+            return prompts
+        logger.info("Round %r changed more than prompts and weights: a later call runs it again.", name)
+        return None
 
     def _keep(self, record: StepRecord) -> None:
         self.directory.note_spent(self.meter.used)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import dspy
 from ..engines.protocol import MODEL_PREFIX, LocalEngine
 from ..errors import ModelError, RunDirectoryError
 from ..lm import local_engine
-from ..programs.program import load_prompts, predictors_of
+from ..programs.behaviour import BehaviourWalk
+from ..programs.program import load_prompts, model_names, modules_of, predictors_of
 from ..records import StepRecord
 
 
@@ -25,10 +27,37 @@ def adapter_folders(program: dspy.Module) -> dict[str, str]:
     return folders
 
 
-def is_restorable(program: dspy.Module, student: dspy.Module) -> bool:
-    """Whether prompts and models say all there is: the same class and predictors, no patched forward."""
+def is_restorable(program: dspy.Module, student: dspy.Module, prompts: Mapping[str, Any]) -> bool:
+    """Whether prompts and models say all there is to a program: made again from them it does the same, on the same
+    engines. What was hung on its modules that the student's lack is nothing that `forward` reads."""
     same = type(program) is type(student) and predictors_of(program).keys() == predictors_of(student).keys()
-    return same and "forward" not in program.__dict__
+    if not same or "forward" in program.__dict__:
+        return False
+    found, made = load_prompts(program, prompts), _made(student, prompts, model_names(program))
+    if any(local_engine(one.lm) is not local_engine(two.lm) for one, two in _pairs(found, made)):
+        return False
+    of_student = dict(modules_of(made))
+    for name, module in modules_of(found):
+        for attribute in vars(module).keys() - set(dir(of_student.get(name))):
+            del module.__dict__[attribute]
+    return BehaviourWalk(lasting=True).of(found) == BehaviourWalk(lasting=True).of(made)
+
+
+def _made(student: dspy.Module, prompts: Mapping[str, Any], models: Mapping[str, str]) -> dspy.Module:
+    """The student's structure with these prompts, its LMs under these names."""
+    program = load_prompts(student, prompts)
+    lms: dict[tuple[int, str], Any] = {}
+    for name, predictor in predictors_of(program).items():
+        lm, model = predictor.lm, models[name]
+        if model != lm.model:
+            predictor.lm = lms.setdefault((id(lm), model), lm.copy(model=model))
+    return program
+
+
+def _pairs(one: dspy.Module, other: dspy.Module) -> Iterator[tuple[dspy.Predict, dspy.Predict]]:
+    """The predictors of two programs that have the same ones."""
+    others = predictors_of(other)
+    return ((predictor, others[name]) for name, predictor in predictors_of(one).items())
 
 
 class Restoring:
@@ -43,17 +72,12 @@ class Restoring:
         """Engine, by id, and model."""
 
     def program(self, record: StepRecord) -> dspy.Module:
-        """The student's structure, the recorded prompts, its LMs under the recorded names."""
-        program = load_prompts(self._student, record.program or {})
-        lms: dict[tuple[int, str], Any] = {}
-        for name, predictor in predictors_of(program).items():
-            model = record.models[name]
-            if model == predictor.lm.model:
-                continue
-            engine = local_engine(predictor.lm)
-            if engine is not None and model in record.adapter_folders:
+        """The program of a record, its adapters served."""
+        program = _made(self._student, record.program or {}, record.models)
+        for predictor, of_student in _pairs(program, self._student):
+            engine, model = local_engine(predictor.lm), predictor.lm.model
+            if model != of_student.lm.model and engine is not None and model in record.adapter_folders:
                 self._add(engine, model, Path(record.adapter_folders[model]))
-            predictor.lm = lms.setdefault((id(predictor.lm), model), predictor.lm.copy(model=model))
         return program
 
     def _add(self, engine: LocalEngine, model: str, folder: Path) -> None:

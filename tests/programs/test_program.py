@@ -201,12 +201,15 @@ def test_with_prompts_takes_prompts_from_one_and_lms_from_the_other(engine: Fake
     tuned, prompted = parity_program(engine), parity_program(engine)
     prompted.demos = numbers(1)
     prompted.signature = prompted.signature.with_instructions("Think.")
+    prompted.fields = {"parity": {"threshold": 0.3}}
     both = with_prompts(tuned, prompted)
     assert both.lm is tuned.lm
     assert both.demos == prompted.demos
     assert both.demos is not prompted.demos
     assert both.signature.instructions == "Think."
-    assert tuned.demos == []
+    assert both.fields == prompted.fields
+    assert both.fields["parity"] is not prompted.fields["parity"]
+    assert (tuned.demos, tuned.fields) == ([], {})
 
 
 def test_model_names_are_by_predictor(engine: FakeEngine) -> None:

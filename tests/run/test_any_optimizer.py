@@ -29,6 +29,7 @@ from bettertogether.programs.program import prompts_state
 from bettertogether.records import OtherDetails
 from bettertogether.rollouts.settings import RunSettings
 from bettertogether.run.any_optimizer import accepted_arguments, keep_lms, lent, run_any
+from bettertogether.run.restoring import is_restorable
 from bettertogether.steps.prompt_step import BootstrapFewShotRS
 from bettertogether.steps.step import StepContext, StepResult
 from bettertogether.steps.weight_step import LoRAFinetune
@@ -85,7 +86,7 @@ def test_each_of_dspys_prompt_optimizers_runs_without_a_global_lm(name: str) -> 
 
 
 @pytest.mark.parametrize("name", PROMPT_OPTIMIZERS)
-def test_no_mark_of_the_step_and_none_of_its_candidates_are_left_on_the_result(name: str) -> None:
+def test_no_mark_of_the_step_and_none_of_its_candidates_are_left_on_the_result_which_can_be_restored(name: str) -> None:
     program = parity_program(proposing_engine(careful))
     result = run(name, program).program
     assert not hasattr(result, "candidate_programs")
@@ -93,6 +94,7 @@ def test_no_mark_of_the_step_and_none_of_its_candidates_are_left_on_the_result(n
         for _, predictor in each.named_sub_modules(dspy.Predict):
             assert "reset" not in predictor.__dict__
     result.reset_copy()
+    assert is_restorable(result, program, prompts_state(result))
 
 
 def test_knn_few_shot_keeps_the_lm_when_the_program_is_called() -> None:
