@@ -99,7 +99,8 @@ class BetterTogether(Teleprompter):
             callbacks, progress: Who watches; the progress display unless `progress=False`.
             budget: Stops between units of work, with the best so far.
             on_step_error: "return": a failing step ends the run with the best program so far, and
-                `flag_compilation_error_occurred` is set; "raise": raises, with everything kept for going on.
+                `flag_compilation_error_occurred` is set; so does Ctrl-C in a step, without the flag. "raise": both
+                raise, with everything kept for going on.
             two_by_two: After a weight step whose prompts are not the student's, also score {base, tuned} weights x
                 {old, new} prompts.
 

@@ -70,12 +70,14 @@ class CandidateEvent(TypedDict):
 
 
 class ProgressEvent(TypedDict):
-    """A pass over examples moved on."""
+    """A pass over examples begins (nothing is done) or moved on."""
 
     phase: str
     """What is being done, such as "traces" or "evaluate 2/6"."""
     done: int
     total: int
+    at_once: NotRequired[int]
+    """How many of them are run at the same time."""
     tokens: NotRequired[int]
     """Prompt and generated tokens since the last event."""
     cost: NotRequired[float | None]

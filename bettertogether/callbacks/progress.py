@@ -55,7 +55,7 @@ class ProgressState:
 
     def _clear_phase(self, phase: str, started_s: float) -> None:
         self._phase, self._phase_started_s = phase, started_s
-        self._done = self._total = self._tokens = 0
+        self._done = self._total = self._tokens = self._at_once = 0
         self._done_before = self._tokens_before = 0
         """What an earlier sitting did of it."""
 
@@ -83,6 +83,7 @@ class ProgressState:
         with self._lock:
             self._advance(event["phase"], event["done"], event["total"])
             self._tokens += event.get("tokens", 0)
+            self._at_once = event.get("at_once", 0)
 
     def training(self, event: TrainingEvent) -> None:
         with self._lock:
@@ -102,8 +103,8 @@ class ProgressState:
         """Take what is done of a phase, and tell whether it is one that begins."""
         begins = phase != self._phase or done < self._done
         if begins:
-            # A phase began when the event before its first one came: what is reported is work that is done.
-            self._clear_phase(phase, self._event_s)
+            # One that was not told as it began did so when the event before its first one came.
+            self._clear_phase(phase, self._event_s if done else self._clock())
         self._event_s = self._clock()
         self._done, self._total = done, total
         return begins
@@ -139,7 +140,8 @@ class ProgressState:
         tokens, done = self._tokens - self._tokens_before, self._done - self._done_before
         if tokens and spent_s > 0:
             texts.append(f"{tokens / spent_s:,.0f} tokens/s")
-        if done > 0 and self._done < self._total:
+        # Of what runs at the same time, the first to end says nothing of how long the others take.
+        if done >= max(1, self._at_once) and self._done < self._total:
             texts.append(f"about {time_text(spent_s / done * (self._total - self._done))} left in this phase")
         return texts + self._run_left_texts()
 

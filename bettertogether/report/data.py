@@ -51,7 +51,8 @@ class ReportData(Saved):
 
     @property
     def ledger(self) -> Ledger:
-        """The cost of the whole run, earlier sittings of a resumed run included."""
+        """The cost of all rounds, of those of earlier sittings too. What tries that were cut off or failed spent before
+        the last sitting is in the run directory alone, where a `Budget` counts it."""
         return Ledger.total(record.ledger for record in self.rounds)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import threading
 from collections import deque
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import dspy
 
 from ..checks import require_whole
+from ..errors import BetterTogetherError, BudgetExceeded
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,7 +31,8 @@ def parallel_map(
 ) -> list[Result]:
     """Results in the order of `items`. `on_result(index, result)` is called in this thread as each one comes in.
 
-    The first exception (Ctrl-C too) stops the rest that has not started, and is raised.
+    The first exception (Ctrl-C too) stops the rest that has not started, and is raised. Where it is the end of a
+    budget, what was under way is waited for and told to `on_result`, too: it is paid for.
     """
     results: dict[int, Result] = {}
     waiting = deque(range(len(items)))
@@ -63,6 +66,16 @@ def parallel_map(
             results[index] = result
             if on_result:
                 on_result(index, results[index])
+    except BudgetExceeded:
+        waiting.clear()
+        for thread in threads:
+            thread.join()
+        while not finished.empty():
+            index, result, error = finished.get()
+            if on_result and error is None:
+                with contextlib.suppress(BetterTogetherError):
+                    on_result(index, result)
+        raise
     finally:
         waiting.clear()
     for thread in threads:

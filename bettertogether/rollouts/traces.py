@@ -225,7 +225,8 @@ class ExamplePass:
     ) -> list[Trace]:
         """`over` for several programs at once: (program index, example index, attempt) jobs share the threads."""
         runners = [self._runner_of(program) for program in programs]
-        settings, limit = self.settings, self.settings.most_errors
+        limit = self.settings.most_errors
+        threads = max(thread_count(program, self.settings.num_threads) for program in programs)
         failures: dict[int, dict[int, Trace]] = defaultdict(dict)
         done = 0
 
@@ -234,21 +235,25 @@ class ExamplePass:
             example, label = examples[index], labels[index] if labels else None
             return self._judged(index, example, runners[program].run(example, attempt), attempt, label)
 
+        def tell(spent: Ledger) -> None:
+            event: events.ProgressEvent = {"phase": self.phase, "done": done, "total": len(jobs)}
+            event["at_once"] = min(threads, len(jobs))
+            event["tokens"] = spent.prompt_tokens + spent.generated_tokens
+            event["cost"] = spent.cost
+            event["ledger"] = spent
+            events.emit("progress", event)
+
         def note(position: int, trace: Trace) -> None:
             nonlocal done
             done += 1
-            event: events.ProgressEvent = {"phase": self.phase, "done": done, "total": len(jobs)}
-            event["tokens"] = trace.ledger.prompt_tokens + trace.ledger.generated_tokens
-            event["cost"] = trace.ledger.cost
-            event["ledger"] = trace.ledger
-            events.emit("progress", event)
+            tell(trace.ledger)
             failed = failures[jobs[position][0]]
             if trace.failed:
                 failed[trace.index] = trace
             if limit is not None and len(failed) > limit:
                 raise TooManyErrors(too_many(failed, len(examples), limit))
 
-        threads = max(thread_count(program, settings.num_threads) for program in programs)
+        tell(Ledger())
         return parallel_map(one, jobs, num_threads=threads, on_result=note)
 
     def _runner_of(self, program: dspy.Module) -> Runner:

@@ -17,9 +17,10 @@ _LIMITS = {"minutes": ("minutes", 1), "metric_calls": ("metric calls", 0), "toke
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of a run; None is no limit. Checked between units of work, so a run overshoots by one unit at most. What
-    earlier calls with the same `run_dir` used counts, also for steps that failed or that Ctrl-C or the budget cut off;
-    what a killed process used since its last step is not known."""
+    """Limits of a run; None is no limit. Checked between units of work, so a run overshoots by what is under way then:
+    one unit, or as many as run at once (`num_threads`). What earlier calls with the same `run_dir` used counts, also
+    for steps that failed or that Ctrl-C or the budget cut off; what a killed process used since its last step, and what
+    was under way at Ctrl-C, is not known."""
 
     minutes: float | None = None
     """Wall time in minutes."""

@@ -53,9 +53,10 @@ class _BudgetWatch(events.Callback):
         return self._spent.with_seconds(time.monotonic() - self._started_s)
 
     def on_progress(self, event: events.ProgressEvent) -> None:
-        ledger = event.get("ledger") or Ledger()
-        # A run that failed before its metric was called counts as a call, too.
-        self._charge(ledger if ledger.metric_calls else replace(ledger, metric_calls=1))
+        if event["done"]:
+            ledger = event.get("ledger") or Ledger()
+            # A run that failed before its metric was called counts as a call, too.
+            self._charge(ledger if ledger.metric_calls else replace(ledger, metric_calls=1))
 
     def on_training(self, event: events.TrainingEvent) -> None:
         tokens, adapter = event["progress"].tokens, event.get("adapter", "")
@@ -168,6 +169,8 @@ class Loop:
             self._end(index, steps, error, "skipped", str(error), watch.spent)
         except KeyboardInterrupt as error:
             self._end(index, steps, error, "skipped", f"interrupted. {self._how_to_go_on()}", watch.spent)
+            if self.plan.on_step_error == "raise":
+                raise
         except Exception as error:
             self._end(index, steps, error, "failed", traceback.format_exc(), watch.spent)
             if self.plan.on_step_error == "raise":

@@ -104,16 +104,19 @@ class Step(ABC):
 
     def run_seen(self, student: dspy.Module, context: StepContext) -> StepResult:
         """`run`, which DSPy's callbacks see as a compile."""
-        teacher = context.teachers or None
-        self._seen(student, trainset=context.trainset, teacher=teacher, valset=context.valset, context=context)
-        assert self.last is not None
-        return self.last
+        # Not by way of `last`: the step may be at work in another thread, too.
+        results: list[StepResult] = []
 
-    @with_callbacks  # type: ignore[untyped-decorator]
-    def _seen(self, student: dspy.Module, *, trainset: Any, teacher: Any, valset: Any, context: StepContext) -> Any:
-        """Named arguments are what callbacks are shown."""
-        self.last = self.run(student, context)
-        return self.last.program
+        @with_callbacks  # type: ignore[untyped-decorator]
+        def seen(self: Step, student: dspy.Module, *, trainset: Any, teacher: Any, valset: Any, context: Any) -> Any:
+            """Named arguments are what callbacks are shown."""
+            results.append(self.run(student, context))
+            return results[0].program
+
+        teacher = context.teachers or None
+        seen(self, student, trainset=context.trainset, teacher=teacher, valset=context.valset, context=context)
+        (self.last,) = results
+        return results[0]
 
     @property
     def details(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import dspy
 import pytest
 from fakes import parity_engine, parity_program
 
+from bettertogether.errors import BudgetExceeded
 from bettertogether.rollouts.parallel import parallel_map, thread_count
 
 
@@ -80,6 +81,25 @@ def test_the_first_exception_is_raised_and_what_has_not_started_never_runs() -> 
         parallel_map(work, range(50), num_threads=2)
     time.sleep(0.1)
     assert len(started) < 10
+
+
+def test_what_is_under_way_when_a_budget_ends_is_told_too() -> None:
+    together, told = threading.Barrier(4), list[int]()
+
+    def work(item: int) -> int:
+        if item < 4:
+            together.wait(60)
+            time.sleep(0.05 * item)
+        return item
+
+    def note(index: int, result: int) -> None:
+        told.append(result)
+        raise BudgetExceeded(f"used up at {result}")
+
+    with pytest.raises(BudgetExceeded, match="used up at"):
+        parallel_map(work, range(50), num_threads=4, on_result=note)
+    # A thread that was done before the first result was told may have begun with another one.
+    assert sorted(told)[:4] == [0, 1, 2, 3]
 
 
 def test_an_interrupt_is_raised_at_once_although_items_are_still_running() -> None:

@@ -32,6 +32,19 @@ def test_ctrl_c_in_a_step_returns_the_best_so_far_without_a_failure(engine: Fake
     assert "interrupted" in str(compiled.report.rounds[-1].error)
 
 
+def test_ctrl_c_in_a_step_is_raised_where_asked_to_and_all_is_kept_for_going_on(
+    engine: FakeEngine, tmp_path: Path
+) -> None:
+    stopping = steps(x=Step(raises=[KeyboardInterrupt()]))
+    options: dict[str, Any] = {"on_step_error": "raise", "run_dir": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        compile_(engine, "w -> x", optimizers=stopping, **options)
+    requests = len(engine.requests)
+    compiled = compile_(engine, "w -> x", optimizers=steps(x=Step()), **options)
+    assert rounds(compiled) == [("", "complete"), ("w", "complete"), ("w -> x", "complete")]
+    assert len(engine.requests) == requests + len(VAL)
+
+
 def test_ctrl_c_while_the_student_is_scored_is_raised() -> None:
     def interrupt(request: FakeRequest, number: int) -> bool:
         raise KeyboardInterrupt

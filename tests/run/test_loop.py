@@ -223,6 +223,23 @@ def test_a_larger_budget_goes_on(engine: FakeEngine, tmp_path: Path) -> None:
     assert {status for _, status in rounds(compiled)} == {"complete"}
 
 
+def test_calls_that_were_under_way_when_the_budget_ended_count_in_the_next_call(tmp_path: Path) -> None:
+    judged = 0
+
+    def metric(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+        nonlocal judged
+        judged += 1
+        return parity_match(example, prediction)
+
+    for limit in (25, 40, 55):
+        engine = parity_engine(learner, concurrency=8, delay_s=lambda request: 0.02)
+        p = BootstrapFewShotRS(metric, num_candidates=2, num_samples=0, rescue=False)
+        options: dict[str, Any] = {"budget": Budget(metric_calls=limit), "run_dir": tmp_path / "run"}
+        compile_(engine, "p", metric=metric, optimizers={"p": p}, **options)
+        spent = json.loads((tmp_path / "run" / "run.json").read_text())["spent"]
+        assert limit <= spent["metric_calls"] == judged
+
+
 def test_a_budget_of_trained_tokens_stops_between_rounds(engine: FakeEngine) -> None:
     compiled = compile_(engine, "w -> p", budget=Budget(tokens=20_000))
     assert rounds(compiled)[-1][1] == "skipped"

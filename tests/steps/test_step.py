@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 import dspy
 import pytest
 from dspy.teleprompt.teleprompt import Teleprompter
+from dspy.utils.callback import BaseCallback
 from fakes import careful, numbers, parity_engine, parity_match, parity_program
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
@@ -99,6 +102,25 @@ def test_a_subclass_that_overrides_compile_is_run_by_it_like_any_optimizer(kind:
     )
     assert [record.status for record in compiled.report.rounds] == ["complete", "complete"]
     assert Counted.times == 1
+
+
+def test_a_step_at_work_in_two_threads_gives_each_its_own_result() -> None:
+    step, both = LoRAFinetune(parity_match, num_samples=0, rescue=False), threading.Barrier(2)
+
+    class Slow(BaseCallback):
+        """As a tracker whose call takes a while."""
+
+        def on_compile_end(self, call_id: str, outputs: Any, exception: Any = None) -> None:
+            both.wait(60)
+
+    def model_of(name: str) -> str:
+        program = parity_program(parity_engine(careful, base_name=name))
+        with dspy.context(callbacks=[Slow()]):
+            result = step.run_seen(program, StepContext(TRAIN, settings=RunSettings(seed=3)))
+        return str(result.program.lm.model)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [model.split("@")[0] for model in pool.map(model_of, ["a", "b"])] == ["local/a", "local/b"]
 
 
 def test_a_subclass_that_overrides_run_is_a_step() -> None:
