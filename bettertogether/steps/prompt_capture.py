@@ -12,7 +12,7 @@ from typing import Any
 
 import dspy
 from dspy.adapters.chat_adapter import ChatAdapter
-from dspy.adapters.decision import resolve_adapter
+from dspy.adapters.decision import DecisionAdapter, resolve_adapter
 from dspy.lm15 import Request
 
 from ..engines.protocol import ChatMessage, FieldSpan, LocalEngine
@@ -136,18 +136,29 @@ def _span(
     head, found, tail = other.partition(PLACEHOLDER)
     if head[-1:] == tail[:1] == '"':
         head, tail = head[:-1], tail[1:]
-    start, end = len(head), len(completion) - len(tail)
-    if not found or not completion.startswith(head) or not completion.endswith(tail) or start >= end:
-        return None
-    return FieldSpan(name, start, end)
+    # XMLAdapter writes text on lines of its own, and what has parts on that of its tags.
+    for before, after in ((head, tail), (head.rstrip(), tail.lstrip())):
+        start, end = len(before), len(completion) - len(after)
+        matches = found and completion.startswith(before) and completion.endswith(after)
+        if matches and completion[start:end].strip():
+            return FieldSpan(name, start, end)
+    return None
+
+
+def makes_decision(predictor: dspy.Predict) -> bool:
+    """Whether an output is a decision of DSPy's (`Noul`, `Choice`, `Score`): the LM answers with probabilities."""
+    return isinstance(_resolved(predictor, dspy.settings.adapter), DecisionAdapter)
+
+
+def _resolved(predictor: dspy.Predict, adapter: Any) -> Any:
+    signature = predictor.signature
+    return resolve_adapter(predictor.lm, adapter or ChatAdapter(), signature, predictor.fields, signature)
 
 
 def _writer(predictor: dspy.Predict, inputs: Mapping[str, Any], adapter: Any) -> tuple[Any, type[dspy.Signature]]:
     """The adapter that reads and writes the predictor's answers, and the signature as it does."""
-    signature, lm = predictor.signature, predictor.lm
-    adapter = adapter or dspy.settings.adapter or ChatAdapter()
-    adapter = resolve_adapter(lm, adapter, signature, predictor.fields, signature)
-    return adapter, adapter._call_preprocess(lm, {}, signature, dict(inputs))
+    adapter = _resolved(predictor, adapter or dspy.settings.adapter)
+    return adapter, adapter._call_preprocess(predictor.lm, {}, predictor.signature, dict(inputs))
 
 
 def _written(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str, Any]) -> str:

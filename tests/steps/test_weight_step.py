@@ -7,6 +7,7 @@ from typing import Any
 
 import dspy
 import pytest
+from dspy.experimental import Noul
 from fakes import (
     TwoSteps,
     api_lm,
@@ -34,6 +35,7 @@ from bettertogether.errors import (
 )
 from bettertogether.programs.program import prompts_state
 from bettertogether.records import Blame, WeightDetails
+from bettertogether.steps.preference_step import PreferenceFinetune
 from bettertogether.steps.rows import Row, write_rows
 from bettertogether.steps.step import StepContext
 from bettertogether.steps.weight_step import LoRAFinetune
@@ -164,6 +166,17 @@ def test_all_predictors_frozen_is_an_error() -> None:
     program = two_step_program(two_step_engine(lambda *_: True))
     with pytest.raises(NotTrainableError, match="leaves no predictor to train"):
         step(frozen=["remark", "decide"]).compile(program, trainset=numbers(3))
+
+
+@pytest.mark.parametrize("kind", [LoRAFinetune, PreferenceFinetune])
+def test_a_decision_is_refused_before_any_work_and_left_alone_where_it_is_frozen(kind: Any) -> None:
+    engine = two_step_engine(lambda *_: True)
+    program = two_step_program(engine)
+    program.decide.signature = dspy.Signature("number: int, remark: str -> parity: Noul", custom_types={"Noul": Noul})
+    with pytest.raises(NotTrainableError, match=r"\['decide'\] make decisions.*frozen=\['decide'\]"):
+        kind(parity_match).compile(program, trainset=numbers(4))
+    assert engine.requests == []
+    assert list(kind(parity_match, frozen=["decide"]).trainable(program)) == ["remark"]
 
 
 def test_a_frozen_name_that_is_no_predictor_is_an_error_that_lists_them() -> None:
