@@ -191,6 +191,7 @@ FAMILIES = {
     "mixtral": Family("mixtral", EXPERTS),
     "olmoe": Family("olmoe", EXPERTS),
     "phimoe": Family("phimoe", EXPERTS),
+    "phimoe, window": _slow("phimoe", {**EXPERTS, "sliding_window": 20}),
     "gemma": Family("gemma", HEAD),
     "gemma2": Family(
         "gemma2", {**HEAD, **WINDOW, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}, packed=False

@@ -105,9 +105,12 @@ class AdapterBank:
         if model == MODEL_PREFIX + self._base_name:
             return None
         with self._lock:
-            if model in self._adapters:
-                return self._adapters[model].folder
+            return self._held(model).folder
+
+    def _held(self, model: str) -> _Adapter:
+        if model not in self._adapters:
             raise unknown_adapter(model, self._base_name, self._adapters)
+        return self._adapters[model]
 
     def folders(self) -> list[Path]:
         """Folders of all adapters that have one, in the order they were added."""
@@ -129,11 +132,11 @@ class AdapterBank:
         """Apply adapters to the tokens of the passes inside the block; the base alone after it.
 
         `kept` are the places, in order, of the tokens whose logits are asked for: the output layer, and whatever
-        else comes after the cut, sees these alone.
+        else comes after the cut, sees these alone. Raises UnknownAdapterError for an adapter that was removed.
         """
         with self._lock:
             self._active = [
-                _ActiveSpan(self._adapters[span.adapter].weights, _places(span, spans[-1].stop, kept))
+                _ActiveSpan(self._held(span.adapter).weights, _places(span, spans[-1].stop, kept))
                 for span in spans
                 if span.adapter
             ]

@@ -125,7 +125,7 @@ class BaseEngine:
         """The engine of this process for a model and place: made at the first call, found at later ones.
 
         A folder whose files have changed is another model. Raises ConfigError when the engine was made with other
-        options than those given now.
+        options than those given now, or with some that change answers where none are given.
         """
         asked = cls.options_class.of(options).resolved()
         model = located(model)
@@ -135,7 +135,7 @@ class BaseEngine:
             if engine is None:
                 engine = _SHARED[key] = cls(model, **options)
         assert isinstance(engine, cls)
-        engine._check_options({name: getattr(asked, name) for name in options})
+        engine._check_options({name: getattr(asked, name) for name in options} | asked.decisive())
         for folder in adapters:
             engine.add_adapter(Path(folder))
         return engine

@@ -94,9 +94,13 @@ class EngineOptions:
         """The options of which each value has an engine of its own: where and in what precision the model runs."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.metadata["own_engine"]}
 
+    def decisive(self) -> dict[str, Any]:
+        """The options that change the answers."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.metadata["changes_answers"]}
+
     def traits(self) -> dict[str, Any]:
-        """The options that decide the answers, as JSON."""
-        decisive = {each.name: getattr(self, each.name) for each in fields(self) if each.metadata["changes_answers"]}
+        """What decides the answers, as JSON."""
+        decisive = self.decisive()
         if self.chat_template_kwargs is None:
             decisive["chat_template_kwargs"] = DEFAULT_TEMPLATE_KWARGS
         return {name: plain(value) for name, value in decisive.items() if value is not None}

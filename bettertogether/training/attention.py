@@ -33,6 +33,7 @@ from .layers import register_attention
 from .packing import Block, PackedRow
 
 TRAINING_ATTENTION = "bettertogether_training"
+_WINDOWS = "bettertogether_windows"
 
 
 @dataclass(eq=False)
@@ -209,3 +210,36 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
         yield
     finally:
         restore_attention(before)
+
+
+def window_of_mask_alone(model: PreTrainedModel, longest: int | float) -> str | None:
+    """Why attention that is given no mask sees too much in texts of up to `longest` tokens: the model has a sliding
+    window that its layers leave to the mask (PhiMoE, Doge). None: it has none so short, or they pass it on."""
+    text = model.config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
+    if not window or window >= longest or (types is not None and "sliding_attention" not in types):
+        return None
+    passed: list[int | None] = []
+    with torch.no_grad(), attention_implementation(model, _WINDOWS):
+        model(torch.zeros(1, 2, dtype=torch.long, device=model.device), passed_windows=passed)
+    return None if any(passed) else f"its window of {window} tokens is in the mask alone"
+
+
+def _noting_windows(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    passed_windows: list[int | None],
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention in form alone: what is looked at is the window that a layer passes on."""
+    passed_windows.append(sliding_window)
+    batch, heads, tokens = query.shape[:3]
+    return query.new_zeros(batch, tokens, heads, value.shape[-1]), None
+
+
+register_attention(_WINDOWS, _noting_windows)

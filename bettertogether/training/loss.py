@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..printable import get_logger
 from ._upstream import attention_name, supports_sdpa
-from .attention import TRAINING_ATTENTION, PackedLayout, attention_implementation
+from .attention import TRAINING_ATTENTION, PackedLayout, attention_implementation, window_of_mask_alone
 from .fused import completion_losses
 from .layers import more_than_attention
 from .packing import MicroBatch, TokenizedRow, micro_batches, pack
@@ -160,7 +160,7 @@ def why_not_packed(model: PreTrainedModel, longest: int) -> str | None:
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk is not None and chunk < longest:
         return f"its attention sees chunks of {chunk} tokens and the rows have up to {longest}"
-    if reason := more_than_attention(model):
+    if reason := more_than_attention(model) or window_of_mask_alone(model, longest):
         return reason
     training = [(module, module.training) for module in model.modules()]
     devices = [model.device] if model.device.type == "cuda" else []

@@ -175,6 +175,13 @@ def test_a_name_that_is_not_held_is_an_error_that_names_those_that_are(folders: 
         adapters.folder("local/tiny@r9-0")
 
 
+def test_a_pass_under_an_adapter_that_was_removed_is_an_error_that_names_it(folders: list[Path]) -> None:
+    adapters, (name,) = make_bank(tiny_model(), folders[:1])
+    adapters.remove(name)
+    with pytest.raises(UnknownAdapterError, match=name), adapters.active([AdaptedSpan(name, 0, None)]):
+        pass
+
+
 def test_a_folder_without_an_adapter_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no adapter_config\.json and no adapter_model\.safetensors"):
         make_bank(tiny_model(), [tmp_path])

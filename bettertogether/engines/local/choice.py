@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...printable import get_logger
+from ...training.attention import window_of_mask_alone
 from ...training.layers import more_than_attention
 from ..adapters import AdapterBank
 from ..memory_plan import cache_share, free_bytes
@@ -55,7 +57,8 @@ def _batching(model: Any, adapters: AdapterBank) -> dict[str, bool]:
 
 def why_not_packed_decoder(model: Any, adapters: AdapterBank) -> str | None:
     """Why packed attention can't serve a model; None where a short text gets the same logits with it."""
-    return more_than_attention(model) or _differs(model, adapters)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    return more_than_attention(model) or window_of_mask_alone(model, longest) or _differs(model, adapters)
 
 
 @torch.inference_mode()

@@ -34,10 +34,12 @@ class TextStream:
         self._ids += token_ids
         known = self._decode(self._ids[self._context : self._settled])
         text = self._decode(self._ids[self._context :])
-        if text.endswith(REPLACEMENT):
+        new = text[len(known) :]
+        # Where nothing is new (no token, or special ones alone), the next token needs the spacing as before.
+        if not new or text.endswith(REPLACEMENT):
             return ""
         self._context, self._settled = self._settled, len(self._ids)
-        self._append(text[len(known) :])
+        self._append(new)
         return self._give(len(self.text) - self._held_back())
 
     def finish(self) -> str:

@@ -30,6 +30,13 @@ def test_the_pieces_add_up_to_the_text(text: str, at_once: int) -> None:
     assert "".join(given) == stream.text == text
 
 
+def test_a_space_that_only_the_token_before_it_shows_stays_where_nothing_or_a_special_token_comes_between() -> None:
+    """As with the tokenizers of Llama 2, Mistral and Phi-3, whose decoder strips the space of a first word."""
+    words = {1: " Hello", 2: " big", 3: " world", 4: ""}
+    stream = TextStream(lambda ids: "".join(words[token_id] for token_id in ids).removeprefix(" "))
+    assert [stream.push(ids) for ids in ([1], [2], [], [3], [4], [2])] == ["Hello", " big", "", " world", "", " big"]
+
+
 def test_no_piece_holds_half_a_character() -> None:
     given, _ = pieces("世界")
     assert given == ["", "", "世", "", "", "界", ""]

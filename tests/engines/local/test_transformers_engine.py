@@ -276,6 +276,14 @@ def test_sharing_with_other_options_is_an_error(folder: Path) -> None:
     engine = TransformersEngine.shared(folder, max_batch_size=4)
     with pytest.raises(ConfigError, match=r"max_batch_size=5 was asked for.*max_batch_size=4"):
         TransformersEngine.shared(folder, max_batch_size=5)
+    assert TransformersEngine.shared(folder) is engine
+    engine.close()
+
+
+def test_sharing_an_engine_whose_options_change_its_answers_without_naming_them_is_an_error(folder: Path) -> None:
+    engine = TransformersEngine.shared(folder, chat_template_kwargs={"enable_thinking": True})
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs=None was asked for.*{'enable_thinking': True}"):
+        TransformersEngine.shared(folder)
     engine.close()
 
 
