@@ -16,6 +16,7 @@ The full mark is 1, or the highest threshold of a step where that is higher.
 from __future__ import annotations
 
 import asyncio
+import re
 import reprlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
@@ -46,16 +47,40 @@ _ADVICE = {
 }
 _NOT_CALLABLE = " The program that this step returned can't be called as the student is."
 _METRIC_ADVICE = "Let the metric return a finite number."
+_PYDANTIC_LINK = re.compile(r"For further information visit \S+")
+_REFUSED = "a value is refused: "
+_REFUSED_ADVICE = (
+    "A field's type or validator refuses values: say in the field's description what is allowed, loosen the type or "
+    "the validator, or take a larger model."
+)
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
 
 def error_text(error: BaseException) -> str:
-    """The error in one line, without secrets; of an answer that can't be parsed, the answer."""
+    """The error in one line, without secrets; of an answer that can't be parsed, what is wrong, and the answer."""
     if isinstance(error, AdapterParseError):
-        return f"{', '.join(error.signature.output_fields)} not found in the answer {_short.repr(error.lm_response)}"
-    return masked(f"{type(error).__name__}: {str(error).lstrip()}".splitlines()[0][:_LONGEST])
+        return f"{_why_unread(error)} in the answer {_short.repr(error.lm_response)}"
+    return _cut(_line(f"{type(error).__name__}: {error}"))
+
+
+def _why_unread(error: AdapterParseError) -> str:
+    """The fields that are missing, or the value that a field's type or validator refuses."""
+    missing = [name for name in error.signature.output_fields if name not in (error.parsed_result or {})]
+    said = _line(str(error).partition("\n\nAdapter ")[0])
+    if missing and not said.startswith("Failed to parse field "):
+        return f"{', '.join(missing)} not found"
+    # The reason comes after the value, which may be long.
+    return f"{_REFUSED}{said if len(said) <= _LONGEST else f'{said[:99]}…{said[-100:]}'}"
+
+
+def _line(text: str) -> str:
+    return masked(" ".join(_PYDANTIC_LINK.sub("", text).split()))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def reason_of_metric(error: BaseException, prediction: Any) -> str:
@@ -93,7 +118,7 @@ def _shown_inputs(trace: Trace) -> str:
 
 
 def _fields(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={_short.repr(value)}" for name, value in values.items())[:_LONGEST]
+    return _cut(", ".join(f"{name}={_short.repr(value)}" for name, value in values.items()))
 
 
 def scored_example(traces: Sequence[Trace]) -> str | None:
@@ -114,7 +139,7 @@ def failure_warning(failures: Sequence[Failure], total: int, what: str, unit: st
     most = failures[0]
     counts = f"all {total}" if failed == total else f"{failed} of {total}"
     says = "nothing" if failed == total else "little"
-    advice = _ADVICE.get(most.kind, _METRIC_ADVICE)
+    advice = _REFUSED_ADVICE if most.reason.startswith(_REFUSED) else _ADVICE.get(most.kind, _METRIC_ADVICE)
     return (
         f"{what}: {counts} {unit} failed, so the result says {says}: {failure_text(failures)}, most often "
         f"{most.reason} ({most.example}). {advice}"

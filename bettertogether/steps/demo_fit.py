@@ -14,6 +14,7 @@ from ..errors import ArtifactError
 from ..lm import local_engine
 from ..printable import NOT_UNICODE, is_unicode
 from ..programs.demo_values import encode_demo
+from ..rollouts.failures import error_text
 from .prompt_capture import render_prompt
 
 ANSWER_ROOM_TOKENS = 256
@@ -131,5 +132,5 @@ class DemoFit:
         try:
             render_prompt(self._predictor, self._engine, question, demos)
         except Exception as error:
-            return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+            return error_text(error)
         return None
