@@ -28,6 +28,7 @@ from .record import (
     SavedRecord,
     StepRecord,
     StepStatus,
+    failure_reason,
     failure_text,
     total_cost,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "TrainedAdapter",
     "WeightDetails",
     "Whole",
+    "failure_reason",
     "failure_text",
     "read",
     "report_of_schema_1",

@@ -96,6 +96,11 @@ def failure_text(failures: Sequence[Failure]) -> str:
     return ", ".join(f"{failure.count} x {failure.kind}" for failure in failures)
 
 
+def failure_reason(failures: Sequence[Failure]) -> str:
+    """Counts by kind, and the commonest reason of the commonest kind: "5 x timeout, most often slow"."""
+    return f"{failure_text(failures)}, most often {failures[0].reason}"
+
+
 @dataclass(frozen=True)
 class StepRecord(Saved):
     """One step of a strategy, finished. The untouched student is the record with index 0 and strategy ""."""

@@ -68,7 +68,7 @@ def render(view: ReportView) -> str:
 
 
 def render_in_notebook(view: ReportView) -> str:
-    """For a notebook: the head, the rounds with the reasons of "auto", the warnings, without the page's style."""
+    """For a notebook: the head, the rounds with the reasons of "auto" and of failures, the warnings; not the style."""
     return f"<div>{_summary(view)}{_round_table(view)}{_reasons(view)}{_warnings(view)}</div>"
 
 
@@ -141,7 +141,7 @@ def _rounds(view: ReportView) -> str:
 
 
 def _reasons(view: ReportView) -> str:
-    items = "".join(f"<li>{_text(reason)}</li>" for reason in view.reasons)
+    items = "".join(f"<li>{_text(reason)}</li>" for reason in (*view.reasons, *view.failed))
     return f"<ul>{items}</ul>" if items else ""
 
 

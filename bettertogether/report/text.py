@@ -19,7 +19,7 @@ _RIGHT = frozenset({"score", "n", "demos", "calls", "LM calls", "tokens", "cost"
 def render(view: ReportView) -> str:
     """The table of rounds ("*" marks the selected one), why "auto" ran them, what each prompt step's race says of its
     candidates ("*" marks the chosen one), which predictors failures came from, the 2x2 where it was measured, the
-    examples that failed, the warnings."""
+    examples that failed and why, the warnings."""
     lines = [_title(view), "", *_rounds(view)]
     if view.reasons:
         lines += ["", *_wrapped(view.reasons)]
@@ -33,20 +33,12 @@ def render(view: ReportView) -> str:
     losses = [f"{each.name}: {text}" for each in view.rounds for text in each.losses]
     if losses:
         lines += ["", *_wrapped(losses)]
-    lines += _wrapped((*_failed(view), *(f"Warning: {warning}" for warning in view.report.warnings)))
+    lines += _wrapped((*view.failed, *(f"Warning: {warning}" for warning in view.report.warnings)))
     return "\n".join(lines)
 
 
 def _wrapped(texts: Iterable[str]) -> list[str]:
     return [line for text in texts for line in textwrap.wrap(printable(text), WIDTH, subsequent_indent="  ")]
-
-
-def _failed(view: ReportView) -> list[str]:
-    return [
-        f"{each.name}: {each.record.failed} examples failed and scored 0: {each.failures}"
-        for each in view.rounds
-        if each.failures
-    ]
 
 
 def compact(count: float) -> str:

@@ -6,7 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..records import HeldOutLoss, PolicyDetails, StepRecord, TrainedAdapter, WeightDetails, failure_text
+from ..records import (
+    HeldOutLoss,
+    PolicyDetails,
+    StepRecord,
+    TrainedAdapter,
+    WeightDetails,
+    failure_reason,
+    failure_text,
+)
 from .data import ReportData
 from .intervals import Effect, Interval, share_interval
 
@@ -94,6 +102,8 @@ class ReportView:
     """How many validation examples there were, in words."""
     reasons: tuple[str, ...]
     """Why "auto" ran each of its rounds, and why it stopped."""
+    failed: tuple[str, ...]
+    """Of each round in which examples failed, how many, by kind, and the commonest reason."""
     two_by_two: TwoByTwoView | None
     """Where it was measured."""
     seconds: str
@@ -115,6 +125,11 @@ def view_of(report: ReportData) -> ReportView:
         rounds=tuple(_round(report, position) for position in range(len(report.rounds))),
         examples=f"{size} validation examples" if size else "no validation examples",
         reasons=tuple(f"{name}: {why}." for name, why in _whys(report) if why),
+        failed=tuple(
+            f"{each.name}: {each.failed} examples failed and scored 0: {failure_reason(each.failures)}"
+            for each in report.rounds
+            if each.failures
+        ),
         two_by_two=_two_by_two(report),
         seconds=seconds_text(report.ledger.seconds),
         cost=cost_text(report.ledger.cost) if report.ledger.cost != 0 else "",

@@ -17,7 +17,7 @@ from ..checks import require_switch
 from ..errors import ConfigError, DataError, ProgramError
 from ..printable import printable
 from ..programs.content import dataset_hash
-from ..records import Failure, Ledger, failure_text
+from ..records import Failure, Ledger, failure_reason, failure_text
 from ..report.intervals import mean_interval, paired_interval
 from .examples import check_examples
 from .failures import count_failures, failure_warning
@@ -46,7 +46,7 @@ class Evaluation:
         return sum(self.scores) / len(self.scores) if self.scores else math.nan
 
     def __repr__(self) -> str:
-        failed = f", failed: {failure_text(self.failures)}" if self.failures else ""
+        failed = f", failed: {failure_reason(self.failures)}" if self.failures else ""
         return f"Evaluation(mean {self.mean:.3f} of {len(self.scores)} examples{failed})"
 
     @property

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspy.utils.exceptions import AdapterParseError
 
-from ..records import Failure, StepRecord, failure_text
+from ..records import Failure, StepRecord, failure_reason
 from ..redaction import masked
 from .metrics import BELOW_THRESHOLD, passes
 
@@ -141,8 +141,8 @@ def failure_warning(failures: Sequence[Failure], total: int, what: str, unit: st
     says = "nothing" if failed == total else "little"
     advice = _REFUSED_ADVICE if most.reason.startswith(_REFUSED) else _ADVICE.get(most.kind, _METRIC_ADVICE)
     return (
-        f"{what}: {counts} {unit} failed, so the result says {says}: {failure_text(failures)}, most often "
-        f"{most.reason} ({most.example}). {advice}"
+        f"{what}: {counts} {unit} failed, so the result says {says}: {failure_reason(failures)} "
+        f"({most.example}). {advice}"
     )
 
 

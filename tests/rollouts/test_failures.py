@@ -193,8 +193,11 @@ def test_half_of_the_examples_failing_is_counted_and_no_warning() -> None:
     assert compiled.report.rounds[0].failures == (
         Failure("parse failure", 5, "parity not found in the answer 'no'", "example 0: number=0"),
     )
-    assert "student: 5 examples failed and scored 0: 5 x parse failure" in str(compiled.report).splitlines()
-    assert "<td>5 x parse failure</td>" in render(view_of(compiled.report))
+    told = "student: 5 examples failed and scored 0: 5 x parse failure, most often parity not found in the answer "
+    assert f"{told}'no'" in " ".join(str(compiled.report).split())
+    page = render(view_of(compiled.report))
+    assert "<td>5 x parse failure</td>" in page
+    assert f"<li>{told}&#x27;no&#x27;</li>" in page
 
 
 def test_more_than_half_of_the_examples_failing_is_a_warning() -> None:
@@ -224,7 +227,7 @@ def test_kinds_are_counted_apart_and_the_commonest_comes_first() -> None:
     ]
     assert repr(result) == (
         f"Evaluation(mean {result.mean:.3f} of 10 examples, failed: 3 x parse failure, 1 x metric error, "
-        "1 x metric returned NaN)"
+        "1 x metric returned NaN, most often parity not found in the answer 'no')"
     )
 
 
