@@ -36,7 +36,8 @@ ENDS_ONE_RUN = (Exception, SystemExit, asyncio.CancelledError)
 all."""
 
 _LONGEST = 200
-_NOT_RAISED = frozenset({"parse failure", "prompt too long"})
+NOT_RAISED = frozenset({"parse failure", "prompt too long"})
+"""Kinds of failures that are of the answers, not of the program or the metric."""
 _ADVICE = {
     "metric error": "Mend the metric.",
     "program error": "Mend the program.",
@@ -136,14 +137,17 @@ def failure_warning(failures: Sequence[Failure], total: int, what: str, unit: st
     failed = sum(failure.count for failure in failures)
     if 2 * failed <= total:
         return None
-    most = failures[0]
     counts = f"all {total}" if failed == total else f"{failed} of {total}"
     says = "nothing" if failed == total else "little"
-    advice = _REFUSED_ADVICE if most.reason.startswith(_REFUSED) else _ADVICE.get(most.kind, _METRIC_ADVICE)
     return (
         f"{what}: {counts} {unit} failed, so the result says {says}: {failure_reason(failures)} "
-        f"({most.example}). {advice}"
+        f"({failures[0].example}). {advice(failures[0])}"
     )
+
+
+def advice(failure: Failure) -> str:
+    """What to do about it, in a sentence."""
+    return _REFUSED_ADVICE if failure.reason.startswith(_REFUSED) else _ADVICE.get(failure.kind, _METRIC_ADVICE)
 
 
 def all_failed(record: StepRecord) -> bool:
@@ -153,7 +157,7 @@ def all_failed(record: StepRecord) -> bool:
 
 def all_raised(record: StepRecord) -> bool:
     """Whether the program or the metric was broken on every example of a scored round."""
-    return all_failed(record) and not any(failure.kind in _NOT_RAISED for failure in record.failures)
+    return all_failed(record) and not any(failure.kind in NOT_RAISED for failure in record.failures)
 
 
 def _program_broken(record: StepRecord) -> bool:

@@ -22,7 +22,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from ..errors import RunDirectoryError
+from ..errors import (
+    ConfigError,
+    DataError,
+    NoTrainingDataError,
+    NotTrainableError,
+    ProgramError,
+    RunDirectoryError,
+    TooManyErrors,
+)
 from ..files import FileLock, append_line, atomic_write, cache_folder, disk_errors, json_text, now
 from ..printable import get_logger
 from ..records import Ledger, StepRecord
@@ -43,6 +51,9 @@ DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSErr
 
 UNSCORED = "unscored.json"
 """What a step gave whose round is being scored."""
+
+_FAILS_AGAIN = (ConfigError, DataError, NoTrainingDataError, NotTrainableError, ProgramError, TooManyErrors)
+"""What ends a run for a reason that the same call would meet again."""
 
 _LOCKS = ("lock", "lock.owner")
 _TEMPORARY = re.compile(r"\..+\.tmp")
@@ -157,6 +168,17 @@ class RunDirectory:
     def records(self) -> tuple[StepRecord, ...]:
         """The records on disk, in the order they were appended."""
         return tuple(self._records)
+
+    def how_to_go_on(self, error: BaseException, step: str = "") -> str:
+        """Which call goes on after an error that ended the run at a step with this key."""
+        run_dir, mended = f"run_dir={str(self.path)!r}", "a mended program or metric needs another one."
+        if not isinstance(error, _FAILS_AGAIN):
+            return f"Make the same call with {run_dir} to go on."
+        if isinstance(error, TooManyErrors):
+            return f"A call with {run_dir} and a higher max_errors goes on; {mended}"
+        if step in _finished(self._records):
+            return "The same call would fail again: change it, and give another run_dir."
+        return f"The same call would fail again: one with {run_dir} and other options of {step!r} goes on; {mended}"
 
     def append(self, record: StepRecord) -> None:
         """Add a record; it is on disk when this returns. Raises RunDirectoryError and leaves the file as it was."""
@@ -296,13 +318,17 @@ def _going_on(
 
 def _noted(stored: dict[str, Any], asked: Mapping[str, Any], records: Sequence[StepRecord]) -> dict[str, Any]:
     """What the directory has noted, but what this call has for the steps that never finished."""
-    finished = {record.step for record in records if record.status == "complete"}
-    steps = (stored.get("optimizers", {}).keys() & asked.get("optimizers", {}).keys()) - finished
+    steps = (stored.get("optimizers", {}).keys() & asked.get("optimizers", {}).keys()) - _finished(records)
     noted = dict(stored)
     for key in PER_STEP & stored.keys():
         kept = {step: entry for step, entry in stored[key].items() if step not in steps}
         noted[key] = kept | {step: entry for step, entry in asked.get(key, {}).items() if step in steps}
     return noted
+
+
+def _finished(records: Sequence[StepRecord]) -> set[str]:
+    """Keys of the steps that did, at least once."""
+    return {record.step for record in records if record.status == "complete"}
 
 
 def _differences(stored: Any, asked: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -141,15 +141,12 @@ class Loop:
             # Not on disk, so that a larger budget scores the student.
             self.records.append(replace(record, ledger=watch.spent))
             text = f"The run ended while the untouched student was scored: {error}"
-            self.warnings.append(f"{text} {self._how_to_go_on()}")
+            self.warnings.append(f"{text} {self.directory.how_to_go_on(error)}")
             events.emit("step_end", {"record": self.records[0]})
             return False
         self._keep(_with_scores(record, scored, {}, started))
         self.plan.check_scale(self.records[0].scores or ())
         return True
-
-    def _how_to_go_on(self) -> str:
-        return f"Make the same call with run_dir={str(self.directory.path)!r} to go on."
 
     def _finish(self, steps: Steps, earlier: StepRecord | None) -> bool:
         """Run or restore one step; False when the run ends here."""
@@ -168,7 +165,7 @@ class Loop:
         except BudgetExceeded as error:
             self._end(index, steps, error, "skipped", str(error), watch.spent)
         except KeyboardInterrupt as error:
-            self._end(index, steps, error, "skipped", f"interrupted. {self._how_to_go_on()}", watch.spent)
+            self._end(index, steps, error, "skipped", f"interrupted. {self.directory.how_to_go_on(error)}", watch.spent)
             if self.plan.on_step_error == "raise":
                 raise
         except Exception as error:
@@ -353,7 +350,9 @@ class Loop:
         self.error = error
         kind = type(error).__name__
         reason = masked(f"{kind}: {error}") if str(error) else kind
-        self.warnings.append(f"The run ended at {name!r}: {reason.rstrip('.')}. {self._how_to_go_on()}")
+        self.warnings.append(
+            f"The run ended at {name!r}: {reason.rstrip('.')}. {self.directory.how_to_go_on(error, steps[-1])}"
+        )
         expected = isinstance(error, BetterTogetherError | KeyboardInterrupt)
         logger.error("Step %r did not finish: %s", name, reason, exc_info=None if expected else error)
         if name not in self.programs:

@@ -21,15 +21,17 @@ from ..programs.program import predictors_of
 from ..records import Blame, DataCard, Ledger
 from ..rollouts.branches import blame
 from ..rollouts.examples import question_hash
+from ..rollouts.failures import NOT_RAISED, advice, count_failures
 from ..rollouts.labels import label_fields, labels_of, output_names
+from ..rollouts.metrics import BELOW_THRESHOLD
 from ..rollouts.rollout import Call
-from ..rollouts.traces import Trace, TraceSet
+from ..rollouts.traces import MOST_TRIES, Trace, TraceSet
 from .data_card import WHOLE_TRACE, make_data_card
 from .demo_examples import without_example
 from .prompt_capture import field_spans, render_completion, take_request
 from .prompt_forms import PromptForms
 from .rows import Messages, Row, balance_labels, write_rows
-from .select_traces import NO_CALLS, select_traces, unseen_calls
+from .select_traces import NO_CALLS, OVER_SHARE, select_traces, unseen_calls
 
 DOMINANT_SHARE = 0.8
 """A label with more than this share of the rows gets a warning, unless the trainset is as skewed."""
@@ -136,7 +138,8 @@ def rows_from_traces(
     rows = _balanced(by_trace, labels, dropped) if options.balance else [row for _, rows in by_trace for row in rows]
     reasons = +dropped
     if not rows:
-        raise NoTrainingDataError(_no_rows(traces, reasons))
+        prompted = bool(earlier) or any(predictor.demos for predictor in student.predictors())
+        raise NoTrainingDataError(_no_rows(traces, reasons, prompted=prompted))
     warnings = [
         *_strangers(reasons[WHOLE_TRACE, STRANGER]),
         *_label_warnings(rows, labels),
@@ -347,15 +350,37 @@ def longer_answers(dropped: Dropped) -> str:
     return " Most answers were cut: give the LM a larger max_tokens first." if 2 * cut > dropped.total() else ""
 
 
-def _no_rows(traces: TraceSet, dropped: Dropped) -> str:
+def _no_rows(traces: TraceSet, dropped: Dropped, *, prompted: bool) -> str:
     others = {key: count for key, count in dropped.items() if key != (WHOLE_TRACE, NO_CALLS)}
     reasons = "; ".join(f"{count} x {reason}" for (_, reason), count in others.items()) or NO_CALLS
     runs = dropped.get((WHOLE_TRACE, NO_CALLS))
     unseen = f" {unseen_calls(runs)}" if runs else ""
-    advice = f"{unseen}{longer_answers(dropped)}"
     return (
         f"No training rows: {len(traces.traces)} runs on {traces.examples} examples, {len(traces.passing)} passed. "
-        f"Dropped: {reasons}.{advice} Three things to try: run a prompt step first (strategy 'p -> w'); let failing "
-        "examples be tried again (num_samples=8, rescue=True, max_rescue_share=1.0); or give a teacher program or a "
-        "lower threshold."
+        f"Dropped: {reasons}.{unseen}{longer_answers(dropped)} {_what_to_try(traces, dropped, prompted=prompted)}"
     )
+
+
+def _what_to_try(traces: TraceSet, dropped: Dropped, *, prompted: bool) -> str:
+    """What was not done yet, and fits the reasons."""
+    failures, first = count_failures(traces.traces), ""
+    if 2 * sum(failure.count for failure in failures) > len(traces.traces):
+        first = f"{advice(failures[0])} "
+        if failures[0].kind not in NOT_RAISED:
+            return first.rstrip()
+    reasons, sources = {reason for _, reason in dropped}, {trace.source for trace in traces.traces}
+    tried = max((trace.attempt for trace in traces.traces if trace.source == "sample"), default=0)
+    more = {
+        f"num_samples={MOST_TRIES}": tried < MOST_TRIES,
+        "rescue=True": "rescue" not in sources,
+        "max_rescue_share=1.0": OVER_SHARE in reasons,
+    }
+    options = ", ".join(option for option, fits in more.items() if fits)
+    things = {
+        "run a prompt step first (strategy 'p -> w')": not prompted,
+        f"let failing examples be tried again ({options})": bool(options),
+        "give a teacher program": "teacher" not in sources,
+        "give a lower threshold": BELOW_THRESHOLD in reasons,
+        "take a larger model": True,
+    }
+    return f"{first}Things to try: {'; '.join(thing for thing, fits in things.items() if fits)}."

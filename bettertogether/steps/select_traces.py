@@ -11,6 +11,9 @@ from ..rollouts.traces import Trace
 NO_CALLS = "no calls to learn from"
 """Why a passing trace is left out: the program answered by itself, or its calls were not seen."""
 
+OVER_SHARE = "over max_rescue_share"
+"""Why a rescued trace is left out."""
+
 
 def select_traces(
     traces: Iterable[Trace],
@@ -48,7 +51,7 @@ def _limit_rescued(traces: list[Trace], max_share: float, dropped: Counter[str])
     room = len(rescued) if max_share >= 1 else int(len(own) * max_share / (1 - max_share))
     if len(rescued) <= room:
         return traces
-    dropped["over max_rescue_share"] += len(rescued) - room
+    dropped[OVER_SHARE] += len(rescued) - room
     # Spread over the labels, which the head of a sorted trainset would not be.
     chosen = stratified_order(rescued, [trace.label for trace in rescued], seed=0)[:room]
     return sorted([*own, *chosen], key=lambda trace: (trace.index, trace.attempt))

@@ -105,3 +105,22 @@ def test_tokens_are_counted_for_each_adapter() -> None:
             line = TrainingProgress(**done, validation_loss=None, tokens=1000 * step)
             watch.on_training({"adapter": adapter, "progress": line})
     assert watch.spent.trained_tokens == 6000
+
+
+def test_where_the_same_call_would_fail_again_it_is_not_told_to_go_on(tmp_path: Path) -> None:
+    def broken(example: dspy.Example, prediction: Any, trace: Any = None) -> float:
+        if trace is not None:
+            raise ValueError("broken")
+        return parity_match(example, prediction)
+
+    w = LoRAFinetune(broken, num_samples=0, rescue=False, threshold=1.0)
+    arguments: dict[str, Any] = {"trainset": numbers(4, start=40), "valset": VAL, "strategy": "w", "progress": False}
+    for limit, told in (
+        (20, f"The same call would fail again: one with run_dir={str(tmp_path)!r} and other options of 'w' goes on; "),
+        (1, f"A call with run_dir={str(tmp_path)!r} and a higher max_errors goes on; "),
+    ):
+        compiled = BetterTogether(parity_match, w=w).compile(
+            parity_program(parity_engine(learner)), run_dir=tmp_path, max_errors=limit, **arguments
+        )
+        (ended,) = [warning for warning in compiled.report.warnings if warning.startswith("The run ended at 'w': ")]
+        assert ended.endswith(f"{told}a mended program or metric needs another one.")

@@ -263,15 +263,36 @@ def test_a_label_that_dominates_the_trainset_as_well_is_no_warning() -> None:
     assert card.warnings == ()
 
 
-def test_no_rows_is_an_error_with_the_counts_and_three_things_to_try() -> None:
-    program = parity_program(parity_engine(lambda *_: False))
+def no_rows(step: LoRAFinetune, **options: Any) -> str:
     with pytest.raises(NoTrainingDataError) as caught:
-        collector().collect(program, trainset=numbers(3))
-    message = str(caught.value)
-    assert "No training rows: 3 runs on 3 examples, 0 passed. Dropped: 3 x score below threshold." in message
-    assert "'p -> w'" in message
-    assert "num_samples=8, rescue=True" in message
-    assert "teacher" in message
+        step.collect(parity_program(parity_engine(lambda *_: False)), trainset=numbers(3), **options)
+    return str(caught.value)
+
+
+def test_no_rows_is_an_error_with_the_counts_and_things_to_try() -> None:
+    assert no_rows(collector()) == (
+        "No training rows: 3 runs on 3 examples, 0 passed. Dropped: 3 x score below threshold. Things to try: run a "
+        "prompt step first (strategy 'p -> w'); let failing examples be tried again (num_samples=8, rescue=True); give "
+        "a teacher program; give a lower threshold; take a larger model."
+    )
+
+
+def test_what_was_done_already_is_not_said_to_be_tried() -> None:
+    engine = parity_engine(lambda *_: False)
+    told = no_rows(
+        collector(num_samples=8, rescue=True), teacher=parity_program(engine), earlier=[parity_program(engine)]
+    )
+    assert told.partition(" Things to try: ")[2] == "give a lower threshold; take a larger model."
+
+
+def test_where_most_runs_raised_the_cause_is_what_to_mend() -> None:
+    def broken(example: dspy.Example, prediction: Any, trace: Any = None) -> bool:
+        raise KeyError("answer")
+
+    assert no_rows(collector(broken)) == (
+        "No training rows: 3 runs on 3 examples, 0 passed. Dropped: 3 x metric error: KeyError: 'answer'. Mend the "
+        "metric."
+    )
 
 
 def test_passing_runs_that_call_no_trainable_predictor_are_no_rows() -> None:
