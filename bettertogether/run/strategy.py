@@ -10,6 +10,8 @@ from ..records import ARROW
 
 AUTO = "auto"
 
+_DEFAULTS = {"p": "BootstrapFewShotRS(metric)", "w": "LoRAFinetune(metric)"}
+
 Steps = tuple[str, ...]
 
 
@@ -29,11 +31,13 @@ def _parse_one(text: object, keys: Collection[str]) -> Steps:
     if not text.strip():
         raise StrategyError('strategy cannot be empty: give one such as "p -> w -> p".')
     steps = tuple(step.strip() for step in re.split(r"->|→", text))
-    invalid = [step for step in steps if step not in keys]
+    invalid = list(dict.fromkeys(step for step in steps if step not in keys))
     if invalid:
+        missing = " and ".join(f"{key}={made}" for key, made in _DEFAULTS.items() if key in invalid)
+        add = f" Optimizers that are given replace the defaults: add {missing}, or name these keys." if missing else ""
         raise StrategyError(
             f"Strategy contains invalid optimizer keys: {invalid}. Valid keys are: {list(keys)}, "
-            f'joined by "->", as in {ARROW.join(list(keys)[:2])!r}.'
+            f'joined by "->", as in {ARROW.join(list(keys)[:2])!r}.{add}'
         )
     return steps
 

@@ -27,6 +27,15 @@ def test_an_unknown_or_empty_step_is_an_error_that_names_the_valid_keys(text: st
         parse(text, KEYS)
 
 
+def test_optimizers_that_are_given_replace_the_defaults_and_it_is_said() -> None:
+    with pytest.raises(StrategyError) as caught:
+        parse("p -> w -> p", ["w"])
+    assert str(caught.value) == (
+        "Strategy contains invalid optimizer keys: ['p']. Valid keys are: ['w'], joined by \"->\", as in 'w'. "
+        "Optimizers that are given replace the defaults: add p=BootstrapFewShotRS(metric), or name these keys."
+    )
+
+
 def test_a_strategy_that_is_no_text_is_an_error() -> None:
     with pytest.raises(StrategyError, match="strategy must be text"):
         parse([("p", "w")], KEYS)  # type: ignore[list-item]
