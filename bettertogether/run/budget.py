@@ -80,13 +80,13 @@ class BudgetMeter:
         amounts = {"minutes": used.seconds / 60, "metric_calls": used.metric_calls, "tokens": used.tokens}
         if self.budget.cost is not None:
             amounts["cost"] = _known(used.cost, self.budget.cost)
-        limits = {name: getattr(self.budget, name) for name in amounts}
-        if not any(limit is not None and amounts[name] >= limit for name, limit in limits.items()):
+        limits = {name: limit for name in amounts if (limit := getattr(self.budget, name)) is not None}
+        if not any(amounts[name] >= limit for name, limit in limits.items()):
             return
         parts = [
-            f"{amounts[name]:,.{decimals}f} of {'any' if limits[name] is None else format(limits[name], ',')} {unit}"
+            f"{amounts[name]:,.{decimals}f} of {limits[name]:,} {unit}"
             for name, (unit, decimals) in _LIMITS.items()
-            if name in amounts
+            if name in limits
         ]
         raise BudgetExceeded(
             f"The budget is used up: {', '.join(parts)}. Give a larger Budget with the same run_dir to go on after "

@@ -69,7 +69,7 @@ def test_a_resumed_run_starts_with_what_it_spent_before() -> None:
     clock.now_s += 10
     assert meter.used == Ledger(metric_calls=40, seconds=100)
     clock.now_s += 20
-    with pytest.raises(BudgetExceeded, match=r"2\.0 of 2 minutes, 40 of 100 metric calls, 0 of any tokens"):
+    with pytest.raises(BudgetExceeded, match=r"is used up: 2\.0 of 2 minutes, 40 of 100 metric calls\. "):
         meter.check()
 
 
