@@ -15,7 +15,8 @@ import inspect
 import os
 import platform
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from ..programs.content import cell_content, dataset_hash
 from ..programs.program import model_names, modules_of, predictors_of
 from ..redaction import is_secret, is_secret_name, masked, split_secrets
 from ..versions import versions
+from .directory import WHOLE
 from .plan import Plan
 
 FORM = 2
@@ -113,11 +115,21 @@ class _Notes:
 
     def entries(self, values: Mapping[Any, Any]) -> Noted:
         """Names with texts, in order, without secrets; what has the name of one is never shown."""
+        return self._entries(values, self._entry)
+
+    def _entries(self, values: Mapping[Any, Any], note: Callable[[Any], Any]) -> Noted:
         named = {str(name): value for name, value in values.items() if not is_secret(name, value)}
         return {
-            name: self._named_by_hash(named[name]) if is_secret_name(name) else self.text(named[name])
+            name: self._named_by_hash(named[name]) if is_secret_name(name) else note(named[name])
             for name in sorted(named)
         }
+
+    def _entry(self, value: Any) -> str | Noted:
+        """A value's text; of a dataclass those of its fields, too."""
+        if isinstance(value, type) or not is_dataclass(value):
+            return self.text(value)
+        held = {each.name: getattr(value, each.name, None) for each in fields(value)}
+        return {WHOLE: self.text(value), **self._entries(held, self.text)}
 
     def examples(self, examples: Sequence[dspy.Example]) -> str:
         """A data set."""

@@ -46,6 +46,10 @@ INFORMATIVE = ("versions", "machine")
 PER_STEP = frozenset({"optimizers", "compile_args"})
 """Keys of `run` that hold an entry for each step."""
 
+WHOLE = "whole"
+"""Under this name a noted object of several fields has the text that decides whether it is the same, which is all that
+is noted of one elsewhere."""
+
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError)
 """What reading a damaged file raises."""
 
@@ -58,7 +62,7 @@ _FAILS_AGAIN = (ConfigError, DataError, NoTrainingDataError, NotTrainableError, 
 _LOCKS = ("lock", "lock.owner")
 _TEMPORARY = re.compile(r"\..+\.tmp")
 _SHOWN = 120
-_LINES = 12
+_LINES = 5
 
 
 def default_run_directory(key: str) -> Path:
@@ -336,11 +340,18 @@ def _differences(stored: Any, asked: Any, key: str = "") -> Iterator[tuple[str, 
         return
     if isinstance(stored, Mapping | None) and isinstance(asked, Mapping | None):
         stored, asked = stored or {}, asked or {}
-        for name in sorted(stored.keys() | asked.keys()):
+        names = sorted(name for name in stored.keys() | asked.keys() if stored.get(name) != asked.get(name))
+        for name in [name for name in names if name != WHOLE] or names:
             inner = f"{key}.{name}" if key else name
             yield from _differences(stored.get(name), asked.get(name), inner)
-    else:
+        return
+    stored, asked = _whole(stored), _whole(asked)
+    if stored != asked:
         yield key, f"{key}: the directory has {stored!r:.{_SHOWN}}, this call has {asked!r:.{_SHOWN}}"
+
+
+def _whole(noted: Any) -> Any:
+    return noted.get(WHOLE, noted) if isinstance(noted, Mapping) else noted
 
 
 def _line(record: StepRecord) -> bytes:

@@ -15,7 +15,7 @@ import pytest
 from dspy.teleprompt.teleprompt import Teleprompter
 from fakes import Parity, learner, numbers, parity_engine, parity_match, plain_lm
 
-from bettertogether import BetterTogether, LoRAFinetune
+from bettertogether import BetterTogether, LoRAConfig, LoRAFinetune
 from bettertogether.errors import RunDirectoryError
 from bettertogether.programs.behaviour import is_own
 from bettertogether.steps.rows import Row, write_rows
@@ -139,6 +139,11 @@ DIFFERENT = [
     case({"metric": lambda: keyed("parity")}, {"metric": lambda: keyed("number")}, "metric.closure.key"),
     case({"metric": lambda: keyed("parity", sort_key=repr)}, {"metric": lambda: keyed("parity")}, "defaults.sort_key"),
     case({}, {"optimizers": lambda: {"s": Same([1])}}, r"optimizers.s.option: .*1.*\[1\]"),
+    case(
+        {"optimizers": lambda: {"s": Same(LoRAConfig(rank=4))}},
+        {"optimizers": lambda: {"s": Same(LoRAConfig(rank=8))}},
+        r"optimizers\.s\.option\.rank: the directory has '4', this call has '8'\n[^ ]",
+    ),
     case({}, {"optimizer_compile_args": {"s": {"extra": 2}}}, "compile_args.s.extra"),
     case({}, {"trainset": numbers(12, 41)}, "trainset: .*12 examples"),
     case({}, {"valset": numbers(5)}, "valset: .*4 examples.*5 examples"),

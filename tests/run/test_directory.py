@@ -140,6 +140,37 @@ def test_what_differs_in_the_call_itself_is_shown_before_the_options_of_steps(tm
         RunDirectory.open(tmp_path, other)
 
 
+STEPS = {"whole": "Sampling 1", "num_samples": "4", "rescue": "True"}
+
+
+def test_an_object_of_several_fields_differs_by_its_fields_and_is_the_same_as_its_text_alone(tmp_path: Path) -> None:
+    def asked(sampling: Any) -> dict[str, Any]:
+        return {**RUN, "optimizers": {"w": {"sampling": sampling}}}
+
+    for before, named in (
+        (STEPS["whole"], ": the directory has 'Sampling 1', this call has 'Sampling 2'"),
+        (STEPS, ".num_samples: the directory has '4', this call has '2'"),
+    ):
+        folder = tmp_path / type(before).__name__
+        with RunDirectory.open(folder, asked(before)) as directory:
+            directory.append(record(1, step="w"))
+        RunDirectory.open(folder, asked(STEPS)).close()
+        with pytest.raises(RunDirectoryError) as caught:
+            RunDirectory.open(folder, asked({**STEPS, "whole": "Sampling 2", "num_samples": "2"}))
+        assert str(caught.value).splitlines()[1:-1] == [f"  optimizers.w.sampling{named}"]
+
+
+def test_of_many_differences_the_first_are_shown_and_the_others_counted(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path / "run", {**RUN, "student": {f"field_{n}": 1 for n in range(9)}}).close()
+    with pytest.raises(RunDirectoryError) as caught:
+        RunDirectory.open(tmp_path / "run", {**RUN, "student": {f"field_{n}": 2 for n in range(9)}})
+    lines = str(caught.value).splitlines()
+    assert [line.partition(":")[0] for line in lines[1:-1]] == [
+        *(f"  student.field_{n}" for n in range(5)),
+        "  and 4 more",
+    ]
+
+
 def test_other_versions_are_noted_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     RunDirectory.open(tmp_path, RUN).close()
     RunDirectory.open(tmp_path, {**RUN, "versions": {"dspy": "9"}}).close()
