@@ -82,10 +82,13 @@ class AdapterStep(Step, Teleprompter):
     def trainable(self, student: dspy.Module) -> Trainable:
         """By predictor name, what is to be trained. Raises NotTrainableError and ConfigError."""
         predictors = predictors_of(student)
-        unknown = sorted(set(self.frozen) - predictors.keys())
+        unknown = [each for each in self.frozen if not any(_is_within(name, each) for name in predictors)]
         if unknown:
-            raise ConfigError(f"frozen={unknown} are not predictors of the program: it has {sorted(predictors)}.")
-        active = {name: p for name, p in predictors.items() if name not in self.frozen}
+            raise ConfigError(
+                f"frozen={unknown} are not predictors of the program, nor modules with some: it has "
+                f"{sorted(predictors)}."
+            )
+        active = {n: p for n, p in predictors.items() if not any(_is_within(n, each) for each in self.frozen)}
         found = {n: LocalModel(engine, p.lm) for n, p in active.items() if (engine := local_engine(p.lm)) is not None}
         if not found:
             for name, predictor in active.items():
@@ -158,6 +161,11 @@ class AdapterStep(Step, Teleprompter):
                 predictor.demos = []
         tuned._compiled = True
         return tuned
+
+
+def _is_within(predictor: str, name: str) -> bool:
+    """Whether this is the predictor's name, or that of a module that holds it."""
+    return predictor == name or predictor.startswith((f"{name}.", f"{name}["))
 
 
 def _checked_frozen(frozen: Sequence[str]) -> tuple[str, ...]:

@@ -56,7 +56,8 @@ class LoRAFinetune(TrainingStep):
             tuned model answers at once; "keep", the thoughts of its passing runs too, so that it goes on thinking.
         multitask: One adapter per LM, fed by all predictors that use it; False: one adapter per predictor.
         start_from: "base" trains a new adapter on the base weights; "current" goes on with the one in use.
-        frozen: Names of predictors to leave alone. Those whose LM is not local are left alone anyway.
+        frozen: Names of predictors, or of modules with some, to leave alone. Those whose LM is not local are left alone
+            anyway.
         threshold: Score from which an example counts as solved; None: 1.0, the full mark.
         validation_share: Share of the trainset's examples held out to choose the best epoch. Where that is fewer than
             16 and there is a valset, up to 16 examples of it are run and measured instead, and all of the trainset is

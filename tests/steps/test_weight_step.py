@@ -145,6 +145,18 @@ def test_a_frozen_predictor_keeps_its_lm_and_its_demos() -> None:
     assert len(engine.trainings[0]) == 3
 
 
+def test_the_name_of_a_module_freezes_the_predictors_in_it() -> None:
+    program = two_step_program(two_step_engine(lambda *_: True))
+    program.remark = dspy.ChainOfThought("number -> remark")
+    program.remarks = [dspy.Predict("number -> remark")]
+    program.set_lm(program.decide.lm)
+    frozen = step(frozen=["remark", "remarks"])
+    assert {name for name, _ in program.named_predictors()} == {"decide", "remark.predict", "remarks[0]"}
+    assert list(frozen.trainable(program)) == ["decide"]
+    with pytest.raises(ConfigError, match=r"frozen=\['rem', 'remark.pre'\] are not predictors of the program, nor"):
+        step(frozen=["rem", "remark.pre", "remark.predict"]).trainable(program)
+
+
 def test_an_api_lm_is_left_alone() -> None:
     program = two_step_program(two_step_engine(lambda *_: True))
     program.remark.lm = api_lm(lambda request: reply(request, remark="hm"))
