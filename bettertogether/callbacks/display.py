@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -104,9 +105,10 @@ class ProgressDisplay(Callback):
         self._line(f"{self._state.step_text()} {record.status}, {score}{failed}, {time_text(record.ledger.seconds)}")
 
     def on_warning(self, event: WarningEvent) -> None:
-        """Something that makes a score or a step meaningless."""
+        """Something that makes a score or a step meaningless, unless the log has told it in the same place."""
         self._state.warning(event)
-        self._line(f"warning: {event['text']}")
+        if self._output is None or not self._output.has_log:
+            self._line(f"warning: {event['text']}")
 
     def on_run_end(self, event: RunEndEvent) -> None:
         """The result in a line, and the view closed."""
@@ -184,6 +186,19 @@ class _Output:
         # Where another rich display stands between, the stream behind it, as rich itself does.
         self._stream = getattr(stream, "rich_proxied_file", stream)
         self.gone = False
+
+    @property
+    def has_log(self) -> bool:
+        """Whether a warning of the log is written to the stream, too."""
+        handlers: list[logging.Handler | None] = []
+        log: logging.Logger | None = logger
+        while log is not None:
+            handlers += log.handlers
+            log = log.parent if log.propagate else None
+        shown = [
+            each for each in handlers or [logging.lastResort] if each is not None and each.level <= logging.WARNING
+        ]
+        return any(getattr(each, "stream", None) is self._stream for each in shown)
 
     def write(self, text: str) -> int:
         self._attempt(lambda: self._stream.write(text))

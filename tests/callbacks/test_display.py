@@ -154,6 +154,26 @@ def test_a_warning_is_a_line_at_once() -> None:
         assert file.getvalue().splitlines()[-1] == "[bettertogether 0:00] warning: all 10 examples failed"
 
 
+@pytest.mark.parametrize("level", [logging.WARNING, logging.ERROR])
+def test_a_warning_is_shown_once_where_the_log_goes_to_the_same_stream(level: int) -> None:
+    file = io.StringIO()
+    handler = logging.StreamHandler(file)
+    handler.setLevel(level)
+    logging.getLogger("bettertogether").addHandler(handler)
+    try:
+        with listening([ProgressDisplay(file=file, interval_s=60, clock=lambda: 0.0)]):
+            emit("run_start", {"strategy": "p", "rounds": ["", "p"]})
+            warn("all 10 examples failed")
+    finally:
+        logging.getLogger("bettertogether").removeHandler(handler)
+    told = (
+        "all 10 examples failed"
+        if level == logging.WARNING
+        else "[bettertogether 0:00] warning: all 10 examples failed"
+    )
+    assert file.getvalue().splitlines() == ["[bettertogether 0:00] start p", told]
+
+
 def test_a_warning_goes_to_the_log_with_and_without_a_run(caplog: pytest.LogCaptureFixture) -> None:
     warn("100% of examples failed")
     assert caplog.messages == ["100% of examples failed"]
