@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 APART = 1_000
 """Between the seeds of calls that ask the same; rollouts have those between."""
+
+
+class Drawn(NamedTuple):
+    """How the LM of a try draws its answers."""
+
+    seed: int | None
+    """None: it takes none."""
+    rollout: int | None
+    at_own_temperature: bool
+    """Whether the try has a temperature of its own, whatever the program asks for."""
 
 
 def samples(options: Mapping[str, Any]) -> bool:
@@ -33,29 +43,35 @@ def sampling_lm(lm: Any, number: int, temperature: float | None, seed: int | Non
     if (always or samples({**lm.kwargs, **changes})) and "seed" in lm.supported_params:
         changes["seed"] = seed
     sampled = lm.copy(**changes) if changes else lm
-    if "seed" in changes:
-        sampled.drawn = seed, sampled.kwargs.get("rollout_id")
+    if changes:
+        sampled.drawn = Drawn(changes.get("seed"), sampled.kwargs.get("rollout_id"), temperature is not None)
     return sampled
 
 
 def draw_anew(lm: Any, arguments: dict[str, Any], earlier: Callable[[], int]) -> None:
-    """Give another rollout that a program asks for another seed, where the run gave the LM one: with the same seed
+    """Have a call answered as its try draws: at the try's temperature, where it has one, whatever the call's config
+    says; and where the run gave the LM a seed, each rollout that the program asks for with another: with the same seed
     every rollout would be the same answer. It asks by a copy of the LM (`dspy.BestOfN`), in the call's config or, where
     no cache repeats an answer, by asking the same again; `earlier` counts how often it did."""
-    drawn = getattr(lm, "drawn", None)
-    if not drawn or lm.kwargs.get("seed") != drawn[0]:
+    drawn: Drawn | None = getattr(lm, "drawn", None)
+    if drawn is None:
         return
-    seed, rollout = drawn
-    if lm.kwargs.get("rollout_id") != rollout:
-        lm.kwargs["seed"] = _seed_of(seed, lm.kwargs.get("rollout_id"))
-    config = arguments.get("config") or {}
-    if "seed" in config:
-        return
-    own = _seed_of(lm.kwargs["seed"], config.get("rollout_id"))
-    if not getattr(lm, "cache", True):
-        own = _seed_of(own, APART * earlier())
-    if own != lm.kwargs["seed"]:
-        arguments["config"] = {**config, "seed": own}
+    given = arguments.get("config") or {}
+    config, apart = dict(given), given.get("rollout_id") or 0
+    if drawn.at_own_temperature:
+        config.pop("temperature", None)
+        if drawn.seed is not None:
+            apart += config.pop("seed", None) or 0
+    if drawn.seed is not None and lm.kwargs.get("seed") == drawn.seed:
+        if lm.kwargs.get("rollout_id") != drawn.rollout:
+            lm.kwargs["seed"] = _seed_of(drawn.seed, lm.kwargs.get("rollout_id"))
+        own = _seed_of(lm.kwargs["seed"], apart)
+        if not getattr(lm, "cache", True) and "seed" not in config:
+            own = _seed_of(own, APART * earlier())
+        if own != lm.kwargs["seed"]:
+            config.setdefault("seed", own)
+    if config != given:
+        arguments["config"] = config
 
 
 def _seed_of(seed: int, rollout: int | None) -> int:

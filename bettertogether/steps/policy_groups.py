@@ -13,13 +13,17 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any
 
-from ..engines.answers import SampledAnswer
+from ..engines.answers import COLD, SampledAnswer
 from ..engines.protocol import RewardedAnswer
+from ..errors import ConfigError
 from ..rollouts.branches import BranchPoint
 from ..rollouts.metrics import EQUAL
 from ..rollouts.rollout import Call
 from ..rollouts.traces import Trace
 from ..training.config import PolicyConfig
+
+WHOLE_DISTRIBUTION: Mapping[str, tuple[Any, ...]] = {"top_p": (None, 1), "top_k": (None,), "n": (None, 1)}
+"""Options of an LM, and what they have to be for its answers to be single draws from its whole distribution."""
 
 GroupKey = tuple[int, str, int]
 """Example, predictor, and the number of the call among the predictor's calls of the run, or among those that were
@@ -38,6 +42,33 @@ class Groups:
     """Groups in which all answers had one reward."""
     examples: frozenset[int]
     """Examples with a group that was kept."""
+
+
+def check_draws(what: str, predictor: str, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError where what has these options answers by other than single draws from its whole distribution."""
+    for option, allowed in WHOLE_DISTRIBUTION.items():
+        if (value := options.get(option)) not in allowed:
+            raise ConfigError(
+                f"{what} has {option}={value!r}: a policy's answers have to be single draws from all that it might "
+                f"say, with {option}={' or '.join(map(str, allowed))}. Make them without {option}, or freeze the "
+                f"predictor: frozen=[{predictor!r}]."
+            )
+
+
+def check_draws_of(runs: Iterable[Trace], predictors: Collection[str]) -> None:
+    """Raise ConfigError where a call of these predictors asked, by options of its own, for other answers than those."""
+    for run in runs:
+        for call, _ in run.every_call():
+            if call.predictor not in predictors or call.unfit is not None:
+                continue
+            what = f"A call of predictor {call.predictor!r}"
+            check_draws(what, call.predictor, call.config)
+            if any(each["temperature"] < COLD for each in call.sampled):
+                raise ConfigError(
+                    f"{what} was answered at temperature=0, by an LM that the program gave it: a policy's answers have "
+                    f"to be draws. Leave the temperature to the step, or freeze the predictor: "
+                    f"frozen=[{call.predictor!r}]."
+                )
 
 
 def reward_of(trace: Trace, policy: PolicyConfig) -> float:

@@ -31,7 +31,7 @@ from ..rollouts.traces import ExamplePass, Trace
 from ..training.config import PolicyConfig
 from ..training.progress import PolicyUpdate, TrainingProgress
 from .adapter_rows import AdapterKey
-from .policy_groups import Groups, compared, reward_of, spread_of
+from .policy_groups import Groups, check_draws_of, compared, reward_of, spread_of
 from .select_traces import unseen_calls
 
 logger = get_logger(__name__)
@@ -135,6 +135,7 @@ class PolicyRun:
             new = self._drawn(missing, drawn)
             drawn += new
             more, found = self._run_on(new, programs, options)
+            check_draws_of(more, self.adapters)
             traces += more
             runs += found
             groups = compared(runs, self.adapters, policy)

@@ -27,15 +27,13 @@ from ..rollouts.settings import RunSettings
 from ..training.config import LoRAConfig, PolicyConfig, TrainingConfig
 from .adapter_rows import AdapterKey, adapter_key, held_out_count
 from .adapter_step import AdapterStep
+from .policy_groups import check_draws
 from .policy_run import PolicyRun, RunState
 from .rows_from_traces import Trainable
 from .step import StepContext, StepResult
 from .training_step import TrainingStep
 from .weight_step import LoRAFinetune
 from .work import Outlook, Work
-
-_WHOLE_DISTRIBUTION: Mapping[str, tuple[Any, ...]] = {"top_p": (None, 1, 1.0), "top_k": (None,), "n": (None, 1)}
-"""Options of an LM, and what they have to be for its answers to be single draws from its whole distribution."""
 
 
 class PolicyFinetune(AdapterStep):
@@ -195,12 +193,7 @@ class PolicyFinetune(AdapterStep):
                     f"Predictor {name!r} uses {lm.model!r}, whose engine ({type(engine).__name__}) can't learn from "
                     f"rewards: use local_lm(...) or vllm_lm(...), or freeze it: frozen=[{name!r}]."
                 )
-            for option, allowed in _WHOLE_DISTRIBUTION.items():
-                if (value := {**lm.kwargs, **predictors[name].config}.get(option)) not in allowed:
-                    raise ConfigError(
-                        f"Predictor {name!r} or its LM has {option}={value!r}: a policy's answers have to be single "
-                        f"draws from all that it might say. Make them without {option}."
-                    )
+            check_draws(f"Predictor {name!r} or its LM", name, {**lm.kwargs, **predictors[name].config})
         return found
 
     def _split(

@@ -112,14 +112,26 @@ def test_a_run_that_asks_the_same_again_has_an_answer_of_its_own_where_no_cache_
     assert seeds[0] == seeds[1]
 
 
-def test_a_seed_that_a_call_gives_itself_is_kept() -> None:
-    class Seeded(One):
-        def forward(self, number: int) -> Any:
-            return self.p(number=number, config={"rollout_id": 1, "seed": 7})
+class Seeded(One):
+    """Votes by answers with seeds of their own."""
 
+    def forward(self, number: int) -> Any:
+        return [self.p(number=number, config={"temperature": 0.7, "seed": seed}) for seed in (7, 8)][-1]
+
+
+def test_how_a_call_says_that_it_is_drawn_is_kept_where_the_run_is_as_the_program_is() -> None:
     engine = parity_engine(lambda *_: True)
-    Runner(over(Seeded(), engine)).run(numbers(1)[0], Attempt("sample", 1, 1.0))
-    assert [request.seed for request in engine.requests] == [7]
+    Runner(over(Seeded(), engine)).run(numbers(1)[0], Attempt())
+    assert [(request.temperature, request.seed) for request in engine.requests] == [(0.7, 7), (0.7, 8)]
+
+
+def test_tries_are_drawn_whatever_a_call_says_of_it_each_of_its_seeds_anew() -> None:
+    engine = parity_engine(lambda *_: True)
+    runner = Runner(over(Seeded(), engine))
+    for number, temperature in enumerate((0.3, 0.6), 1):
+        runner.run(numbers(1)[0], Attempt("sample", number, temperature))
+    assert [request.temperature for request in engine.requests] == [0.3, 0.3, 0.6, 0.6]
+    assert len({request.seed for request in engine.requests}) == 4
 
 
 def test_an_lm_that_a_run_changed_is_as_it_was_in_the_next() -> None:

@@ -3,104 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import dspy
 import pytest
-from fakes import numbers, parity_engine, parity_match, parity_program
+from policy_programs import POLICY, QUICK, SHORT, Twice, details_of, is_a, program_of, rewards_of, tuned, words
 from safetensors.torch import load_file
-from small_models import PACKED, byte_tokenizer, random_model, save_adapter
+from small_models import save_adapter
 
 from bettertogether import BetterTogether, Budget, PolicyConfig, PolicyFinetune
 from bettertogether.callbacks import Callback, events
 from bettertogether.engines import TransformersEngine
-from bettertogether.errors import ConfigError, NoTrainingDataError, NotTrainableError
-from bettertogether.lm import engine_lm
 from bettertogether.programs.program import model_names
-from bettertogether.records import PolicyDetails
 from bettertogether.rollouts.settings import RunSettings
 from bettertogether.steps.policy_run import PolicyRun, RunState
 from bettertogether.steps.step import StepContext
 from bettertogether.steps.work import Outlook
-from bettertogether.training.config import LoRAConfig, TrainingConfig
-
-POLICY: dict[str, Any] = {"steps": 3, "examples_per_step": 2, "group_size": 6, "most_draws": 1, "score_every": 3}
-QUICK: dict[str, Any] = {
-    "policy": PolicyConfig(**POLICY),
-    "lora": LoRAConfig(rank=4),
-    "training": TrainingConfig(learning_rate=0.01, warmup_ratio=0.0, dtype="float32"),
-}
-SHORT = {**QUICK, "policy": PolicyConfig(**{**POLICY, "steps": 2})}
-
-
-class Pick(dspy.Signature):
-    """Pick."""
-
-    word: str = dspy.InputField()
-    letter: Literal["a", "b", "c", "d"] = dspy.OutputField()
-
-
-class Twice(dspy.Module):
-    """A letter, and another one that is picked by it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = dspy.Predict(Pick)
-        self.second = dspy.Predict(Pick)
-
-    def forward(self, word: str) -> dspy.Prediction:
-        first = self.first(word=word).letter
-        return dspy.Prediction(first=first, letter=self.second(word=first).letter)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that is not sure of its letters."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    random_model(PACKED["llama"], std=0.05).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def engine(folder: Path) -> Iterator[TransformersEngine]:
-    made = TransformersEngine(folder)
-    with dspy.context(adapter=dspy.JSONAdapter()):
-        yield made
-    made.close()
-
-
-def words(count: int, start: int = 0) -> list[dspy.Example]:
-    return [dspy.Example(word=f"w{number}").with_inputs("word") for number in range(start, start + count)]
-
-
-def program_of(
-    engine: TransformersEngine, kind: Callable[[], dspy.Module] = lambda: dspy.Predict(Pick), **options: Any
-) -> dspy.Module:
-    program = kind()
-    program.set_lm(engine_lm(engine, cache=False, max_tokens=40, **options))
-    return program
-
-
-def is_a(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
-    return float(prediction.letter == "a")
-
-
-def tuned(step: PolicyFinetune, program: dspy.Module, **options: Any) -> dspy.Module:
-    return step.compile(program, **{"trainset": words(4), "valset": words(4, start=4), **options})
-
-
-def details_of(step: PolicyFinetune) -> PolicyDetails:
-    assert step.last is not None
-    assert isinstance(step.last.details, PolicyDetails)
-    return step.last.details
-
-
-def rewards_of(step: PolicyFinetune) -> list[float | None]:
-    return [line.reward for line in details_of(step).history]
 
 
 class Watcher(Callback):
@@ -300,10 +221,6 @@ def test_what_does_worse_than_before_is_not_taken_and_adapter_and_demos_stay_as_
     assert re.search(r"No step scored as high .* \(1\.000\): the program is given back as it was", step.warnings[0])
 
 
-def same(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
-    return 0.5
-
-
 def test_of_steps_that_score_the_same_but_for_rounding_the_last_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,56 +233,6 @@ def test_of_steps_that_score_the_same_but_for_rounding_the_last_is_kept(
     run.state = replace(run.state, step=6)
     run._scored()
     assert run.state.best_step == 5
-
-
-def test_a_metric_that_gives_all_runs_the_same_is_an_error_after_the_first_draws(
-    engine: TransformersEngine, tmp_path: Path
-) -> None:
-    with pytest.raises(NoTrainingDataError, match=r"12 runs of 2 examples, 6 of each, and all .*rewards: \[0\.5\]"):
-        tuned(PolicyFinetune(same, folder=tmp_path, **QUICK), program_of(engine))
-
-
-def test_answers_that_can_not_be_read_are_told_by_their_reward(engine: TransformersEngine, tmp_path: Path) -> None:
-    with (
-        dspy.context(adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)),
-        pytest.raises(NoTrainingDataError, match=r"rewards: \[-1\.0\]"),
-    ):
-        tuned(PolicyFinetune(is_a, folder=tmp_path, **QUICK), program_of(engine))
-
-
-def test_an_engine_that_can_not_learn_from_rewards_is_refused_before_any_run() -> None:
-    engine = parity_engine(lambda *_: True)
-    optimizer = BetterTogether(parity_match, r=PolicyFinetune(parity_match))
-    with pytest.raises(NotTrainableError, match=r"engine \(FakeEngine\) can't learn from rewards: use local_lm"):
-        optimizer.compile(parity_program(engine), trainset=numbers(8), valset=numbers(4), strategy="r", progress=False)
-    assert engine.requests == []
-
-
-@pytest.mark.parametrize("option", [{"top_p": 0.9}, {"top_k": 5}, {"n": 2}])
-def test_an_lm_that_does_not_draw_from_all_it_might_say_is_refused(
-    engine: TransformersEngine, option: dict[str, Any]
-) -> None:
-    ((name, value),) = option.items()
-    with pytest.raises(ConfigError, match=rf"has {name}={value}: .* Make them without {name}"):
-        PolicyFinetune(is_a).trainable(program_of(engine, **option))
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"metric": None}, "metric"),
-        ({"metric": is_a, "policy": {"steps": 3}}, "give a PolicyConfig"),
-        ({"metric": is_a, "training": TrainingConfig(num_processes=2)}, "leave out num_processes"),
-    ],
-)
-def test_arguments_that_can_not_be_are_refused_at_once(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        PolicyFinetune(**options)
-
-
-def test_a_teacher_is_refused(engine: TransformersEngine) -> None:
-    with pytest.raises(ConfigError, match="teacher= is not allowed"):
-        PolicyFinetune(is_a).compile(program_of(engine), trainset=words(4), teacher=program_of(engine))
 
 
 def test_its_work_is_the_runs_of_all_steps_and_the_scores(engine: TransformersEngine) -> None:
