@@ -244,7 +244,8 @@ class PolicyRun:
     def _score(self, step: int) -> float | None:
         if not self.held_out:
             return None
-        program = self._program(with_demos=not self.policy.fade_demos, sampled=False)
+        # What it started from is scored as it was given; what it comes to has no demos where they fade.
+        program = self._program(with_demos=step == 0 or not self.policy.fade_demos, sampled=False)
         settings = replace(self.settings, store=None)
         phase = f"step {step} of {self.policy.steps}: score"
         scored = evaluate_many([program], self.held_out, self.metric, settings, phase=phase, kind="eval_minibatch")[0]

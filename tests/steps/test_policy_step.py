@@ -10,7 +10,7 @@ from typing import Any
 
 import dspy
 import pytest
-from policy_programs import POLICY, QUICK, SHORT, Twice, details_of, is_a, program_of, rewards_of, tuned, words
+from policy_programs import POLICY, QUICK, SHORT, Pick, Twice, details_of, is_a, program_of, rewards_of, tuned, words
 from safetensors.torch import load_file
 from small_models import save_adapter
 
@@ -191,6 +191,28 @@ def test_demos_fade_from_all_runs_to_none_and_the_tuned_program_has_none(
     assert [sum(demos[start : start + 12]) for start in (0, 12, 24)] == [12, 6, 0]
     assert program.demos == []
     assert {temperature for temperature, _ in asked} == {1.0}
+
+
+def test_fading_demos_that_are_worth_more_than_the_training_stay(engine: TransformersEngine, tmp_path: Path) -> None:
+    class Shown(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pick = dspy.Predict(Pick)
+
+        def forward(self, word: str) -> dspy.Prediction:
+            return dspy.Prediction(letter=self.pick(word=word).letter, demos=len(self.pick.demos))
+
+    def by_demos(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
+        return 0.5 * prediction.demos + 0.25 * is_a(example, prediction)
+
+    student = program_of(engine, Shown)
+    student.pick.demos = [dspy.Example(word="x", letter="b").with_inputs("word")]
+    fading = PolicyConfig(**{**POLICY, "fade_demos": True})
+    step = PolicyFinetune(by_demos, folder=tmp_path, **{**QUICK, "policy": fading})
+    program = tuned(step, student)
+    assert [line.held_out_score for line in details_of(step).history] == [0.5, None, None, 0.25]
+    assert program.pick.demos == student.pick.demos
+    assert model_names(program) == model_names(student)
 
 
 def test_examples_whose_runs_are_alike_are_replaced_by_others(engine: TransformersEngine, tmp_path: Path) -> None:
