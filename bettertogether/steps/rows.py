@@ -10,12 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..checks import is_number
 from ..engines.protocol import ChatMessage, FieldSpan, TrainingRow
 from ..errors import DataError
 from ..files import atomic_file
 from ..records import SampleRow
 
 Messages = tuple[ChatMessage, ...]
+
+NO_EXAMPLE = -1
+"""Where a row doesn't say of which example it is."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Row:
     completion: str
     predictor: str
     example: int
-    """Position of the example in the trainset."""
+    """Position of the example in the trainset, or `NO_EXAMPLE`."""
     label: str | None = None
     source: str = "student"
     """"student", "teacher", "sample", "rescue", or "given" for rows of the user's own."""
@@ -81,17 +85,17 @@ class Row:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
-        """Inverse of `to_json`. Raises DataError."""
+        """Inverse of `to_json`; null is missing. Raises DataError."""
         try:
             text = _text(data["completion"])
-            asked = data.get("response_format")
+            asked, label = data.get("response_format"), data.get("label")
             return cls(
                 _messages(data["prompt"]),
                 text,
-                data.get("predictor", ""),
-                data.get("example", -1),
-                data.get("label"),
-                data.get("source", "given"),
+                data.get("predictor") or "",
+                _example(data.get("example")),
+                None if label is None else str(label),
+                data.get("source") or "given",
                 tuple(_messages(form) for form in data.get("forms") or ()),
                 None if asked is None else json.loads(asked),
                 tuple(_span(span, text) for span in data.get("fields") or ()),
@@ -106,8 +110,19 @@ class Row:
 
 def _text(answer: Any) -> str:
     """Of an answer that is text or messages."""
-    text: str = answer if isinstance(answer, str) else answer[-1]["content"]
+    text = answer if isinstance(answer, str) else answer[-1]["content"]
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r} is no text")
     return text
+
+
+def _example(number: Any) -> int:
+    """A whole number, also as pandas writes a column of them that lacks some (3.0)."""
+    if number is None:
+        return NO_EXAMPLE
+    if not is_number(number) or number != int(number):
+        raise ValueError(f"example={number!r} is no whole number")
+    return int(number)
 
 
 def _messages(turns: Iterable[Mapping[str, str]]) -> Messages:

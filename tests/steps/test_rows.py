@@ -133,6 +133,24 @@ def test_a_row_may_have_its_completion_as_text_and_nothing_else(tmp_path: Path) 
     assert read_rows(path) == [Row(PROMPT, "yes", "", -1, None, "given")]
 
 
+def test_null_in_a_row_is_missing_as_a_table_of_files_with_other_columns_writes_it() -> None:
+    others = ("predictor", "example", "label", "source", "forms", "response_format", "fields", "rejected")
+    sparse = {"prompt": list(PROMPT), "completion": "yes", **dict.fromkeys(others)}
+    assert Row.from_json(sparse) == Row(PROMPT, "yes", "", -1, None, "given")
+
+
+def test_the_example_of_a_row_is_a_whole_number_however_it_is_written() -> None:
+    plain = {"prompt": list(PROMPT), "completion": "yes"}
+    assert repr(Row.from_json({**plain, "example": 3.0}).example) == "3"
+    for wrong in ("3", 3.5, True, float("nan"), [3]):
+        with pytest.raises(DataError, match="is no whole number"):
+            Row.from_json({**plain, "example": wrong})
+
+
+def test_a_label_that_is_no_text_counts_by_its_text() -> None:
+    assert Row.from_json({"prompt": list(PROMPT), "completion": "yes", "label": 0}).label == "0"
+
+
 def test_blank_lines_in_a_rows_file_do_not_matter(tmp_path: Path) -> None:
     path = write_rows([row()], tmp_path / "rows.jsonl")
     path.write_text("\n" + path.read_text() + "\n")
@@ -145,7 +163,15 @@ def test_line_separators_of_unicode_in_a_row_do_not_break_its_line(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "line", ["not json", "{}", '{"prompt": 1, "completion": "x"}', "[]", '{"prompt": [], "completion": []}']
+    "line",
+    [
+        "not json",
+        "{}",
+        '{"prompt": 1, "completion": "x"}',
+        "[]",
+        '{"prompt": [], "completion": []}',
+        '{"prompt": [], "completion": [{"content": null}]}',
+    ],
 )
 def test_a_line_that_is_no_row_is_an_error_that_names_it(tmp_path: Path, line: str) -> None:
     path = write_rows([row()], tmp_path / "rows.jsonl")
