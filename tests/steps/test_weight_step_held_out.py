@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from bettertogether.callbacks import Callback, TrainingEvent, listening
 from bettertogether.engines.protocol import FinetuneResult
 from bettertogether.records import WeightDetails
 from bettertogether.steps.adapter_rows import hold_out
-from bettertogether.steps.rows import read_rows
+from bettertogether.steps.rows import Row, read_rows
 from bettertogether.testing import FakeEngine
 from bettertogether.training.config import TrainingConfig
 
@@ -60,8 +61,20 @@ def test_the_rows_of_one_example_are_never_on_both_sides() -> None:
     rows = program_rows.collect(program, trainset=numbers(60)).rows
     assert len(hold_out(rows, share=0, seed=0)[0]) == 120
     train, rest = hold_out(rows, share=0.2, seed=0)
-    assert (len(train), len(rest)) == (96, 12)
+    assert (len(train), len(rest)) == (96, 24)
     assert not {row.example for row in train} & {row.example for row in rest}
+
+
+def test_of_an_example_that_is_held_out_the_same_row_is_measured_once_and_each_other_prompt_too() -> None:
+    asked = [(passage, "yes" if passage == 0 else "no") for passage in range(5)]
+    rows = [
+        Row(({"role": "user", "content": f"question {example}, passage {passage}"},), answer, "keep", example)
+        for example in range(40)
+        for passage, answer in (*asked, asked[0])
+    ]
+    train, rest = hold_out(rows, share=0.1, seed=0)
+    assert (len(train), len(rest)) == (36 * 6, 4 * 5)
+    assert Counter(row.completion for row in rest) == {"no": 16, "yes": 4}
 
 
 def test_rows_of_examples_that_ask_the_same_are_held_out_together() -> None:
