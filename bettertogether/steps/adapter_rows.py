@@ -35,11 +35,10 @@ def adapter_key(predictor: str, lm: Any, multitask: bool) -> AdapterKey:
 
 
 def rows_by_adapter(rows: Sequence[Row], trainable: Trainable, multitask: bool) -> dict[AdapterKey, list[Row]]:
-    """The rows of each adapter."""
+    """The rows of each adapter; those without a predictor's name are of all."""
     groups: dict[AdapterKey, list[Row]] = defaultdict(list)
     for row in rows:
-        # Rows given without a predictor's name go to every adapter of a multitask run.
-        names = [row.predictor] if row.predictor in trainable else list(trainable)
+        names = [row.predictor] if row.predictor else list(trainable)
         for key in dict.fromkeys(adapter_key(name, trainable[name].lm, multitask) for name in names):
             groups[key].append(row)
     return groups

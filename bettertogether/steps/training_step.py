@@ -14,9 +14,8 @@ from pathlib import Path
 import dspy
 
 from ..callbacks import events
-from ..checks import require
 from ..engines.protocol import MODEL_PREFIX, FinetuneResult
-from ..errors import DataError, NoTrainingDataError, NotTrainableError
+from ..errors import NotTrainableError
 from ..files import adapters_cache
 from ..printable import get_logger
 from ..programs.program import as_programs, predictors_of, require_program, require_reachable
@@ -35,8 +34,9 @@ from .adapter_rows import (
 from .adapter_step import AdapterStep
 from .data_card import make_data_card
 from .finished_trainings import asked_for, finished_trainings
+from .given_rows import given_rows
 from .prompt_capture import makes_decision
-from .rows import Row, read_rows, write_rows
+from .rows import Row, write_rows
 from .rows_from_traces import Collected, Trainable
 from .step import StepContext, StepResult
 from .training_details import fall_held_out, rows_file, weight_details
@@ -110,7 +110,7 @@ class TrainingStep(AdapterStep):
                 settings=context.settings,
             )
         else:
-            collected = self._given(context.rows, trainable)
+            collected = self._given(student, context.rows, trainable)
         for warning in collected.card.warnings:
             events.warn(warning)
         folder = self._folder(context)
@@ -207,21 +207,10 @@ class TrainingStep(AdapterStep):
         """The examples of the valset on which the epoch is chosen, where any is."""
         return super().measured(trainset, valset, seed) if self.training.keep_best else ()
 
-    def _given(self, rows: Sequence[Row] | str | Path, trainable: Trainable) -> Collected:
-        require(isinstance(rows, Sequence | Path), "rows", rows, "a list of rows, or a file of them")
-        given = tuple(read_rows(rows) if isinstance(rows, str | Path) else rows)
-        if not given:
-            raise NoTrainingDataError("rows= is empty: give at least one row, or leave it out to collect them.")
-        if any((row.rejected is not None) != self.learns_pairs for row in given):
-            raise DataError(
-                f"rows= are not all {'pairs, with a' if self.learns_pairs else 'without a'} rejected answer, which "
-                f"{type(self).__name__} learns from: PreferenceFinetune learns pairs, LoRAFinetune rows."
-            )
-        unknown = sorted({row.predictor for row in given} - trainable.keys()) if not self.multitask else []
-        if unknown:
-            raise DataError(f"rows= are for {unknown}; with multitask=False they must be for {sorted(trainable)}.")
+    def _given(self, student: dspy.Module, rows: Sequence[Row] | str | Path, trainable: Trainable) -> Collected:
+        given, dropped = given_rows(self, student, rows)
         engines = {name: model.engine for name, model in trainable.items()}
-        return Collected(given, make_data_card(given, engines, dropped={}, examples=0), Ledger())
+        return Collected(given, make_data_card(given, engines, dropped=dropped, examples=0), Ledger())
 
     def _train(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import dspy
@@ -36,10 +35,7 @@ from bettertogether.errors import (
 from bettertogether.programs.program import prompts_state
 from bettertogether.records import Blame, WeightDetails
 from bettertogether.steps.preference_step import PreferenceFinetune
-from bettertogether.steps.rows import Row, write_rows
-from bettertogether.steps.step import StepContext
 from bettertogether.steps.weight_step import LoRAFinetune
-from bettertogether.steps.work import Outlook
 from bettertogether.testing import FakeEngine, FakeRequest
 from bettertogether.training.config import LoRAConfig, TrainingConfig
 
@@ -249,55 +245,6 @@ def test_base_and_every_round_stay_callable() -> None:
     for each in (program, first, second):
         each(number=1)
     assert [request.trained_on for request in engine.requests[-3:]] == [0, 4, 6]
-
-
-def test_rows_given_are_trained_on_as_they_are_and_nothing_is_run() -> None:
-    engine = parity_engine(lambda *_: True)
-    rows = [Row(({"role": "user", "content": f"q{i}"},), f"a{i}", "self", i) for i in range(3)]
-    compiled = step().compile(parity_program(engine), trainset=[], rows=rows)
-    assert engine.requests == []
-    assert engine.trainings == [tuple(row.training_row for row in rows)]
-    assert compiled.lm.model != "local/fake"
-
-
-def test_rows_may_come_from_a_file_of_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    engine, path = parity_engine(lambda *_: True), "~/rows.jsonl"
-    collected = step().collect(parity_program(engine), trainset=numbers(4))
-    assert collected.write(path) == tmp_path / "rows.jsonl"
-    outlook = Outlook(solved=0.5, again=0.5, hinted=1.0, learned=None)
-    work = step().work(parity_program(engine), StepContext([], rows=path), outlook)
-    assert (work.plain_runs, work.trainings) == (0, 1)
-    from_file = step().compile(parity_program(engine), trainset=[], rows=path)
-    from_runs = step().compile(parity_program(engine), trainset=numbers(4))
-    assert from_file.lm.model == from_runs.lm.model
-
-
-def test_rows_without_a_predictor_go_to_every_lm_of_a_multitask_run() -> None:
-    small, large = two_step_engine(lambda *_: True), two_step_engine(lambda *_: True, base_name="large")
-    program = two_step_program(small)
-    program.decide.lm = plain_lm(large)
-    step().compile(program, trainset=[], rows=[Row(({"role": "user", "content": "q"},), "a", "", -1)])
-    assert [len(engine.trainings[0]) for engine in (small, large)] == [1, 1]
-
-
-def test_rows_given_for_an_unknown_predictor_are_an_error_without_multitask() -> None:
-    rows = [Row(({"role": "user", "content": "q"},), "a", "nope", 0)]
-    with pytest.raises(DataError, match=r"rows= are for \['nope'\]"):
-        step(multitask=False).compile(parity_program(parity_engine(learner)), trainset=[], rows=rows)
-
-
-def test_no_rows_given_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(NoTrainingDataError, match="rows= is empty"):
-        step().compile(parity_program(parity_engine(learner)), trainset=[], rows=[])
-    path = write_rows([], tmp_path / "rows.jsonl")
-    with pytest.raises(NoTrainingDataError, match="rows= is empty"):
-        step().compile(parity_program(parity_engine(learner)), trainset=[], rows=path)
-
-
-def test_a_rows_file_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nope\.jsonl"):
-        step().compile(parity_program(parity_engine(learner)), trainset=[], rows=tmp_path / "nope.jsonl")
 
 
 def test_no_passing_run_is_an_error_and_nothing_is_trained() -> None:
