@@ -20,7 +20,7 @@ from ..programs.content import dataset_hash
 from ..records import Failure, Ledger, failure_reason, failure_text
 from ..report.intervals import mean_interval, paired_interval
 from .examples import check_examples
-from .failures import count_failures, failure_warning
+from .failures import count_failures, cut_warning, failure_warning
 from .metrics import Metric, require_metric
 from .rollout import Attempt, RolloutStore
 from .settings import RunSettings
@@ -73,7 +73,8 @@ def evaluate(
 
     A parse failure scores 0. An example whose program or metric raises scores 0 too, and counts against `max_errors`
     (None: `dspy.settings.max_errors`); raises TooManyErrors above it. Where more than half of the examples fail, the
-    log says so at once, with the commonest reason; see `Evaluation.failures`. Raises ProgramError, DataError and
+    log says so at once, with the commonest reason; see `Evaluation.failures`. So it does where answers were cut at
+    max_tokens. Raises ProgramError, DataError and
     ConfigError before any work.
     """
     require_switch("progress", progress)
@@ -83,6 +84,8 @@ def evaluate(
         evaluation = evaluate_many([program], examples, metric, settings, phase=phase)[0]
         if warning := failure_warning(evaluation.failures, len(evaluation.scores), phase):
             events.warn(warning)
+        if warning := cut_warning(evaluation.traces):
+            events.warn(f"{phase}: {warning}")
         if display is not None:
             display.done(f"{phase}: {evaluation.mean:.3f} on {len(evaluation.scores)} examples")
     return evaluation

@@ -150,6 +150,17 @@ def advice(failure: Failure) -> str:
     return _REFUSED_ADVICE if failure.reason.startswith(_REFUSED) else _ADVICE.get(failure.kind, _METRIC_ADVICE)
 
 
+def cut_warning(traces: Sequence[Trace]) -> str | None:
+    """How many answers of a pass ended at max_tokens, which a grammar may have closed; None where none did."""
+    cut = [call.cut for trace in traces for call, _ in trace.every_call()]
+    if not any(cut):
+        return None
+    return (
+        f"{sum(cut)} of {len(cut)} answers were cut at max_tokens, also where they read as whole ones: give the LM a "
+        "larger max_tokens."
+    )
+
+
 def all_failed(record: StepRecord) -> bool:
     """Whether no example of a scored round got a score."""
     return bool(record.scores) and record.failed == len(record.scores or ())

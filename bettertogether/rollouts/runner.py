@@ -18,12 +18,15 @@ from ..programs.program import modules_of, predictors_of
 from ..records import Ledger
 from .attribution import CallAttribution
 from .failures import ENDS_ONE_RUN
+from .logs import quiet_in_runs
 from .replay import Answer, Replay, Reply, snapshot
 from .rescue import HINT, as_field, hint_before_the_answer, narrow_signatures
 from .rollout import Attempt, Call, FailureKind, Rollout, RolloutStore, stable_seed
 from .sampled_lms import needs_seed, samples, sampling_lm
 from .usage import hand_on_usage, used
 from .watching import Record, Seen, Watch, answer_of, run_async_part, watched_lm
+
+quiet_in_runs()
 
 DRAWN_BY = frozenset({"temperature", "seed", "rollout_id"})
 """Options of a predictor that say how its answers are drawn; a try at another temperature has its own."""
@@ -126,7 +129,8 @@ class _Copy:
         prediction, failure, error = None, None, None
         lm = dspy.settings.lm
         replay = None if attempt.branch is None else Replay(attempt.branch, attempt.number, seed)
-        with self._watch.recording(self._watched(lm) if lm is not None else None, replay) as record:
+        watched = self._watched(lm) if lm is not None else None
+        with self._watch.recording(watched, replay, is_further=attempt.number > 0) as record:
             record.runs_here()
             try:
                 prediction = _call(self._program, snapshot(dict(example.inputs())))

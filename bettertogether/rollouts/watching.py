@@ -73,6 +73,11 @@ _CALL_TIME = ("signature", "demos", "config", "lm")
 class SharedTracker(UsageTracker):
     """A count of tokens that `dspy.Parallel` does not copy for each of its threads."""
 
+    def __init__(self, is_further: bool) -> None:
+        super().__init__()
+        self.is_further = is_further
+        """Whether the run is another try of an example."""
+
     def __deepcopy__(self, memo: Any) -> SharedTracker:
         return self
 
@@ -80,7 +85,7 @@ class SharedTracker(UsageTracker):
 class Record:
     """What was seen of one run."""
 
-    def __init__(self, lm: Any, replay: Replay | None = None) -> None:
+    def __init__(self, lm: Any, replay: Replay | None = None, *, is_further: bool = False) -> None:
         self.replay = replay
         self.lm = lm
         """The watched copy of `dspy.settings.lm`, for predictors without an LM."""
@@ -88,7 +93,7 @@ class Record:
         self.keeps_history = not dspy.settings.disable_history
         self.trace: list[Any] = []
         """DSPy's trace: (predictor, inputs, prediction) triples."""
-        self.tracker = SharedTracker()
+        self.tracker = SharedTracker(is_further)
         self.costs: list[float | None] = []
         """Of each answer, see `cost_of`."""
         self.unread: list[Seen] = []
@@ -170,10 +175,10 @@ class Watch:
             module.__class__ = _watched_class(type(module))  # type: ignore[arg-type]
 
     @contextmanager
-    def recording(self, lm: Any, replay: Replay | None = None) -> Iterator[Record]:
+    def recording(self, lm: Any, replay: Replay | None = None, *, is_further: bool = False) -> Iterator[Record]:
         """Take down what the modules do within the block, and in threads that they start; `lm` is the watched copy of
         `dspy.settings.lm`, and `replay` knows the answers of an earlier run."""
-        self._record = record = Record(lm, replay)
+        self._record = record = Record(lm, replay, is_further=is_further)
         try:
             with _context(record, record.trace, lm):
                 yield record

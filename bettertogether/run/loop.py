@@ -7,7 +7,7 @@ import random
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,7 +21,10 @@ from ..programs.program import model_names, prompts_state, same_prompts, with_pr
 from ..records import CELLS, Ledger, PromptDetails, StepRecord
 from ..redaction import masked
 from ..rollouts.evaluation import Evaluation, Kind, evaluate_many
-from ..rollouts.failures import count_failures, failure_warning, no_difference, round_warnings, scored_example
+from ..rollouts.failures import (
+    no_difference,
+    round_warnings,
+)
 from ..rollouts.labels import label_fields
 from ..rollouts.metrics import FULL_MARK, is_above_one
 from ..rollouts.rollout import stable_seed
@@ -33,6 +36,7 @@ from .directory import DAMAGE, RunDirectory
 from .earlier import earlier_programs
 from .plan import Plan
 from .restoring import Restoring, adapter_folders, is_restorable
+from .scores import with_scores
 from .strategy import Steps
 
 logger = get_logger(__name__)
@@ -144,7 +148,7 @@ class Loop:
             self.warnings.append(f"{text} {self.directory.how_to_go_on(error)}")
             events.emit("step_end", {"record": self.records[0]})
             return False
-        self._keep(_with_scores(record, scored, {}, started))
+        self._keep(with_scores(record, scored, {}, started))
         self.plan.check_scale(self.records[0].scores or ())
         return True
 
@@ -197,7 +201,7 @@ class Loop:
         except (BudgetExceeded, KeyboardInterrupt) as error:
             ended = error
         self.programs[name] = program
-        scored_record = _with_scores(record, scored, cells, started)
+        scored_record = with_scores(record, scored, cells, started)
         if ended is not None:
             # The round counts without its 2x2, which the next call makes up for.
             self._add(scored_record)
@@ -373,31 +377,3 @@ class Loop:
                 ) from error
             self.programs[record.strategy] = program
         self._add(replace(record, index=len(self.records)))
-
-
-def _with_scores(
-    record: StepRecord, scored: Evaluation | None, cells: Mapping[str, Evaluation], started: float
-) -> StepRecord:
-    evaluations = [*([scored] if scored else []), *cells.values()]
-    ledger = Ledger.total([record.ledger, *(evaluation.ledger for evaluation in evaluations)])
-    return replace(
-        record,
-        score=scored.mean if scored else None,
-        scores=scored.scores if scored else None,
-        failures=scored.failures if scored else (),
-        scored_example=scored_example(scored.traces) if scored and len(set(scored.scores)) == 1 else None,
-        ledger=ledger.with_seconds(time.monotonic() - started),
-        warnings=(*record.warnings, *_cell_warnings(cells)),
-        two_by_two={cell: evaluation.scores for cell, evaluation in cells.items()} or None,
-    )
-
-
-def _cell_warnings(scored: Mapping[str, Evaluation]) -> list[str]:
-    """What to say of the cells of a 2x2 in which most examples failed; said at once."""
-    failing = {c: e for c, e in scored.items() if failure_warning(e.failures, len(e.scores), c)}
-    traces = [trace for evaluation in failing.values() for trace in evaluation.traces]
-    warning = failure_warning(count_failures(traces), len(traces), f"2x2 ({', '.join(failing)})", "runs")
-    if warning is None:
-        return []
-    events.warn(warning)
-    return [warning]
