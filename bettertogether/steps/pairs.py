@@ -20,6 +20,7 @@ from .rows_from_traces import Collected, Dropped, Trainable, longer_answers, row
 from .select_traces import unseen_calls
 
 STRAYED = "the program asked something else when it was run again"
+RAISED = "its run raised, or the metric did, which says nothing of the answer"
 
 
 def pairs_from_traces(
@@ -88,9 +89,12 @@ def _answers(
     point: BranchPoint, predictor: dspy.Predict, trainable: Trainable, dropped: Dropped
 ) -> Iterator[tuple[Row, bool]]:
     """The answers to one prompt, and whether their runs passed: that of the run, then the new ones. One that could not
-    be read is among them as the LM wrote it, where its run failed."""
+    be read is among them as the LM wrote it, where its run failed; one whose run raised is not."""
     first: Row | None = None
     for trace, call, is_read in point.answers():
+        if trace.failed:
+            dropped[point.call.predictor, RAISED] += 1
+            continue
         if call is None or not (is_read or (call.text and not trace.passed)):
             dropped[point.call.predictor, "an answer that could not be read"] += 1
             continue

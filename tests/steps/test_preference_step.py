@@ -9,6 +9,7 @@ from typing import Any
 import dspy
 import pytest
 from fakes import (
+    TwoSteps,
     api_lm,
     field_of,
     number_of,
@@ -25,6 +26,7 @@ from fakes import wrong as wrong_parity
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune, PreferenceFinetune
 from bettertogether.errors import ConfigError, DataError, NoTrainingDataError, NotTrainableError
 from bettertogether.records import Blame, WeightDetails
+from bettertogether.steps.pairs import RAISED
 from bettertogether.steps.rows import Row, read_rows
 from bettertogether.testing import FakeEngine, FakeRequest
 
@@ -94,6 +96,30 @@ def test_a_run_that_passed_gives_pairs_with_the_new_answers_that_fail() -> None:
     optimizer.compile(two_step_program(engine), trainset=numbers(3))
     assert texts(engine.trainings[0], "remark") == {("good", "bad")}
     assert details_of(optimizer).blame == {}
+
+
+@pytest.mark.parametrize("where", ["program", "metric"])
+def test_an_answer_whose_run_raised_is_in_no_pair_and_is_counted(where: str) -> None:
+    class Searching(TwoSteps):
+        def forward(self, number: int) -> dspy.Prediction:
+            remark = self.remark(number=number).remark
+            if where == "program" and "bad 0" in remark:
+                raise TimeoutError("no answer from the search")
+            return dspy.Prediction(remark=remark, parity=self.decide(number=number, remark=remark).parity)
+
+    def judged(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+        if where == "metric" and "bad 0" in prediction.remark:
+            raise ConnectionError("no judge")
+        return parity_match(example, prediction)
+
+    program = Searching()
+    program.set_lm(plain_lm(FakeEngine(answer)))
+    optimizer = PreferenceFinetune(judged, validation_share=0.0, num_samples=6, frozen=["decide"], max_errors=100)
+    collected = optimizer.collect(program, trainset=numbers(8))
+    assert not any("bad 0" in f"{row.completion} {row.rejected}" for row in collected.rows)
+    assert texts(collected.rows, "remark") == {("good", "bad")}
+    # The first answer to each remark is "bad 0".
+    assert collected.card.dropped_by_reason[RAISED] >= 8
 
 
 def test_an_answer_that_can_not_be_read_is_the_rejected_one_of_a_pair_as_it_was_written_to_the_same_prompt() -> None:
