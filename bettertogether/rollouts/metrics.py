@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,16 @@ def passes(score: float, mark: float) -> bool:
 def is_above_one(score: float) -> bool:
     """Whether a score, but for rounding, is none of a metric whose full mark is 1."""
     return score > FULL_MARK + ROUNDING
+
+
+def require_from_zero(scores: Iterable[float], where: str = "") -> None:
+    """Raise ConfigError where a metric gave less than failing does."""
+    worst = min(scores, default=0.0)
+    if worst < -ROUNDING:
+        raise ConfigError(
+            f"The metric gave {worst:g}{where}, and an example that fails scores 0, which would be more: a program "
+            "that fails often would win. Give a metric whose worst score is 0, such as 1 / (1 + error)."
+        )
 
 
 def with_trace(metric: Metric) -> Metric:

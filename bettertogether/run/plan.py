@@ -13,7 +13,7 @@ from ..checks import require_one_of, require_switch, require_whole
 from ..errors import ConfigError, NotTrainableError, ProgramError
 from ..programs.copies import copy_program, has_own
 from ..programs.program import as_programs, predictors_of, require_program, unfound_predictors
-from ..rollouts.metrics import ROUNDING, Metric, is_above_one
+from ..rollouts.metrics import Metric, is_above_one, require_from_zero
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.settings import RunSettings
 from ..steps.adapter_step import AdapterStep
@@ -67,12 +67,7 @@ class Plan:
 
     def check_scale(self, scores: Sequence[float]) -> None:
         """Raise ConfigError where these scores of the untouched student are none that the run can compare by."""
-        if min(scores, default=0.0) < -ROUNDING:
-            raise ConfigError(
-                f"The metric gave {min(scores):g} on the valset, and an example whose answer can't be read scores 0, "
-                "which would be more: a program that fails often would win. Give a metric whose worst score is 0, such "
-                "as 1 / (1 + error)."
-            )
+        require_from_zero(scores, " on the valset")
         unset = [key for key, threshold in self.thresholds.items() if threshold is None]
         if unset and is_above_one(max(scores, default=0.0)):
             raise ConfigError(

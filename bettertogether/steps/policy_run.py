@@ -24,7 +24,7 @@ from ..programs.program import predictors_of
 from ..records import SCHEMA, Ledger, RewardLine, Saved, read
 from ..rollouts.branches import BranchPoint, branch_points
 from ..rollouts.evaluation import evaluate_many
-from ..rollouts.metrics import Metric, reaches
+from ..rollouts.metrics import Metric, reaches, require_from_zero
 from ..rollouts.rollout import Attempt, Call
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Trace
@@ -135,6 +135,7 @@ class PolicyRun:
             new = self._drawn(missing, drawn)
             drawn += new
             more, found = self._run_on(new, programs, options)
+            require_from_zero(trace.score for trace in more)
             check_draws_of(more, self.adapters)
             traces += more
             runs += found
@@ -249,6 +250,7 @@ class PolicyRun:
         settings = replace(self.settings, store=None)
         phase = f"step {step} of {self.policy.steps}: score"
         scored = evaluate_many([program], self.held_out, self.metric, settings, phase=phase, kind="eval_minibatch")[0]
+        require_from_zero(scored.scores)
         self.state = replace(self.state, ledger=self.state.ledger + scored.ledger)
         return scored.mean
 

@@ -27,6 +27,18 @@ def test_a_metric_that_gives_all_runs_the_same_is_an_error_after_the_first_draws
         tuned(PolicyFinetune(same, folder=tmp_path, **QUICK), program_of(engine))
 
 
+@pytest.mark.parametrize("worst", ["w1", "w5"], ids=["of a run to learn from", "of an example held out"])
+def test_a_metric_that_gives_less_than_failing_does_is_refused(
+    engine: TransformersEngine, tmp_path: Path, worst: str
+) -> None:
+    def negative(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
+        return -0.25 if example.word == worst else is_a(example, prediction)
+
+    step = PolicyFinetune(negative, folder=tmp_path, **SHORT)
+    with pytest.raises(ConfigError, match=r"The metric gave -0\.25, and an example that fails scores 0"):
+        tuned(step, program_of(engine))
+
+
 def test_answers_that_can_not_be_read_are_told_by_their_reward(engine: TransformersEngine, tmp_path: Path) -> None:
     with (
         dspy.context(adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)),
