@@ -47,7 +47,7 @@ class PolicyFinetune(AdapterStep):
         metric: `(example, prediction, trace=None)` to a bool, a number or `Prediction(score, feedback)`: the reward.
             It is given no trace.
         policy: How to learn from rewards.
-        lora: Shape of a new adapter; one that is trained further (`start_from`) keeps its own.
+        lora: Shape of a new adapter, without dropout; one that is trained further (`start_from`) keeps its own shape.
         training: AdamW, precision and memory; see `PolicyConfig` for what counts here.
         multitask: One adapter per LM, fed by all predictors that use it; False: one adapter per predictor.
         start_from: "current" goes on with the adapter in use; "base" trains a new one on the base weights.
@@ -94,6 +94,11 @@ class PolicyFinetune(AdapterStep):
             seed=seed,
             folder=folder,
         )
+        if lora.dropout:
+            raise ConfigError(
+                f"lora=LoRAConfig(dropout={lora.dropout}): with dropout, a policy would learn by other probabilities "
+                "than its answers were sampled with. Leave dropout out."
+            )
         if training.launched:
             raise ConfigError(
                 "training=TrainingConfig(...) asks for other processes, where nothing answers that could be learned "

@@ -113,6 +113,8 @@ class PolicyTraining:
 
     def __init__(self, stepper: Stepper, config: PolicyConfig) -> None:
         self._stepper, self._config = stepper, config
+        # With dropout, probabilities are not those that the answers were sampled with.
+        stepper.drops_out = False
         self.adapter_config = stepper.adapter.config
         # Kept, since a model that is lent out for answers has them not.
         self._parameters = stepper.adapter.parameters

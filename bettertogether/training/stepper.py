@@ -51,6 +51,8 @@ class Stepper:
     training: TrainingConfig
     max_tokens: int
     """Tokens of a forward pass at most; fewer once memory did not suffice."""
+    drops_out: bool = True
+    """Whether steps have the dropout of the adapter and the model."""
 
     def step(
         self, rows: Sequence[TokenizedRow], pass_loss: PassLoss, rate: float, name: str
@@ -59,7 +61,11 @@ class Stepper:
         give the same rows. `name` says in errors which step it is. Raises TrainingError."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.adapter.base.train()
+        self.adapter.base.train(self.drops_out)
+        if not self.drops_out:
+            for module in self.adapter.base.modules():
+                # Gradients are checkpointed in modules that train alone.
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
         told = self._gradients(rows, pass_loss, name)
         # Losses are already over the tokens of all processes, so that a sum is the mean.
         told = self.sharing.sum(told)

@@ -13,7 +13,7 @@ from policy_programs import QUICK, SHORT, Pick, Twice, details_of, is_a, program
 from bettertogether import BetterTogether, PolicyFinetune
 from bettertogether.engines import TransformersEngine
 from bettertogether.errors import ConfigError, NoTrainingDataError, NotTrainableError
-from bettertogether.training.config import TrainingConfig
+from bettertogether.training.config import LoRAConfig, TrainingConfig
 
 
 def same(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
@@ -116,6 +116,7 @@ def test_a_call_of_an_lm_that_the_program_made_greedy_is_refused(engine: Transfo
     [
         ({"metric": None}, "metric"),
         ({"metric": is_a, "policy": {"steps": 3}}, "give a PolicyConfig"),
+        ({"metric": is_a, "lora": LoRAConfig(dropout=0.1)}, "Leave dropout out"),
         ({"metric": is_a, "training": TrainingConfig(num_processes=2)}, "leave out num_processes"),
     ],
 )

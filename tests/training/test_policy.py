@@ -19,7 +19,7 @@ from tiny import FAMILIES, VOCABULARY, random_rows, tiny_model
 from torch import Tensor
 
 from bettertogether.errors import ConfigError, NoTrainingDataError, TrainingError
-from bettertogether.training.adapter import training_adapter
+from bettertogether.training.adapter import save_adapter, training_adapter
 from bettertogether.training.config import LoRAConfig, PolicyConfig, TrainingConfig
 from bettertogether.training.loss import row_loss
 from bettertogether.training.policy import PolicyRow, PolicyTraining, choice_logprobs, choice_losses
@@ -116,9 +116,9 @@ FULL = PolicyConfig(steps=2, updates=3, clip=0.01, kl_weight=0.2)
 
 
 @contextlib.contextmanager
-def policy_of(config: PolicyConfig, **options: Any) -> Iterator[PolicyTraining]:
+def policy_of(config: PolicyConfig, start: Path | None = None, **options: Any) -> Iterator[PolicyTraining]:
     training = TrainingConfig(learning_rate=1e-3, dtype="float32", warmup_ratio=0.0, **options)
-    with ready_to_step(tiny_model(), LoRAConfig(rank=4), training, None, 64) as stepper:
+    with ready_to_step(tiny_model(), LoRAConfig(rank=4), training, start, 64) as stepper:
         yield PolicyTraining(stepper, config)
 
 
@@ -169,6 +169,23 @@ def test_a_training_that_is_loaded_goes_on_as_the_one_that_was_saved(tmp_path: P
         with pytest.raises(TrainingError, match="is another run's"):
             policy.load(tmp_path, "another run")
     assert any(not torch.equal(last[key], weights) for key, weights in best.items())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_an_adapter_with_dropout_is_trained_further_without_it(tmp_path: Path, checkpointed: bool) -> None:
+    for name, dropout in (("with", 0.5), ("without", 0.0)):
+        with training_adapter(tiny_model(), LoRAConfig(rank=4, dropout=dropout), 0) as adapter:
+            save_adapter(tmp_path / name, adapter.config, adapter.state())
+    found = []
+    for name in ("with", "without"):
+        with policy_of(FULL, tmp_path / name, gradient_checkpointing=checkpointed) as policy:
+            told = [policy.update(rows) for rows in STEPS]
+            assert policy.adapter_config.lora_dropout == (0.5 if name == "with" else 0.0)
+            found.append((told, policy.weights()))
+    (told, weights), (expected_told, expected) = found
+    assert [each.loss for each in told] == pytest.approx([each.loss for each in expected_told], rel=1e-4)
+    moved = [key for key in expected if "lora_B" in key]
+    assert relative_error([weights[key] for key in moved], [expected[key] for key in moved]) < 1e-3
 
 
 def test_answers_without_any_choice_are_an_error() -> None:
