@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, TokenType
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -21,6 +21,8 @@ from .gguf_model import rotary_factors
 logger = get_logger(__name__)
 
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
+VERSION = 2
+"""Of what a conversion writes: one that an earlier release left in the cache is not taken for one of this."""
 
 # GGUF names the rule that splits text before BPE; transformers reads every "gpt2" vocabulary with GPT-2's rule. For
 # these vocabularies that differs before digits ("  7" is "Ġ", "Ġ", "7" instead of "ĠĠ", "7").
@@ -62,7 +64,7 @@ def converted(gguf_file: Path) -> Path:
                 "architecture that transformers reads, or the transformers folder it was made from."
             ) from error
 
-    return cached_model(f"gguf/{file_hash(gguf_file)[:16]}/{gguf_file.stem}", fill)
+    return cached_model(f"gguf/{VERSION}-{file_hash(gguf_file)[:16]}/{gguf_file.stem}", fill)
 
 
 @no_bars()
@@ -81,6 +83,7 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
+    _set_ends(reader, tokenizer, model.generation_config)
     model.save_pretrained(folder)
     tokenizer.model_max_length = config.max_position_embeddings
     if _setting(reader, "tokenizer.ggml.pre") in _SINGLE_DIGITS:
@@ -91,6 +94,21 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
             ]
         )
     tokenizer.save_pretrained(folder)
+
+
+def _set_ends(reader: GGUFReader, tokenizer: Any, generation: Any) -> None:
+    """Where a turn ends: at a token that the file calls a control token, or at the one that it names for that. Of
+    these transformers reads the end-of-text token alone."""
+    tokens, kinds = (_setting(reader, f"tokenizer.ggml.{name}") or () for name in ("tokens", "token_type"))
+    # Some are spelled otherwise there: such a one would become a further token.
+    vocabulary, known = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    numbered = [(number, token) for number, token in enumerate(tokens) if vocabulary.get(token) == number]
+    control = [known.get(n, token) for n, token in numbered if kinds and kinds[n] == TokenType.CONTROL]
+    tokenizer.add_special_tokens({"additional_special_tokens": control}, replace_extra_special_tokens=False)
+    end, eos = _setting(reader, "tokenizer.ggml.eot_token_id"), generation.eos_token_id
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if end is not None and end not in ends:
+        generation.eos_token_id = [*ends, end]
 
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 from bettertogether.engines.gguf import convert_gguf
 from bettertogether.engines.rendering import PromptRenderer
 
-SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 RUNS = ["\n\n", "\u2581\u2581"]
 PIECES = ["ab", "\u2581ab", "\n", "\u2581", *map(chr, range(33, 127))]
@@ -25,6 +25,10 @@ CONFIG = Gemma3TextConfig(
     num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256, sliding_window=8, max_position_embeddings=128,
     rms_norm_eps=1e-6, pad_token_id=0, eos_token_id=1, bos_token_id=2,
 )  # fmt: skip
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+)
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
@@ -54,7 +58,7 @@ def write_gguf(path: Path, model: Any) -> None:
     }.items():  # fmt: skip
         getattr(writer, f"add_{name}")(value)
     writer.add_token_scores([-1000.0] * (len(TOKENS) - len(PIECES)) + [-float(place) for place in range(len(PIECES))])
-    kinds = [gguf.TokenType.CONTROL] * 4 + [gguf.TokenType.USER_DEFINED] * 2 + [gguf.TokenType.BYTE] * 256
+    kinds = [gguf.TokenType.CONTROL] * len(SPECIAL) + [gguf.TokenType.USER_DEFINED] * 2 + [gguf.TokenType.BYTE] * 256
     writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * len(PIECES))
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight":
@@ -117,3 +121,10 @@ def test_a_prompt_for_gemma_begins_with_one_bos_and_an_answer_ends_with_eos(fold
     assert (prompt_ids[0], prompt_ids.count(2)) == (2, 1)
     assert tokenizer.decode(prompt_ids) == "<bos>### User:\nab <bos>\n\n### Assistant:\n"
     assert renderer.completion_tokens("ab") == [TOKENS.index("ab"), 1]
+
+
+def test_a_turn_ends_with_the_control_token_that_the_template_writes_after_it(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    assert PromptRenderer(tokenizer, [1], None).completion_tokens("ab") == [TOKENS.index("ab"), 5]
+    assert tokenizer.decode([TOKENS.index("ab"), 5], skip_special_tokens=True) == "ab"

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from bettertogether.engines.gguf import convert_gguf
+from bettertogether.engines.loading import read_card
 from bettertogether.engines.merging import merge_adapter, merge_to_gguf
 from bettertogether.engines.ollama import modelfile
 from bettertogether.engines.rendering import PromptRenderer
@@ -94,6 +95,14 @@ def test_special_tokens_and_the_chat_template_are_in_the_file(tmp_path: Path) ->
     template = field(tmp_path / "tiny.gguf", "tokenizer.chat_template")
     fixed = '{%- set enable_thinking = false %}{% if not enable_thinking %}{{ "26 Jul" }}{% endif %}'
     assert template == fixed + CHATML
+
+
+def test_an_answer_ends_where_it_did_before_the_file(tmp_path: Path) -> None:
+    write(tmp_path / "tiny.gguf", model_of("qwen2"), byte_level())
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "folder")
+    card = read_card(tmp_path / "folder")
+    assert card.eos_ids == (265, 267)
+    assert PromptRenderer(card.tokenizer, [265], None).end_id == 267
 
 
 def test_a_model_without_a_template_gets_one_that_writes_the_prompts_it_was_trained_on(tmp_path: Path) -> None:

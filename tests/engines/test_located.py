@@ -55,6 +55,14 @@ def test_a_gguf_file_is_converted_once(gguf_folder: Path, monkeypatch: pytest.Mo
     assert loading.located(gguf_folder / "tiny.gguf") == found
 
 
+def test_a_gguf_file_is_converted_again_where_conversions_have_changed(
+    gguf_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = loading.located(gguf_folder)
+    monkeypatch.setattr("bettertogether.engines.gguf.VERSION", 3)
+    assert loading.located(gguf_folder) != found
+
+
 def test_what_is_no_whole_gguf_file_is_refused(gguf_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"other\.gguf is not there: give the path of a GGUF file"):
         local_lm(gguf_folder / "other.gguf")
