@@ -215,9 +215,10 @@ def _price(measured: Probe, work: Work, steps: Steps) -> Ledger:
         return total
     tokens = costs.row_tokens * work.trained_rows
     forms = measured.demo_tokens * work.form_batches
-    seconds = costs.row_s * work.trained_rows + costs.held_out_row_s * work.held_out_rows + costs.set_up_s
+    seconds = costs.row_s * work.trained_rows + costs.held_out_row_s * work.held_out_rows
+    seconds += costs.set_up_s * work.trainings
     seconds += forms * costs.row_s / max(1.0, costs.row_tokens)
-    return total + Ledger(trained_tokens=round(tokens + forms), seconds=min(seconds, costs.most_s))
+    return total + Ledger(trained_tokens=round(tokens + forms), seconds=min(seconds, costs.most_s * work.trainings))
 
 
 def _within(ledger: Ledger, factor: float) -> Ledger:

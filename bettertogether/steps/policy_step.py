@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -240,9 +241,10 @@ class PolicyFinetune(AdapterStep):
 
     @property
     def timed(self) -> TrainingStep:
-        """A weight step with the program's own prompts."""
+        """A weight step with the program's own prompts, and without `max_minutes`, which ends no policy's training."""
         options: dict[str, Any] = {"multitask": self.multitask, "frozen": self.frozen, "train_prompt": "optimized"}
-        return LoRAFinetune(self.metric, lora=self.lora, training=self.training, **options)
+        training = replace(self.training, max_minutes=None)
+        return LoRAFinetune(self.metric, lora=self.lora, training=training, **options)
 
     def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
         """The runs of all steps, the answers trained on, and the scoring of the examples held out."""
@@ -255,10 +257,13 @@ class PolicyFinetune(AdapterStep):
         learned = min(policy.examples_per_step, len(trainset)) * policy.group_size * policy.steps
         scored = (1 + -(-policy.steps // policy.score_every)) * len(held_out)
         by_call = policy.group_by == "call"
-        branch_runs = sum(outlook.branch_runs.get(name, 0.0) for name in self.trainable(student))
+        trainable = self.trainable(student)
+        branch_runs = sum(outlook.branch_runs.get(name, 0.0) for name in trainable)
         runs_each = policy.group_size if by_call else 1 + (policy.group_size - 1) * branch_runs
         runs = Work.of_runs(examples * runs_each * policy.steps + scored, outlook)
-        return runs + Work(trained_rows=outlook.calls * learned * policy.updates, trainings=1)
+        return runs + Work(
+            trained_rows=outlook.calls * learned * policy.updates, trainings=len(self._starts(trainable))
+        )
 
 
 def _gain(state: RunState) -> float | None:

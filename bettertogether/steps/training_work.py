@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dspy
 
 from ..training.auto import auto_epochs
 from ..training.length import RunLength
-from .rows import read_rows
+from .adapter_rows import adapter_key, held_out_count, hold_out, rows_by_adapter
+from .given_rows import given_rows
 from .step import StepContext
 from .work import ExpectedTries, Outlook, Work
 
@@ -21,17 +21,22 @@ if TYPE_CHECKING:
 
 def training_work(step: TrainingStep, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
     """The work of the step as the outlook has it."""
+    seed, share = context.settings.seed or 0, step.validation_share if step.training.keep_best else 0.0
+    trainable = step.trainable(student)
     if context.rows is not None:
-        given = read_rows(context.rows) if isinstance(context.rows, str | Path) else context.rows
-        held_out = step.validation_share * len(given)
-        return _training(step, len(given) - held_out, held_out, outlook)
-    measured = step.measured(context.trainset, context.valset or (), context.settings.seed or 0)
-    own, rows = _tried(step, student, context.trainset, context, outlook, outlook.known)
+        groups = rows_by_adapter(given_rows(step, student, context.rows)[0], trainable, step.multitask)
+        splits = [hold_out(rows, share, seed) for rows in groups.values()]
+        return sum((_training(step, len(rows), len(held_out), outlook) for rows, held_out in splits), Work())
+    adapters = len({adapter_key(name, lm, step.multitask) for name, (_, lm) in trainable.items()})
+    measured = step.measured(context.trainset, context.valset or (), seed)
+    work, rows, examples = _tried(step, student, context.trainset, context, outlook, outlook.known)
     if measured:
-        apart, held_out = _tried(step, student, measured, context, outlook, float(outlook.is_scored))
-        return own + apart + _training(step, rows, held_out, outlook)
-    held_out = step.validation_share * rows if step.training.keep_best else 0.0
-    return own + _training(step, rows - held_out, held_out, outlook)
+        apart, held_out, _ = _tried(step, student, measured, context, outlook, float(outlook.is_scored))
+        work += apart
+    else:
+        held_out = rows * held_out_count(round(examples), share) / max(1.0, examples)
+        rows -= held_out
+    return sum([_training(step, rows / adapters, held_out / adapters, outlook)] * adapters, work)
 
 
 def _tried(
@@ -41,14 +46,14 @@ def _tried(
     context: StepContext,
     outlook: Outlook,
     known: float,
-) -> tuple[Work, float]:
-    """The runs on some examples, of which a share is known, and the rows that they give."""
+) -> tuple[Work, float, float]:
+    """The runs on some examples, of which a share is known, the rows that they give, and of how many examples."""
     tries = ExpectedTries.of(student, examples, outlook, len(context.teachers))
     step.sampling.carry_out(tries)
     learned = tries.solved if outlook.learned is None else outlook.learned * len(examples)
     runs = tries.runs - (0 if context.teachers else known * len(examples))
     rows = max(1.0, step.rows_per_call * outlook.calls * learned)
-    return Work.of_runs(runs, outlook, by_teacher=bool(context.teachers)), rows
+    return Work.of_runs(runs, outlook, by_teacher=bool(context.teachers)), rows, learned
 
 
 def _training(step: TrainingStep, rows: float, held_out: float, outlook: Outlook) -> Work:

@@ -20,6 +20,8 @@ from fakes import (
     plain_lm,
     reply,
     right,
+    two_step_engine,
+    two_step_program,
     wrong,
 )
 from small_models import save_model
@@ -28,6 +30,7 @@ from bettertogether import (
     BetterTogether,
     BootstrapFewShotRS,
     LoRAFinetune,
+    PolicyFinetune,
     PreferenceFinetune,
     TrainingConfig,
     local_lm,
@@ -36,11 +39,14 @@ from bettertogether.errors import StrategyError
 from bettertogether.programs.program import prompts_state
 from bettertogether.records import Ledger
 from bettertogether.rollouts.traces import Sampling
-from bettertogether.run.estimate import Estimate
-from bettertogether.run.probe import EXAMPLES, TEACHER_EXAMPLES
+from bettertogether.run.estimate import Estimate, _price
+from bettertogether.run.probe import EXAMPLES, TEACHER_EXAMPLES, Probe, Sample
 from bettertogether.steps.race import expected_calls
-from bettertogether.steps.work import ExpectedTries, Outlook
+from bettertogether.steps.step import StepContext
+from bettertogether.steps.training_probe import TrainingCosts
+from bettertogether.steps.work import ExpectedTries, Outlook, Work
 from bettertogether.testing import FakeEngine, FakeRequest
+from bettertogether.training.auto import auto_epochs
 
 TRAIN, VAL = numbers(20), numbers(16, start=100)
 HALF = Outlook(solved=0.5, again=0.5, hinted=1.0, learned=None)
@@ -158,6 +164,35 @@ def test_branches_of_a_frozen_predictor_and_of_a_loop_are_counted_as_they_are_ma
     # Six runs, and ten of which the notes 1, 4 and 8 and the decision are answered anew twice; four are scored.
     assert taken == 6 * 9 + 10 * 2 * (9 + 6 + 2 + 1) + 4 * 9
     assert said.low.lm_calls == said.likely.lm_calls == said.high.lm_calls == taken
+
+
+def step_work(count: int, **options: Any) -> Work:
+    program = two_step_program(two_step_engine(lambda *_: True))
+    outlook = Outlook(solved=1.0, again=0.0, hinted=0.0, learned=1.0, calls=2.0)
+    return LoRAFinetune(parity_match, **options).work(program, StepContext(numbers(count)), outlook)
+
+
+def test_each_of_several_adapters_has_a_training_of_its_own() -> None:
+    together, apart = (step_work(40, multitask=multitask) for multitask in (True, False))
+    assert (together.trainings, apart.trainings) == (1, 2)
+    assert together.trained_rows == auto_epochs(72, 8, held_out=True) * 72
+    assert apart.trained_rows == 2 * auto_epochs(36, 8, held_out=True) * 36
+
+
+@pytest.mark.parametrize(("count", "rows"), [(19, 38), (20, 32)])
+def test_as_many_rows_are_expected_to_be_held_out_as_a_training_holds_out(count: int, rows: int) -> None:
+    work = step_work(count, training=TrainingConfig(epochs=1))
+    assert (work.trained_rows, work.held_out_rows) == (rows, 2 * (2 * count - rows))
+
+
+def test_a_limit_on_minutes_is_of_each_training_and_of_no_policys() -> None:
+    runs, limit = Sample(Ledger(), 1, 1), TrainingConfig(max_minutes=1)
+    costs = TrainingCosts(row_tokens=10, row_s=1.0, held_out_row_s=0.0, set_up_s=5.0, most_s=60.0)
+    measured = Probe(runs, runs, None, 0.0, 0.0, (True,), {}, {"w": costs}, Ledger(), None, None)
+    cost = [_price(measured, Work(trained_rows=rows, trainings=2), ("w",)).seconds for rows in (20, 1000)]
+    assert cost == [20 + 2 * 5, 2 * 60]
+    assert PolicyFinetune(parity_match, training=limit).timed.training.max_minutes is None
+    assert LoRAFinetune(parity_match, training=limit).timed.training.max_minutes == 1
 
 
 def test_expected_tries_go_on_where_few_are_solved() -> None:
