@@ -118,7 +118,13 @@ def test_the_cost_of_a_judge_is_not_known_where_histories_are_off(off: dict[str,
 
 
 def test_a_budget_bounds_what_the_judge_is_paid() -> None:
-    metric = judged_by(paid_judge())
+    paid: list[None] = []
+    judged = judged_by(paid_judge())
+
+    def metric(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> Any:
+        paid.append(None)
+        return judged(example, prediction, trace)
+
     report = (
         BetterTogether(metric, p=BootstrapFewShotRS(metric))
         .compile(
@@ -131,7 +137,7 @@ def test_a_budget_bounds_what_the_judge_is_paid() -> None:
         )
         .report
     )
-    assert [(record.status, record.ledger.cost) for record in report.rounds] == [
-        ("complete", PRICE * 8),
-        ("skipped", PRICE * 3),
-    ]
+    # What was under way when it ended is paid for, too.
+    assert [record.status for record in report.rounds] == ["complete", "skipped"]
+    assert report.rounds[0].ledger.cost == PRICE * 8
+    assert report.ledger.cost == PRICE * len(paid) >= PRICE * 11

@@ -62,10 +62,10 @@ def raising_program() -> Raises:
 def test_a_raise_in_the_program_is_a_dropped_trace_with_its_reason() -> None:
     traces = collect_traces(raising_program(), numbers(5), ExamplePass(parity_match), sampling=NO_MORE)
     assert [trace.reason for trace in traces.traces] == [
-        "program error: ValueError: can't do 0",
+        "program error: ValueError: can't do 0 second line",
         None,
         None,
-        "program error: ValueError: can't do 3",
+        "program error: ValueError: can't do 3 second line",
         None,
     ]
 
@@ -113,7 +113,7 @@ def test_without_max_errors_dspys_setting_holds() -> None:
 def test_an_example_that_raises_on_every_try_counts_once_for_max_errors() -> None:
     sampling = Sampling(num_samples=4)
     traces = collect_traces(raising_program(), numbers(3), at_most(1), sampling=sampling)
-    assert traces.reasons() == {"program error: ValueError: can't do 0": 7}
+    assert traces.reasons() == {"program error: ValueError: can't do 0 second line": 7}
 
 
 def test_an_error_of_the_configuration_is_raised_at_once() -> None:

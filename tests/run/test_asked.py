@@ -298,7 +298,7 @@ def test_other_rows_in_the_same_file_are_another_call(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
 
     def trained_on(answer: str) -> None:
-        write_rows([Row(({"role": "user", "content": "?"},), answer, "self", 0)], file)
+        write_rows([Row(({"role": "user", "content": "?"},), answer, "say", 0)], file)
         given = {"s": {"rows": file}}
         call(tmp_path / "run", optimizers=lambda: {"s": LoRAFinetune(parity_match)}, optimizer_compile_args=given)
 

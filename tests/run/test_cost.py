@@ -32,6 +32,25 @@ def compile_(price: float | None, strategy: str, **options: Any) -> Any:
     return optimizer.compile(program, trainset=TRAIN, valset=VAL, strategy=strategy, progress=False, **options)
 
 
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[dspy.BaseLM]:
+    """The LM of each answer that was paid."""
+    answered: list[dspy.BaseLM] = []
+    forward = PaidLM.forward
+
+    def noted(lm: PaidLM, *arguments: Any, **options: Any) -> Any:
+        answered.append(lm)
+        return forward(lm, *arguments, **options)
+
+    monkeypatch.setattr(PaidLM, "forward", noted)
+    return answered
+
+
+def spent(run_dir: Path) -> float:
+    cost: float = json.loads((run_dir / "run.json").read_text())["spent"]["cost"]
+    return cost
+
+
 def test_a_round_costs_its_calls_of_a_paid_lm() -> None:
     report = compile_(PRICE, "p").report
     assert [record.ledger.cost for record in report.rounds] == [PRICE * r.ledger.lm_calls for r in report.rounds]
@@ -55,35 +74,17 @@ def test_a_local_lm_costs_nothing() -> None:
     assert "cost" not in str(compiled.report)
 
 
-def test_a_budget_of_dollars_stops_between_two_examples() -> None:
+def test_a_budget_of_dollars_stops_between_two_examples(answers: list[dspy.BaseLM]) -> None:
     report = compile_(PRICE, "p", budget=Budget(cost=PRICE * (len(VAL) + 3))).report
     assert [record.status for record in report.rounds] == ["complete", "skipped"]
     assert "5.7500 of 5.75 USD" in str(report.rounds[1].error)
-    assert report.ledger.cost == 5.75
+    # What was under way when it ended is paid for, too.
+    assert report.ledger.cost == PRICE * len(answers) >= 5.75
 
 
 def test_a_step_of_any_optimizer_is_one_unit_of_a_budget() -> None:
     report = compile_(PRICE, "theirs", budget=Budget(cost=PRICE * (len(VAL) + 1))).report
     assert [record.status for record in report.rounds] == ["complete", "skipped"]
-
-
-@pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> list[dspy.BaseLM]:
-    """The LM of each answer that was paid."""
-    answered: list[dspy.BaseLM] = []
-    forward = PaidLM.forward
-
-    def noted(lm: PaidLM, *arguments: Any, **options: Any) -> Any:
-        answered.append(lm)
-        return forward(lm, *arguments, **options)
-
-    monkeypatch.setattr(PaidLM, "forward", noted)
-    return answered
-
-
-def spent(run_dir: Path) -> float:
-    cost: float = json.loads((run_dir / "run.json").read_text())["spent"]["cost"]
-    return cost
 
 
 def test_a_step_of_any_optimizer_that_fails_has_cost_its_calls(
@@ -99,29 +100,37 @@ def test_a_step_of_any_optimizer_that_fails_has_cost_its_calls(
     assert spent(tmp_path) == PRICE * len(answers) == PRICE * (len(VAL) + 2)
 
 
-def test_a_step_of_any_optimizer_that_was_not_scored_has_cost_its_calls(tmp_path: Path) -> None:
+def test_a_step_of_any_optimizer_that_was_not_scored_has_cost_its_calls(
+    tmp_path: Path, answers: list[dspy.BaseLM]
+) -> None:
     skipped = compile_(PRICE, "theirs", budget=Budget(cost=PRICE * (len(VAL) + 1)), run_dir=tmp_path).report.rounds[1]
-    assert (skipped.status, skipped.ledger.metric_calls, skipped.ledger.cost) == ("skipped", 3, PRICE * 3)
-    assert spent(tmp_path) == PRICE * (len(VAL) + 3)
+    paid = len(answers) - len(VAL)
+    assert (skipped.status, skipped.ledger.metric_calls, skipped.ledger.cost) == ("skipped", paid, PRICE * paid)
+    # Its two demos, and the examples that were under way when the first was scored.
+    assert paid >= 3
+    assert spent(tmp_path) == PRICE * len(answers)
 
 
 @pytest.mark.parametrize(("calls", "ended"), [(5, "student"), (25, "p")])
 def test_a_call_whose_budget_an_earlier_one_used_up_pays_nothing(
     tmp_path: Path, answers: list[dspy.BaseLM], calls: int, ended: str
 ) -> None:
+    paid = []
     for _ in range(2):
         report = compile_(PRICE, "p", budget=Budget(cost=PRICE * calls), run_dir=tmp_path).report
-        assert (report.rounds[-1].name, spent(tmp_path)) == (ended, PRICE * calls)
-        paid = len(answers)
-        answers.clear()
-    assert paid == 0
+        paid.append(len(answers))
+        assert report.rounds[-1].name == ended
+        assert spent(tmp_path) == PRICE * len(answers) >= PRICE * calls
+    assert paid[0] == paid[1]
 
 
-def test_a_larger_budget_has_what_earlier_calls_left_of_it(tmp_path: Path) -> None:
-    for calls in (5, 23, 46):
+def test_a_larger_budget_has_what_earlier_calls_left_of_it(tmp_path: Path, answers: list[dspy.BaseLM]) -> None:
+    for calls in (5, 45, 500):
+        before = len(answers)
         report = compile_(PRICE, "p", budget=Budget(cost=PRICE * calls), run_dir=tmp_path).report
-        assert spent(tmp_path) == PRICE * calls
-    assert [record.ledger.lm_calls for record in report.rounds] == [20, 3]
+        assert spent(tmp_path) == PRICE * len(answers)
+        assert before < calls
+    assert [record.status for record in report.rounds] == ["complete", "complete"]
 
 
 def test_what_was_spent_is_on_disk_with_each_record(tmp_path: Path, answers: list[dspy.BaseLM]) -> None:
