@@ -13,6 +13,7 @@ from ..errors import DataError, NoTrainingDataError
 from ..programs.program import predictors_of
 from ..records import Ledger
 from ..rollouts.branches import BranchPoint, blame
+from ..rollouts.failures import advice, count_failures
 from ..rollouts.traces import TraceSet
 from .data_card import make_data_card
 from .rows import Row
@@ -126,10 +127,21 @@ def _no_pairs(traces: TraceSet, dropped: Dropped) -> str:
     unseen = f" {unseen_calls(passed)}" if passed and not traces.branches else ""
     scores = {trace.score for trace in traces.traces}
     same = f" The metric gave all of them the score {scores.pop():g}." if len(scores) == 1 else ""
-    advice = f"{unseen}{longer_answers(dropped)}"
     return (
         f"No pairs: {runs} runs on {traces.examples} examples, {passed} passed.{same} A pair has an answer whose run "
-        f"passed and one whose run failed. Dropped: {reasons or 'nothing'}.{advice} Three things to try: more answers "
-        "to choose from (num_samples=8), at a higher temperature; examples that the program solves now and then (a "
-        "prompt step first, 'p -> r'); or a metric with a threshold= that some runs reach and others don't."
+        f"passed and one whose run failed. Dropped: {reasons or 'nothing'}.{unseen}{longer_answers(dropped)} "
+        f"{_what_to_try(traces)}"
+    )
+
+
+def _what_to_try(traces: TraceSet) -> str:
+    failures = count_failures(traces.traces)
+    if failures and 2 * sum(failure.count for failure in failures) > len(traces.traces):
+        return advice(failures[0])
+    if len(traces.passing) == len(traces.traces):
+        return "Nothing is left to prefer: leave the step out, or give examples that the program fails on now and then."
+    return (
+        "Three things to try: more answers to choose from (num_samples=8), at a higher temperature; examples that the "
+        "program solves now and then (a prompt step first, 'p -> r'); or a metric with a threshold= that some runs "
+        "reach and others don't."
     )

@@ -52,7 +52,8 @@ class PolicyFinetune(AdapterStep):
         training: AdamW, precision and memory; see `PolicyConfig` for what counts here.
         multitask: One adapter per LM, fed by all predictors that use it; False: one adapter per predictor.
         start_from: "current" goes on with the adapter in use; "base" trains a new one on the base weights.
-        frozen: Names of predictors to leave alone. Those whose LM is not local are left alone anyway.
+        frozen: Names of predictors, or of modules with some, to leave alone. Those whose LM is not local are left alone
+            anyway.
         validation_share: Share of the trainset's examples held out to choose the best step. Where that is fewer than
             16 and there is a valset, up to 16 examples of it are scored instead. 0: none, and the last step is kept.
         num_threads, max_errors, seed: As in `dspy.Evaluate`; `compile` may be given its own.
