@@ -41,6 +41,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "smollm3": SmolLM3Config(**{**SIZES, "num_hidden_layers": 5}),
     "qwen2": Qwen2Config(**SIZES),
+    "qwen2 scaled": Qwen2Config(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
     "gemma": GemmaConfig(**SIZES, head_dim=32),
     "gemma2": Gemma2Config(**{**SIZES, "num_hidden_layers": 4}, **WINDOW, attn_logit_softcapping=5.0),

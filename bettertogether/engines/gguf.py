@@ -28,6 +28,7 @@ VERSION = 2
 # these vocabularies that differs before digits ("  7" is "Ġ", "Ġ", "7" instead of "ĠĠ", "7").
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 _LLAMA_3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_SCALING = {"type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow"}
 
 
 def gguf_in(path: Path) -> Path | None:
@@ -78,7 +79,9 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
     reader = GGUFReader(str(gguf_file))
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32, **_not_read(reader))
-    config = type(loaded.config).from_dict(_plain_config(loaded.config.to_dict()))
+    settings = _plain_config(loaded.config.to_dict())
+    _set_rope_scaling(reader, settings)
+    config = type(loaded.config).from_dict(settings)
     # transformers refuses to save a model that was loaded from GGUF, so the weights move to a fresh one.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
@@ -119,6 +122,29 @@ def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
 def _setting(reader: GGUFReader, name: str) -> Any:
     field = reader.get_field(name)
     return None if field is None else field.contents()
+
+
+def _set_rope_scaling(reader: GGUFReader, settings: dict[str, Any]) -> None:
+    """The scaling of rotary positions, as llama.cpp reads it and transformers doesn't: of the layers that attend to
+    everything, where there are others. Raises ModelError for one that is not known here."""
+    prefix = f"{_setting(reader, 'general.architecture')}.rope."
+    found = {name.removeprefix(prefix): _setting(reader, name) for name in reader.fields if name.startswith(prefix)}
+    scaling = {name.removeprefix("scaling."): value for name, value in found.items() if name.startswith("scaling.")}
+    kind, factor = scaling.get("type", "linear"), scaling.get("factor") or found.get("scale_linear") or 1.0
+    if kind not in ("none", "linear", "yarn") or not scaling.keys() <= _SCALING:
+        raise ModelError(
+            f"The file's rotary scaling {scaling} is not known here. Allowed are {', '.join(sorted(_SCALING))}, of "
+            "type none, linear or yarn: give the transformers folder that the file was made from."
+        )
+    if kind == "none" or factor == 1.0:
+        return
+    rope = settings["rope_parameters"]
+    rope = rope.get("full_attention", rope)
+    rope |= {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        length = scaling.get("original_context_length", settings["max_position_embeddings"])
+        betas = {name: scaling[f"yarn_{name}"] for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in scaling}
+        rope |= {"original_max_position_embeddings": length, **betas}
 
 
 def _not_read(reader: GGUFReader) -> dict[str, Any]:

@@ -3,6 +3,7 @@ from."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
 from bettertogether.engines.gguf import convert_gguf
 from bettertogether.engines.rendering import PromptRenderer
+from bettertogether.errors import ModelError
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -47,7 +49,7 @@ def gemma() -> Any:
     return model
 
 
-def write_gguf(path: Path, model: Any) -> None:
+def write_gguf(path: Path, model: Any, scaling: Mapping[str, Any] | None = None) -> None:
     writer = gguf.GGUFWriter(str(path), "gemma3")
     for name, value in {
         "block_count": 7, "context_length": 128, "embedding_length": 64, "feed_forward_length": 96, "head_count": 4,
@@ -57,6 +59,8 @@ def write_gguf(path: Path, model: Any) -> None:
         "add_space_prefix": False,
     }.items():  # fmt: skip
         getattr(writer, f"add_{name}")(value)
+    for name, value in (scaling or {}).items():
+        writer.add_key_value(f"gemma3.rope.scaling.{name}", value, gguf.GGUFValueType.get_type(value))
     writer.add_token_scores([-1000.0] * (len(TOKENS) - len(PIECES)) + [-float(place) for place in range(len(PIECES))])
     kinds = [gguf.TokenType.CONTROL] * len(SPECIAL) + [gguf.TokenType.USER_DEFINED] * 2 + [gguf.TokenType.BYTE] * 256
     writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * len(PIECES))
@@ -128,3 +132,33 @@ def test_a_turn_ends_with_the_control_token_that_the_template_writes_after_it(fo
     tokenizer.chat_template = TEMPLATE
     assert PromptRenderer(tokenizer, [1], None).completion_tokens("ab") == [TOKENS.index("ab"), 5]
     assert tokenizer.decode([TOKENS.index("ab"), 5], skip_special_tokens=True) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ({"type": "none", "factor": 8.0}, {"rope_type": "default"}),
+        ({"type": "linear", "factor": 8.0}, {"rope_type": "linear", "factor": 8.0}),
+        ({"factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 32, "yarn_beta_fast": 16.0},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 16.0},
+        ),
+    ],
+)
+def test_positions_are_scaled_as_the_file_says_where_a_layer_attends_to_everything(
+    scaling: Mapping[str, Any], expected: Mapping[str, Any], tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", gemma(), scaling)
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "converted")
+    assert Gemma3TextConfig.from_pretrained(tmp_path / "converted").rope_parameters == {
+        "full_attention": {"rope_theta": 1e6, **expected},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    }
+
+
+@pytest.mark.parametrize("scaling", [{"type": "longrope", "factor": 4.0}, {"attn_factor": 1.2}])
+def test_a_scaling_of_positions_that_is_not_known_is_refused(scaling: Mapping[str, Any], tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", gemma(), scaling)
+    with pytest.raises(ModelError, match=r"^The file's rotary scaling \{.*factor': .* is not known here. Allowed are "):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "converted")

@@ -29,7 +29,7 @@ from bettertogether.engines.ollama import modelfile
 from bettertogether.engines.rendering import PromptRenderer
 from bettertogether.errors import ModelError
 
-READ_BY_TRANSFORMERS = ("llama", "llama 3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+READ_BY_TRANSFORMERS = ("llama", "llama 3", "mistral", "qwen2", "qwen2 scaled", "qwen3", "gemma2", "gemma3")
 CHAT: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One  1 22?"}]
 
 
