@@ -100,14 +100,19 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
 
 
 def _set_ends(reader: GGUFReader, tokenizer: Any, generation: Any) -> None:
-    """Where a turn ends: at a token that the file calls a control token, or at the one that it names for that. Of
-    these transformers reads the end-of-text token alone."""
+    """Where a turn ends: at a control token that the chat template writes, or at the one that the file names for that.
+    Of these transformers reads the end-of-text token alone."""
     tokens, kinds = (_setting(reader, f"tokenizer.ggml.{name}") or () for name in ("tokens", "token_type"))
+    template, special = tokenizer.chat_template or "", tokenizer.all_special_tokens
     # Some are spelled otherwise there: such a one would become a further token.
     vocabulary, known = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-    numbered = [(number, token) for number, token in enumerate(tokens) if vocabulary.get(token) == number]
-    control = [known.get(n, token) for n, token in numbered if kinds and kinds[n] == TokenType.CONTROL]
-    tokenizer.add_special_tokens({"additional_special_tokens": control}, replace_extra_special_tokens=False)
+    control = [
+        known.get(number, token)
+        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if kind == TokenType.CONTROL and token in template and token not in special and vocabulary.get(token) == number
+    ]
+    if control:
+        tokenizer.add_special_tokens({"additional_special_tokens": control}, replace_extra_special_tokens=False)
     end, eos = _setting(reader, "tokenizer.ggml.eot_token_id"), generation.eos_token_id
     ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if end is not None and end not in ends:
