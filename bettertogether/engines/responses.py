@@ -105,26 +105,36 @@ class Deltas:
 
 
 class ThoughtfulDeltas(Deltas):
-    """The events of an answer that begins with thoughts: those are part 0, and the answer is part 1."""
+    """The events of an answer that begins with thoughts: those are part 0, and the answer is part 1. Events of thoughts
+    have no place for scores: these come with the text after them, at the latest with an empty one at the end."""
 
     def __init__(self, write_scores: WriteScores) -> None:
         super().__init__(write_scores)
         self._splitter = ThoughtSplitter()
         self._thought = False
+        self._held: list[TokenScore] = []
 
     def __call__(self, text: str, scores: Sequence[TokenScore]) -> Iterator[StreamEvent]:
         thoughts, answer = self._splitter.push(text)
+        self._held += scores
+        yield from self._thoughts(thoughts)
+        if answer:
+            yield self._answer(answer)
+
+    def finish(self) -> Iterator[StreamEvent]:
+        """The beginning of an end of thinking that didn't come, and the scores that no text came after."""
+        yield from self._thoughts(self._splitter.finish())
+        if self._held:
+            yield self._answer("")
+
+    def _thoughts(self, thoughts: str) -> Iterator[StreamEvent]:
         if thoughts:
             self._thought = True
             yield StreamDeltaEvent(ThinkingDelta(thoughts))
-        if answer:
-            part = int(self._thought)
-            yield StreamDeltaEvent(TextDelta(answer, part_index=part, logprobs=self._write_scores(scores)))
 
-    def finish(self) -> Iterator[StreamEvent]:
-        """The beginning of an end of thinking that didn't come."""
-        if thoughts := self._splitter.finish():
-            yield StreamDeltaEvent(ThinkingDelta(thoughts))
+    def _answer(self, text: str) -> StreamEvent:
+        scores, self._held = self._held, []
+        return StreamDeltaEvent(TextDelta(text, part_index=int(self._thought), logprobs=self._write_scores(scores)))
 
 
 def _usage(answer: FinishedAnswer) -> Usage:

@@ -142,8 +142,10 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(PAUSE_S)
             self.reply(200, {"choices": [choice(" ".join(answer), body, answer, "stop")], "usage": usage})
             return
-        pieces = [choice(word if place == 0 else f" {word}", body, [word], None) for place, word in enumerate(answer)]
-        last = choice("", body, [], "stop")
+        # Words come before their numbers: text and tokens of a chunk needn't be the same.
+        texts = [word if place == 0 else f" {word}" for place, word in enumerate(answer)]
+        pieces = [choice(text, body, answer[place - 1 : place], None) for place, text in enumerate(texts)]
+        last = choice("", body, answer[-1:], "stop")
         events: list[dict[str, Any]] = [{"choices": [piece]} for piece in [*pieces, last]]
         events.append({"choices": [], "usage": usage})
         lines = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 import dspy
 import pytest
 import transformers.utils.chat_template_utils as chat_templates
+from dspy._vendor.lm15.result import StreamAccumulator
 from dspy.lm15 import Config, Message, Request, ThinkingDelta
 from small_models import CHATML, VOCABULARY, byte_tokenizer, save_model
 
@@ -248,6 +249,20 @@ def test_log_probabilities_come_with_thoughts_too(reasoning_engine: Transformers
     response = reasoning_engine.complete(asked(reasoning_engine, logprobs=0))
     assert response.logprobs is not None
     assert json.loads(response.text or "")["label"] in ("good", "bad")
+
+
+@pytest.mark.parametrize("max_tokens", [80, 3])
+def test_a_stream_has_the_log_probabilities_of_its_thoughts_too(
+    max_tokens: int, reasoning_engine: TransformersEngine
+) -> None:
+    request = asked(reasoning_engine, logprobs=0, max_tokens=max_tokens, response_format=None)
+    accumulator = StreamAccumulator(request)
+    for event in reasoning_engine.stream(request):
+        accumulator.push(event)
+    streamed, whole = accumulator.response(), reasoning_engine.complete(request)
+    assert streamed.logprobs == whole.logprobs
+    assert len(whole.logprobs or ()) == whole.usage.output_tokens
+    assert [part.type for part in streamed.message.parts] == [part.type for part in whole.message.parts]
 
 
 def test_a_model_folder_is_enough(tmp_path: Path) -> None:

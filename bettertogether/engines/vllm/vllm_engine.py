@@ -212,8 +212,9 @@ class VLLMEngine(BaseEngine):
                     usage = chunk.get("usage") or usage
                     for choice in chunk["choices"]:
                         last = choice if choice["finish_reason"] else last
-                        if choice["text"]:
-                            yield from deltas(choice["text"], scores_of(choice))
+                        scores = scores_of(choice)
+                        if choice["text"] or scores:
+                            yield from deltas(choice["text"], scores)
         if not reader.stopped:
             yield from deltas.finish()
             yield self._writer.end(self._answer(last, usage))

@@ -14,7 +14,7 @@ import dspy
 import httpx
 import psutil
 import pytest
-from dspy.lm15 import ContextLengthError, ServerError, StreamDeltaEvent
+from dspy.lm15 import ContextLengthError, ServerError, StreamDeltaEvent, TextDelta
 from running_vllm import FAKE, Running
 from small_models import SIZES, save_model
 from transformers import Phi3Config
@@ -171,6 +171,12 @@ def test_a_stream_of_an_event_loop_is_the_answer(served: VLLMEngine) -> None:
         return "".join(e.delta.text for e in events if isinstance(e, StreamDeltaEvent))
 
     assert asyncio.run(ask()) == served.complete(request(served)).text
+
+
+def test_a_stream_has_the_log_probabilities_that_come_without_text(served: VLLMEngine) -> None:
+    deltas = [e.delta for e in served.stream(request(served, logprobs=2)) if isinstance(e, StreamDeltaEvent)]
+    streamed = [score for delta in deltas if isinstance(delta, TextDelta) for score in delta.logprobs]
+    assert tuple(streamed) == served.complete(request(served, logprobs=2)).logprobs
 
 
 def test_a_prompt_that_is_too_long_never_leaves(folder: Path) -> None:
