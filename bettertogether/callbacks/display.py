@@ -198,7 +198,8 @@ class _Output:
         shown = [
             each for each in handlers or [logging.lastResort] if each is not None and each.level <= logging.WARNING
         ]
-        return any(getattr(each, "stream", None) is self._stream for each in shown)
+        is_told = logger.isEnabledFor(logging.WARNING)
+        return is_told and any(getattr(each, "stream", None) is self._stream for each in shown)
 
     def write(self, text: str) -> int:
         self._attempt(lambda: self._stream.write(text))

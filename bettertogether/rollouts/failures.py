@@ -134,15 +134,20 @@ def scored_example(traces: Sequence[Trace]) -> str | None:
 
 def failure_warning(failures: Sequence[Failure], total: int, what: str, unit: str = "examples") -> str | None:
     """What to say of a pass over `total` examples (or runs) of which more than half failed; None of any other."""
-    failed = sum(failure.count for failure in failures)
-    if 2 * failed <= total:
+    most, failed = commonest(failures, total), sum(failure.count for failure in failures)
+    if most is None:
         return None
     counts = f"all {total}" if failed == total else f"{failed} of {total}"
     says = "nothing" if failed == total else "little"
     return (
         f"{what}: {counts} {unit} failed, so the result says {says}: {failure_reason(failures)} "
-        f"({failures[0].example}). {advice(failures[0])}"
+        f"({most.example}). {advice(most)}"
     )
+
+
+def commonest(failures: Sequence[Failure], total: int) -> Failure | None:
+    """The commonest failure where more than half of `total` failed."""
+    return failures[0] if 2 * sum(failure.count for failure in failures) > total else None
 
 
 def advice(failure: Failure) -> str:

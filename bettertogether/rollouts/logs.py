@@ -1,4 +1,4 @@
-"""What DSPy logs in our runs, of which we tell otherwise. Its logs of any other call are left alone."""
+"""What DSPy logs in our runs, many times over. Its logs of any other call are left alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import dspy
 from .watching import SharedTracker
 
 _CUT = "dspy.clients.lm", "LM response was truncated"
-"""Said of each answer; `failures.cut_warning` counts them."""
+"""Said of each answer; `failures.cut_warning` counts those of rounds and evaluations, data cards those of rows."""
 
 _TROUBLE = (
     "dspy.predict.program_of_thought",
@@ -18,8 +18,8 @@ _TROUBLE = (
     "dspy.primitives.python_interpreter",
     "dspy.utils.parallelizer",
 )
-"""What a program's parts catch. In a further try, which may be sampled or told the label, it says nothing of the
-program that its first run did not say."""
+"""What a program's parts catch. In a further try, which may be sampled or told the label, as in the draws of a policy,
+it hardly says anything of the program that its first run did not say."""
 
 
 def quiet_in_runs() -> None:

@@ -69,7 +69,8 @@ def parallel_map(
     except BudgetExceeded:
         waiting.clear()
         for thread in threads:
-            thread.join()
+            while thread.is_alive():  # so that Ctrl-C is heard
+                thread.join(WAKE_UP_S)
         while not finished.empty():
             index, result, error = finished.get()
             if on_result and error is None:

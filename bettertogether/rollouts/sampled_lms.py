@@ -60,9 +60,9 @@ def draw_anew(lm: Any, arguments: dict[str, Any], earlier: Callable[[], int]) ->
     config, apart = dict(given), given.get("rollout_id") or 0
     if drawn.at_own_temperature:
         config.pop("temperature", None)
-        if drawn.seed is not None:
-            apart += config.pop("seed", None) or 0
     if drawn.seed is not None and lm.kwargs.get("seed") == drawn.seed:
+        if drawn.at_own_temperature:
+            apart += config.pop("seed", None) or 0
         if lm.kwargs.get("rollout_id") != drawn.rollout:
             lm.kwargs["seed"] = _seed_of(drawn.seed, lm.kwargs.get("rollout_id"))
         own = _seed_of(lm.kwargs["seed"], apart)

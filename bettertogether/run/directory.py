@@ -46,7 +46,7 @@ INFORMATIVE = ("versions", "machine")
 PER_STEP = frozenset({"optimizers", "compile_args"})
 """Keys of `run` that hold an entry for each step."""
 
-WHOLE = "whole"
+WHOLE = "(whole)"
 """Under this name a noted object of several fields has the text that decides whether it is the same, which is all that
 is noted of one elsewhere."""
 
@@ -56,7 +56,7 @@ DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSErr
 UNSCORED = "unscored.json"
 """What a step gave whose round is being scored."""
 
-_FAILS_AGAIN = (ConfigError, DataError, NoTrainingDataError, NotTrainableError, ProgramError, TooManyErrors)
+_FAILS_AGAIN = (ConfigError, DataError, NoTrainingDataError, NotTrainableError, ProgramError)
 """What ends a run for a reason that the same call would meet again."""
 
 _LOCKS = ("lock", "lock.owner")
@@ -176,10 +176,11 @@ class RunDirectory:
     def how_to_go_on(self, error: BaseException, step: str = "") -> str:
         """Which call goes on after an error that ended the run at a step with this key."""
         run_dir, mended = f"run_dir={str(self.path)!r}", "a mended program or metric needs another one."
+        if isinstance(error, TooManyErrors):
+            passed = f"The same call with {run_dir} goes on once the cause has passed (a service that was away)"
+            return f"{passed}, and so does one with a higher max_errors; {mended}"
         if not isinstance(error, _FAILS_AGAIN):
             return f"Make the same call with {run_dir} to go on."
-        if isinstance(error, TooManyErrors):
-            return f"A call with {run_dir} and a higher max_errors goes on; {mended}"
         if step in _finished(self._records):
             return "The same call would fail again: change it, and give another run_dir."
         return f"The same call would fail again: one with {run_dir} and other options of {step!r} goes on; {mended}"

@@ -21,10 +21,7 @@ from ..programs.program import model_names, prompts_state, same_prompts, with_pr
 from ..records import CELLS, Ledger, PromptDetails, StepRecord
 from ..redaction import masked
 from ..rollouts.evaluation import Evaluation, Kind, evaluate_many
-from ..rollouts.failures import (
-    no_difference,
-    round_warnings,
-)
+from ..rollouts.failures import no_difference, round_warnings
 from ..rollouts.labels import label_fields
 from ..rollouts.metrics import FULL_MARK, is_above_one
 from ..rollouts.rollout import stable_seed
@@ -306,7 +303,7 @@ class Loop:
             return None
         if not steps or is_restorable(program, self.plan.student, prompts):
             return prompts
-        logger.info("Round %r changed more than prompts and weights: a later call runs it again.", name)
+        self._warn(f"Round {name!r} changed more of the program than prompts and weights: a later call runs it again.")
         return None
 
     def _keep(self, record: StepRecord) -> None:

@@ -29,7 +29,7 @@ def adapter_folders(program: dspy.Module) -> dict[str, str]:
 
 def is_restorable(program: dspy.Module, student: dspy.Module, prompts: Mapping[str, Any]) -> bool:
     """Whether prompts and models say all there is to a program: made again from them it does the same, on the same
-    engines. What was hung on its modules that the student's lack is nothing that `forward` reads."""
+    engines. What was hung on its modules that the student's lack is taken for notes, which `forward` does not read."""
     same = type(program) is type(student) and predictors_of(program).keys() == predictors_of(student).keys()
     if not same or "forward" in program.__dict__:
         return False

@@ -15,7 +15,7 @@ from ..checks import require
 from ..errors import DataError, NoTrainingDataError
 from ..programs.program import predictors_of
 from .rows import NO_EXAMPLE, Row, read_rows
-from .rows_from_traces import Dropped
+from .rows_from_traces import Dropped, Trainable
 
 if TYPE_CHECKING:
     from .training_step import TrainingStep
@@ -24,7 +24,7 @@ FROZEN = "its predictor is not trained"
 
 
 def given_rows(
-    step: TrainingStep, student: dspy.Module, rows: Sequence[Row] | str | Path
+    step: TrainingStep, student: dspy.Module, rows: Sequence[Row] | str | Path, trainable: Trainable
 ) -> tuple[tuple[Row, ...], Dropped]:
     """The rows that the step trains on, and those that it leaves out. Raises DataError, and NoTrainingDataError where
     none is left."""
@@ -37,24 +37,25 @@ def given_rows(
             f"rows= are not all {'pairs, with a' if step.learns_pairs else 'without a'} rejected answer, which "
             f"{type(step).__name__} learns from: PreferenceFinetune learns pairs, LoRAFinetune rows."
         )
-    names, trainable = predictors_of(student), step.trainable(student)
+    names = predictors_of(student)
     allowed = {*names, ""} if step.multitask else {*names}
     unknown = sorted({row.predictor for row in given} - allowed, key=str)
     if unknown:
         unnamed = ', or leave "predictor" out' if step.multitask else "; with multitask=False each has to name one"
         raise DataError(f"rows= are for {unknown}: give the names of predictors, of {sorted(names)}{unnamed}.")
-    kept = tuple(row for row in given if row.predictor in {"", *trainable})
+    trained = {"", *trainable}
+    kept = tuple(row for row in given if row.predictor in trained)
     if not kept:
         others = sorted(names.keys() - trainable.keys())
         raise NoTrainingDataError(f"rows= are all for {others}, which are not trained: give some for {[*trainable]}.")
-    left_out = Counter((row.predictor, FROZEN) for row in given if row.predictor not in {"", *trainable})
+    left_out = Counter((row.predictor, FROZEN) for row in given if row.predictor not in trained)
     return tuple(_with_examples(kept)), left_out
 
 
 def _with_examples(rows: Sequence[Row]) -> Iterator[Row]:
     """The rows; to those that don't say of which example they are, each prompt is one of its own."""
     known = {repr(row.messages): row.example for row in rows if row.example != NO_EXAMPLE}
-    numbers = itertools.count(max(known.values(), default=-1) + 1)
+    numbers = itertools.count(max(row.example for row in rows) + 1)
     for row in rows:
         if row.example != NO_EXAMPLE:
             yield row

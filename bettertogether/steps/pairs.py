@@ -13,7 +13,7 @@ from ..errors import DataError, NoTrainingDataError
 from ..programs.program import predictors_of
 from ..records import Ledger
 from ..rollouts.branches import BranchPoint, blame
-from ..rollouts.failures import advice, count_failures
+from ..rollouts.failures import advice, commonest, count_failures
 from ..rollouts.traces import TraceSet
 from .data_card import make_data_card
 from .rows import Row
@@ -135,9 +135,9 @@ def _no_pairs(traces: TraceSet, dropped: Dropped) -> str:
 
 
 def _what_to_try(traces: TraceSet) -> str:
-    failures = count_failures(traces.traces)
-    if failures and 2 * sum(failure.count for failure in failures) > len(traces.traces):
-        return advice(failures[0])
+    most = commonest(count_failures(traces.traces), len(traces.traces))
+    if most is not None:
+        return advice(most)
     if len(traces.passing) == len(traces.traces):
         return "Nothing is left to prefer: leave the step out, or give examples that the program fails on now and then."
     return (

@@ -21,7 +21,7 @@ from ..programs.program import predictors_of
 from ..records import Blame, DataCard, Ledger
 from ..rollouts.branches import blame
 from ..rollouts.examples import question_hash
-from ..rollouts.failures import NOT_RAISED, advice, count_failures
+from ..rollouts.failures import NOT_RAISED, advice, commonest, count_failures
 from ..rollouts.labels import label_fields, labels_of, output_names
 from ..rollouts.metrics import BELOW_THRESHOLD
 from ..rollouts.rollout import Call
@@ -363,11 +363,10 @@ def _no_rows(traces: TraceSet, dropped: Dropped, *, prompted: bool) -> str:
 
 def _what_to_try(traces: TraceSet, dropped: Dropped, *, prompted: bool) -> str:
     """What was not done yet, and fits the reasons."""
-    failures, first = count_failures(traces.traces), ""
-    if 2 * sum(failure.count for failure in failures) > len(traces.traces):
-        first = f"{advice(failures[0])} "
-        if failures[0].kind not in NOT_RAISED:
-            return first.rstrip()
+    most = commonest(count_failures(traces.traces), len(traces.traces))
+    if most is not None and most.kind not in NOT_RAISED:
+        return advice(most)
+    first = f"{advice(most)} " if most is not None else ""
     reasons, sources = {reason for _, reason in dropped}, {trace.source for trace in traces.traces}
     tried = max((trace.attempt for trace in traces.traces if trace.source == "sample"), default=0)
     more = {

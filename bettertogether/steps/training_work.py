@@ -24,7 +24,7 @@ def training_work(step: TrainingStep, student: dspy.Module, context: StepContext
     seed, share = context.settings.seed or 0, step.validation_share if step.training.keep_best else 0.0
     trainable = step.trainable(student)
     if context.rows is not None:
-        groups = rows_by_adapter(given_rows(step, student, context.rows)[0], trainable, step.multitask)
+        groups = rows_by_adapter(given_rows(step, student, context.rows, trainable)[0], trainable, step.multitask)
         splits = [hold_out(rows, share, seed) for rows in groups.values()]
         return sum((_training(step, len(rows), len(held_out), outlook) for rows, held_out in splits), Work())
     adapters = len({adapter_key(name, lm, step.multitask) for name, (_, lm) in trainable.items()})

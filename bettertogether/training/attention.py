@@ -221,8 +221,11 @@ def window_of_mask_alone(model: PreTrainedModel, longest: int | float) -> str | 
     if not window or window >= longest or (types is not None and "sliding_attention" not in types):
         return None
     passed: list[int | None] = []
-    with torch.no_grad(), attention_implementation(model, _WINDOWS):
-        model(torch.zeros(1, 2, dtype=torch.long, device=model.device), passed_windows=passed)
+    try:
+        with torch.no_grad(), attention_implementation(model, _WINDOWS):
+            model(torch.zeros(1, 2, dtype=torch.long, device=model.device), passed_windows=passed)
+    except Exception as error:  # whatever a model's code does with an attention function that it does not know
+        return f"{type(error).__name__}: {error}"
     return None if any(passed) else f"its window of {window} tokens is in the mask alone"
 
 

@@ -154,12 +154,18 @@ def test_a_warning_is_a_line_at_once() -> None:
         assert file.getvalue().splitlines()[-1] == "[bettertogether 0:00] warning: all 10 examples failed"
 
 
-@pytest.mark.parametrize("level", [logging.WARNING, logging.ERROR])
-def test_a_warning_is_shown_once_where_the_log_goes_to_the_same_stream(level: int) -> None:
+@pytest.mark.parametrize(
+    ("of_handler", "of_logger"),
+    [(logging.WARNING, logging.INFO), (logging.ERROR, logging.INFO), (logging.WARNING, logging.ERROR)],
+)
+def test_a_warning_is_shown_once_where_the_log_goes_to_the_same_stream(
+    of_handler: int, of_logger: int, caplog: pytest.LogCaptureFixture
+) -> None:
     file = io.StringIO()
     handler = logging.StreamHandler(file)
-    handler.setLevel(level)
+    handler.setLevel(of_handler)
     logging.getLogger("bettertogether").addHandler(handler)
+    caplog.set_level(of_logger, "bettertogether")
     try:
         with listening([ProgressDisplay(file=file, interval_s=60, clock=lambda: 0.0)]):
             emit("run_start", {"strategy": "p", "rounds": ["", "p"]})
@@ -168,7 +174,7 @@ def test_a_warning_is_shown_once_where_the_log_goes_to_the_same_stream(level: in
         logging.getLogger("bettertogether").removeHandler(handler)
     told = (
         "all 10 examples failed"
-        if level == logging.WARNING
+        if max(of_handler, of_logger) == logging.WARNING
         else "[bettertogether 0:00] warning: all 10 examples failed"
     )
     assert file.getvalue().splitlines() == ["[bettertogether 0:00] start p", told]

@@ -125,11 +125,12 @@ def test_a_call_whose_budget_an_earlier_one_used_up_pays_nothing(
 
 
 def test_a_larger_budget_has_what_earlier_calls_left_of_it(tmp_path: Path, answers: list[dspy.BaseLM]) -> None:
-    for calls in (5, 45, 500):
+    for calls in (5, 24, 500):
         before = len(answers)
         report = compile_(PRICE, "p", budget=Budget(cost=PRICE * calls), run_dir=tmp_path).report
         assert spent(tmp_path) == PRICE * len(answers)
-        assert before < calls
+        # With nothing left of it by the earlier ones, the second would pay 24 itself.
+        assert calls == 500 or len(answers) - before < 24
     assert [record.status for record in report.rounds] == ["complete", "complete"]
 
 

@@ -22,7 +22,7 @@ from forking import Programs, programs_that_import
 from bettertogether.errors import RunDirectoryError
 from bettertogether.files import atomic_write
 from bettertogether.records import OtherDetails
-from bettertogether.run.directory import RunDirectory, default_run_directory
+from bettertogether.run.directory import WHOLE, RunDirectory, default_run_directory
 
 APPEND_FOREVER = """
 from bettertogether.records import StepRecord
@@ -140,7 +140,7 @@ def test_what_differs_in_the_call_itself_is_shown_before_the_options_of_steps(tm
         RunDirectory.open(tmp_path, other)
 
 
-STEPS = {"whole": "Sampling 1", "num_samples": "4", "rescue": "True"}
+STEPS = {WHOLE: "Sampling 1", "num_samples": "4", "rescue": "True"}
 
 
 def test_an_object_of_several_fields_differs_by_its_fields_and_is_the_same_as_its_text_alone(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_an_object_of_several_fields_differs_by_its_fields_and_is_the_same_as_it
         return {**RUN, "optimizers": {"w": {"sampling": sampling}}}
 
     for before, named in (
-        (STEPS["whole"], ": the directory has 'Sampling 1', this call has 'Sampling 2'"),
+        (STEPS[WHOLE], ": the directory has 'Sampling 1', this call has 'Sampling 2'"),
         (STEPS, ".num_samples: the directory has '4', this call has '2'"),
     ):
         folder = tmp_path / type(before).__name__
@@ -156,7 +156,7 @@ def test_an_object_of_several_fields_differs_by_its_fields_and_is_the_same_as_it
             directory.append(record(1, step="w"))
         RunDirectory.open(folder, asked(STEPS)).close()
         with pytest.raises(RunDirectoryError) as caught:
-            RunDirectory.open(folder, asked({**STEPS, "whole": "Sampling 2", "num_samples": "2"}))
+            RunDirectory.open(folder, asked({**STEPS, WHOLE: "Sampling 2", "num_samples": "2"}))
         assert str(caught.value).splitlines()[1:-1] == [f"  optimizers.w.sampling{named}"]
 
 

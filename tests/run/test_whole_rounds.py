@@ -115,9 +115,10 @@ def test_where_the_same_call_would_fail_again_it_is_not_told_to_go_on(tmp_path: 
 
     w = LoRAFinetune(broken, num_samples=0, rescue=False, threshold=1.0)
     arguments: dict[str, Any] = {"trainset": numbers(4, start=40), "valset": VAL, "strategy": "w", "progress": False}
+    away = f"The same call with run_dir={str(tmp_path)!r} goes on once the cause has passed (a service that was away)"
     for limit, told in (
         (20, f"The same call would fail again: one with run_dir={str(tmp_path)!r} and other options of 'w' goes on; "),
-        (1, f"A call with run_dir={str(tmp_path)!r} and a higher max_errors goes on; "),
+        (1, f"{away}, and so does one with a higher max_errors; "),
     ):
         compiled = BetterTogether(parity_match, w=w).compile(
             parity_program(parity_engine(learner)), run_dir=tmp_path, max_errors=limit, **arguments

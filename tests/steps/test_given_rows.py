@@ -113,6 +113,8 @@ def test_of_rows_that_name_no_example_each_prompt_is_one_of_its_own(tmp_path: Pa
 
 
 def test_a_row_that_names_no_example_is_of_the_one_that_asks_the_same() -> None:
-    rows = [given("self", 0, example=7), given("self", 0), given("self", 1), given("self", 2, example=3)]
-    found, left_out = given_rows(step(), parity_program(parity_engine(learner)), rows)
-    assert ([row.example for row in found], left_out) == ([7, 7, 8, 3], {})
+    numbered = [(0, 9), (0, 7), (0, NO_EXAMPLE), (1, NO_EXAMPLE), (2, 3)]
+    rows = [given("self", number, example) for number, example in numbered]
+    optimizer, program = step(), parity_program(parity_engine(learner))
+    found, left_out = given_rows(optimizer, program, rows, optimizer.trainable(program))
+    assert ([row.example for row in found], left_out) == ([9, 7, 7, 10, 3], {})

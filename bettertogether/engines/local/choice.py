@@ -57,7 +57,7 @@ def _batching(model: Any, adapters: AdapterBank) -> dict[str, bool]:
 
 def why_not_packed_decoder(model: Any, adapters: AdapterBank) -> str | None:
     """Why packed attention can't serve a model; None where a short text gets the same logits with it."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     return more_than_attention(model) or window_of_mask_alone(model, longest) or _differs(model, adapters)
 
 
