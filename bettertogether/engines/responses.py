@@ -38,12 +38,14 @@ class ResponseWriter:
     def __init__(self, tokenizer: Any, *, thinks: bool = False) -> None:
         self._tokenizer = tokenizer
         self._thinks = thinks
+        self._lead: list[int] = tokenizer("a", add_special_tokens=False).input_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Tokens to text, without special tokens."""
-        return str(
-            self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        return self._text(token_ids, skip_special_tokens=True)
+
+    def _text(self, token_ids: Sequence[int], **options: bool) -> str:
+        return str(self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False, **options))
 
     def response(self, request: Request, answer: FinishedAnswer) -> Response:
         """The response to a request."""
@@ -75,19 +77,25 @@ class ResponseWriter:
         """Last event of a stream."""
         return StreamEndEvent(answer.finish_reason, _usage(answer))
 
-    def _scores(self, scores: Sequence[TokenScore]) -> tuple[TokenLogprob, ...]:
+    def _scores(self, scores: Sequence[TokenScore], start: int = 0) -> tuple[TokenLogprob, ...]:
+        """The scores of the tokens of an answer from the `start`th on."""
+        # Where nothing stands before it, decoders drop a token's leading space, as they do that of the whole text.
+        leads = [self._lead if place else [] for place in range(start, start + len(scores))]
         return tuple(
             TokenLogprob(
-                token=self._tokenizer.decode([score.token_id]),
+                token=self._token_text(score.token_id, lead),
                 logprob=score.logprob,
                 token_id=score.token_id,
-                top=tuple(TopLogprob(self._tokenizer.decode([i]), value, token_id=i) for i, value in score.top),
+                top=tuple(TopLogprob(self._token_text(i, lead), value, token_id=i) for i, value in score.top),
             )
-            for score in scores
+            for score, lead in zip(scores, leads, strict=True)
         )
 
+    def _token_text(self, token_id: int, lead: list[int]) -> str:
+        return self._text([*lead, token_id])[len(self._text(lead)) :]
 
-WriteScores = Callable[[Sequence[TokenScore]], tuple[TokenLogprob, ...]]
+
+WriteScores = Callable[[Sequence[TokenScore], int], tuple[TokenLogprob, ...]]
 
 
 class Deltas:
@@ -95,9 +103,15 @@ class Deltas:
 
     def __init__(self, write_scores: WriteScores) -> None:
         self._write_scores = write_scores
+        self._scored = 0
 
     def __call__(self, text: str, scores: Sequence[TokenScore]) -> Iterator[StreamEvent]:
-        yield StreamDeltaEvent(TextDelta(text, logprobs=self._write_scores(scores)))
+        yield self._delta(text, scores)
+
+    def _delta(self, text: str, scores: Sequence[TokenScore], part: int = 0) -> StreamEvent:
+        logprobs = self._write_scores(scores, self._scored)
+        self._scored += len(scores)
+        return StreamDeltaEvent(TextDelta(text, part_index=part, logprobs=logprobs))
 
     def finish(self) -> Iterator[StreamEvent]:
         """The events that were held back, where the text ends."""
@@ -134,7 +148,7 @@ class ThoughtfulDeltas(Deltas):
 
     def _answer(self, text: str) -> StreamEvent:
         scores, self._held = self._held, []
-        return StreamDeltaEvent(TextDelta(text, part_index=int(self._thought), logprobs=self._write_scores(scores)))
+        return self._delta(text, scores, int(self._thought))
 
 
 def _usage(answer: FinishedAnswer) -> Usage:
