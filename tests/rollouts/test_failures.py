@@ -6,13 +6,12 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import dspy
-import pydantic
 import pytest
 from dspy.teleprompt.teleprompt import Teleprompter
-from fakes import learner, number_of, numbers, parity_engine, parity_match, parity_program, plain_lm, reply, right
+from fakes import learner, number_of, numbers, parity_engine, parity_match, parity_program, reply, right
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
 from bettertogether.callbacks import Callback, WarningEvent
@@ -22,14 +21,7 @@ from bettertogether.report import CompileReport
 from bettertogether.report.html import render
 from bettertogether.report.view import view_of
 from bettertogether.rollouts.evaluation import compare, evaluate
-from bettertogether.rollouts.failures import (
-    all_failed,
-    all_raised,
-    error_text,
-    failure_warning,
-    no_difference,
-    round_warnings,
-)
+from bettertogether.rollouts.failures import all_failed, all_raised, failure_warning, no_difference, round_warnings
 from bettertogether.run.selection import select
 from bettertogether.testing import FakeEngine
 
@@ -431,56 +423,3 @@ def test_what_a_callback_raises_at_the_end_does_not_hide_what_ended_the_run() ->
     with pytest.raises(TooManyErrors) as caught:
         compiled_with(parity_engine(learner), broken, val=11, callbacks=[Broken()])
     assert isinstance(caught.value.__context__, ZeroDivisionError)
-
-
-def test_an_error_of_several_lines_is_told_in_one_and_ends_with_dots_where_it_is_cut() -> None:
-    assert error_text(ValueError("\n  no such table\nin line 3")) == "ValueError: no such table in line 3"
-    assert error_text(ValueError("x" * 188)) == f"ValueError: {'x' * 188}"
-    assert error_text(ValueError("x" * 189)) == f"ValueError: {'x' * 187}…"
-
-
-class Order(pydantic.BaseModel):
-    product: str
-    count: Annotated[int, pydantic.Field(ge=10)]
-
-
-REFUSED = (
-    "1 validation error for Order count Input should be greater than or equal to 10 [type=greater_than_equal, "
-    "input_value=3, input_type=int]"
-)
-
-
-def failure_of(adapter: dspy.Adapter, **outputs: Any) -> Failure:
-    """How an answer with these fields to "text -> order: Order, note" fails."""
-    program = dspy.Predict(dspy.Signature("text -> order: Order, note", custom_types={"Order": Order}))
-    program.set_lm(plain_lm(FakeEngine(lambda r: reply(r, **outputs))))
-    with dspy.context(adapter=adapter):
-        example = dspy.Example(text="three lamps").with_inputs("text")
-        (failure,) = evaluate(program, [example], lambda e, p, trace=None: True).failures
-    assert failure.kind == "parse failure"
-    return failure
-
-
-def test_an_answer_with_some_of_the_fields_is_told_by_those_that_are_missing() -> None:
-    answer = {"order": {"product": "lamp", "count": 30}}
-    for adapter in (dspy.JSONAdapter(), dspy.ChatAdapter(use_json_adapter_fallback=False)):
-        assert failure_of(adapter, **answer).reason.startswith("note not found in the answer ")
-
-
-def test_a_value_that_a_type_refuses_is_told_with_the_reason_and_advice_of_its_own() -> None:
-    answer = {"order": {"product": "lamp", "count": 3}, "note": "none"}
-    failure = failure_of(dspy.JSONAdapter(), **answer)
-    assert failure.reason.startswith(f"a value is refused: Failed to parse field order: {REFUSED} in the answer ")
-    assert str(failure_warning((failure,), 1, "p")).endswith(
-        "(example 0: text='three lamps'). A field's type or validator refuses values: say in the field's description "
-        "what is allowed, loosen the type or the validator, or take a larger model."
-    )
-
-
-def test_a_refused_value_that_is_long_does_not_hide_the_reason() -> None:
-    answer = {"order": {"product": "lamp" * 100, "count": 3}, "note": "none"}
-    reason = failure_of(dspy.ChatAdapter(use_json_adapter_fallback=False), **answer).reason
-    told = reason.partition(" in the answer ")[0]
-    assert told.startswith("a value is refused: Failed to parse field order with value ")
-    assert "…" in told
-    assert told.endswith("equal to 10 [type=greater_than_equal, input_value=3, input_type=int]")
