@@ -74,4 +74,5 @@ def test_log_lines_and_their_tracebacks_are_printable(log: io.StringIO) -> None:
 def test_every_module_of_ours_logs_through_it() -> None:
     package = Path(bettertogether.__file__).parent
     raw = [path.name for path in package.rglob("*.py") if "getLogger(" in path.read_text()]
-    assert raw == ["printable.py"]
+    # rollouts/logs.py writes to none: it filters those of DSPy.
+    assert sorted(raw) == ["logs.py", "printable.py"]
