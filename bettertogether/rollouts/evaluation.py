@@ -74,8 +74,7 @@ def evaluate(
     A parse failure scores 0. An example whose program or metric raises scores 0 too, and counts against `max_errors`
     (None: `dspy.settings.max_errors`); raises TooManyErrors above it. Where more than half of the examples fail, the
     log says so at once, with the commonest reason; see `Evaluation.failures`. So it does where answers were cut at
-    max_tokens. Raises ProgramError, DataError and
-    ConfigError before any work.
+    max_tokens. Raises ProgramError, DataError and ConfigError before any work.
     """
     require_switch("progress", progress)
     settings = RunSettings(num_threads, max_errors, seed, store)

@@ -64,5 +64,5 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
     labels = {row.example: row.label for row in rows}
     held_out = set(stratified_order(examples, [labels[example] for example in examples], seed)[:count])
     apart = [row for row in rows if row.example in held_out]
-    unique = {(row.example, row.predictor, repr(row.messages), row.completion, row.rejected): row for row in apart}
+    unique = {(row.example, row.predictor, row.prompt, row.completion, row.rejected): row for row in apart}
     return [row for row in rows if row.example not in held_out], list(unique.values())

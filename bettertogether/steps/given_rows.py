@@ -54,13 +54,13 @@ def given_rows(
 
 def _with_examples(rows: Sequence[Row]) -> Iterator[Row]:
     """The rows; to those that don't say of which example they are, each prompt is one of its own."""
-    known = {repr(row.messages): row.example for row in rows if row.example != NO_EXAMPLE}
+    known = {row.prompt: row.example for row in rows if row.example != NO_EXAMPLE}
     numbers = itertools.count(max(row.example for row in rows) + 1)
     for row in rows:
         if row.example != NO_EXAMPLE:
             yield row
             continue
-        prompt = repr(row.messages)
+        prompt = row.prompt
         if prompt not in known:
             known[prompt] = next(numbers)
         yield replace(row, example=known[prompt])

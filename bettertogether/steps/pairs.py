@@ -65,7 +65,7 @@ def _pairs(student: dspy.Module, traces: TraceSet, trainable: Trainable, max_pai
     for (_, name), groups in by_origin.items():
         # One of each call first, where a predictor is called several times.
         in_turn = [row for turn in itertools.zip_longest(*groups) for row in turn if row is not None]
-        distinct = list({(repr(row.messages), row.completion, row.rejected): row for row in in_turn}.values())
+        distinct = list({(row.prompt, row.completion, row.rejected): row for row in in_turn}.values())
         dropped[name, "over max_pairs_per_example"] += max(0, len(distinct) - max_pairs)
         chosen += distinct[:max_pairs]
     return chosen

@@ -46,6 +46,11 @@ class Row:
     """A worse answer to the same prompt; with it the row is a pair."""
 
     @property
+    def prompt(self) -> str:
+        """The prompt as one text, which rows with the same prompt share."""
+        return repr(self.messages)
+
+    @property
     def training_row(self) -> TrainingRow:
         """What the engine trains on."""
         return TrainingRow(

@@ -212,7 +212,7 @@ def _rows_of(
             rows += rows_of_call(predictors[call.predictor], engine, call, **kind, **origin)
         except DataError as error:
             dropped[call.predictor, str(error)] += 1
-    return list({(row.predictor, repr(row.messages), row.completion): row for row in rows}.values())
+    return list({(row.predictor, row.prompt, row.completion): row for row in rows}.values())
 
 
 def prompt_variants(
