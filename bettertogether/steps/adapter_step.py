@@ -23,6 +23,7 @@ from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.settings import RunSettings
 from ..training.config import LoRAConfig, TrainingConfig
 from .adapter_rows import ENOUGH_HELD_OUT, FEWEST_HELD_OUT, AdapterKey, adapter_key
+from .prompt_capture import makes_decision
 from .rows_from_traces import LocalModel, Trainable
 from .step import Step, StepContext
 
@@ -96,6 +97,12 @@ class AdapterStep(Step, Teleprompter):
             raise NotTrainableError(f"frozen={list(self.frozen)} leaves no predictor to train: freeze fewer.")
         for name in active.keys() - found.keys():
             logger.info("Predictor %r keeps its LM %s, which is not local.", name, active[name].lm.model)
+        deciding = [name for name in found if makes_decision(predictors[name])]
+        if deciding:
+            raise NotTrainableError(
+                f"Predictors {deciding} make decisions (Noul, Choice, Score), whose answers are probabilities that no "
+                f"row can be written for: freeze them, frozen={[*self.frozen, *deciding]}."
+            )
         return found
 
     def measured(

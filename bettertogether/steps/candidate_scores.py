@@ -13,7 +13,7 @@ from ..errors import TooManyErrors
 from ..records import Ledger
 from ..rollouts.evaluation import Evaluation, Evaluator
 from ..rollouts.failures import count_failures, failure_warning
-from ..rollouts.metrics import Metric, full_mark, passes
+from ..rollouts.metrics import Metric, full_mark, passes, require_from_zero
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import too_many
 from .demo_sets import Candidate
@@ -47,7 +47,7 @@ class CandidateScores:
 
     def __call__(self, running: Sequence[Candidate], positions: Sequence[int]) -> list[tuple[float, ...] | None]:
         """The scores of each; None of one that raises on too many examples. Raises TooManyErrors where that is the
-        first candidate, or no other is left."""
+        first candidate, or no other is left, and ConfigError for a score below 0."""
         total = len(self._candidates)
         results = self._evaluator.evaluate(
             [candidate.program for candidate in running],
@@ -56,6 +56,7 @@ class CandidateScores:
             "eval_minibatch",
         )
         self.ledger += Ledger.total(result.ledger for result in results)
+        require_from_zero(score for result in results for score in result.scores)
         errors = [self._error(result) for result in results]
         self._leave(running, errors)
         scores = [None if error else result.scores for result, error in zip(results, errors, strict=True)]

@@ -80,7 +80,8 @@ def _pairs_of(point: BranchPoint, predictor: dspy.Predict, trainable: Trainable,
     dropped[name, "the same answer passed and failed"] += sum(len(kinds) == 2 for _, kinds in answers.values())
     right, wrong = ([row for row, kinds in answers.values() if kinds == {kind}] for kind in (True, False))
     if not right or not wrong:
-        dropped[name, "no answer of the call passed" if wrong else "no answer of the call failed"] += 1
+        none = "failed" if right else "passed" if wrong else "is left"
+        dropped[name, f"no answer of the call {none}"] += 1
         return []
     count = max(len(right), len(wrong))
     return [replace(right[i % len(right)], rejected=wrong[i % len(wrong)].completion) for i in range(count)]

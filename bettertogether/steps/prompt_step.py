@@ -151,7 +151,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         `valset`, when given, is what candidates are scored on, and demos come from the trainset. `restart_from`
         is the program whose prompts a restart starts from; None: the student without demos. The result has
         `candidate_programs` (dicts with score, program, name; best first). Raises ProgramError, DataError,
-        TooManyErrors.
+        ConfigError (a score below 0), TooManyErrors.
         """
         settings = RunSettings(num_threads, max_errors, seed, store)
         context = StepContext(trainset, valset, as_programs(teacher), original=restart_from, settings=settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -209,7 +209,8 @@ def _rows_of(
         engine = trainable[call.predictor].engine
         kind: dict[str, Any] = {"train_prompt": options.train_prompt, "reasoning": options.reasoning, "forms": forms}
         try:
-            rows += rows_of_call(predictors[call.predictor], engine, call, **kind, **origin)
+            for row in rows_of_call(predictors[call.predictor], engine, call, **kind, **origin):
+                rows.append(row)
         except DataError as error:
             dropped[call.predictor, str(error)] += 1
     return list({(row.predictor, row.prompt, row.completion): row for row in rows}.values())
@@ -243,9 +244,9 @@ def rows_of_call(
     forms: PromptForms | None = None,
     as_written: bool = False,
     **origin: Any,
-) -> list[Row]:
-    """The rows of one call of a run on its `own` example; `origin` gives label and source. An answer that could not be
-    read is taken `as_written`. Raises DataError with the reason to drop it."""
+) -> Iterator[Row]:
+    """The rows of one call of a run on its `own` example, the zero-shot one first; `origin` gives label and source. An
+    answer that could not be read is taken `as_written`. Raises DataError with the reason to drop the next row."""
     if call.cut or call.unfit:
         raise DataError(CUT if call.cut else call.unfit)
     if call.signature is not None:
@@ -253,25 +254,21 @@ def rows_of_call(
         predictor.signature = call.signature
     completion, fields = _completion_of(predictor, call, reasoning, as_written)
     room = engine.max_length - len(engine.completion_tokens(completion))
-    rows = []
     for demos in prompt_variants(predictor, call, train_prompt, own):
         request = take_request(predictor, call.inputs, demos, config=call.config, adapter=call.adapter)
         messages = _texts_shared(engine.messages(request))
         if len(engine.prompt_tokens(messages)) > room:
             raise DataError(f"longer than the model's context of {engine.max_length} tokens")
-        rows.append(
-            Row(
-                messages,
-                completion,
-                call.predictor,
-                example,
-                forms=forms.of_call(call, example, engine, messages, room) if forms else (),
-                response_format=request.config.response_format,
-                fields=fields,
-                **origin,
-            )
+        yield Row(
+            messages,
+            completion,
+            call.predictor,
+            example,
+            forms=forms.of_call(call, example, engine, messages, room) if forms else (),
+            response_format=request.config.response_format,
+            fields=fields,
+            **origin,
         )
-    return rows
 
 
 def _texts_shared(messages: Messages) -> Messages:

@@ -15,10 +15,9 @@ import dspy
 
 from ..callbacks import events
 from ..engines.protocol import MODEL_PREFIX, FinetuneResult
-from ..errors import NotTrainableError
 from ..files import adapters_cache
 from ..printable import get_logger
-from ..programs.program import as_programs, predictors_of, require_program, require_reachable
+from ..programs.program import as_programs, require_program, require_reachable
 from ..records import Ledger
 from ..rollouts.examples import first_alike
 from ..rollouts.rollout import RolloutStore
@@ -35,7 +34,6 @@ from .adapter_step import AdapterStep
 from .data_card import make_data_card
 from .finished_trainings import asked_for, finished_trainings
 from .given_rows import given_rows
-from .prompt_capture import makes_decision
 from .rows import Row, write_rows
 from .rows_from_traces import Collected, Trainable
 from .step import StepContext, StepResult
@@ -58,17 +56,6 @@ class TrainingStep(AdapterStep):
     """Rows that a call of a solved example gives, at most."""
     label_field: str | None = None
     """Field that holds the examples' label; None finds it."""
-
-    def trainable(self, student: dspy.Module) -> Trainable:
-        """By predictor name, what is to be trained. Raises NotTrainableError and ConfigError."""
-        found, predictors = super().trainable(student), predictors_of(student)
-        deciding = [name for name in found if makes_decision(predictors[name])]
-        if deciding:
-            raise NotTrainableError(
-                f"Predictors {deciding} make decisions (Noul, Choice, Score), whose answers are probabilities that no "
-                f"row can be written for: freeze them, frozen={[*self.frozen, *deciding]}."
-            )
-        return found
 
     def compile(
         self,

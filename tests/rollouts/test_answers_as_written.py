@@ -91,7 +91,7 @@ def test_without_the_lms_text_such_an_adapter_is_a_reason_that_names_it() -> Non
     program, engine = parity_program(ALWAYS), ALWAYS
     bare = Call("self", {"number": 1}, {"parity": "odd"})
     with dspy.context(adapter=Short()), pytest.raises(ValueError, match="Short can't write an answer: define its"):
-        rows_of_call(program, engine, bare, "vanilla", example=0)
+        next(rows_of_call(program, engine, bare, "vanilla", example=0))
 
 
 class Loud(dspy.ChatAdapter):

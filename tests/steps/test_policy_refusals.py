@@ -7,6 +7,7 @@ from typing import Any
 
 import dspy
 import pytest
+from dspy.experimental import Noul
 from fakes import numbers, parity_engine, parity_match, parity_program
 from policy_programs import QUICK, SHORT, Pick, Twice, details_of, is_a, program_of, tuned, words
 
@@ -37,6 +38,13 @@ def test_a_metric_that_gives_less_than_failing_does_is_refused(
     step = PolicyFinetune(negative, folder=tmp_path, **SHORT)
     with pytest.raises(ConfigError, match=r"The metric gave -0\.25, and an example that fails scores 0"):
         tuned(step, program_of(engine))
+
+
+def test_a_decision_is_refused(engine: TransformersEngine) -> None:
+    program = program_of(engine)
+    program.signature = dspy.Signature("word: str -> is_a: Noul", custom_types={"Noul": Noul})
+    with pytest.raises(NotTrainableError, match=r"\['self'\] make decisions"):
+        PolicyFinetune(is_a).trainable(program)
 
 
 def test_answers_that_can_not_be_read_are_told_by_their_reward(engine: TransformersEngine, tmp_path: Path) -> None:

@@ -324,6 +324,12 @@ def test_in_a_race_the_last_event_of_a_candidate_has_the_mean_of_all_its_scores(
     assert watch.events[-1]["best_score"] == pytest.approx(max(whole))
 
 
+def test_a_metric_that_gives_less_than_failing_does_is_refused() -> None:
+    optimizer = BootstrapFewShotRS(lambda e, p, trace=None: -0.25)
+    with pytest.raises(ConfigError, match=r"The metric gave -0\.25, and an example that fails scores 0"):
+        optimizer.compile(parity_program(parity_engine(learner)), trainset=numbers(20))
+
+
 def test_too_many_errors_in_the_metric_end_the_step() -> None:
     optimizer = BootstrapFewShotRS(lambda e, p, trace=None: 1 / 0, max_errors=2)
     with pytest.raises(TooManyErrors, match="ZeroDivisionError"):

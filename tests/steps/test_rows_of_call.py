@@ -12,7 +12,7 @@ from bettertogether.errors import DataError
 from bettertogether.rollouts.rollout import Call
 from bettertogether.steps.demo_examples import without_example
 from bettertogether.steps.prompt_capture import render_completion, render_prompt
-from bettertogether.steps.rows_from_traces import prompt_variants, rows_of_call
+from bettertogether.steps.rows_from_traces import TrainPrompt, prompt_variants, rows_of_call
 from bettertogether.steps.weight_step import LoRAFinetune
 
 
@@ -23,7 +23,8 @@ def call(number: int) -> Call:
 def test_vanilla_shows_no_demos_optimized_all_and_mixed_both() -> None:
     engine = parity_engine(lambda *_: True)
     program = predictor_over(engine, Parity, numbers(2))
-    rows = {kind: rows_of_call(program, engine, call(5), kind, example=0) for kind in ("vanilla", "optimized", "mixed")}
+    kinds: list[TrainPrompt] = ["vanilla", "optimized", "mixed"]
+    rows = {kind: [*rows_of_call(program, engine, call(5), kind, example=0)] for kind in kinds}
     assert {kind: [len(row.messages) for row in found] for kind, found in rows.items()} == {
         "vanilla": [2],
         "optimized": [6],
@@ -47,10 +48,29 @@ def test_a_row_longer_than_the_context_is_dropped_and_never_cut() -> None:
     prompt = len(engine.prompt_tokens(render_prompt(program, engine, {"number": 1}, [])))
     answer = len(engine.completion_tokens(render_completion(program, {"number": 1}, {"parity": "odd"})))
     engine.max_length = prompt + answer
-    assert len(rows_of_call(program, engine, call(1), "vanilla", example=0)) == 1
+    (row,) = rows_of_call(program, engine, call(1), "vanilla", example=0)
+    program.demos = numbers(2)
+    mixed = rows_of_call(program, engine, call(1), "mixed", example=0)
+    assert next(mixed) == row
+    with pytest.raises(DataError, match=f"longer than the model's context of {prompt + answer} tokens"):
+        next(mixed)
     engine.max_length -= 1
     with pytest.raises(DataError, match=f"longer than the model's context of {prompt + answer - 1} tokens"):
-        rows_of_call(program, engine, call(1), "vanilla", example=0)
+        next(rows_of_call(program, engine, call(1), "vanilla", example=0))
+
+
+def test_the_zero_shot_row_of_a_call_stays_where_the_one_with_demos_is_too_long() -> None:
+    engine = parity_engine(lambda *_: True)
+    program = predictor_over(engine, Parity)
+    longest = max(len(engine.prompt_tokens(render_prompt(program, engine, {"number": n}, []))) for n in range(4))
+    engine.max_length = longest + len(
+        engine.completion_tokens(render_completion(program, {"number": 0}, {"parity": "even"}))
+    )
+    program.demos = numbers(2, start=100)
+    optimizer = LoRAFinetune(parity_match, train_prompt="mixed", validation_share=0)
+    found = optimizer.collect(program, trainset=numbers(4))
+    assert [len(row.messages) for row in found.rows] == [2] * 4
+    assert found.card.dropped_by_reason == {f"longer than the model's context of {engine.max_length} tokens": 4}
 
 
 def test_rows_of_a_compiled_program_equal_what_it_sends_for_every_train_prompt(adapter: dspy.Adapter) -> None:
