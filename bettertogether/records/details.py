@@ -168,7 +168,7 @@ class TrainedAdapter(Saved):
     """Model name, and the predictor where each has its own adapter."""
     folder: str
     rows: str
-    """File of the rows that it was trained on."""
+    """File of the rows that it was trained on; those held out, where any were, are in `NAME.held_out.jsonl` beside."""
     best_epoch: Count
     """The epoch whose weights were kept, from 1."""
     held_out_loss: HeldOutLoss

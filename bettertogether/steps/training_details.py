@@ -14,8 +14,13 @@ from .rows_from_traces import Collected
 
 
 def rows_file(result: FinetuneResult) -> Path:
-    """The rows that an adapter was trained on and held out, beside its folder, which peft alone fills."""
+    """The rows that an adapter was trained on, beside its folder, which peft alone fills."""
     return result.folder.with_name(f"{result.folder.name}.rows.jsonl")
+
+
+def held_out_file(result: FinetuneResult) -> Path:
+    """The rows that its epoch was chosen on, beside those."""
+    return result.folder.with_name(f"{result.folder.name}.held_out.jsonl")
 
 
 def weight_details(

@@ -37,7 +37,7 @@ from .given_rows import given_rows
 from .rows import Row, write_rows
 from .rows_from_traces import Collected, Trainable
 from .step import StepContext, StepResult
-from .training_details import fall_held_out, rows_file, weight_details
+from .training_details import fall_held_out, held_out_file, rows_file, weight_details
 from .training_work import training_work
 from .work import Outlook, Work
 
@@ -233,7 +233,9 @@ class TrainingStep(AdapterStep):
                             "training", {"adapter": adapter, "progress": line}
                         ),
                     )
-                    write_rows([*train_rows, *validation_rows], rows_file(result))
+                    write_rows(train_rows, rows_file(result))
+                    if validation_rows:
+                        write_rows(validation_rows, held_out_file(result))
                     finished.add(asked.get(key), result)
                 results[key] = result
         return results

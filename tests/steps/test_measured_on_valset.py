@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import dspy
@@ -12,6 +13,8 @@ from fakes import numbers, parity_engine, parity_match, parity_program
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
 from bettertogether.engines.protocol import TrainingRow
 from bettertogether.errors import DataError
+from bettertogether.records import WeightDetails
+from bettertogether.steps.rows import read_rows
 from bettertogether.testing import FakeEngine
 
 VALSET = numbers(40, start=1000)
@@ -90,6 +93,20 @@ def test_a_strategy_gives_its_valset_to_the_weight_step() -> None:
     optimizer.compile(parity_program(recorded.engine), trainset=numbers(30), valset=VALSET, strategy="p -> w")
     assert sorted(recorded.trained[0]) == list(range(30))
     assert set(recorded.held_out[0]) <= {example.number for example in VALSET}
+
+
+def test_the_file_of_rows_is_of_those_trained_on_and_those_held_out_have_one_of_their_own(tmp_path: Path) -> None:
+    recorded = Recorded(parity_engine(lambda *_: True))
+    step = LoRAFinetune(parity_match, num_samples=0, rescue=False, validation_share=0.1, folder=tmp_path)
+    step.compile(parity_program(recorded.engine), trainset=numbers(30), valset=VALSET)
+    assert step.last is not None
+    assert isinstance(step.last.details, WeightDetails)
+    (adapter,) = step.last.details.adapters.values()
+    apart = read_rows(Path(f"{adapter.folder}.held_out.jsonl"))
+    assert [asked(row.messages)[-1] for row in apart] == recorded.held_out[0]
+    again = LoRAFinetune(parity_match, validation_share=0, folder=tmp_path)
+    again.compile(parity_program(recorded.engine), trainset=[], rows=adapter.rows)
+    assert recorded.engine.trainings[1] == recorded.engine.trainings[0]
 
 
 def test_a_valset_of_something_else_is_refused() -> None:
