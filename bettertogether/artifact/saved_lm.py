@@ -12,7 +12,7 @@ import dspy
 from dspy.clients.base_lm import BaseLM
 
 from ..engines.protocol import LocalEngine
-from ..errors import ArtifactError, ModelError, UnknownAdapterError
+from ..errors import ArtifactError, ConfigError, ModelError, UnknownAdapterError
 from ..lm import engine_lm, local_engine, local_lm
 from ..printable import get_logger
 from ..redaction import split_secrets
@@ -122,6 +122,12 @@ def _engine(base: BaseModel, options: Mapping[str, Any]) -> LocalEngine:
         raise ArtifactError(
             f"The base model {str(base)!r} is not here ({error}). Give its folder or hub id: "
             "load(folder, base_model=...)."
+        ) from error
+    except ConfigError as error:
+        raise ArtifactError(
+            f"The base model {str(base)!r} is loaded in this process with other options than the program was saved "
+            f"with ({checked or 'the defaults'}): close that engine first, lm.engine.close(), or use it as it is, "
+            "load(folder, base_model=lm.engine)."
         ) from error
     return engine
 

@@ -12,8 +12,9 @@ import dspy
 import pytest
 from fakes import TwoSteps, learner, numbers, parity_engine, parity_match, parity_program, plain_lm, two_step_program
 from saved import edit_manifest, fresh_engine, manifest_of, tuned, tuned_program
+from small_models import save_model
 
-from bettertogether import BetterTogether
+from bettertogether import BetterTogether, local_lm
 from bettertogether.artifact import load, merge, save
 from bettertogether.errors import ArtifactError
 from bettertogether.records import StepRecord
@@ -80,6 +81,28 @@ def test_a_base_model_that_is_not_here_says_to_give_one(tmp_path: Path) -> None:
     edit_manifest(tmp_path / "a", lambda manifest: manifest["lms"]["lm0"].update(base="/nowhere/model"))
     with pytest.raises(ArtifactError, match=r"'/nowhere/model' is not here.*base_model="):
         load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("saved", "held", "said"),
+    [({"enable_thinking": True}, None, r"{'chat_template_kwargs': .*}"), (None, {"x": 1}, "the defaults")],
+)
+def test_a_base_model_that_is_loaded_with_other_template_options_says_to_close_or_to_give_it(
+    tmp_path: Path, saved: dict[str, Any] | None, held: dict[str, Any] | None, said: str
+) -> None:
+    model = save_model(tmp_path / "model")
+    program = dspy.Predict("a -> b")
+    program.set_lm(local_lm(model, engine_options={"chat_template_kwargs": saved}))
+    save(program, tmp_path / "a")
+    program.lm.engine.close()
+    other = local_lm(model, engine_options={"chat_template_kwargs": held}).engine
+    with pytest.raises(ArtifactError, match=rf"with other options .*\({said}\): close .*base_model=lm\.engine"):
+        load(tmp_path / "a")
+    assert load(tmp_path / "a", base_model=other).lm.engine is other
+    other.close()
+    loaded = load(tmp_path / "a").lm.engine
+    assert loaded.options.chat_template_kwargs == saved
+    loaded.close()
 
 
 def test_another_base_model_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
