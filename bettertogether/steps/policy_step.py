@@ -54,8 +54,9 @@ class PolicyFinetune(AdapterStep):
         start_from: "current" goes on with the adapter in use; "base" trains a new one on the base weights.
         frozen: Names of predictors, or of modules with some, to leave alone. Those whose LM is not local are left alone
             anyway.
-        validation_share: Share of the trainset's examples held out to choose the best step. Where that is fewer than
-            16 and there is a valset, up to 16 examples of it are scored instead. 0: none, and the last step is kept.
+        validation_share: Share of the trainset's examples held out to choose the best step: at least 4, which may be a
+            fifth of them, so that of fewer than 20 none is. Where it is fewer than 16 and there is a valset of 4 or
+            more, up to 16 examples of that are scored instead. 0: none, and the last step is kept.
         num_threads, max_errors, seed: As in `dspy.Evaluate`; `compile` may be given its own.
         folder: Where adapters are written where the step is compiled by itself; None: the cache. In a `BetterTogether`
             run they go to the run directory.

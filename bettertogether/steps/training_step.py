@@ -73,9 +73,10 @@ class TrainingStep(AdapterStep):
     ) -> dspy.Module:
         """A copy of the student whose predictors use tuned LMs.
 
-        On examples of `valset` the epoch is chosen where the trainset is small, see `validation_share`. `rows` (or a
-        JSONL file of them) are trained on as they are, instead of collecting any. Raises ProgramError,
-        NotTrainableError, NoTrainingDataError, TooManyErrors, TrainingError.
+        On examples of `valset` the epoch is chosen where the trainset is small, see `validation_share`. With `rows` (or
+        a JSONL file of them) none are collected: they are trained on as they are, but for those of the
+        `validation_share` of their examples that is held out, and neither trainset nor valset is looked at. Raises
+        ProgramError, NotTrainableError, NoTrainingDataError, TooManyErrors, TrainingError.
         """
         settings = RunSettings(num_threads, max_errors, seed, store)
         context = StepContext(trainset, valset, as_programs(teacher), rows=rows, folder=folder, settings=settings)

@@ -59,9 +59,10 @@ class LoRAFinetune(TrainingStep):
         frozen: Names of predictors, or of modules with some, to leave alone. Those whose LM is not local are left alone
             anyway.
         threshold: Score from which an example counts as solved; None: 1.0, the full mark.
-        validation_share: Share of the trainset's examples held out to choose the best epoch. Where that is fewer than
-            16 and there is a valset, up to 16 examples of it are run and measured instead, and all of the trainset is
-            trained on. 0: none.
+        validation_share: Share of the trainset's examples with rows held out to choose the best epoch: at least 4,
+            which may be a fifth of them, so that of fewer than 20 none is. Where it is fewer than 16 and there is a
+            valset, up to 16 examples of that are run and measured instead, if 4 or more of them give rows, and all of
+            the trainset is trained on. 0: none.
         num_threads, max_errors, seed: As in `dspy.Evaluate`; `compile` may be given its own.
         folder: Where adapters are written where the step is compiled by itself; None: the cache. In a `BetterTogether`
             run they go to the run directory.

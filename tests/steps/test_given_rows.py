@@ -112,6 +112,16 @@ def test_of_rows_that_name_no_example_each_prompt_is_one_of_its_own(tmp_path: Pa
     assert optimizer.step_gain == 1.0
 
 
+def test_of_rows_given_a_share_is_held_out_and_neither_trainset_nor_valset_is_looked_at() -> None:
+    engine, rows = parity_engine(lambda *_: True), [given("self", number, number) for number in range(24)]
+    optimizer = step(validation_share=0.1)
+    optimizer.compile(parity_program(engine), trainset=numbers(30), valset=numbers(20, start=100), rows=rows)
+    assert engine.requests == []
+    assert len({row.completion for row in engine.trainings[0]} & {row.completion for row in rows}) == 20
+    assert len(engine.trainings[0]) == 20
+    assert optimizer.step_gain == 1.0
+
+
 def test_a_row_that_names_no_example_is_of_the_one_that_asks_the_same() -> None:
     numbered = [(0, 9), (0, 7), (0, NO_EXAMPLE), (1, NO_EXAMPLE), (2, 3)]
     rows = [given("self", number, example) for number, example in numbered]
