@@ -109,7 +109,7 @@ def _stop_alike(running: Sequence[Candidate], rivals: Sequence[Candidate], seen:
     if len(seen) < ALIKE:
         return
     first: dict[tuple[float, ...], Candidate] = {}
-    for candidate in sorted((each for each in rivals if not each.stopped), key=lambda each: each.demos):
+    for candidate in sorted(rivals, key=lambda each: each.demos):
         scores = tuple(candidate.scores[i] for i in seen)
         telling = len(set(scores)) > 1 or passes(scores[0], full_mark)
         simplest = first.setdefault(scores, candidate)
@@ -121,10 +121,10 @@ def upper_bound(differences: Sequence[float], population: int, alpha: float) -> 
     """One-sided upper bound, at confidence 1 - alpha, of the mean difference over `population` examples of which
     these are a random sample."""
     n = len(differences)
-    scale = max((abs(d) for d in differences), default=0.0) or 1.0
+    scale = max(map(abs, differences))
     padded = [*differences, scale, -scale]
     mean = sum(differences) / n
     center = sum(padded) / len(padded)
     variance = sum((d - center) ** 2 for d in padded) / (len(padded) - 1)
-    correction = math.sqrt(max(0.0, (population - n) / max(1, population - 1)))
+    correction = math.sqrt((population - n) / (population - 1))
     return mean + NormalDist().inv_cdf(1 - alpha) * math.sqrt(variance / n) * correction

@@ -66,6 +66,13 @@ def test_losers_stop_after_the_first_slice_and_the_calls_saved_are_counted() -> 
     assert result.confidence == 0.95
 
 
+def test_small_losses_add_up_over_the_slices() -> None:
+    table = {"a": [1.0] * 40, "b": ([1.0] * 6 + [0.0] * 2) * 5}
+    racers = candidates(table)
+    run_race(racers, 40, scorer(table))
+    assert [len(racer.scores) for racer in racers] == [40, 16]
+
+
 def test_no_position_is_scored_twice() -> None:
     table = separable(100, 2, 4)
     calls: list[tuple[str, int]] = []
@@ -153,6 +160,11 @@ def test_the_full_mark_is_the_callers() -> None:
 def test_the_bound_is_exact_when_all_examples_were_seen() -> None:
     differences = [-1.0, 0.0, 0.0, 0.0]
     assert upper_bound(differences, 4, 0.05) == -0.25
+
+
+def test_the_bound_is_as_if_one_more_was_won_and_one_lost_and_less_wide_by_what_was_seen() -> None:
+    # Of -1, -1, 0, 0, 1, -1 the variance is 2/3, and of nine more examples six are left.
+    assert upper_bound([-1.0, -1.0, 0.0, 0.0], 10, 0.05) == pytest.approx(-0.5 + 1.6448536 * (2 / 3 / 4 * 6 / 9) ** 0.5)
 
 
 def test_the_bound_shrinks_with_more_examples() -> None:
