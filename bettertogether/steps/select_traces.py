@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..rollouts.labels import stratified_order
+from ..rollouts.metrics import EQUAL
 from ..rollouts.traces import Trace
 
 NO_CALLS = "no calls to learn from"
@@ -48,7 +49,7 @@ def select_traces(
 def _limit_rescued(traces: list[Trace], max_share: float, dropped: Counter[str]) -> list[Trace]:
     own = [trace for trace in traces if trace.source != "rescue"]
     rescued = [trace for trace in traces if trace.source == "rescue"]
-    room = len(rescued) if max_share >= 1 else int(len(own) * max_share / (1 - max_share))
+    room = len(rescued) if max_share >= 1 else int(len(own) * max_share / (1 - max_share) + EQUAL)
     if len(rescued) <= room:
         return traces
     dropped[OVER_SHARE] += len(rescued) - room

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
+import pytest
 from fakes import numbers
 
 from bettertogether.rollouts.metrics import Verdict
@@ -24,8 +26,9 @@ def test_selection_drops_failed_and_empty_traces() -> None:
 
 
 def test_selection_keeps_one_trace_of_equal_content_of_an_example() -> None:
-    traces = [trace(0), trace(0, source="sample", attempt=1), trace(1)]
-    assert select_traces(traces, max_per_example=5) == [traces[0], traces[2]]
+    other = replace(trace(0), calls=(Call("other", {"number": 0}, {"parity": "x"}),))
+    traces = [trace(0), trace(0, source="sample", attempt=1), other, trace(1)]
+    assert select_traces(traces, max_per_example=5) == [traces[0], *traces[2:]]
 
 
 def test_selection_caps_the_traces_of_an_example() -> None:
@@ -33,11 +36,12 @@ def test_selection_caps_the_traces_of_an_example() -> None:
     assert select_traces(traces, max_per_example=2) == traces[:2]
 
 
-def test_rescued_traces_are_at_most_their_share() -> None:
+@pytest.mark.parametrize(("share", "rescues"), [(0.5, 4), (0.6, 6), (0.65, 7)])
+def test_rescued_traces_are_at_most_their_share(share: float, rescues: int) -> None:
     own = [trace(i) for i in range(4)]
     rescued = [trace(10 + i, source="rescue", attempt=1) for i in range(8)]
-    kept = select_traces([*own, *rescued], max_rescue_share=0.5)
-    assert Counter(t.source for t in kept) == {"student": 4, "rescue": 4}
+    kept = select_traces([*own, *rescued], max_rescue_share=share)
+    assert Counter(t.source for t in kept) == {"student": 4, "rescue": rescues}
 
 
 def test_a_rescue_share_of_zero_keeps_none_and_of_one_all() -> None:
