@@ -142,7 +142,7 @@ def _span(data: Mapping[str, Any], text: str) -> FieldSpan:
 
 
 def balance_labels(labels: Sequence[str | None], wanted: Sequence[str | None], max_repeat: int = 3) -> list[int]:
-    """Positions of `labels`, repeated or left out so that their shares become those of `wanted`.
+    """Positions of `labels`, all of which `wanted` has, repeated or left out so that their shares become its own.
 
     A label is repeated at most `max_repeat` times and the total is as large as that allows. Without labels, or where
     a label of `wanted` has no row at all, the others keep their shares. Order is kept.
@@ -152,7 +152,7 @@ def balance_labels(labels: Sequence[str | None], wanted: Sequence[str | None], m
         if label is not None:
             positions[label].append(position)
     wanted_counts = Counter(label for label in wanted if label in positions)
-    if len(positions) < 2 or wanted_counts.keys() != positions.keys():
+    if len(positions) < 2:
         return list(range(len(labels)))
     scale = min(
         max(len(members) / wanted_counts[label] for label, members in positions.items()),
@@ -245,7 +245,7 @@ class _Beginnings:
     def _note(self, form: Messages, row: Row) -> tuple[str, bool]:
         """Hash of a form's beginning, and whether it is known from an earlier form; "" where it has none."""
         question = question_of(row.messages)
-        if not question or len(form) <= len(question) or form[-len(question) :] != question:
+        if not question or form[-len(question) :] != question:
             return "", False
         beginning = form[: -len(question)]
         ids = tuple(map(id, beginning))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -183,10 +184,10 @@ def test_a_line_that_is_no_row_is_an_error_that_names_it(tmp_path: Path, line: s
 def shares(labels: Sequence[str | None], wanted: Sequence[str | None]) -> dict[str | None, int]:
     chosen = balance_labels(labels, wanted)
     assert chosen == sorted(chosen)
-    counts: dict[str | None, int] = {}
-    for position in chosen:
-        counts[labels[position]] = counts.get(labels[position], 0) + 1
-    return counts
+    for label in labels:
+        times = [chosen.count(position) for position, each in enumerate(labels) if each == label]
+        assert max(times) - min(times) <= 1
+    return Counter(labels[position] for position in chosen)
 
 
 def test_balance_repeats_the_rare_label_and_leaves_out_of_the_common() -> None:
@@ -207,6 +208,14 @@ def test_balance_never_repeats_a_row_more_than_three_times() -> None:
     labels = ["a"] * 50 + ["b"]
     chosen = balance_labels(labels, ["a", "b"] * 25)
     assert max(chosen.count(position) for position in chosen) == 3
+
+
+def test_balance_keeps_rows_without_a_label_as_they_are() -> None:
+    assert shares(["a", None, "a", "b", None, "a"], ["a", "b"]) == {"a": 3, "b": 3, None: 2}
+
+
+def test_balance_keeps_a_label_whose_share_is_less_than_a_row() -> None:
+    assert shares(["a", "b"], ["a"] * 100 + ["b"]) == {"a": 3, "b": 1}
 
 
 def test_balance_without_labels_keeps_all() -> None:
