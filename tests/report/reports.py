@@ -26,6 +26,12 @@ from bettertogether.report.html import render
 from bettertogether.report.view import view_of
 
 EVIL = "<script>alert('x')</script>&\"<img src=http://example.com/x.png>"
+TWO_BY_TWO = {
+    "base_old": (0.0, 0.0, 0.0, 0.0),
+    "base_new": (0.0, 0.0, 0.0, 1.0),
+    "tuned_old": (1.0, 1.0, 0.0, 0.0),
+    "tuned_new": (1.0, 1.0, 1.0, 1.0),
+}
 COST = Ledger(8, 8, 16, 2, 1000, 200, 0, 12.5)
 VOID = {"meta", "img", "line", "circle", "polyline", "br", "hr", "link", "input"}
 

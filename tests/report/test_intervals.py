@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+from statistics import NormalDist
 from typing import Any
 
 import pytest
 
 from bettertogether.errors import ConfigError, DataError
-from bettertogether.report.intervals import attribution, mean_interval, paired_interval, share_interval
+from bettertogether.report.intervals import (
+    _expanded_tail,
+    attribution,
+    mean_interval,
+    paired_interval,
+    share_interval,
+)
 
 
 def uneven_scores() -> list[float]:
@@ -43,6 +50,17 @@ def test_the_interval_agrees_with_students_t_on_many_normal_scores() -> None:
     low, high = mean_interval(scores, resamples=20_000)
     assert low == pytest.approx(mean - half, abs=0.02)
     assert high == pytest.approx(mean + half, abs=0.02)
+
+
+def test_of_few_scores_more_is_cut_off_by_students_t_and_the_deviation_of_a_sample() -> None:
+    assert _expanded_tail(0.025, 10) == pytest.approx(NormalDist().cdf(-2.262157 * (10 / 9) ** 0.5), rel=2e-3)
+    # One right of ten or none is 0.0107 of the resamples: beyond that tail, and within 0.025.
+    assert mean_interval([0, 1] * 5, resamples=200_000) == (0.1, 0.9)
+
+
+def test_there_are_as_many_resamples_as_asked_for() -> None:
+    low, high = mean_interval(uneven_scores(), resamples=1)
+    assert low == high
 
 
 @pytest.mark.parametrize("scores", [[], [1.0]])
@@ -96,11 +114,11 @@ def test_attribution_splits_a_gain_into_parts_that_add_up() -> None:
         {
             "base_old": [0, 0, 0, 1],
             "base_new": [1, 0, 0, 1],
-            "tuned_old": [0, 1, 0, 1],
+            "tuned_old": [0, 1, 1, 1],
             "tuned_new": [1, 1, 1, 1],
         }
     )
-    assert (split.weights.gain, split.prompts.gain, split.interaction.gain) == (0.25, 0.25, 0.25)
+    assert (split.weights.gain, split.prompts.gain, split.interaction.gain) == (0.5, 0.25, 0.0)
     assert split.total.gain == 0.75
     assert split.total.low <= 0.75 <= split.total.high
 
@@ -129,5 +147,6 @@ def test_options_of_a_wrong_type_are_refused(options: dict[str, Any]) -> None:
 
 def test_the_interval_of_a_share_is_wilsons_and_none_of_few_is_not_certain() -> None:
     assert share_interval(6, 8) == pytest.approx((0.4093, 0.9285), abs=1e-4)  # statsmodels' proportion_confint
+    assert share_interval(6, 8, confidence=0.9) == pytest.approx((0.4602, 0.9135), abs=1e-4)
     assert share_interval(0, 4) == pytest.approx((0.0, 0.4899), abs=1e-4)
     assert all(map(math.isnan, share_interval(0, 0)))

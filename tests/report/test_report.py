@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from reports import EVIL, Page, full_report, loss_line, page_of, record, report
+from reports import EVIL, TWO_BY_TWO, Page, full_report, loss_line, page_of, record, report
 
 from bettertogether.errors import DataError
 from bettertogether.records import (
@@ -83,13 +83,15 @@ def test_one_validation_example_gives_a_gain_without_an_interval() -> None:
 
 
 def test_the_2x2_is_shown_with_what_weights_and_prompts_gave() -> None:
-    cells = {"base_old": [0, 0], "base_new": [0, 1], "tuned_old": [1, 0], "tuned_new": [1, 1]}
-    rounds = (record(0, "", (0.0, 0.0)), record(1, "w", (1.0, 1.0), two_by_two=cells))
-    lines = str(report(rounds=rounds, selected=1)).splitlines()
-    assert "base weights            0.000        0.500" in lines
+    rounds = (record(0, "", (0.0,) * 4), record(1, "w", (1.0,) * 4, two_by_two=TWO_BY_TWO))
+    found = report(rounds=rounds, selected=1)
+    lines = str(found).splitlines()
+    assert "base weights            0.000        0.250" in lines
     assert "tuned weights           0.500        1.000" in lines
-    assert any(line.startswith("gain from weights   +0.500 [") for line in lines)
-    assert any(line.startswith("from both together  +0.000 [") for line in lines)
+    for start in ("gain from weights   +0.500 [", "gain from prompts   +0.250 [", "from both together  +0.250 ["):
+        assert any(line.startswith(start) for line in lines)
+    text = Page(page_of(found)).text
+    assert "old promptsnew promptsbase weights0.0000.250tuned weights0.5001.000" in text
 
 
 def test_the_race_of_a_prompt_step_is_a_table_of_its_candidates() -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reports import COST, record, report
+from reports import COST, TWO_BY_TWO, record, report
 
-from bettertogether.records import Failure, HeldOutLoss, TrainedAdapter
+from bettertogether.records import Failure, HeldOutLoss, PolicyDetails, RewardLine, TrainedAdapter
 from bettertogether.report.intervals import paired_interval
-from bettertogether.report.view import loss_text, view_of
+from bettertogether.report.view import loss_text, rewards_text, view_of
 
 
 def test_a_round_has_its_numbers_as_text() -> None:
@@ -54,17 +54,34 @@ def test_the_reasons_of_auto_are_those_of_its_rounds_and_of_its_end() -> None:
 
 
 def test_the_2x2_has_means_and_gains() -> None:
-    cells = {"base_old": (0.0, 0.0), "base_new": (0.0, 1.0), "tuned_old": (1.0, 0.0), "tuned_new": (1.0, 1.0)}
-    rounds = (record(0, "", (0.0, 0.0)), record(1, "w", (1.0, 1.0), two_by_two=cells))
-    view = view_of(report(rounds=rounds, selected=1)).two_by_two
-    assert view is not None
-    assert view.means == {"base_old": "0.000", "base_new": "0.500", "tuned_old": "0.500", "tuned_new": "1.000"}
-    assert [gain.number for gain in (view.weights, view.prompts, view.both, view.total)] == [
-        "+0.500",
-        "+0.500",
-        "+0.000",
-        "+1.000",
-    ]
+    view = view_of(
+        report(rounds=(record(0, "", (0.0,) * 4), record(1, "w", (1.0,) * 4, two_by_two=TWO_BY_TWO)), selected=1)
+    )
+    assert view.two_by_two is not None
+    assert view.two_by_two.means == {
+        "base_old": "0.000",
+        "base_new": "0.250",
+        "tuned_old": "0.500",
+        "tuned_new": "1.000",
+    }
+    gains = view.two_by_two.weights, view.two_by_two.prompts, view.two_by_two.both, view.two_by_two.total
+    assert [gain.number for gain in gains] == ["+0.500", "+0.250", "+0.250", "+1.000"]
+
+
+@pytest.mark.parametrize(("selected", "shown"), [(0, 2), (1, 1), (2, 2), (3, 2)])
+def test_the_2x2_is_that_of_the_selected_round_or_of_the_latest_that_has_one(selected: int, shown: int) -> None:
+    cells = {1: TWO_BY_TWO, 2: {**TWO_BY_TWO, "base_new": (0.0,) * 4}}
+    rounds = tuple(record(index, "w" * index, (0.0,) * 4, two_by_two=cells.get(index)) for index in range(4))
+    assert report(rounds=rounds, selected=selected).two_by_two == cells[shown]
+
+
+def test_what_became_of_rewards_is_told_of_the_first_and_last_step_and_of_the_one_that_was_kept() -> None:
+    history = RewardLine(0, held_out_score=0.1), RewardLine(1, 0.25), RewardLine(2, 0.5, held_out_score=0.75)
+    details = PolicyDetails({}, (*history, RewardLine(3, 0.4, held_out_score=0.3)), 2, 8)
+    assert rewards_text(details) == (
+        "reward 0.250 -> 0.400 in 3 steps; score on 8 examples held out 0.100 -> 0.750 (step 2)"
+    )
+    assert rewards_text(PolicyDetails({}, (RewardLine(0), RewardLine(1, 0.25)), 1, 0)) == "reward 0.250 in 1 steps"
 
 
 def test_the_gain_of_a_round_is_computed_once_for_table_page_and_notebook(
