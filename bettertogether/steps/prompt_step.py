@@ -237,7 +237,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         if valset:
             train = stratified_split(trainset, self.train_size or MOST_TRAIN, seed)[0]
             return train, stratified_split(valset, self.val_size or len(valset), seed)[0]
-        share = min(MOST_TRAIN, max(1, round(TRAIN_SHARE * len(trainset))))
+        share = min(MOST_TRAIN, round(TRAIN_SHARE * len(trainset)))
         train, rest = split_apart(trainset, self.train_size or share, seed)
         if not train:
             raise DataError(
