@@ -275,9 +275,10 @@ def test_a_full_mark_that_is_above_one_by_rounding_ends_nothing() -> None:
 def test_a_metric_above_one_with_thresholds_is_scored_in_its_unit(engine: FakeEngine) -> None:
     percent = lambda e, p, trace=None: 100.0 * parity_match(e, p)  # noqa: E731
     optimizers = {"p": BootstrapFewShotRS(percent, threshold=100), "w": LoRAFinetune(percent, threshold=100)}
-    report = compile_(engine, metric=percent, optimizers=optimizers).report
-    assert all(0 <= (record.score or 0) <= 100 for record in report.rounds)
-    assert max(record.score or 0 for record in report.rounds) > 1
+    compiled = compile_(engine, metric=percent, optimizers=optimizers)
+    assert {status for _, status in rounds(compiled)} == {"complete"}
+    assert all(0 <= record.score <= 100 for record in compiled.report.rounds)
+    assert max(record.score for record in compiled.report.rounds) > 1
 
 
 def test_a_metric_above_one_needs_no_threshold_where_steps_learn_from_scores_as_they_are(engine: FakeEngine) -> None:
