@@ -79,6 +79,8 @@ def test_else_the_step_that_was_given_first_is_first() -> None:
 def test_a_run_passes_from_the_threshold_of_the_weight_step() -> None:
     half = [StepRecord(0, "", "", "complete", 0.5, (0.5,) * 10)]
     assert next_of(half, w=LoRAFinetune(parity_match, threshold=0.5), p=P) == "w next: it was given first"
+    others: dict[str, Any] = {"v": LoRAFinetune(parity_match, threshold=0.9), "p": P}
+    assert next_of(half, w=LoRAFinetune(parity_match, threshold=0.5), **others) == "w next: it was given first"
     assert next_of(half, w=W, p=P).startswith("p next: the untouched student passes 0 of 10")
 
 
@@ -145,6 +147,7 @@ def test_a_gain_is_one_over_the_best_round_before_and_not_over_the_last() -> Non
 
 def test_auto_stops_after_max_rounds() -> None:
     assert next_of(rounds(("", 1), ("p", 4), ("w", 8)), max_rounds=2) == "stop: max_rounds=2 rounds were run"
+    assert next_of(rounds(("", 1), ("p", 4)), max_rounds=2).startswith("w next: ")
 
 
 def test_without_scores_every_step_has_one_turn() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bettertogether.records import StepRecord
+from bettertogether.records import Failure, StepRecord
 from bettertogether.run.selection import rank, select
 
 
@@ -31,7 +31,7 @@ def with_demos(strategy: str, demos: int, gain: float | None = None) -> StepReco
 
 def test_of_equals_one_that_goes_on_with_fewer_demos_is_selected() -> None:
     evident = with_demos("p -> w", 3, gain=0.1)
-    fewer, more, elsewhere = with_demos("p -> w -> p", 1), with_demos("p -> w -> p", 4), with_demos("w", 0)
+    fewer, more, elsewhere = with_demos("p -> w -> p", 1), with_demos("p -> w -> p", 4), with_demos("p -> w2", 0)
     unknown = StepRecord(0, "p", "p -> w -> p", "complete", score=0.5)
     assert select([evident, fewer, elsewhere]) == 1
     assert select([evident, more, elsewhere]) == select([evident, unknown, elsewhere]) == 0
@@ -46,6 +46,13 @@ def test_sums_in_another_order_are_equal() -> None:
     assert a != b
     assert select([record(b), record(a)]) == select([record(a), record(b)]) == 0
     assert select([record(0.5), record(0.5, gain=a - b)]) == 0
+
+
+def test_a_round_in_which_every_example_failed_is_selected_over_none_that_has_scores() -> None:
+    failures = (Failure("timeout", 2, "slow", "example 0"),)
+    broken = StepRecord(0, "", "", "complete", 0.0, (0.0, 0.0), failures=failures)
+    assert select([broken, record(0.0)]) == 1
+    assert select([broken, broken]) == 0
 
 
 def test_a_failed_or_skipped_round_is_never_selected() -> None:
