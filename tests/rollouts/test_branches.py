@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import dspy
@@ -126,6 +127,8 @@ def test_each_turn_of_a_loop_is_answered_anew_on_the_turns_before_it() -> None:
     program.set_lm(plain_lm(FakeEngine(turn)))
     points = traces_of(program, Sampling(0, 0.9, rescue=False, branches=1), examples=1).branches
     assert [point.branches[0].prediction.said for point in points] == ["good!a!a!", "a!good!a!", "a!a!good!"]
+    in_vain = replace(points[2], branches=(points[2].run,))
+    assert blame([points[0], in_vain]) == {"step": Blame(calls=2, failed_runs=1, repaired=1)}
 
 
 def test_of_a_long_loop_three_turns_are_answered_anew() -> None:

@@ -119,6 +119,10 @@ def test_an_answer_that_was_asked_for_again_is_worse_than_the_one_that_was_read(
     assert found["a"] == pytest.approx({1: -4 / 3, 2: 2 / 3, 3: 2 / 3})
 
 
+def test_an_answer_that_could_not_be_read_is_worse_whatever_its_run_came_to() -> None:
+    assert advantages(run(0, 1.0, unread=(call("a", 1),)), run(0, 1.0, call("a", 2))) == {"a": {1: -1.0, 2: 1.0}}
+
+
 def test_a_call_of_another_lm_is_not_learned() -> None:
     runs = [run(0, score, call("a", number, unfit="made with another LM")) for number, score in enumerate((1.0, 0.0))]
     assert compared(runs, "a", POLICY).answers == {}
