@@ -25,6 +25,7 @@ def test_label_fields_are_those_that_are_not_inputs_in_order() -> None:
 
 def test_labels_are_found_where_values_repeat() -> None:
     assert labels_of(examples(["a", "b", "a", "b"])) == ["a", "b", "a", "b"]
+    assert labels_of(examples(["a", "b", "a"])) == [None] * 3
 
 
 def test_numbers_and_bools_are_labels_as_text() -> None:
@@ -106,6 +107,7 @@ def test_parts_that_are_split_apart_ask_nothing_that_the_other_asks(first_size: 
 def test_many_that_ask_the_same_are_not_more_than_was_asked_for(seed: int) -> None:
     many, few = [*examples(["a"])] * 9, [dspy.Example(q=9, answer="a").with_inputs("q")]
     assert split_apart([*many, *few], 2, seed) == (few, many)
+    assert split_apart([*many, *few, *few], 1, seed) == ([*few, *few], many)
 
 
 def test_what_asks_the_same_throughout_is_not_split_apart() -> None:
