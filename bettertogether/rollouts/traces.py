@@ -337,7 +337,7 @@ def collect_traces(
     known = label_fields(examples, outputs) if label_field is None else [label_field]
     tries = _Tries(program, teachers, examples, labels_of(examples, label_field, outputs), known, options)
     sampling.carry_out(tries)
-    traces = sorted(tries.traces, key=lambda trace: (trace.index, trace.attempt, trace.source != "student"))
+    traces = sorted(tries.traces, key=lambda trace: (trace.index, trace.attempt))
     ledger = Ledger.total(trace.ledger for trace in traces)
     return TraceSet(tuple(traces), ledger, len(examples), tries.warnings, tuple(tries.points))
 

@@ -273,3 +273,23 @@ def test_several_answers_of_one_call_are_there_again() -> None:
     points: tuple[BranchPoint, ...] = traces_of(program, examples=1).branches
     assert points[2].call.inputs["remark"].count(" and ") == 1
     assert all(branch.calls[2].inputs == points[2].call.inputs for branch in points[2].branches)
+
+
+def test_calls_that_ask_the_same_are_answered_in_their_order_and_one_alone_is_answered_anew() -> None:
+    class Again(TwoSteps):
+        def forward(self, number: int) -> dspy.Prediction:
+            said = [self.remark(number=number).remark for _ in range(2)]
+            return self.decide(number=number, remark=" and ".join(said))
+
+    remarks = iter(["one", "two"])
+
+    def answer(request: FakeRequest) -> str:
+        if "remark" in outputs_of(request):
+            return reply(request, remark="anew" if request.temperature else next(remarks, "later"))
+        return reply(request, parity=wrong(number_of(request)))
+
+    program = Again()
+    program.set_lm(plain_lm(FakeEngine(answer)))
+    points = traces_of(program, Sampling(0, 0.9, rescue=False, branches=1), examples=1).branches
+    asked = [point.branches[0].calls[2].inputs["remark"] for point in points]
+    assert asked == ["anew and later", "one and anew", "one and two"]

@@ -203,3 +203,9 @@ def test_the_first_teacher_makes_the_further_tries() -> None:
     collect_traces(parity_program(student), numbers(2), ExamplePass(parity_match), sampling=sampling, teachers=teachers)
     assert [len(engine.requests) for engine in engines] == [2 + 2, 2]
     assert student.requests == []
+    sampling = Sampling(0, rescue=False, branches=1)
+    traces = collect_traces(
+        parity_program(student), numbers(2), ExamplePass(parity_match), sampling=sampling, teachers=teachers
+    )
+    first = [trace for trace in traces.traces if trace.source == "teacher"][::2]
+    assert all(point.run is run for point, run in zip(traces.branches, first, strict=True))
