@@ -45,6 +45,7 @@ LABELS: list[Any] = [
     (Literal["positive", "negative"], " negative\n", "negative"),
     (Literal["positive", "negative"], "neutral", "neutral"),
     (Literal[1, 2, 3], "2", 2),
+    (Literal["1", 1], 1, 1),
     (Color, "red", Color.RED),
     (Color, "BLUE", Color.BLUE),
     (Color, Color.BLUE, Color.BLUE),
@@ -115,6 +116,9 @@ def test_the_hint_shows_the_value_as_the_field_has_it() -> None:
     program = program_of(float, FakeEngine(lambda _: ""))
     narrow_signatures(program, {"y": 3})
     assert program.signature.instructions == f"Do it.\n\n{hint_of({'y': 3.0})}"
+    program = program_of(float, FakeEngine(lambda _: ""))
+    narrow_signatures(program, {"answered_by_none": 3})
+    assert program.signature.instructions == f"Do it.\n\n{hint_of({'answered_by_none': 3})}"
     assert hint_of({"y": np.int64(3)}) == "The right final result is known: `y` = 3. Write what leads to it."
     assert hint_of({"y": Color.RED}) == "The right final result is known: `y` = 'red'. Write what leads to it."
 
