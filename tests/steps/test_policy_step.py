@@ -18,7 +18,10 @@ from bettertogether import BetterTogether, Budget, PolicyConfig, PolicyFinetune
 from bettertogether.callbacks import Callback, events
 from bettertogether.engines import TransformersEngine
 from bettertogether.programs.program import model_names
+from bettertogether.rollouts.metrics import Verdict
 from bettertogether.rollouts.settings import RunSettings
+from bettertogether.rollouts.traces import Trace
+from bettertogether.steps.policy_groups import Groups
 from bettertogether.steps.policy_run import PolicyRun, RunState
 from bettertogether.steps.step import StepContext
 from bettertogether.steps.work import Outlook
@@ -255,6 +258,26 @@ def test_of_steps_that_score_the_same_but_for_rounding_the_last_is_kept(
     run.state = replace(run.state, step=6)
     run._scored()
     assert run.state.best_step == 5
+
+
+def test_it_ends_after_three_steps_in_a_row_whose_runs_are_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = PolicyConfig(steps=9)
+    run = PolicyRun(lambda _: dspy.Module(), {}, {}, words(1), [], is_a, policy, RunSettings(), tmp_path, "run")
+    trace, kept = Trace(0, dspy.Example(), None, (), Verdict(1.0, True), "sample"), iter([1, 0, 0, 1, 0, 0, 0])
+    monkeypatch.setattr(run, "_runs", lambda: ([trace], Groups({}, next(kept), 1, frozenset())))
+    assert run.run().step == 7
+
+
+def test_no_two_runs_of_a_training_have_the_same_number(tmp_path: Path) -> None:
+    policy = PolicyConfig(group_size=3)
+    run = PolicyRun(lambda _: dspy.Module(), {}, {}, [], [], is_a, policy, RunSettings(), tmp_path, "run")
+    numbers = []
+    for step in (1, 2, 3):
+        run.state = RunState(step=step)
+        numbers += [run._attempt(number).number for number in range(3)]
+    assert numbers == list(range(1, 10))
 
 
 def test_its_work_is_the_runs_of_all_steps_and_the_scores(engine: TransformersEngine) -> None:
