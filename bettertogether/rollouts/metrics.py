@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -85,7 +86,7 @@ def require_metric(metric: Any, *, optional: bool = False) -> None:
             f"metric={metric!r} is not allowed: give a function (example, prediction, trace=None) to a score"
             f"{', or None' if optional else ''}."
         )
-    if inspect.iscoroutinefunction(metric) or inspect.iscoroutinefunction(type(metric).__call__):
+    if any(map(inspect.iscoroutinefunction, (_called(metric), type(metric).__call__))):
         raise ConfigError(
             f"metric={metric!r:.100} is async, and would return a coroutine for a score: give a plain function, which "
             "may call asyncio.run(...) on what it waits for."
@@ -95,20 +96,27 @@ def require_metric(metric: Any, *, optional: bool = False) -> None:
 
 def _arity(metric: Metric) -> int:
     try:
-        parameters = list(inspect.signature(metric).parameters.values())
+        signature = inspect.signature(_called(metric))
     except (TypeError, ValueError):
         return 3
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return 3
+    parameters = list(signature.parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = sum(p.default is p.empty for p in positional)
-    if len(positional) < 2 or required > 5:
+    most = 5 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
+    if most < 2 or required > 5 or any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
         raise ConfigError(
-            f"metric must take (example, prediction), (example, prediction, trace) or GEPA's five arguments, "
-            f"got {inspect.signature(metric)}."
+            "metric must take (example, prediction), (example, prediction, trace) or GEPA's five arguments, "
+            f"got {signature}."
         )
     # Beyond the trace, what has a default may be an option of the user's own.
-    return max(required, min(len(positional), 3))
+    return max(required, min(most, 3))
+
+
+def _called(metric: Any) -> Any:
+    """What a metric's arguments reach: a module hands on all that it is given."""
+    if isinstance(metric, functools.partial):
+        return functools.partial(_called(metric.func), *metric.args, **metric.keywords)
+    return getattr(metric, "forward", metric) if isinstance(metric, dspy.Module) else metric
 
 
 def score_of(value: Any) -> float:

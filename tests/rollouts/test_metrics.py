@@ -175,7 +175,44 @@ def test_a_callable_object_and_a_bound_method_are_metrics() -> None:
     assert with_trace(Metric().method)(EXAMPLE, PREDICTION, None) == 0.25
 
 
-@pytest.mark.parametrize("metric", [lambda example: 1.0, lambda a, b, c, d, e, f: 1.0])
+class OfTwo(dspy.Module):
+    def forward(self, example: Any, pred: Any) -> Any:
+        return example, pred
+
+
+class OfThree(dspy.Module):
+    def forward(self, example: Any, pred: Any, trace: Any = None) -> Any:
+        return example, pred, trace
+
+
+def handed_on(metric: Any) -> Any:
+    @functools.wraps(metric)
+    def given(*arguments: Any) -> Any:
+        return metric(*arguments)
+
+    return given
+
+
+@pytest.mark.parametrize("around", [lambda metric: metric, functools.partial, lambda metric: metric.forward])
+def test_a_module_is_given_as_many_arguments_as_its_forward_takes(around: Any) -> None:
+    assert with_trace(around(OfTwo()))(EXAMPLE, PREDICTION, [1]) == (EXAMPLE, PREDICTION)
+    assert with_trace(around(OfThree()))(EXAMPLE, PREDICTION, [1]) == (EXAMPLE, PREDICTION, [1])
+
+
+def test_a_decorated_or_partial_metric_is_given_what_the_one_inside_takes() -> None:
+    assert with_trace(handed_on(lambda e, p: (e, p)))(EXAMPLE, PREDICTION, [1]) == (EXAMPLE, PREDICTION)
+    of_one = functools.partial(lambda unit, e, p: (unit, e, p), 1)
+    assert with_trace(of_one)(EXAMPLE, PREDICTION, [1]) == (1, EXAMPLE, PREDICTION)
+
+
+def test_star_args_after_five_arguments_get_none() -> None:
+    assert with_trace(lambda a, b, c, d, e, *rest: (c, d, e, rest))(EXAMPLE, PREDICTION, 0) == (0, None, None, ())
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [lambda example: 1.0, lambda a, b, c, d, e, f: 1.0, lambda a, b, c, d, e, f, *rest: 1.0, lambda a, b, *, c: 1],
+)
 def test_a_metric_that_takes_too_few_or_too_many_is_an_error(metric: Any) -> None:
     with pytest.raises(ConfigError, match="metric must take"):
         with_trace(metric)
