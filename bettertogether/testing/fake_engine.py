@@ -41,6 +41,7 @@ from ..engines.protocol import (
     adapter_round,
     require_adapter,
 )
+from ..engines.rendering import messages_of
 from ..errors import DataError, NoTrainingDataError, UnknownAdapterError
 from ..training.auto import resolved
 from ..training.config import LoRAConfig, TrainingConfig
@@ -181,11 +182,8 @@ class FakeEngine:
         yield StreamEndEvent("stop", response.usage)
 
     def messages(self, request: Request) -> tuple[ChatMessage, ...]:
-        """System first, text only."""
-        system = request.system if isinstance(request.system, str) else None
-        turns: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
-        turns += [{"role": message.role, "content": message.text or ""} for message in request.messages]
-        return tuple(turns)
+        """As the engines that run a model have them. Raises lm15's UnsupportedFeatureError for what is not text."""
+        return messages_of(request)
 
     def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
         """One token a word."""

@@ -12,7 +12,7 @@ from typing import Any
 import cloudpickle
 import dspy
 import pytest
-from dspy.lm15 import Config, Message, Request
+from dspy.lm15 import Config, ImagePart, Message, Request, TextPart, UnsupportedFeatureError
 from fakes import numbers, parity_engine, parity_match, parity_program
 
 from bettertogether.engines.protocol import LocalEngine, TrainingRow
@@ -93,6 +93,17 @@ def test_the_answer_function_sees_model_messages_temperature_and_seed() -> None:
     (request,) = engine.requests
     assert (request.model, request.user, request.temperature, request.seed) == ("local/fake", "hello", 0.5, 3)
     assert (request.system, request.demos, request.round, request.learned, request.trained_on) == ("", 0, 0, None, 0)
+
+
+def test_the_text_parts_of_a_message_are_joined_and_an_image_is_refused_as_by_other_engines() -> None:
+    engine = FakeEngine(lambda request: "ok")
+    user = Message("user", (TextPart("Which "), TextPart("one?")))
+    request = Request(model="local/fake", messages=(user,), system=(TextPart("Be "), TextPart("brief.")))
+    engine.complete(request)
+    assert (engine.requests[0].system, engine.requests[0].user) == ("Be brief.", "Which one?")
+    shown = Message("user", (TextPart("What is this?"), ImagePart(url="https://a.test/b.png")))
+    with pytest.raises(UnsupportedFeatureError, match="a part of type 'image'"):
+        engine.complete(Request(model="local/fake", messages=(shown,)))
 
 
 def test_a_mapping_as_answer_becomes_json() -> None:
