@@ -38,7 +38,8 @@ class RunStartEvent(TypedDict):
     strategy: str
     """What was asked for, such as "p -> w -> p"."""
     rounds: Sequence[str]
-    """The strategy prefix of every round, in order; "" is the untouched student."""
+    """The strategy prefix of every round, in order; "" is the untouched student, and all that is known of
+    strategy="auto", which chooses its rounds one by one."""
     finished: NotRequired[Sequence[StepRecord]]
     """Records of an earlier run of the same directory; empty for a new run."""
     run_dir: NotRequired[str]
@@ -91,7 +92,8 @@ class TrainingEvent(TypedDict):
 
     progress: TrainingProgress
     adapter: NotRequired[str]
-    """Which adapter, when a step trains several; a predictor's or LM's name."""
+    """Which of the adapters that a step trains one after another: "adapter 1/2" is the first of two. Not there where it
+    learns from rewards, all adapters at once."""
     rewards: NotRequired[RewardLine]
     """What the step's runs earned, where it learned from rewards."""
 
@@ -103,7 +105,11 @@ class WarningEvent(TypedDict):
 
 
 class StepEndEvent(TypedDict):
-    """A step ended and its record is on disk."""
+    """A step ended, or is taken over from an earlier call with the same run directory.
+
+    Its record is on disk, unless the scoring of the student was ended by the budget, or that of a 2x2 by the budget or
+    Ctrl-C: the next call makes up for that and tells of the step again.
+    """
 
     record: StepRecord
 
@@ -150,7 +156,7 @@ class Callback:
         """Something makes a score or a step meaningless."""
 
     def on_step_end(self, event: StepEndEvent) -> None:
-        """A step ended and its record is on disk."""
+        """A step ended."""
 
     def on_run_end(self, event: RunEndEvent) -> None:
         """The run ended, well or not."""

@@ -66,7 +66,9 @@ class ProgressState:
     def run_start(self, event: RunStartEvent) -> None:
         with self._lock:
             self._started_s = self._event_s = self._clock()
-            self._strategy, self._rounds = event["strategy"], list(event["rounds"])
+            self._strategy, rounds = event["strategy"], list(event["rounds"])
+            # The student's alone: "auto", which chooses the others one by one.
+            self._rounds = rounds if len(rounds) > 1 else []
             self._finished, self._current, self._warnings = [], None, []
 
     def step_start(self, event: StepStartEvent) -> None:
@@ -120,12 +122,12 @@ class ProgressState:
             self._warnings.append(event["text"])
 
     def step_text(self) -> str:
-        """ "step 2 of 4 (p -> w)"."""
+        """ "step 2 of 4 (p -> w)"; "step 2 (p)" where it isn't known how many there will be."""
         with self._lock:
             if self._current is None:
                 return "run"
-            number, total = self._current["index"] + 1, max(len(self._rounds), self._current["index"] + 1)
-            return f"step {number} of {total} ({self._current['strategy'] or STUDENT})"
+            total = f" of {len(self._rounds)}" if self._rounds else ""
+            return f"step {self._current['index'] + 1}{total} ({self._current['strategy'] or STUDENT})"
 
     def progress_text(self) -> str:
         """The step, what is done in it now, how far it is, how fast, and what is left."""
@@ -147,7 +149,7 @@ class ProgressState:
 
     def _run_left_texts(self) -> list[str]:
         """Time left in the run, once a step of every kind that is still to come has been timed."""
-        if self._current is None:
+        if self._current is None or not self._rounds:
             return []
         timed: dict[str, list[float]] = {}
         for record in self._finished:

@@ -1,8 +1,9 @@
 """What a tracker of experiments is told of a compile run, whichever it is; subclasses say it in the tracker's words.
 
 Metrics of a round have the round's index as their step: `score`, `step_gain`, `seconds`, `lm_calls`, `metric_calls`,
-`tokens`, `cost`. Those of a training have the optimizer step: `step_1/ADAPTER/loss`, `.../validation_loss`,
-`.../validation_error`, `.../learning_rate`, where 1 is the index of the round.
+`tokens`, `cost`. Those of a training have the optimizer step: `step_1/adapter_1/2/loss`, `.../validation_loss`,
+`.../validation_error`, `.../learning_rate`, of the first of two adapters in the round with index 1; of one that learns
+from rewards `step_1/adapter/...`.
 """
 
 from __future__ import annotations

@@ -290,6 +290,20 @@ def test_the_time_left_of_the_run_is_told_once_every_kind_of_step_was_timed() ->
     assert "about 0:45 left in all" in file.getvalue()
 
 
+def test_of_auto_no_number_of_steps_and_no_time_left_in_all_is_told() -> None:
+    clock, file = Clock(), io.StringIO()
+    with listening([ProgressDisplay(file=file, interval_s=1, clock=clock)]):
+        emit("run_start", {"strategy": "auto", "rounds": [""]})
+        emit("step_end", {"record": StepRecord(1, "p", "p", "complete", ledger=Ledger(seconds=60))})
+        emit("step_start", {"index": 2, "step": "p", "strategy": "p -> p"})
+        clock.now_s += 10
+        emit("progress", {"phase": "score", "done": 5, "total": 9})
+    assert file.getvalue().splitlines()[-2:] == [
+        "[bettertogether 0:00] step 3 (p -> p) starts",
+        "[bettertogether 0:10] step 3 (p -> p): score 5/9, about 0:08 left in this phase",
+    ]
+
+
 def training_line(step: int, rewards: RewardLine | None = None) -> None:
     done: dict[str, Any] = {"step": step, "epoch": step / 8, "tokens": 1000 * step}
     line = TrainingProgress(**done, total_steps=40, loss=1.0, validation_loss=None, learning_rate=1e-4)
