@@ -178,8 +178,9 @@ def save_gguf(
     """Write the tuned model of a saved program for llama.cpp and Ollama: `out` gets model.gguf and a Modelfile.
 
     The weights are merged as in `merge` and keep the base's precision; tokenizer, chat template and special tokens are
-    in the file. `ollama create NAME -f out/Modelfile` takes both. Llama (with SmolLM2 and Mistral), SmolLM3, Qwen2,
-    Qwen3, Gemma, Gemma 2 and Gemma 3 can be written.
+    in the file. `ollama create NAME -f out/Modelfile` takes both; the Modelfile has the LM's temperature, top_p and
+    top_k, and a context of 8,192 tokens at most: for longer prompts raise its num_ctx. Llama (with SmolLM2 and
+    Mistral), SmolLM3, Qwen2, Qwen3, Gemma, Gemma 2 and Gemma 3 can be written.
 
     `predictor` picks one where the program has several adapters; `base_model` is the folder or hub id to merge into, in
     place of the base that was saved. `out` must be new or empty. Raises ArtifactError.
@@ -211,7 +212,7 @@ def _merge(
         compare_base(record, Base.at(base), chosen=base_model is not None)
         if gguf:
             template_kwargs = record["engine_options"].get("chat_template_kwargs")
-            merge_to_gguf(base, adapter, target, template_kwargs, record["options"].get("temperature") or 0)
+            merge_to_gguf(base, adapter, target, template_kwargs, record["options"])
         else:
             merge_adapter(base, adapter, target)
     except (ModelError, RunDirectoryError) as error:

@@ -39,18 +39,22 @@ def merge_adapter(base: str | Path, adapter: Path, out: Path) -> None:
 
 
 def merge_to_gguf(
-    base: str | Path, adapter: Path, out: Path, template_kwargs: Mapping[str, Any] | None, temperature: float
+    base: str | Path,
+    adapter: Path,
+    out: Path,
+    template_kwargs: Mapping[str, Any] | None,
+    sampling: Mapping[str, Any],
 ) -> None:
     """As `merge_adapter`, but `out` has model.gguf and an Ollama Modelfile.
 
-    `template_kwargs` are the variables of the chat template that the adapter was trained under. Raises ModelError also
-    for a model that llama.cpp doesn't have.
+    `template_kwargs` are the variables of the chat template that the adapter was trained under, `sampling` the options
+    of its LM. Raises ModelError also for a model that llama.cpp doesn't have.
     """
     model, tokenizer = _merged(base, adapter)
     renderer = PromptRenderer(tokenizer, eos_ids(base, model.config), template_kwargs)
     with _written_whole(out) as work:
         write_gguf(work / GGUF_FILE, model, tokenizer, renderer, short_name(base))
-        text = modelfile(GGUF_FILE, renderer, tokenizer, model.config.max_position_embeddings, temperature)
+        text = modelfile(GGUF_FILE, renderer, tokenizer, model.config.max_position_embeddings, sampling)
         (work / "Modelfile").write_text(text, encoding="utf-8")
 
 

@@ -10,7 +10,8 @@ from .protocol import ChatMessage
 from .rendering import PROBES, PromptRenderer
 
 MOST_CONTEXT = 8192
-"""Tokens. Ollama's own default cuts prompts with demos; memory for the whole context of a large model is much."""
+"""Tokens. Ollama's own default cuts prompts with demos; memory for the whole context of a large model is much. Ollama
+cuts longer prompts, unless `num_ctx` is raised there."""
 _TEMPLATE = (
     '{{ $after := "" }}{{ range .Messages }}{{ if eq .Role "system" }}%(system)s{{ else if eq .Role "assistant" }}'
     '%(assistant)s{{ else if eq $after "system" }}%(user after system)s{{ else if eq $after "assistant" }}'
@@ -18,9 +19,19 @@ _TEMPLATE = (
 )
 
 
-def modelfile(gguf_file: str, renderer: PromptRenderer, tokenizer: Any, context: int, temperature: float) -> str:
-    """The Modelfile beside a GGUF file: prompts, sampling and context (in tokens) of the engine."""
-    parameters = {"temperature": temperature, "repeat_penalty": 1, "num_ctx": min(context, MOST_CONTEXT)}
+def modelfile(
+    gguf_file: str, renderer: PromptRenderer, tokenizer: Any, context: int, sampling: Mapping[str, Any]
+) -> str:
+    """The Modelfile beside a GGUF file: prompts of the engine, its context up to `MOST_CONTEXT` tokens, and the
+    temperature, top_p and top_k of the LM with these options; what it lacks is neutral, as in the engine."""
+    top_p = sampling.get("top_p")
+    parameters = {
+        "temperature": sampling.get("temperature") or 0,
+        "top_p": 1 if top_p is None else top_p,
+        "top_k": sampling.get("top_k") or 0,
+        "repeat_penalty": 1,
+        "num_ctx": min(context, MOST_CONTEXT),
+    }
     lines = [f"FROM ./{gguf_file}", *(f"PARAMETER {name} {value}" for name, value in parameters.items())]
     lines += [f'PARAMETER stop "{text}"' for text in renderer.stop]
     texts = _texts_before(renderer)

@@ -146,8 +146,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
 def test_ollama_is_told_to_ask_as_the_engine_does(tmp_path: Path) -> None:
     tokenizer = byte_level()
     renderer = PromptRenderer(tokenizer, [265], None)
-    assert modelfile("model.gguf", renderer, tokenizer, 4096, 0.0) == (
-        "FROM ./model.gguf\nPARAMETER temperature 0.0\nPARAMETER repeat_penalty 1\nPARAMETER num_ctx 4096\n"
+    assert modelfile("model.gguf", renderer, tokenizer, 4096, {"temperature": 0.0}) == (
+        "FROM ./model.gguf\nPARAMETER temperature 0\nPARAMETER top_p 1\nPARAMETER top_k 0\n"
+        "PARAMETER repeat_penalty 1\nPARAMETER num_ctx 4096\n"
         'TEMPLATE """{{ $after := "" }}{{ range .Messages }}'
         '{{ if eq .Role "system" }}<|im_start|>system\n'
         '{{ else if eq .Role "assistant" }}<|im_end|>\n<|im_start|>assistant\n'
@@ -161,13 +162,16 @@ def test_ollama_is_told_to_ask_as_the_engine_does(tmp_path: Path) -> None:
 def test_a_template_that_ollama_cant_have_is_left_to_it() -> None:
     counting = CHATML.replace("{{ message['content'] }}", "{{ loop.index }} {{ message['content'] }}")
     tokenizer = byte_level(template=counting)
-    text = modelfile("model.gguf", PromptRenderer(tokenizer, [265], None), tokenizer, 99999, 0.5)
-    assert text.splitlines()[1:4] == [
+    sampling = {"temperature": 0.5, "top_p": 0.0, "top_k": 20, "seed": 1}
+    text = modelfile("model.gguf", PromptRenderer(tokenizer, [265], None), tokenizer, 99999, sampling)
+    assert text.splitlines()[1:6] == [
         "PARAMETER temperature 0.5",
+        "PARAMETER top_p 0.0",
+        "PARAMETER top_k 20",
         "PARAMETER repeat_penalty 1",
         "PARAMETER num_ctx 8192",
     ]
-    assert text.splitlines()[4].startswith("# No TEMPLATE: ")
+    assert text.splitlines()[6].startswith("# No TEMPLATE: ")
 
 
 def test_an_adapter_is_merged_into_the_file(tmp_path: Path) -> None:
@@ -175,7 +179,7 @@ def test_an_adapter_is_merged_into_the_file(tmp_path: Path) -> None:
     random_model(LlamaConfig(**SIZES)).save_pretrained(base)
     byte_level().save_pretrained(base)
     adapter = save_adapter(tmp_path / "adapter", seed=1)
-    merge_to_gguf(base, adapter, tmp_path / "out", None, 0.0)
+    merge_to_gguf(base, adapter, tmp_path / "out", None, {})
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf"]
     convert_gguf(tmp_path / "out" / "model.gguf", tmp_path / "found")
     merge_adapter(base, adapter, tmp_path / "expected")
