@@ -54,7 +54,8 @@ class EngineOptions:
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, metadata=option(MAPPING, changes_answers=True))
     """Variables for the chat template; {"enable_thinking": False} when None."""
     cache_folder: str | Path | None = field(default=None, metadata=option(FOLDER))
-    """Where trained adapters go by default; ~/.cache/bettertogether/adapters when None."""
+    """Where trained adapters go by default; None: `adapters` in $BETTERTOGETHER_CACHE, or in
+    ~/.cache/bettertogether."""
 
     def __post_init__(self) -> None:
         with_plain_numbers(self)

@@ -178,7 +178,7 @@ class TrainingConfig:
     @classmethod
     def paper(cls) -> Self:
         """Section 4 of the paper: lr 1e-5, 5 epochs, effective batch 8, bfloat16; the last epoch is kept. All tokens
-        count alike, and AdamW is torch's."""
+        count alike, and AdamW is as in transformers' Trainer: beta2 0.999, no weight decay."""
         return cls(
             learning_rate=1e-5,
             epochs=5,
