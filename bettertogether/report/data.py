@@ -28,7 +28,7 @@ class ReportData(Saved):
     versions: Mapping[str, Annotated[str, SHOWN]] = field(default_factory=dict)
     """Package name to version."""
     machine: Mapping[str, Annotated[str, SHOWN]] = field(default_factory=dict)
-    """What it ran on: processor, accelerator, threads, ..."""
+    """What it ran on: platform, python, cpus (how many), processor, and accelerator where this process used a GPU."""
     warnings: tuple[str, ...] = ()
     stopped: str = ""
     """Why strategy="auto" stopped, in a sentence; "" for another strategy, and where the run ended early."""

@@ -14,6 +14,8 @@ import functools
 import inspect
 import os
 import platform
+import re
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -234,5 +236,17 @@ def as_before(now: Any, before: Any, after: Any) -> Any:
 
 
 def machine() -> dict[str, str]:
-    """What this runs on."""
-    return {"platform": platform.platform(), "python": platform.python_version(), "cpus": str(os.cpu_count())}
+    """What this runs on; the GPU where this process has used one, as nothing is started or imported to learn it."""
+    found = {"platform": platform.platform(), "python": platform.python_version(), "cpus": str(os.cpu_count())}
+    torch: Any = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_initialized() else ""
+    return found | {name: text for name, text in (("processor", processor()), ("accelerator", gpu)) if text}
+
+
+@functools.cache
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's model; its architecture where no more is known."""
+    with contextlib.suppress(OSError):
+        if model := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE):
+            return model[1]
+    return platform.processor() or platform.machine()
