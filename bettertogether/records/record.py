@@ -32,7 +32,7 @@ class Ledger(Saved):
     """Runs of the whole program on one example."""
     metric_calls: Count = 0
     lm_calls: Count = 0
-    """Calls of predictors to their LMs and calls of LMs by the metric, cache hits included."""
+    """Calls of LMs by the program and by the metric, cache hits included."""
     cache_hits: Count = 0
     prompt_tokens: Count = 0
     """Prompt tokens of the calls that reached a model."""

@@ -114,6 +114,7 @@ class _Copy:
             module.callbacks = list(original.callbacks)
         self._watch = Watch()
         self._watch.attach(module for module, _ in pairs)
+        self._modules = [module for module, _ in pairs]
         self._by_name = predictors_of(self._program)
         self._basis: dict[str, _Basis] = {}
         self._lms: dict[int, tuple[Any, Any]] = {}
@@ -156,7 +157,7 @@ class _Copy:
             strangers=strangers,
             failure=failure,
             error=error,
-            ledger=used(record, len(raw_trace) - (replay.given if replay else 0)),
+            ledger=used(record.bill, record.tracker, len(raw_trace) - (replay.given if replay else 0)),
             answers=(*answers, *([answer_of((ended.predictor, {}), ended)] if ended else [])),
             strayed=replay is not None and not replay.came,
         )
@@ -175,6 +176,8 @@ class _Copy:
         """Undo what a run before left, and give the predictors the LMs and prompts of this one."""
         # One copy of an LM for all that share it: dspy.BestOfN asks for the one LM of its module.
         lms: dict[tuple[int, bool], Any] = {}
+        for module in self._modules:
+            module.history = []
         for predictor, original, is_own in self._predictors:
             sampled = seed is not None and is_own
             predictor.signature, predictor.config = original.signature, original.config

@@ -13,16 +13,18 @@ from dspy.utils.callback import BaseCallback
 from dspy.utils.usage_tracker import UsageTracker
 
 from ..records import Ledger, total_cost
-from .watching import Record, cost_of
 
 
 class Bill(BaseCallback):
     """Counts the answers of LMs, and leaves those who ask alone. As one of DSPy's `caller_modules` it is told each."""
 
     def __init__(self) -> None:
+        self.answers = 0
+        """Of which it was told."""
+        self.costs: list[float | None] = []
+        """In US dollars, of each that was paid; None where DSPy knows no price."""
         self._calls = 0
         self._usages: list[Mapping[str, Any]] = []
-        self._costs: list[float | None] = []
         self._lock = threading.Lock()
         self.history = self
 
@@ -36,8 +38,13 @@ class Bill(BaseCallback):
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """As a history."""
-        self._usages.append(entry["usage"])
-        self._costs.append(cost_of(entry))
+        with self._lock:
+            self.answers += 1
+        # Those of DSPy's cache have none.
+        if entry["usage"]:
+            self._usages.append(entry["usage"])
+            if not _is_free(entry["model"]):
+                self.costs.append(entry["cost"])
 
     @property
     def ledger(self) -> Ledger:
@@ -45,7 +52,7 @@ class Bill(BaseCallback):
         calls = self._calls
         if calls and (dspy.settings.disable_history or dspy.settings.max_history_size == 0):
             return Ledger(lm_calls=calls, cost=None)
-        return _ledger(calls, [usage for usage in self._usages if usage], self._costs)
+        return _ledger(calls, self._usages, self.costs)
 
 
 @contextmanager
@@ -67,10 +74,18 @@ def hand_on_usage(tracker: UsageTracker, prediction: Any) -> None:
                 outer.add_usage(model, entry)
 
 
-def used(record: Record, calls: int) -> Ledger:
-    """The cost of a run that made so many calls."""
-    entries = [entry for model_entries in record.tracker.usage_data.values() for entry in model_entries]
-    return replace(_ledger(calls, entries, record.costs), program_calls=1)
+def used(bill: Bill, tracker: UsageTracker, calls: int) -> Ledger:
+    """What a run used that made so many calls. The cost is None where the bill misses paid answers: DSPy tells it of
+    those to LMs that are none of the predictors' where its histories are on."""
+    usages = [usage for of_model in tracker.usage_data.values() for usage in of_model]
+    paid = sum(len(of_model) for model, of_model in tracker.usage_data.items() if not _is_free(model))
+    missing: list[float | None] = [None] * (paid - len(bill.costs))
+    return replace(_ledger(max(calls, bill.answers), usages, [*bill.costs, *missing]), program_calls=1)
+
+
+def _is_free(model: Any) -> bool:
+    """Whether it is a model of this machine."""
+    return str(model).startswith("local/")
 
 
 def _ledger(calls: int, usages: Sequence[Mapping[str, Any]], costs: Sequence[float | None]) -> Ledger:

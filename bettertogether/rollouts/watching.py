@@ -29,6 +29,7 @@ from dspy.utils.usage_tracker import UsageTracker
 from .event_loop import run_on_loop, use_shared_loop
 from .replay import Answer, Replay, Reply, snapshot
 from .sampled_lms import draw_anew
+from .usage import Bill
 
 
 @dataclass
@@ -91,11 +92,12 @@ class Record:
         """The watched copy of `dspy.settings.lm`, for predictors without an LM."""
         self.adapter = dspy.settings.adapter
         self.keeps_history = not dspy.settings.disable_history
+        self.history_size: int = dspy.settings.max_history_size if self.keeps_history else 0
         self.trace: list[Any] = []
         """DSPy's trace: (predictor, inputs, prediction) triples."""
         self.tracker = SharedTracker(is_further)
-        self.costs: list[float | None] = []
-        """Of each answer, see `cost_of`."""
+        self.bill = Bill()
+        """Of all LMs that the program asks."""
         self.unread: list[Seen] = []
         """Calls with answers that DSPy's adapter could not read, and that therefore are in no trace."""
         self._seen: dict[int, Seen] = {}
@@ -239,9 +241,10 @@ def _context(record: Record, trace: list[Any], lm: Any) -> Iterator[Record]:
             trace=trace,
             usage_tracker=record.tracker,
             lm=lm,
-            # Those of LMs and modules keep every prompt of a pass in memory. They are on only for `note_response`.
+            # On for `note_response`, and for LMs that are none of the predictors', which tell the bill.
             disable_history=False,
-            max_history_size=0,
+            max_history_size=record.history_size,
+            caller_modules=[record.bill],
             # The trace is read, however few calls of a run the user keeps.
             max_trace_size=sys.maxsize,
         ):
@@ -358,9 +361,11 @@ def note_response(entry: Mapping[str, Any]) -> None:
     """What a watched LM does in place of keeping a history of more than its last answer; `dspy.inspect_history` finds
     each all the same."""
     if (record := _RECORD.get()) is not None:
-        record.costs.append(cost_of(entry))
+        record.bill.append(entry)
         if record.keeps_history:
-            record_history(None, entry)
+            # Those of modules would keep every prompt of a pass in memory.
+            with dspy.context(max_history_size=0):
+                record_history(None, entry)
     if (seen := _CALL.get()) is not None:
         # For a program that asks its LM what the last answer took.
         seen.lm.history[:] = [entry]
@@ -374,13 +379,6 @@ def _reply_of(entry: Mapping[str, Any], number: int) -> Reply:
     output = entry["outputs"][number]
     fields = output if isinstance(output, Mapping) else {"text": output}
     return Reply(fields.get("text"), fields.get("reasoning_content"), is_cut(entry["response"], number))
-
-
-def cost_of(entry: Mapping[str, Any]) -> float | None:
-    """What an answer cost in US dollars, by its entry in DSPy's history: nothing where it came from the cache or from a
-    model of this machine ("local/..."); None where DSPy knows no price."""
-    is_free = not entry["usage"] or str(entry["model"]).startswith("local/")
-    return 0.0 if is_free else entry["cost"]
 
 
 def is_cut(response: Any, number: int = 0) -> bool:

@@ -98,6 +98,7 @@ def _known(cost: float | None, limit: float) -> float:
     if cost is None:
         raise ConfigError(
             f"Budget(cost={limit!r}) is not allowed here: an LM was called whose price DSPy does not know (it has "
-            'LiteLLM\'s; only "local/..." models cost nothing). Bound tokens, metric_calls or minutes instead.'
+            'LiteLLM\'s, and none with its histories off; only "local/..." models cost nothing). Bound tokens, '
+            "metric_calls or minutes instead."
         )
     return cost

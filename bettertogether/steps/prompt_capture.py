@@ -173,6 +173,9 @@ def _written(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str
 def _checked(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str, Any], completion: str) -> str:
     if not is_unicode(completion):
         raise DataError(f"the answer is {NOT_UNICODE}")
+    if isinstance(adapter, dspy.TwoStepAdapter):
+        # It would ask an LM to read it.
+        return completion
     try:
         parsed = adapter.parse(signature, completion)
     except Exception as error:
