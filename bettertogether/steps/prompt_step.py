@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,7 +46,7 @@ ENOUGH_TO_SPLIT = 20
 SMALL_SHARE = 1 / 3
 """A valset of less than this share of the trainset is small: it has not half of what the trainset could hold out."""
 FEWEST_NEW = 2
-"""Demo sets that are sampled, at least, however many earlier rounds found."""
+"""Of the demo sets, those that are sampled, at least, however many earlier rounds found."""
 SAMPLING_TRIES = 5
 """How often a demo set that was sampled before is sampled again."""
 
@@ -55,8 +56,8 @@ class BootstrapFewShotRS(Step, Teleprompter):
 
     Args:
         metric: `(example, prediction, trace=None)` to a bool, a number or `Prediction(score, feedback)`.
-        num_candidates: Demo sets to try, the best that earlier rounds of a strategy found among them (two new ones at
-            least), besides the prompts given, the zero-shot prompt and the labels alone.
+        num_candidates: Demo sets to try, besides the prompts given, the zero-shot prompt and the labels alone: the best
+            that earlier rounds of a strategy found, two fewer than this at most, and new ones.
         max_bootstrapped_demos: Demos of a set that come from traces, at most.
         max_labeled_demos: Demos of a set in all, filled up with labelled examples of the trainset.
         train_size: Examples to bootstrap from; None: all of the trainset, or 30% where it is split; at most 100.
@@ -260,10 +261,10 @@ class BootstrapFewShotRS(Step, Teleprompter):
         found = [sets.of("current", copy_for_step(student)), sets.of("zero-shot", start)]
         if self.max_labeled_demos:
             found.append(sets.candidate("labels", 0, self.max_labeled_demos, seed))
-        again = [sets.earlier(f"earlier {n}", with_prompts(student, each)) for n, each in enumerate(earlier, 1)]
-        known = sum(candidate is not None for candidate in again)
-        new = min(self.num_candidates, max(FEWEST_NEW, self.num_candidates - known))
-        found += [*again, *(self._sampled(sets, number, seed) for number in range(1, new + 1))]
+        again = (sets.earlier(f"earlier {n}", with_prompts(student, each)) for n, each in enumerate(earlier, 1))
+        known = list(islice(filter(None, again), max(0, self.num_candidates - FEWEST_NEW)))
+        new = range(1, self.num_candidates - len(known) + 1)
+        found += [*known, *(self._sampled(sets, number, seed) for number in new)]
         return [candidate for candidate in found if candidate is not None]
 
     def _sampled(self, sets: DemoSets, number: int, seed: int) -> Candidate | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import dspy
+import pytest
 from fakes import learner, numbers, parity_engine, parity_match, parity_program, prompt_details
 
 from bettertogether.steps.prompt_capture import render_prompt
 from bettertogether.steps.prompt_step import BootstrapFewShotRS
 from bettertogether.steps.step import StepContext, StepResult
+from bettertogether.steps.work import Outlook
 from bettertogether.testing import FakeEngine
 
 
@@ -23,7 +25,7 @@ def with_demos(engine: FakeEngine, *demos: int, instructions: str | None = None)
 
 def looked_at_again(earlier: list[dspy.Module], student: dspy.Module, **options: Any) -> StepResult:
     context = StepContext(numbers(40), original=parity_program(student.lm.engine), earlier=earlier)
-    options = {"num_samples": 0, "rescue": False, "race": False, "num_candidates": 2, **options}
+    options = {"num_samples": 0, "rescue": False, "race": False, "num_candidates": 4, **options}
     return BootstrapFewShotRS(parity_match, **options).run(student, context)
 
 
@@ -45,7 +47,7 @@ def test_earlier_prompts_with_other_instructions_are_no_duplicates_and_keep_them
     assert result.program.signature.instructions == "SECRET"
 
 
-def test_candidates_are_told_apart_by_content_and_those_of_before_come_on_top_of_the_new_ones() -> None:
+def test_candidates_are_told_apart_by_content() -> None:
     engine = parity_engine(learner)
     current = with_demos(engine, 95)
     before = looked_at_again([], current)
@@ -55,14 +57,17 @@ def test_candidates_are_told_apart_by_content_and_those_of_before_come_on_top_of
     assert names == ["current", "zero-shot", "labels", "earlier 3", "earlier 5", "demos 1", "demos 2"]
 
 
-def test_those_of_before_count_among_the_candidates_and_some_are_always_new() -> None:
+@pytest.mark.parametrize(("sets", "again", "new"), [(0, 0, 0), (1, 0, 1), (2, 0, 2), (3, 1, 2), (5, 3, 2), (6, 3, 3)])
+def test_those_of_before_count_among_the_candidates_and_some_are_always_new(sets: int, again: int, new: int) -> None:
     engine = parity_engine(learner)
-    earlier = [with_demos(engine, 91), with_demos(engine, 92), with_demos(engine, 93)]
-    result = looked_at_again(earlier, with_demos(engine, 95), num_candidates=6)
-    tried = [c.name for c in prompt_details(result).candidates]
-    assert [name for name in tried if name[-1].isdigit()] == [
-        "earlier 1", "earlier 2", "earlier 3", "demos 1", "demos 2", "demos 3"
-    ]  # fmt: skip
+    earlier = [with_demos(engine, 95), *(with_demos(engine, number) for number in (91, 92, 93))]
+    result = looked_at_again(earlier, with_demos(engine, 95), num_candidates=sets)
+    tried = [candidate.name for candidate in prompt_details(result).candidates]
+    before, sampled = [f"earlier {n}" for n in range(2, 2 + again)], [f"demos {n}" for n in range(1, 1 + new)]
+    assert tried == ["current", "zero-shot", "labels", *before, *sampled]
+    outlook = Outlook(solved=0.5, again=0.5, hinted=1.0, learned=None, has_demos=True)
+    step = BootstrapFewShotRS(parity_match, num_candidates=sets)
+    assert step.work(with_demos(engine, 95), StepContext(numbers(40), earlier=earlier), outlook).prompts == len(tried)
 
 
 def test_of_equal_prompts_with_as_many_demos_the_current_ones_stay() -> None:
