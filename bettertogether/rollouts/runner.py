@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import dspy
@@ -131,7 +132,8 @@ class _Copy:
         lm = dspy.settings.lm
         replay = None if attempt.branch is None else Replay(attempt.branch, attempt.number, seed)
         watched = self._watched(lm) if lm is not None else None
-        with self._watch.recording(watched, replay, is_further=attempt.number > 0) as record:
+        record = Record(watched, replay, partial(self._watched_for, attempt, seed), is_further=attempt.number > 0)
+        with self._watch.recording(record):
             record.runs_here()
             try:
                 prediction = _call(self._program, snapshot(dict(example.inputs())))
@@ -208,6 +210,14 @@ class _Copy:
             kept = watched_lm(lm)
             self._lms[id(lm)] = lm, kept
         return kept
+
+    def _watched_for(self, attempt: Attempt, seed: int | None, predictor: dspy.Predict, lm: Any) -> Any:
+        """The copy of an LM that a call asks in place of its predictor's, if that has one: with the same weights it
+        samples alike."""
+        basis = self._basis.get(self._attribution.owner(predictor)[1] or "")
+        if seed is not None and basis and (basis.lm is None or _weights_of(lm) == _weights_of(basis.lm)):
+            lm = sampling_lm(lm, attempt.number, attempt.temperature, seed, always=self._samples)
+        return watched_lm(lm)
 
     def _call_of(
         self,

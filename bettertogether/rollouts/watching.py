@@ -28,6 +28,7 @@ from dspy.utils.usage_tracker import UsageTracker
 
 from .event_loop import run_on_loop, use_shared_loop
 from .replay import Answer, Replay, Reply, snapshot
+from .responses import part_of, reply_of
 from .sampled_lms import draw_anew
 from .usage import Bill
 
@@ -86,10 +87,15 @@ class SharedTracker(UsageTracker):
 class Record:
     """What was seen of one run."""
 
-    def __init__(self, lm: Any, replay: Replay | None = None, *, is_further: bool = False) -> None:
+    def __init__(
+        self, lm: Any, replay: Replay | None, watched: Callable[[dspy.Predict, Any], Any], *, is_further: bool
+    ) -> None:
         self.replay = replay
+        """The answers of an earlier run."""
         self.lm = lm
         """The watched copy of `dspy.settings.lm`, for predictors without an LM."""
+        self.watched = watched
+        """The watched copy of another LM, for the call of a predictor."""
         self.adapter = dspy.settings.adapter
         self.keeps_history = not dspy.settings.disable_history
         self.history_size: int = dspy.settings.max_history_size if self.keeps_history else 0
@@ -177,13 +183,12 @@ class Watch:
             module.__class__ = _watched_class(type(module))  # type: ignore[arg-type]
 
     @contextmanager
-    def recording(self, lm: Any, replay: Replay | None = None, *, is_further: bool = False) -> Iterator[Record]:
-        """Take down what the modules do within the block, and in threads that they start; `lm` is the watched copy of
-        `dspy.settings.lm`, and `replay` knows the answers of an earlier run."""
-        self._record = record = Record(lm, replay, is_further=is_further)
+    def recording(self, record: Record) -> Iterator[None]:
+        """Take down what the modules do within the block, and in threads that they start."""
+        self._record = record
         try:
-            with _context(record, record.trace, lm):
-                yield record
+            with _context(record, record.trace, record.lm):
+                yield
         finally:
             self._record = None
 
@@ -207,6 +212,8 @@ class Watch:
                 yield None, lambda prediction: prediction
                 return
             seen = _begun(predictor, arguments)
+            if not _is_watched(seen.lm):
+                seen.lm = arguments["lm"] = record.watched(predictor, seen.lm)
             draw_anew(seen.lm, arguments, lambda: record.earlier(seen))
             known = None if record.replay is None else _replayed(record.replay, seen, arguments)
             token = _CALL.set(seen)
@@ -350,11 +357,15 @@ def _content(call: tuple[Any, Seen | None]) -> str:
 
 def watched_lm(lm: Any) -> Any:
     """A copy of an LM that tells the predictor's call in progress how it was answered."""
-    if not isinstance(lm, dspy.BaseLM) or lm.__dict__.get("update_history") is note_response:
+    if not isinstance(lm, dspy.BaseLM) or _is_watched(lm):
         return lm
     copied = lm.copy()
     copied.update_history = note_response
     return copied
+
+
+def _is_watched(lm: Any) -> bool:
+    return getattr(lm, "update_history", None) is note_response
 
 
 def note_response(entry: Mapping[str, Any]) -> None:
@@ -369,28 +380,7 @@ def note_response(entry: Mapping[str, Any]) -> None:
     if (seen := _CALL.get()) is not None:
         # For a program that asks its LM what the last answer took.
         seen.lm.history[:] = [entry]
-        seen.choices = [_reply_of(entry, number) for number in range(len(entry["outputs"]))]
+        seen.choices = [reply_of(entry, number) for number in range(len(entry["outputs"]))]
         seen.replies += seen.choices[:1] or [Reply()]
-        if "token_ids" in (tokens := _of(entry["response"], "provider_data") or {}):
+        if "token_ids" in (tokens := part_of(entry["response"], "provider_data") or {}):
             seen.sampled.append(tokens)
-
-
-def _reply_of(entry: Mapping[str, Any], number: int) -> Reply:
-    output = entry["outputs"][number]
-    fields = output if isinstance(output, Mapping) else {"text": output}
-    return Reply(fields.get("text"), fields.get("reasoning_content"), is_cut(entry["response"], number))
-
-
-def is_cut(response: Any, number: int = 0) -> bool:
-    """Whether one of the answers in an LM's response ended at max_tokens: of DSPy's engine API, or as an OpenAI client
-    returns it (chat completions, responses)."""
-    if isinstance(response, list | tuple):
-        return number < len(response) and is_cut(response[number])
-    if choices := _of(response, "choices"):
-        response = choices[number]
-    reason = _of(response, "finish_reason") or _of(_of(response, "incomplete_details"), "reason")
-    return reason in ("length", "max_output_tokens", "max_tokens")
-
-
-def _of(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)

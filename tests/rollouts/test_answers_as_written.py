@@ -11,10 +11,10 @@ from watched import ALWAYS, rows_of
 
 from bettertogether.errors import NoTrainingDataError
 from bettertogether.rollouts.metrics import Verdict
+from bettertogether.rollouts.responses import is_cut
 from bettertogether.rollouts.rollout import Call
 from bettertogether.rollouts.runner import Runner
 from bettertogether.rollouts.traces import ExamplePass, Sampling, Trace, collect_traces
-from bettertogether.rollouts.watching import is_cut
 from bettertogether.steps.demo_sets import demos_of
 from bettertogether.steps.rows_from_traces import rows_from_traces, rows_of_call
 from bettertogether.steps.weight_step import LoRAFinetune
