@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from ..errors import NoTrainingDataError
 from ..files import working_folder
 from ..printable import get_logger
 from ..training.adapter_folder import content_hash, holds_content, write_round
 from ..training.arrow_rows import kept
-from ..training.config import LoRAConfig, TrainingConfig
+from ..training.config import ALL_LINEAR, LoRAConfig, TrainingConfig
 from ..training.packing import TokenizedRow
+from ..training.precision import require_four_bit
 from ..training.progress import ProgressFunction
+from ..training.targets import check_targets
+from .loading import ModelCard, meta_model
 from .protocol import ChatMessage, FinetuneResult, TrainingRow, adapter_model_name, adapter_round
 
 logger = get_logger(__name__)
@@ -53,6 +58,14 @@ class TrainingJob:
     parent: Path
     """Where the adapter's folder goes."""
     skipped_rows: tuple[tuple[int, str], ...]
+
+
+def check_training(card: ModelCard, device: torch.device, lora: LoRAConfig | None, training: TrainingConfig) -> None:
+    """Refuse what a model's config and the device show to be no training; see `LocalEngine.check_training`."""
+    if lora is not None and lora.target_modules != ALL_LINEAR:
+        check_targets(meta_model(card.config), lora.target_modules)
+    if training.quantize_base is not None and not training.launched:
+        require_four_bit(device)
 
 
 def tokens_of(

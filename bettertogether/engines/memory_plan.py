@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..printable import get_logger
-from ..training.config import LoRAConfig, TrainingConfig
+from ..training.config import ALL_LINEAR, LoRAConfig, TrainingConfig
 from ..training.layers import ATTENTION_LAYERS, head_width
 from ..training.machine_memory import left_bytes
 from ..training.precision import activation_bytes, tokens_in_memory, wants_checkpointing
-from ..training.targets import ALL_LINEAR
 from .adapters import linear_shapes
 from .loading import ModelCard, meta_model
 

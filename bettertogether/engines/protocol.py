@@ -141,6 +141,11 @@ class LocalEngine(Protocol):
         """Token ids of an answer, ended by the end-of-turn token."""
         ...
 
+    def check_training(self, lora: LoRAConfig | None, training: TrainingConfig) -> None:
+        """Raise ConfigError, or MissingExtraError, for what is known without weights or rows to be no training of this
+        engine's. `lora` is None where an adapter is trained further."""
+        ...
+
     def finetune(
         self,
         rows: Sequence[TrainingRow],

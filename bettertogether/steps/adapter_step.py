@@ -81,7 +81,7 @@ class AdapterStep(Step, Teleprompter):
         """A step whose training on as many rows takes as long, for `estimate`."""
 
     def trainable(self, student: dspy.Module) -> Trainable:
-        """By predictor name, what is to be trained. Raises NotTrainableError and ConfigError."""
+        """By predictor name, what is to be trained. Raises NotTrainableError, ConfigError and MissingExtraError."""
         predictors = predictors_of(student)
         unknown = [each for each in self.frozen if not any(_is_within(name, each) for name in predictors)]
         if unknown:
@@ -103,6 +103,10 @@ class AdapterStep(Step, Teleprompter):
                 f"Predictors {deciding} make decisions (Noul, Choice, Score), whose answers are probabilities that no "
                 f"row can be written for: freeze them, frozen={[*self.frozen, *deciding]}."
             )
+        engines = {adapter_key(name, lm, self.multitask): engine for name, (engine, lm) in found.items()}
+        for key, start in self._starts(found).items():
+            is_new = start == MODEL_PREFIX + engines[key].base_name
+            engines[key].check_training(self.lora if is_new else None, self.training)
         return found
 
     def measured(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal, Self, get_args
 from ..checks import is_number, require, require_one_of, require_switch, require_whole, with_plain_numbers
 
 GroupBy = Literal["call", "branch"]
+ALL_LINEAR = "all-linear"
 
 
 def _is_auto(value: object) -> bool:
@@ -18,6 +20,14 @@ def _is_auto(value: object) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return is_number(value) and value > 0
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -30,20 +40,26 @@ class LoRAConfig:
     """Scale: the update is multiplied by alpha / rank."""
     dropout: float = 0.0
     """Dropout on the adapter's input, 0 to 1 (1 excluded)."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """"all-linear", or module names such as ("q_proj", "k_proj"). "all-linear" leaves out what can't be served:
-    experts, routers, the output layer, and layers that text never reaches."""
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    """"all-linear", one name of layers, such as "q_proj", or several; any other string is a regular expression that
+    matches whole names, as in peft. "all-linear" leaves out what can't be served: experts, routers, the output layer,
+    and layers that text never reaches."""
 
     def __post_init__(self) -> None:
         with_plain_numbers(self)
         require_whole("rank", self.rank, 1)
         require(is_number(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a number above 0")
         require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
-        if isinstance(self.target_modules, Sequence) and not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        names = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
+        targets = self.target_modules
+        if isinstance(targets, str) and targets != ALL_LINEAR and re.fullmatch(r"[\w.]+", targets):
+            targets = (targets,)
+        elif isinstance(targets, Sequence) and not isinstance(targets, str):
+            targets = tuple(targets)
+        object.__setattr__(self, "target_modules", targets)
+        names = (targets,) if isinstance(targets, str) else targets
         named = isinstance(names, tuple) and bool(names) and all(isinstance(name, str) and name for name in names)
-        require(named, "target_modules", self.target_modules, '"all-linear" or module names')
+        named = named and (not isinstance(targets, str) or _is_pattern(targets))
+        require(named, "target_modules", targets, '"all-linear", names of layers or a regular expression for them')
 
     @classmethod
     def paper(cls) -> Self:

@@ -105,17 +105,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in ("allocate memory", "out of memory"))
 
 
-def four_bit_model(source: str, device: torch.device) -> PreTrainedModel:
-    """The model of a folder or hub id in 4-bit NF4.
-
-    Raises ConfigError without CUDA and MissingExtraError without bitsandbytes.
-    """
+def require_four_bit(device: torch.device) -> None:
+    """Raise ConfigError where the device is not CUDA, and MissingExtraError without bitsandbytes."""
     if device.type != "cuda":
         raise ConfigError(
             f"quantize_base='4bit' needs a CUDA device; the model is on {device}. Use quantize_base=None."
         )
     if not is_installed("bitsandbytes"):
         raise MissingExtraError("quantize_base='4bit' needs bitsandbytes: pip install bitsandbytes")
+
+
+def four_bit_model(source: str, device: torch.device) -> PreTrainedModel:
+    """The model of a folder or hub id in 4-bit NF4. Raises as `require_four_bit` does."""
+    require_four_bit(device)
     from transformers import BitsAndBytesConfig
 
     options: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError
+from .config import ALL_LINEAR
 from .layers import linear_shape
 
-ALL_LINEAR = "all-linear"
 PROBE_TOKENS = 19
 """Prime, so that a layer which sees tokens by heads, experts or groups sees another number of rows."""
 KEPT = (5, PROBE_TOKENS - 1)
 """Tokens of the probe whose logits are asked for; layers behind the cut see these alone."""
 NAMED = 5
 """Layers named in an error."""
+NO_LAYER = "no layer has such a name"
 
 
 def chosen_layers(base: PreTrainedModel, targets: str | tuple[str, ...]) -> list[str]:
@@ -42,19 +43,43 @@ def chosen_layers(base: PreTrainedModel, targets: str | tuple[str, ...]) -> list
         if not layers:
             raise _unusable(base, targets, "none of its linear layers can be trained and served", usable)
         return layers
-    config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
-    asked = [name for name in modules if check_target_module_exists(config, name)]
+    asked = _asked(modules, targets)
     wrong = [f"{name} {reason}" for name in asked if (reason := reasons.get(name)) is not None]
-    if not isinstance(targets, str):
-        wrong += [f"{target} means experts, which can't be served" for target in _meaning_experts(base, targets)]
+    wrong += _experts(base, targets)
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise _unusable(base, targets, "; ".join(wrong[:NAMED]) + more, usable)
     layers = [name for name in asked if name in reasons]
     if not layers:
-        why = "no layer has such a name" if not asked else f"text never reaches {asked[0]}"
-        raise _unusable(base, targets, why, usable)
+        raise _unusable(base, targets, f"text never reaches {asked[0]}" if asked else NO_LAYER, usable)
     return layers
+
+
+def check_targets(base: PreTrainedModel, targets: str | tuple[str, ...]) -> None:
+    """Raise ConfigError for `targets` of which a model shows without its weights that they mean no layer that can be
+    trained and served."""
+    if targets == ALL_LINEAR:
+        return
+    modules = _modules(base)
+    linear = [name for name, module in modules.items() if linear_shape(module) is not None]
+    asked, wrong = _asked(modules, targets), _experts(base, targets)
+    if not asked:
+        wrong = wrong or [NO_LAYER]
+    elif not {*asked} & {*linear}:
+        wrong = wrong or [f"{asked[0]} is no linear layer but {type(modules[asked[0]]).__name__}"]
+    if wrong:
+        raise _unusable(base, targets, "; ".join(wrong), linear)
+
+
+def _asked(modules: dict[str, nn.Module], targets: str | tuple[str, ...]) -> list[str]:
+    config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
+    return [name for name in modules if check_target_module_exists(config, name)]
+
+
+def _experts(base: PreTrainedModel, targets: str | tuple[str, ...]) -> list[str]:
+    """What is wrong with names of experts."""
+    names = () if isinstance(targets, str) else targets
+    return [f"{name} means experts, which can't be served" for name in _meaning_experts(base, names)]
 
 
 def _unusable(base: PreTrainedModel, targets: Any, why: str, usable: Iterable[str]) -> ConfigError:

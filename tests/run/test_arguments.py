@@ -92,6 +92,7 @@ LORA = [
     ("target_modules", ()),
     ("target_modules", ""),
     ("target_modules", (5,)),
+    ("target_modules", "(q_proj"),
     ("target_modules", None),
 ]
 TRAINING = [

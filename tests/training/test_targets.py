@@ -18,8 +18,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from bettertogether.engines.loading import meta_model
 from bettertogether.errors import ConfigError
-from bettertogether.training.targets import chosen_layers
+from bettertogether.training.config import LoRAConfig
+from bettertogether.training.targets import check_targets, chosen_layers
 
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 NO_HEAD_DIM = {name: value for name, value in SIZES.items() if name != "head_dim"}
@@ -105,6 +107,32 @@ def test_layers_asked_for_that_can_not_be_trained_and_served_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         chosen_layers(tiny_model(config), targets)
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "message"),
+    [
+        (None, ("nope",), r"\(no layer has such a name\): give \"all-linear\" or some of \['down_proj', .*'q_proj'"),
+        (None, r".*\.2\..*_proj", "no layer has such a name"),
+        (None, ("embed_tokens",), r"model\.embed_tokens is no linear layer but Embedding"),
+        (QWEN3_MOE, ("down_proj",), "down_proj means experts"),
+    ],
+)
+def test_what_is_no_layer_to_train_is_known_without_weights(
+    config: PretrainedConfig | None, targets: str | tuple[str, ...], message: str
+) -> None:
+    model = meta_model(tiny_model(config).config)
+    with pytest.raises(ConfigError, match=message):
+        check_targets(model, targets)
+    for fine in ("all-linear", ("q_proj",), r".*\.1\..*_proj"):
+        check_targets(model, fine)
+
+
+def test_a_name_that_is_no_sequence_is_one_name() -> None:
+    assert LoRAConfig(target_modules="q_proj") == LoRAConfig(target_modules=("q_proj",))
+    assert LoRAConfig(target_modules="layers.1.self_attn.q_proj").target_modules == ("layers.1.self_attn.q_proj",)
+    assert LoRAConfig(target_modules=r".*q_proj").target_modules == r".*q_proj"
+    assert LoRAConfig(target_modules="all-linear") == LoRAConfig()
 
 
 def test_the_look_leaves_the_model_as_it_was() -> None:

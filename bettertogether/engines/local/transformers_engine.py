@@ -19,7 +19,7 @@ from ...errors import ConfigError
 from ...extras import is_installed
 from ...printable import get_logger
 from ...training.adapter import adapter_digest, config_json
-from ...training.config import TrainingConfig
+from ...training.config import LoRAConfig, TrainingConfig
 from ...training.lending import ModelState, lent_out
 from ...training.precision import give_back_memory, is_out_of_memory
 from ...training.progress import ProgressFunction, TrainingProgress
@@ -27,7 +27,7 @@ from .._upstream import StreamEvent
 from ..adapters import AdapterBank, linear_shapes
 from ..answers import FinishedAnswer, TokenScore
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
-from ..finetuning import TrainingJob, train
+from ..finetuning import TrainingJob, check_training, train
 from ..loading import load_model, meta_model, model_to_train
 from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult, TrainingRow, adapter_model_name
@@ -200,6 +200,10 @@ class TransformersEngine(BaseEngine):
     def adapter_folders(self) -> list[Path]:
         """Folders of all adapters, in the order they were added."""
         return self._adapters.folders()
+
+    def check_training(self, lora: LoRAConfig | None, training: TrainingConfig) -> None:
+        """Refuse a training before there are rows for it; see `LocalEngine.check_training`."""
+        check_training(self._card, self.options.torch_device, lora, training)
 
     def finetune(self, rows: Sequence[TrainingRow], **options: Any) -> FinetuneResult:
         """Train an adapter and serve it under a new name. See `LocalEngine.finetune`.

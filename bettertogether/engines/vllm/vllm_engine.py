@@ -24,13 +24,13 @@ from ...files import new_folder
 from ...printable import get_logger
 from ...training.adapter import save_adapter
 from ...training.adapter_folder import read_adapter_config, write_round
-from ...training.config import TrainingConfig
+from ...training.config import LoRAConfig, TrainingConfig
 from ...training.progress import ProgressFunction
 from .._upstream import StreamEvent
 from ..adapters import adapter_name, unknown_adapter
 from ..answers import FinishedAnswer
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
-from ..finetuning import TrainingJob, train
+from ..finetuning import TrainingJob, check_training, train
 from ..loading import model_to_train, pick_device, pick_dtype
 from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult
@@ -326,6 +326,12 @@ class VLLMEngine(BaseEngine):
                 yield
             finally:
                 self.server.resume()
+
+    def check_training(self, lora: LoRAConfig | None, training: TrainingConfig) -> None:
+        """Refuse a training before there are rows for it, also for a rank that the server doesn't take."""
+        if lora is not None:
+            self._check_rank(lora.rank, "lora", ConfigError)
+        check_training(self._card, pick_device("auto"), lora, training)
 
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
         self._check_rank(job.lora.rank, "lora", ConfigError)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dspy.lm15 import TransportError
@@ -16,7 +17,7 @@ from vllm_requests import request, train
 
 from bettertogether.engines import VLLMEngine
 from bettertogether.errors import ConfigError, EngineClosedError, MissingExtraError, ModelError
-from bettertogether.training.config import LoRAConfig
+from bettertogether.training.config import LoRAConfig, TrainingConfig
 
 
 def test_the_server_is_stopped_for_a_training_and_serves_its_adapter_after(alone: VLLMEngine, tmp_path: Path) -> None:
@@ -44,6 +45,22 @@ def test_a_rank_that_the_server_does_not_take_is_refused_before_training(alone: 
     with pytest.raises(ConfigError, match="lora has rank 128, and the server takes 64 at most"):
         train(alone, tmp_path, lora=LoRAConfig(rank=128))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora": LoRAConfig(rank=128)}, "lora has rank 128, and the server takes 64 at most"),
+        ({"lora": LoRAConfig(target_modules="nope")}, "no layer has such a name"),
+        ({"training": TrainingConfig(quantize_base="4bit")}, "needs a CUDA device"),
+    ],
+)
+def test_what_it_can_not_train_is_known_before_there_are_rows(
+    alone: VLLMEngine, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        alone.check_training(**{"lora": LoRAConfig(), "training": TrainingConfig(), **options})
+    assert alone.server.process is None
 
 
 def test_a_server_that_ended_is_an_error_with_its_log_and_the_next_request_starts_another(
