@@ -27,7 +27,7 @@ from fakes import (
 from bettertogether.errors import ConfigError, NoTrainingDataError
 from bettertogether.steps.preference_step import PreferenceFinetune
 from bettertogether.steps.rows import read_rows
-from bettertogether.steps.rows_from_traces import RowOptions
+from bettertogether.steps.rows_from_traces import CUT, RowOptions, longer_answers
 from bettertogether.steps.training_step import TrainingStep
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeEngine, FakeRequest
@@ -67,6 +67,11 @@ def test_where_most_answers_were_cut_the_error_says_to_let_them_be_longer(step: 
         step.compile(parity_program(engine), trainset=numbers(9)[::3])
 
 
+@pytest.mark.parametrize(("others", "said"), [(1, True), (2, False)])
+def test_longer_answers_are_advised_where_more_than_half_were_cut(others: int, said: bool) -> None:
+    assert bool(longer_answers(Counter({("self", CUT): 2, ("self", "score below threshold"): others}))) is said
+
+
 def test_every_predictor_of_a_passing_trace_gives_a_row() -> None:
     program = two_step_program(two_step_engine(lambda *_: True))
     card = collector().collect(program, trainset=numbers(5)).card
@@ -87,6 +92,13 @@ def test_equal_calls_of_one_trace_give_one_row() -> None:
     program = Twice()
     program.set_lm(plain_lm(two_step_engine(lambda *_: True)))
     assert collector().collect(program, trainset=numbers(2)).card.kept_by_predictor == {"remark": 2, "decide": 2}
+
+
+def test_a_call_gives_a_row_of_each_of_its_prompts() -> None:
+    program = parity_program(parity_engine(lambda *_: True))
+    program.demos = numbers(2, start=50)
+    rows = collector(train_prompt="mixed").collect(program, trainset=numbers(2)).rows
+    assert [len(row.messages) for row in rows] == [2, 6, 2, 6]
 
 
 def test_a_call_that_cannot_be_written_is_dropped_by_its_predictor_and_the_others_stay() -> None:
@@ -259,7 +271,8 @@ def test_a_dominant_label_is_a_warning_that_says_what_to_do() -> None:
 
 def test_a_label_that_dominates_the_trainset_as_well_is_no_warning() -> None:
     skewed = [example for example in numbers(80) if example.number % 2 == 0 or example.number % 16 == 1]
-    card = collector().collect(parity_program(parity_engine(lambda *_: True)), trainset=skewed).card
+    unlabelled = [dspy.Example(number=number).with_inputs("number") for number in range(100, 108)]
+    card = collector().collect(parity_program(parity_engine(lambda *_: True)), trainset=[*skewed, *unlabelled]).card
     assert card.warnings == ()
 
 
@@ -283,6 +296,7 @@ def test_what_was_done_already_is_not_said_to_be_tried() -> None:
         collector(num_samples=8, rescue=True), teacher=parity_program(engine), earlier=[parity_program(engine)]
     )
     assert told.partition(" Things to try: ")[2] == "give a lower threshold; take a larger model."
+    assert "tried again (num_samples=8, rescue=True)" in no_rows(collector(branches=8))
 
 
 def test_where_most_runs_raised_the_cause_is_what_to_mend() -> None:
