@@ -18,6 +18,7 @@ from bettertogether.callbacks import Callback
 from bettertogether.errors import ConfigError, TooManyErrors
 from bettertogether.records import CELLS, StepRecord
 from bettertogether.report import CompileReport
+from bettertogether.steps.step import StepContext, StepResult
 from bettertogether.testing import FakeEngine, FakeRequest
 
 
@@ -96,11 +97,22 @@ def test_auto_goes_on_while_rounds_gain_up_to_max_rounds() -> None:
     assert [record.score for record in compiled.report.rounds] == [0.0, 0.3, 0.6, 0.9, 1.0, 1.0]
 
 
-def test_after_a_weight_step_the_2x2_of_weights_and_prompts_is_scored() -> None:
+class Forgets(LoRAFinetune):
+    """Takes the demos away as well."""
+
+    def run(self, student: dspy.Module, context: StepContext) -> StepResult:
+        result = super().run(student, context)
+        result.program.demos = []
+        return result
+
+
+@pytest.mark.parametrize("kind", [LoRAFinetune, Forgets])
+def test_after_a_weight_step_the_2x2_of_weights_and_the_prompts_before_it_is_scored(kind: type[LoRAFinetune]) -> None:
     def knows(request: FakeRequest, number: int) -> bool:
         return number % 4 < (1 + (request.demos > 0) + 2 * (request.trained_on > 0))
 
-    report = compile_(parity_engine(knows), "p -> w").report
+    optimizers = steps(w=kind(parity_match, num_samples=0, rescue=False))
+    report = compile_(parity_engine(knows), "p -> w", optimizers=optimizers).report
     (record,) = (record for record in report.rounds if record.strategy == "p -> w")
     cells = {cell: sum(scores) / len(scores) for cell, scores in record.two_by_two.items()}
     assert cells == {"base_old": 0.25, "base_new": 0.5, "tuned_old": 0.75, "tuned_new": 1.0}
@@ -264,12 +276,16 @@ def test_a_score_that_is_below_zero_by_rounding_ends_nothing() -> None:
     assert rounds(compiled) == [("", "complete"), ("p", "complete")]
 
 
-def test_a_full_mark_that_is_above_one_by_rounding_ends_nothing() -> None:
-    compiled = compile_(
-        parity_engine(lambda *_: True), "p", metric=lambda e, p, trace=None: 1.0000001 * parity_match(e, p)
-    )
+@pytest.mark.parametrize(("full", "threshold"), [(1.0000001, None), (100.0, 100)])
+def test_a_full_mark_that_is_above_one_by_rounding_or_by_its_threshold_ends_nothing(
+    full: float, threshold: Any
+) -> None:
+    metric = lambda e, p, trace=None: full * parity_match(e, p)  # noqa: E731
+    optimizers = {"p": BootstrapFewShotRS(metric, threshold=threshold, num_candidates=0)}
+    compiled = compile_(parity_engine(lambda *_: True), "p", metric=metric, optimizers=optimizers)
     assert rounds(compiled) == [("", "complete"), ("p", "complete")]
-    assert "each of the 20 examples has the full score 1: nothing is left to gain" in compiled.report.warnings[0]
+    warning = f"each of the 20 examples has the full score {full:.0f}: nothing is left to gain"
+    assert warning in compiled.report.warnings[0]
 
 
 def test_a_metric_above_one_with_thresholds_is_scored_in_its_unit(engine: FakeEngine) -> None:
