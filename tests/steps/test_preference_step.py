@@ -8,6 +8,7 @@ from typing import Any
 
 import dspy
 import pytest
+from dspy.utils.exceptions import AdapterParseError
 from fakes import (
     TwoSteps,
     api_lm,
@@ -138,6 +139,36 @@ def test_an_answer_that_can_not_be_read_is_the_rejected_one_of_a_pair_as_it_was_
     assert texts(rows, "remark") == {("good", "")}
     assert all("JSON" not in repr(row.messages) for row in rows)
     assert details_of(optimizer).blame == {"remark": Blame(3, 3, 3)}
+
+
+def test_an_answer_that_could_not_be_read_is_not_preferred_where_the_program_got_by_without_it() -> None:
+    class Careful(TwoSteps):
+        def forward(self, number: int) -> dspy.Prediction:
+            try:
+                remark = self.remark(number=number).remark
+            except AdapterParseError:
+                remark = "good"
+            return self.decide(number=number, remark=remark)
+
+    def unreadable_at_times(request: FakeRequest) -> str:
+        text = answer(request)
+        return text if "bad" not in text or not request.temperature else "no remark"
+
+    program = Careful()
+    program.set_lm(plain_lm(FakeEngine(unreadable_at_times)))
+    assert texts(step().collect(program, trainset=numbers(3)).rows, "remark") == {("good", "bad")}
+
+
+def test_where_a_predictor_is_called_twice_both_calls_have_pairs() -> None:
+    class Twice(TwoSteps):
+        def forward(self, number: int) -> dspy.Prediction:
+            said = [self.remark(number=number + more).remark for more in (0, 100)]
+            return self.decide(number=number, remark=" ".join(said))
+
+    program = Twice()
+    program.set_lm(plain_lm(FakeEngine(answer)))
+    rows = step().collect(program, trainset=numbers(1)).rows
+    assert len({row.prompt for row in rows}) == len(rows) == 2
 
 
 def test_pairs_are_distinct_and_bounded_by_example_and_predictor() -> None:
