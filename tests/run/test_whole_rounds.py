@@ -13,6 +13,7 @@ from fakes import learner, numbers, parity_engine, parity_match, parity_program
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
 from bettertogether.callbacks import Callback
 from bettertogether.engines import TrainingProgress
+from bettertogether.records import Ledger
 from bettertogether.run.budget import BudgetMeter
 from bettertogether.run.loop import _BudgetWatch
 from bettertogether.testing import FakeEngine
@@ -105,6 +106,13 @@ def test_tokens_are_counted_for_each_adapter() -> None:
             line = TrainingProgress(**done, validation_loss=None, tokens=1000 * step)
             watch.on_training({"adapter": adapter, "progress": line})
     assert watch.spent.trained_tokens == 6000
+
+
+def test_a_run_that_failed_before_its_metric_was_called_counts_as_a_call() -> None:
+    watch = _BudgetWatch(BudgetMeter(Budget()))
+    for done, calls in ((0, 0), (1, 0), (2, 1)):
+        watch.on_progress({"phase": "run", "done": done, "total": 2, "ledger": Ledger(lm_calls=1, metric_calls=calls)})
+    assert (watch.spent.metric_calls, watch.spent.lm_calls) == (2, 2)
 
 
 def test_where_the_same_call_would_fail_again_it_is_not_told_to_go_on(tmp_path: Path) -> None:
