@@ -75,7 +75,8 @@ class BetterTogether(Teleprompter):
         two_by_two: bool = True,
         max_rounds: int = 6,
     ) -> dspy.Module:
-        """Run the strategy and return the best program. Student and teacher are not changed.
+        """Run the strategy and return the best program. Student and teacher are not changed, nor what their modules
+        keep in lists, dicts, sets and pydantic models; objects of other classes are shared with the copies that run.
 
         Args:
             student: Program with an LM on every predictor (`student.set_lm(lm)`).

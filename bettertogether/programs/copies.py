@@ -1,4 +1,4 @@
-"""Copies of programs: modules and their prompts are copied, all that they hold besides is shared.
+"""Copies of programs: modules, their prompts and what they keep are copied, all that they hold besides is shared.
 
 A program may hold much that is no module: a search index, a client, a corpus. Sixty copies of it at once, one for each
 thread that samples, would not fit into memory.
@@ -20,6 +20,7 @@ from typing import Any
 
 import dspy
 from dspy.predict.parameter import Parameter
+from pydantic import BaseModel
 
 from ..records.saved import Saved
 
@@ -37,36 +38,45 @@ _RUNNING = (threading.Thread, concurrent.futures.Executor, asyncio.AbstractEvent
 _CLOSED = (*_ATOMS, *_RUNNING, types.ModuleType, types.FrameType, types.GeneratorType, types.CoroutineType, dspy.BaseLM)
 """Types whose objects are shared without a look into them."""
 
+MOST_KEPT = 1000
+"""Items of a container, or fields of a record, that are copied if they are containers or records: more are a corpus."""
 
-def copy_program(program: dspy.Module, *, shares_state: bool = False) -> dspy.Module:
+
+def copy_program(program: dspy.Module) -> dspy.Module:
     """A copy with modules, predictors and demos of its own, without `RESULTS`.
 
     Shared with the original are LMs, signatures, and every object that no module can be reached from. An object that
     refers to a module of the program, such as a tool that is its method, is copied and then refers to the copy; where
-    it can't be copied, it is shared too. A list, dict or set that is an attribute of a module is copied (not what is
-    in it), so that what a candidate keeps there, such as answers, does not reach another; with `shares_state` it is
-    shared, as between the threads of `dspy.Evaluate`.
+    it can't be copied, it is shared too. What a module keeps is copied, so that what a candidate keeps, such as
+    answers, does not reach another: its lists, dicts, sets and pydantic models (`dspy.History`), and those within them
+    (of `MOST_KEPT` items at most).
     """
-    return Copier(program, shares_state=shares_state).copy()
+    return Copier(program).copy()
 
 
 class Copier:
-    """Makes copies of one program, as `copy_program` does, with one look at all that it holds."""
+    """Makes copies of one program, as `copy_program` does, with one look at all that it holds. With `shares_state` the
+    copies share what their modules keep, as it was at that look, as the threads of `dspy.Evaluate` do."""
 
     def __init__(self, program: dspy.Module, *, shares_state: bool = False) -> None:
         self._program = program
-        self._graph = _Graph(program, own_containers=not shares_state)
+        self._graph = _Graph(program)
         self._memo = self._graph.shared()
+        if shares_state and (kept := self._graph.kept()):
+            self._memo |= dict(zip(map(id, kept), self._copied(kept), strict=True))
 
     def copy(self) -> dspy.Module:
         """One more copy."""
-        try:
-            copied: dspy.Module = copy.deepcopy(self._program, dict(self._memo))
-        except Exception:
-            self._memo |= _uncopyable(self._graph.copied(), self._memo)
-            copied = copy.deepcopy(self._program, dict(self._memo))
+        copied: dspy.Module = self._copied(self._program)
         drop_results(copied)
         return copied
+
+    def _copied(self, value: Any) -> Any:
+        try:
+            return copy.deepcopy(value, dict(self._memo))
+        except Exception:
+            self._memo |= _uncopyable(self._graph.copied(), self._memo)
+            return copy.deepcopy(value, dict(self._memo))
 
 
 def results_of(module: Any) -> dict[str, Any]:
@@ -107,25 +117,35 @@ def drop_results(program: dspy.Module) -> None:
 class _Graph:
     """The objects that a program is made of, and which of them are copied."""
 
-    def __init__(self, program: dspy.Module, *, own_containers: bool) -> None:
+    def __init__(self, program: dspy.Module) -> None:
         self._objects: dict[int, Any] = {}
         self._parents: dict[int, list[int]] = defaultdict(list)
         self._own: set[int] = set()
-        """Those that are copied whatever they hold: modules, demos, the containers that are attributes of modules."""
+        """Those that are copied whatever they hold: modules, demos, what modules keep."""
+        self._kept: dict[int, Any] = {}
+        """What modules keep, those aside that are predictors."""
         waiting: list[Any] = [program]
+        predictors = set[int]()
         while waiting:
             value = waiting.pop()
             if id(value) in self._objects:
                 continue
             self._objects[id(value)] = value
             if isinstance(value, _PARTS):
-                self._own.update(id(each) for each in (value, *_state_of(value, own_containers)))
+                state = _state_of(value)
+                self._own.update(map(id, (value, *state)))
+                if isinstance(value, dspy.Predict):
+                    predictors.update(map(id, state))
+                else:
+                    self._kept |= {id(each): each for each in state}
             for child in _children(value):
                 # What the garbage collector does not track refers to nothing.
                 if gc.is_tracked(child):
                     self._parents[id(child)].append(id(value))
                     waiting.append(child)
-        self._copied = self._reaching_modules() | self._own
+        reaching = self._reaching_modules()
+        self._copied = reaching | self._own
+        self._kept = {key: value for key, value in self._kept.items() if key not in reaching | predictors}
 
     def _reaching_modules(self) -> set[int]:
         waiting = [key for key, value in self._objects.items() if isinstance(value, _PARTS)]
@@ -136,6 +156,10 @@ class _Graph:
                 found.add(key)
                 waiting.extend(self._parents[key])
         return found
+
+    def kept(self) -> list[Any]:
+        """What modules keep that no module can be reached from."""
+        return list(self._kept.values())
 
     def copied(self) -> list[Any]:
         """The objects that are copied."""
@@ -151,12 +175,21 @@ class _Graph:
         return memo
 
 
-def _state_of(module: Any, own_containers: bool) -> list[Any]:
-    if not own_containers and not isinstance(module, dspy.Predict):
-        return []
-    containers = [value for value in _children(module) if type(value) in _CONTAINERS]
+def _state_of(module: Any) -> list[Any]:
+    kept: dict[int, Any] = {}
+    waiting = _children(module)
+    while waiting:
+        value = waiting.pop()
+        if id(value) not in kept and (type(value) in _CONTAINERS or _is_record(value)):
+            kept[id(value)] = value
+            inside = _children(value)
+            waiting.extend(inside if len(inside) <= MOST_KEPT else ())
     demos = getattr(module, "demos", None) if isinstance(module, dspy.Predict) else None
-    return [*containers, *(demo for demo in demos or () if isinstance(demo, dspy.Example | dict))]
+    return [*kept.values(), *(demo for demo in demos or () if isinstance(demo, dspy.Example | dict))]
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, BaseModel) and not isinstance(value, dspy.Tool)
 
 
 def _children(value: Any) -> list[Any]:
@@ -169,6 +202,9 @@ def _children(value: Any) -> list[Any]:
         found = list(value._store.values())
     elif type(value) in _CONTAINERS:
         found = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
+    elif isinstance(value, BaseModel):
+        parts = (vars(value), value.__pydantic_extra__, value.__pydantic_private__)
+        found = [item for part in parts for item in (part or {}).values()]
     else:
         found = gc.get_referents(value)
     return [item for item in found if not isinstance(item, _ATOMS)]

@@ -40,7 +40,7 @@ class Runner:
     """Runs one program on examples; safe to call from many threads.
 
     The program itself is left alone: each run has a copy of it to itself, so that a call is known to be of this run
-    in whatever thread it is made.
+    in whatever thread it is made. What its modules keep in lists and the like, those copies share among themselves.
     """
 
     def __init__(self, program: dspy.Module, *, seed: int = 0, store: RolloutStore | None = None) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import dspy
 import numpy as np
+import pydantic
 from fakes import numbers, parity_engine, parity_match, plain_lm
 from saved import fresh_engine
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, load, save
-from bettertogether.programs.copies import copy_program
+from bettertogether.programs.copies import Copier, copy_program
 from bettertogether.programs.program import copy_for_step, load_prompts, modules_of, prompts_state, with_prompts
 from bettertogether.rollouts.rollout import Attempt
 from bettertogether.rollouts.runner import Runner
@@ -114,26 +115,64 @@ def test_every_copy_of_a_program_shares_its_index(tmp_path: Path) -> None:
     assert len({id(each.ask) for each in [program, *copies]}) == 5
 
 
-def test_the_copies_of_a_runner_share_an_index_and_the_containers_of_their_program() -> None:
+def test_the_copies_of_a_runner_share_an_index_and_containers_that_are_not_their_programs() -> None:
     program = search(index=Index(), answers={"q": "a"}, seen=[])
     runner = Runner(program)
     Index.copies = 0
     runner.run(numbers(1)[0], Attempt("sample", 1, 1.0))
-    spare = runner._spare[0]._program
+    assert runner._copier is not None
+    spare, other = runner._spare[0]._program, runner._copier.copy()
     assert Index.copies == 0
     assert spare.index is program.index
-    assert (spare.answers is program.answers, spare.seen is program.seen) == (True, True)
+    assert (spare.answers is other.answers, spare.seen is other.seen) == (True, True)
+    assert (spare.answers is program.answers, spare.seen is program.seen) == (False, False)
     assert spare.ask is not program.ask
     assert spare.ask.demos is not program.ask.demos
 
 
-def test_a_candidate_has_lists_dicts_and_sets_of_its_own() -> None:
-    program = search(answers={"q": ["a"]}, seen=[1], known={1})
+class Profile(pydantic.BaseModel):
+    """A record that a module keeps."""
+
+    model_config = {"arbitrary_types_allowed": True, "extra": "allow"}
+    names: list[str]
+    index: Any = None
+    _notes: list[str] = pydantic.PrivateAttr(default_factory=list)
+
+
+def test_a_candidate_has_lists_dicts_sets_and_records_of_its_own_and_those_within_them() -> None:
+    index = Index()
+    profile = Profile.model_validate({"names": ["a"], "index": index, "more": [1]})
+    program = search(answers={"q": ["a"]}, seen=[1], known={1}, users=[{"x": profile}], turns=dspy.History(messages=[]))
+    Index.copies = 0
     copied = copy_program(program)
-    copied.answers["r"], copied.known = "b", copied.known | {2}
+    copied.answers["q"].append("b")
+    copied.known.add(2)
     copied.seen.append(2)
+    copied.turns.messages.append({"q": "a"})
+    own = copied.users[0]["x"]
+    for kept in (own.names, own.model_extra["more"], own._notes):
+        kept.append("new")
     assert (program.answers, program.seen, program.known) == ({"q": ["a"]}, [1], {1})
-    assert copied.answers["q"] is program.answers["q"]
+    assert (profile.names, profile.model_extra, profile._notes) == (["a"], {"more": [1]}, [])
+    assert program.turns.messages == []
+    assert own.index is index
+    assert Index.copies == 0
+
+
+def test_what_is_in_a_container_of_more_than_a_thousand_items_is_shared() -> None:
+    program = search(few=[[each] for each in range(1000)], corpus=[[each] for each in range(1001)])
+    copied = copy_program(program)
+    assert copied.corpus is not program.corpus
+    assert [copied.corpus[0] is program.corpus[0], copied.few[0] is program.few[0]] == [True, False]
+
+
+def test_a_record_that_refuses_to_be_copied_is_shared() -> None:
+    class Refuses(Profile):
+        def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Refuses:
+            raise TypeError("no")
+
+    program = search(profile=Refuses(names=[]))
+    assert copy_program(program).profile is Copier(program, shares_state=True).copy().profile is program.profile
 
 
 def test_demos_and_options_are_a_copys_own_but_not_the_values_of_demos() -> None:
