@@ -10,7 +10,7 @@ from reports import COST, TWO_BY_TWO, record, report
 
 from bettertogether.records import Failure, HeldOutLoss, PolicyDetails, RewardLine, TrainedAdapter
 from bettertogether.report.intervals import paired_interval
-from bettertogether.report.view import loss_text, rewards_text, view_of
+from bettertogether.report.view import cost_text, loss_text, rewards_text, view_of
 
 
 def test_a_round_has_its_numbers_as_text() -> None:
@@ -125,3 +125,7 @@ def test_the_held_out_loss_says_of_which_tokens_it_is(
 
 def test_a_held_out_loss_that_was_not_measured_is_not_shown() -> None:
     assert loss_text(TrainedAdapter("m", "f", "r", 1, HeldOutLoss(None, None), ())) == ""
+
+
+def test_a_cost_has_four_decimals_below_a_dollar() -> None:
+    assert [cost_text(cost) for cost in (None, 0.01234, 1234.5)] == ["?", "$0.0123", "$1,234.50"]

@@ -10,13 +10,14 @@ from typing import Any
 
 import dspy
 import pytest
-from fakes import TwoSteps, numbers, parity_engine, parity_match, plain_lm, two_step_engine
+from fakes import TwoSteps, numbers, parity_engine, parity_match, parity_program, plain_lm, two_step_engine
 from tries import NO_MORE, at_most, attempts, collect, sampled_only
 
 from bettertogether.callbacks import Callback, ProgressEvent, listening
-from bettertogether.errors import ConfigError, TooManyErrors
+from bettertogether.errors import ConfigError, PromptTooLongError, TooManyErrors
 from bettertogether.programs.behaviour import program_key
-from bettertogether.rollouts.rollout import Call, RolloutStore
+from bettertogether.rollouts.rollout import Attempt, Call, RolloutStore
+from bettertogether.rollouts.settings import RunSettings
 from bettertogether.rollouts.traces import ExamplePass, Sampling, collect_traces
 from bettertogether.testing import FakeEngine, FakeRequest
 
@@ -114,6 +115,28 @@ def test_an_example_that_raises_on_every_try_counts_once_for_max_errors() -> Non
     sampling = Sampling(num_samples=4)
     traces = collect_traces(raising_program(), numbers(3), at_most(1), sampling=sampling)
     assert traces.reasons() == {"program error: ValueError: can't do 0 second line": 7}
+    at_once = [(0, Attempt("sample", number, 1.0)) for number in (1, 2, 3)]
+    assert [trace.failed for trace in at_most(1).over(raising_program(), numbers(1), at_once)] == [True] * 3
+
+
+def test_a_prompt_that_is_too_long_scores_zero_and_does_not_count_for_max_errors() -> None:
+    def refuse(request: FakeRequest) -> str:
+        raise PromptTooLongError("9 tokens, 8 fit")
+
+    traces = collect_traces(parity_program(FakeEngine(refuse)), numbers(3), at_most(0), sampling=NO_MORE)
+    assert [(trace.score, trace.reason, trace.failed) for trace in traces.traces] == [(0, "prompt too long", False)] * 3
+
+
+def test_what_a_metric_does_to_example_and_prediction_does_not_show_when_the_run_is_judged_again() -> None:
+    def metric(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+        passed = parity_match(example, prediction)
+        example.parity, prediction.parity = "even and odd", "neither"
+        return passed
+
+    program, examples = parity_program(parity_engine(lambda *_: True)), numbers(2)
+    options = ExamplePass(metric, settings=RunSettings(store=RolloutStore()))
+    for _ in range(2):
+        assert len(collect_traces(program, examples, options, sampling=NO_MORE).passing) == 2
 
 
 def test_an_error_of_the_configuration_is_raised_at_once() -> None:
