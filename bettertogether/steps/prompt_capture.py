@@ -19,6 +19,7 @@ from ..engines.protocol import ChatMessage, FieldSpan, LocalEngine
 from ..errors import DataError
 from ..printable import NOT_UNICODE, is_unicode
 from ..rollouts.rescue import admits_none
+from .schema_fit import by_field, fits
 
 PLACEHOLDER = "value-of-the-field"
 """Stands for a value while it is looked where an adapter writes that."""
@@ -91,9 +92,12 @@ def render_completion(
     *,
     adapter: Any = None,
     text: str | None = None,
+    schema: Mapping[str, Any] | None = None,
 ) -> str:
-    """The answer as the adapter in use writes it; where that is not read back as the same outputs, or the adapter
-    can't write one, `text`, which is how the LM wrote it. Raises DataError when neither is read back."""
+    """The answer as the adapter in use writes it, with pydantic models field by field where only that fits the `schema`
+    of its request; where that does not fit, is not read back as the same outputs, or the adapter can't write one,
+    `text`, which is how the LM wrote it. Of those that are read back the first, where none fits. Raises DataError when
+    none is read back."""
     adapter, processed = _writer(predictor, inputs, adapter)
     missing = [
         name
@@ -102,12 +106,24 @@ def render_completion(
     ]
     if missing:
         raise DataError(f"output fields missing: {missing}")
-    try:
-        return _checked(adapter, processed, outputs, _written(adapter, processed, outputs))
-    except DataError:
-        if text is None:
-            raise
-        return _checked(adapter, processed, outputs, text)
+    ways = [lambda: _written(adapter, processed, outputs)]
+    if schema is not None:
+        ways.append(lambda: _written(adapter, processed, by_field(dict(outputs))))
+    if text is not None:
+        ways.append(lambda: text)
+    read, failed = list[str](), DataError("no answer")
+    for write in ways:
+        try:
+            completion = _checked(adapter, processed, outputs, write())
+        except DataError as error:
+            failed = error
+            continue
+        if schema is None or fits(completion, schema):
+            return completion
+        read.append(completion)
+    if not read:
+        raise failed
+    return read[0]
 
 
 def field_spans(
@@ -122,8 +138,9 @@ def field_spans(
     adapter writes around one. A field that is empty or can't be located has none: it is found by writing the answer
     with another value in its place."""
     adapter, processed = _writer(predictor, inputs, adapter)
-    spans = (_span(adapter, processed, outputs, completion, name) for name in processed.output_fields)
-    return tuple(span for span in spans if span is not None)
+    forms = (outputs, by_field(dict(outputs)))
+    ways = ([_span(adapter, processed, form, completion, name) for form in forms] for name in processed.output_fields)
+    return tuple(found for spans in ways if (found := spans[0] or spans[1]) is not None)
 
 
 def _span(

@@ -31,6 +31,7 @@ from .demo_examples import without_example
 from .prompt_capture import field_spans, render_completion, take_request
 from .prompt_forms import PromptForms
 from .rows import Messages, Row, balance_labels, write_rows
+from .schema_fit import schema_of
 from .select_traces import NO_CALLS, OVER_SHARE, select_traces, unseen_calls
 
 DOMINANT_SHARE = 0.8
@@ -252,10 +253,11 @@ def rows_of_call(
     if call.signature is not None:
         predictor = copy.copy(predictor)
         predictor.signature = call.signature
-    completion, fields = _completion_of(predictor, call, reasoning, as_written)
-    room = engine.max_length - len(engine.completion_tokens(completion))
     for demos in prompt_variants(predictor, call, train_prompt, own):
         request = take_request(predictor, call.inputs, demos, config=call.config, adapter=call.adapter)
+        schema = schema_of(request.config.response_format)
+        completion, fields = _completion_of(predictor, call, reasoning, as_written, schema)
+        room = engine.max_length - len(engine.completion_tokens(completion))
         messages = _texts_shared(engine.messages(request))
         if len(engine.prompt_tokens(messages)) > room:
             raise DataError(f"longer than the model's context of {engine.max_length} tokens")
@@ -277,12 +279,14 @@ def _texts_shared(messages: Messages) -> Messages:
 
 
 def _completion_of(
-    predictor: dspy.Predict, call: Call, reasoning: Reasoning, as_written: bool
+    predictor: dspy.Predict, call: Call, reasoning: Reasoning, as_written: bool, schema: Mapping[str, Any] | None
 ) -> tuple[str, tuple[FieldSpan, ...]]:
     """The text of the answer, and where each output field stands in it."""
     completion, fields = call.text or "", tuple[FieldSpan, ...]()
     if not as_written:
-        completion = render_completion(predictor, call.inputs, call.outputs, adapter=call.adapter, text=call.text)
+        completion = render_completion(
+            predictor, call.inputs, call.outputs, adapter=call.adapter, text=call.text, schema=schema
+        )
         fields = field_spans(predictor, call.inputs, call.outputs, completion, adapter=call.adapter)
     if reasoning == "strip" or not call.thoughts:
         return completion, fields
