@@ -104,6 +104,7 @@ def test_the_file_of_rows_is_of_those_trained_on_and_those_held_out_have_one_of_
     (adapter,) = step.last.details.adapters.values()
     apart = read_rows(Path(f"{adapter.folder}.held_out.jsonl"))
     assert [asked(row.messages)[-1] for row in apart] == recorded.held_out[0]
+    assert {row.example for row in apart} == set(range(30, 46))
     again = LoRAFinetune(parity_match, validation_share=0, folder=tmp_path)
     again.compile(parity_program(recorded.engine), trainset=[], rows=adapter.rows)
     assert recorded.engine.trainings[1] == recorded.engine.trainings[0]
