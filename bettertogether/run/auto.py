@@ -145,7 +145,7 @@ class _Auto:
     def _gain(self, position: int) -> Effect | None:
         """Of a round over the best before it; None without scores."""
         record = self.records[position]
-        before = [each for each in self.records[: position % len(self.records)] if each.scores]
+        before = [each for each in self.records[:position] if each.scores]
         if not record.scores or not before:
             return None
         best = max(before, key=lambda each: each.score or 0.0)

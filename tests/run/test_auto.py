@@ -97,6 +97,9 @@ def test_after_a_prompt_step_comes_a_weight_step() -> None:
         "w next: p gained nothing beyond its noise (+0.00 [68%: +0.00, +0.00]), and no weights were trained on runs "
         "with these prompts yet"
     )
+    assert next_of(rounds(("", 5), ("p", 6))).startswith(
+        "w next: p gained nothing beyond its noise (+0.10 [68%: +0.00, "
+    )
     assert next_of(rounds(("", 8), ("p", 2))).startswith("w next: p lost (-0.60 [68%: ")
 
 
@@ -123,7 +126,7 @@ def test_rescued_rows_are_not_the_programs_own() -> None:
 
 @pytest.mark.parametrize(
     "record",
-    [weights(8, covered=10), weights(2, covered=2), weights(3, covered=8)],
+    [weights(8, covered=10), weights(2, covered=2), weights(4, covered=8)],
     ids=["enough rows", "no gain", "no more pass than gave rows"],
 )
 def test_after_any_other_weight_step_comes_a_prompt_step(record: StepRecord) -> None:
