@@ -125,9 +125,9 @@ def _engine(base: BaseModel, options: Mapping[str, Any]) -> LocalEngine:
         ) from error
     except ConfigError as error:
         raise ArtifactError(
-            f"The base model {str(base)!r} is loaded in this process with other options than the program was saved "
-            f"with ({checked or 'the defaults'}): close that engine first, lm.engine.close(), or use it as it is, "
-            "load(folder, base_model=lm.engine)."
+            f"The base model {str(base)!r} can't be had with the options that the program was saved with, "
+            f"{checked or 'the defaults'} ({error}). Where it is loaded with others, close that engine first, "
+            "lm.engine.close(), or use it as it is, load(folder, base_model=lm.engine)."
         ) from error
     return engine
 

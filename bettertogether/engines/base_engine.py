@@ -232,10 +232,6 @@ class BaseEngine:
             )
         return prompt_ids, min(request.config.max_tokens or DEFAULT_MAX_TOKENS, room), sampling
 
-    def check_training(self, lora: LoRAConfig | None, training: TrainingConfig) -> None:
-        """Refuse a training before there are rows for it; see `LocalEngine.check_training`."""
-        raise NotImplementedError
-
     def finetune(
         self,
         rows: Sequence[TrainingRow],

@@ -61,7 +61,7 @@ class TrainingJob:
 
 
 def check_training(card: ModelCard, device: torch.device, lora: LoRAConfig | None, training: TrainingConfig) -> None:
-    """Refuse what a model's config and the device show to be no training; see `LocalEngine.check_training`."""
+    """Refuse what a model's config and the device show to be no training; see `CheckingEngine.check_training`."""
     if lora is not None and lora.target_modules != ALL_LINEAR:
         check_targets(meta_model(card.config), lora.target_modules)
     if training.quantize_base is not None and not training.launched:

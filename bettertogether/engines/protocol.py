@@ -141,11 +141,6 @@ class LocalEngine(Protocol):
         """Token ids of an answer, ended by the end-of-turn token."""
         ...
 
-    def check_training(self, lora: LoRAConfig | None, training: TrainingConfig) -> None:
-        """Raise ConfigError, or MissingExtraError, for what is known without weights or rows to be no training of this
-        engine's. `lora` is None where an adapter is trained further."""
-        ...
-
     def finetune(
         self,
         rows: Sequence[TrainingRow],
@@ -236,6 +231,16 @@ class PolicySession(Protocol):
 
     def finish(self) -> tuple[str, Path]:
         """Write the best adapter, the last one where none was kept, and serve it; its model name and its folder."""
+        ...
+
+
+@runtime_checkable
+class CheckingEngine(LocalEngine, Protocol):
+    """An engine that can refuse a training before there are rows for it."""
+
+    def check_training(self, lora: LoRAConfig | None, training: TrainingConfig) -> None:
+        """Raise ConfigError, or MissingExtraError, for what is known without weights or rows to be no training of this
+        engine's. `lora` is None where an adapter is trained further."""
         ...
 
 

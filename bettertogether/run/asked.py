@@ -236,11 +236,16 @@ def as_before(now: Any, before: Any, after: Any) -> Any:
 
 
 def machine() -> dict[str, str]:
-    """What this runs on; the GPU where this process has used one, as nothing is started or imported to learn it."""
+    """What this runs on."""
     found = {"platform": platform.platform(), "python": platform.python_version(), "cpus": str(os.cpu_count())}
+    return found | ({"processor": name} if (name := processor()) else {})
+
+
+def accelerator() -> dict[str, str]:
+    """The GPU that this process has used, if any: nothing is started or imported to learn it."""
     torch: Any = sys.modules.get("torch")
-    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_initialized() else ""
-    return found | {name: text for name, text in (("processor", processor()), ("accelerator", gpu)) if text}
+    used = torch is not None and torch.cuda.is_initialized()
+    return {"accelerator": torch.cuda.get_device_name()} if used else {}
 
 
 @functools.cache

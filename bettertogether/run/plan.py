@@ -102,7 +102,8 @@ class Plan:
         two_by_two: bool,
         max_rounds: int,
     ) -> Self:
-        """Check everything. Raises StrategyError, DataError, ProgramError, ConfigError, NotTrainableError."""
+        """Check everything. Raises StrategyError, DataError, ProgramError, ConfigError, NotTrainableError,
+        MissingExtraError."""
         _check_student(student)
         require_whole("num_threads", num_threads, 1, optional=True)
         require_whole("max_errors", max_errors, 0, optional=True)

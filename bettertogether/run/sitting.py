@@ -16,7 +16,7 @@ from ..report.report import CompileReport
 from ..rollouts.failures import all_raised
 from ..versions import versions
 from . import strategy
-from .asked import machine
+from .asked import accelerator, machine
 from .budget import Budget
 from .directory import RunDirectory
 from .loop import Loop
@@ -66,7 +66,7 @@ def _report(loop: Loop) -> CompileReport:
         strategy=loop.plan.strategy,
         seed=loop.plan.seed,
         versions=versions(),
-        machine=machine(),
+        machine=machine() | accelerator(),
         warnings=(*loop.plan.warnings, *loop.warnings, *of_steps),
         stopped=loop.stopped,
         prompt_adapter=prompt_adapter_name(),

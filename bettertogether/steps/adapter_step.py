@@ -12,7 +12,7 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..checks import is_number, require, require_one_of, require_pass_options, require_switch, require_threshold
-from ..engines.protocol import MODEL_PREFIX
+from ..engines.protocol import MODEL_PREFIX, CheckingEngine
 from ..errors import ConfigError, DataError, NotTrainableError
 from ..lm import local_engine, require_engine
 from ..printable import get_logger
@@ -105,8 +105,10 @@ class AdapterStep(Step, Teleprompter):
             )
         engines = {adapter_key(name, lm, self.multitask): engine for name, (engine, lm) in found.items()}
         for key, start in self._starts(found).items():
-            is_new = start == MODEL_PREFIX + engines[key].base_name
-            engines[key].check_training(self.lora if is_new else None, self.training)
+            engine = engines[key]
+            if isinstance(engine, CheckingEngine):
+                is_new = start == MODEL_PREFIX + engine.base_name
+                engine.check_training(self.lora if is_new else None, self.training)
         return found
 
     def measured(

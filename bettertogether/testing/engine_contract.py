@@ -65,7 +65,6 @@ class EngineContract:
         self, engine: LocalEngine, folder: Path, completion: str = "a colour", **options: Any
     ) -> FinetuneResult:
         """A short training."""
-        engine.check_training(self.lora, self.training)
         rows = self.rows(engine, completion)
         return engine.finetune(rows, lora=self.lora, training=self.training, folder=folder, **options)
 

@@ -193,9 +193,6 @@ class FakeEngine:
         """One token a word, and one for the end."""
         return [*(_word(word) for word in completion.split()), 0]
 
-    def check_training(self, lora: LoRAConfig | None, training: TrainingConfig) -> None:
-        """Every training is one of this engine's."""
-
     def finetune(
         self,
         rows: Sequence[TrainingRow],

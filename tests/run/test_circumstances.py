@@ -11,7 +11,7 @@ import pytest
 from fakes import learner, numbers, parity_engine, parity_match, parity_program
 
 from bettertogether import BetterTogether
-from bettertogether.run.asked import machine, processor
+from bettertogether.run.asked import accelerator, machine, processor
 
 
 def test_the_machine_is_named_by_its_processor_and_by_a_gpu_that_is_in_use(
@@ -20,8 +20,9 @@ def test_the_machine_is_named_by_its_processor_and_by_a_gpu_that_is_in_use(
     cuda = SimpleNamespace(is_initialized=lambda: False, get_device_name=lambda: "NVIDIA H100")
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
     assert machine().keys() == {"platform", "python", "cpus", "processor"}
+    assert accelerator() == {}
     cuda.is_initialized = lambda: True
-    assert machine()["accelerator"] == "NVIDIA H100"
+    assert accelerator() == {"accelerator": "NVIDIA H100"}
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nmodel name\t: AMD EPYC\nprocessor\t: 1\nmodel name\t: AMD EPYC\n")
     assert processor(cpuinfo) == "AMD EPYC"

@@ -202,7 +202,7 @@ class TransformersEngine(BaseEngine):
         return self._adapters.folders()
 
     def check_training(self, lora: LoRAConfig | None, training: TrainingConfig) -> None:
-        """Refuse a training before there are rows for it; see `LocalEngine.check_training`."""
+        """Refuse a training before there are rows for it; see `CheckingEngine.check_training`."""
         check_training(self._card, self.options.torch_device, lora, training)
 
     def finetune(self, rows: Sequence[TrainingRow], **options: Any) -> FinetuneResult:
