@@ -139,8 +139,11 @@ def field_spans(
     with another value in its place."""
     adapter, processed = _writer(predictor, inputs, adapter)
     forms = (outputs, by_field(dict(outputs)))
-    ways = ([_span(adapter, processed, form, completion, name) for form in forms] for name in processed.output_fields)
-    return tuple(found for spans in ways if (found := spans[0] or spans[1]) is not None)
+    found = [
+        next(filter(None, (_span(adapter, processed, form, completion, name) for form in forms)), None)
+        for name in processed.output_fields
+    ]
+    return tuple(filter(None, found))
 
 
 def _span(
