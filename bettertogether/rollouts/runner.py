@@ -99,6 +99,7 @@ class _Basis:
     signature: type[dspy.Signature]
     demos: tuple[Any, ...]
     lm: Any
+    """Its own."""
 
 
 class _Copy:
@@ -120,6 +121,8 @@ class _Copy:
         self._basis: dict[str, _Basis] = {}
         self._lms: dict[int, tuple[Any, Any]] = {}
         """LMs of the program and their watched copies, by id."""
+        self._stand_in: Any = None
+        """What predictors without an LM are given for `dspy.settings.lm`."""
         own = {id(predictor) for predictor in self._by_name.values()}
         self._predictors = [(*pair, id(pair[0]) in own) for pair in pairs if isinstance(pair[0], dspy.Predict)]
         """Each with its original, and whether it is one of `named_predictors`."""
@@ -132,14 +135,15 @@ class _Copy:
         lm = dspy.settings.lm
         replay = None if attempt.branch is None else Replay(attempt.branch, attempt.number, seed)
         watched = self._watched(lm) if lm is not None else None
-        record = Record(watched, replay, partial(self._watched_for, attempt, seed), is_further=attempt.number > 0)
+        watched_for = partial(self._watched_for, attempt, seed)
+        record = Record(watched, self._stand_in, replay, watched_for, is_further=attempt.number > 0)
         with self._watch.recording(record):
             record.runs_here()
             try:
                 prediction = _call(self._program, snapshot(dict(example.inputs())))
             except ENDS_ONE_RUN as caught:
                 failure, error = _kind(caught), caught
-        hand_on_usage(record.tracker, prediction)
+        hand_on_usage(record.bill, record.tracker, prediction)
         calls, raw_trace, strangers = [], [], 0
         answers: list[Answer] = []
         for entry, seen in record.in_order():
@@ -159,7 +163,12 @@ class _Copy:
             strangers=strangers,
             failure=failure,
             error=error,
-            ledger=used(record.bill, record.tracker, len(raw_trace) - (replay.given if replay else 0)),
+            ledger=used(
+                record.bill,
+                record.tracker,
+                len(raw_trace) - (replay.given if replay else 0),
+                is_told=record.history_size > 0,
+            ),
             answers=(*answers, *([answer_of((ended.predictor, {}), ended)] if ended else [])),
             strayed=replay is not None and not replay.came,
         )
@@ -177,7 +186,7 @@ class _Copy:
     def _prepare(self, attempt: Attempt, seed: int | None) -> None:
         """Undo what a run before left, and give the predictors the LMs and prompts of this one."""
         # One copy of an LM for all that share it: dspy.BestOfN asks for the one LM of its module.
-        lms: dict[tuple[int, bool], Any] = {}
+        lms: dict[tuple[int, bool, bool], Any] = {}
         for module in self._modules:
             module.history = []
         for predictor, original, is_own in self._predictors:
@@ -187,7 +196,7 @@ class _Copy:
                 predictor.config = {k: v for k, v in original.config.items() if k not in DRAWN_BY}
             predictor.demos = list(original.demos)
             lm = original.lm or (dspy.settings.lm if sampled else None)
-            key = id(lm), sampled
+            key = id(lm), sampled, original.lm is None
             if lm is not None and key not in lms:
                 lms[key] = (
                     watched_lm(
@@ -197,11 +206,15 @@ class _Copy:
                     else self._watched(lm)
                 )
             predictor.lm = lms.get(key)
+        self._stand_in = lms.get((id(dspy.settings.lm), True, True))
         if attempt.leads:
             hint_before_the_answer(self._program, attempt.narrow)
         elif attempt.narrow:
             narrow_signatures(self._program, attempt.narrow)
-        self._basis = {n: _Basis(p.signature, tuple(p.demos), p.lm) for n, p in self._by_name.items()}
+        self._basis = {
+            name: _Basis(p.signature, tuple(p.demos), None if p.lm is self._stand_in else p.lm)
+            for name, p in self._by_name.items()
+        }
 
     def _watched(self, lm: Any) -> Any:
         """The watched copy of an LM, from a run before unless that one changed it."""
@@ -214,6 +227,8 @@ class _Copy:
     def _watched_for(self, attempt: Attempt, seed: int | None, predictor: dspy.Predict, lm: Any) -> Any:
         """The copy of an LM that a call asks in place of its predictor's, if that has one: with the same weights it
         samples alike."""
+        if not isinstance(lm, dspy.BaseLM):
+            return lm
         basis = self._basis.get(self._attribution.owner(predictor)[1] or "")
         if seed is not None and basis and (basis.lm is None or _weights_of(lm) == _weights_of(basis.lm)):
             lm = sampling_lm(lm, attempt.number, attempt.temperature, seed, always=self._samples)

@@ -43,8 +43,16 @@ class Bill(BaseCallback):
         # Those of DSPy's cache have none.
         if entry["usage"]:
             self._usages.append(entry["usage"])
-            if not _is_free(entry["model"]):
-                self.costs.append(entry["cost"])
+            # Entries of DSPy's TypeSafe name neither.
+            if not _is_free(entry.get("model")):
+                self.costs.append(entry.get("cost"))
+
+    def add(self, other: Bill) -> None:
+        """What another was told, but for its calls, which callbacks tell."""
+        with self._lock:
+            self.answers += other.answers
+        self.costs += other.costs
+        self._usages += other._usages
 
     @property
     def ledger(self) -> Ledger:
@@ -63,8 +71,8 @@ def billed() -> Iterator[Bill]:
         yield bill
 
 
-def hand_on_usage(tracker: UsageTracker, prediction: Any) -> None:
-    """To DSPy's tracker outside of the run, and to the prediction, as DSPy would have."""
+def hand_on_usage(bill: Bill, tracker: UsageTracker, prediction: Any) -> None:
+    """To DSPy's tracker and to bills outside of the run, and to the prediction, as DSPy would have."""
     if dspy.settings.track_usage and isinstance(prediction, dspy.Prediction):
         prediction.set_lm_usage(tracker.get_total_tokens())
     outer = dspy.settings.usage_tracker
@@ -72,14 +80,17 @@ def hand_on_usage(tracker: UsageTracker, prediction: Any) -> None:
         for model, entries in tracker.usage_data.items():
             for entry in entries:
                 outer.add_usage(model, entry)
+    for caller in dspy.settings.caller_modules or []:
+        if isinstance(caller, Bill):
+            caller.add(bill)
 
 
-def used(bill: Bill, tracker: UsageTracker, calls: int) -> Ledger:
-    """What a run used that made so many calls. The cost is None where the bill misses paid answers: DSPy tells it of
-    those to LMs that are none of the predictors' where its histories are on."""
+def used(bill: Bill, tracker: UsageTracker, calls: int, *, is_told: bool) -> Ledger:
+    """What a run used that made so many calls; `is_told` is whether DSPy's histories are on, which tell the bill of
+    answers of LMs that are none of the predictors'. The cost is None where it misses paid ones for that."""
     usages = [usage for of_model in tracker.usage_data.values() for usage in of_model]
     paid = sum(len(of_model) for model, of_model in tracker.usage_data.items() if not _is_free(model))
-    missing: list[float | None] = [None] * (paid - len(bill.costs))
+    missing: list[float | None] = [] if is_told else [None] * (paid - len(bill.costs))
     return replace(_ledger(max(calls, bill.answers), usages, [*bill.costs, *missing]), program_calls=1)
 
 

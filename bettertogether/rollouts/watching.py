@@ -49,6 +49,8 @@ class Seen:
     """`dspy.settings.adapter` where the call was made."""
     place: tuple[int, int]
     """Thread and async task."""
+    given: Any = None
+    """The LM that `lm` is a copy of, where it is none that the predictors have."""
     replies: list[Reply] = field(default_factory=list)
     """The answers: DSPy asks once more, in another format, where it can't read the first."""
     choices: list[Reply] = field(default_factory=list)
@@ -70,6 +72,7 @@ class Seen:
 
 
 _CALL_TIME = ("signature", "demos", "config", "lm")
+_Watching = Callable[[dspy.Predict, Any], Any]
 
 
 class SharedTracker(UsageTracker):
@@ -87,13 +90,14 @@ class SharedTracker(UsageTracker):
 class Record:
     """What was seen of one run."""
 
-    def __init__(
-        self, lm: Any, replay: Replay | None, watched: Callable[[dspy.Predict, Any], Any], *, is_further: bool
-    ) -> None:
+    def __init__(self, lm: Any, stand_in: Any, replay: Replay | None, watched: _Watching, *, is_further: bool) -> None:
         self.replay = replay
         """The answers of an earlier run."""
         self.lm = lm
         """The watched copy of `dspy.settings.lm`, for predictors without an LM."""
+        self.settings_lm = dspy.settings.lm
+        self.stand_in = stand_in
+        """What such predictors have in its place, in a further try."""
         self.watched = watched
         """The watched copy of another LM, for the call of a predictor."""
         self.adapter = dspy.settings.adapter
@@ -200,7 +204,8 @@ class Watch:
             return nullcontext(record)
         if (record := self._first._record) is None:
             return nullcontext()
-        return _context(record, record.trace if self._trace is None else self._trace, watched_lm(dspy.settings.lm))
+        lm = record.lm if dspy.settings.lm is record.settings_lm else watched_lm(dspy.settings.lm)
+        return _context(record, record.trace if self._trace is None else self._trace, lm)
 
     @contextmanager
     def call(
@@ -212,8 +217,12 @@ class Watch:
                 yield None, lambda prediction: prediction
                 return
             seen = _begun(predictor, arguments)
-            if not _is_watched(seen.lm):
-                seen.lm = arguments["lm"] = record.watched(predictor, seen.lm)
+            lm = seen.lm
+            if lm is record.stand_in and dspy.settings.lm is not record.lm:
+                lm = dspy.settings.lm
+            if lm is not seen.lm or not _is_watched(lm):
+                seen.given = None if _is_watched(lm) else lm
+                seen.lm = arguments["lm"] = record.watched(predictor, lm)
             draw_anew(seen.lm, arguments, lambda: record.earlier(seen))
             known = None if record.replay is None else _replayed(record.replay, seen, arguments)
             token = _CALL.set(seen)
@@ -371,13 +380,15 @@ def _is_watched(lm: Any) -> bool:
 def note_response(entry: Mapping[str, Any]) -> None:
     """What a watched LM does in place of keeping a history of more than its last answer; `dspy.inspect_history` finds
     each all the same."""
+    seen = _CALL.get()
     if (record := _RECORD.get()) is not None:
         record.bill.append(entry)
         if record.keeps_history:
-            # Those of modules would keep every prompt of a pass in memory.
-            with dspy.context(max_history_size=0):
-                record_history(None, entry)
-    if (seen := _CALL.get()) is not None:
+            given = seen.given if seen else None
+            # Those of modules and of predictors' LMs would keep every prompt of a pass in memory.
+            with dspy.context(max_history_size=record.history_size if given else 0, caller_modules=[]):
+                record_history(given, entry)
+    if seen is not None:
         # For a program that asks its LM what the last answer took.
         seen.lm.history[:] = [entry]
         seen.choices = [reply_of(entry, number) for number in range(len(entry["outputs"]))]

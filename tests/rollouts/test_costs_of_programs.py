@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from typing import Any
 
 import dspy
 import pytest
+from dspy.clients.typesafe import TypeSafe
 from fakes import PaidLM, Parity, numbers, parity_engine, parity_match, plain_lm, right
 from watched import ALWAYS, One
 
@@ -36,6 +38,12 @@ class Asks(One):
         return self.p(number=number)
 
 
+def owning(lm: Any) -> dspy.Predict:
+    predictor = dspy.Predict(Parity)
+    predictor.lm = lm
+    return predictor
+
+
 def directly(program: Asks, number: int) -> None:
     program.big(messages=[{"role": "user", "content": f"[[ ## number ## ]]\n{number}"}])
 
@@ -54,8 +62,7 @@ def awaited(program: Asks, number: int) -> None:
 
 
 def in_parallel(program: Asks, number: int) -> None:
-    made = dspy.Predict(Parity)
-    made.lm = program.big
+    made = owning(program.big)
     dspy.Parallel(num_threads=1, disable_progress_bar=True)([(made, dspy.Example(number=number).with_inputs("number"))])
 
 
@@ -64,7 +71,12 @@ def in_a_thread(program: Asks, number: int) -> None:
         pool.submit(copy_context().run, directly, program, number).result()
 
 
-WAYS = [directly, in_a_context, at_the_call, awaited, in_parallel, in_a_thread]
+def by_our_evaluate(program: Asks, number: int) -> None:
+    made = owning(program.big)
+    evaluate(made, numbers(1, number), parity_match, num_threads=1, progress=False)
+
+
+WAYS = [directly, in_a_context, at_the_call, awaited, in_parallel, in_a_thread, by_our_evaluate]
 
 
 class Best(dspy.Module):
@@ -96,9 +108,47 @@ def test_an_lm_that_is_no_predictors_own_is_paid_once_an_answer(ask: Any) -> Non
 
 
 def test_the_judge_of_best_of_n_is_paid() -> None:
-    judge = dspy.Predict(Parity)
-    judge.lm = PaidLM(PRICE)
+    judge = owning(PaidLM(PRICE))
     assert ledger_of(Best(judge)).cost == 4 * PRICE
+
+
+def test_a_program_that_a_metric_evaluates_is_paid() -> None:
+    judge = owning(PaidLM(PRICE))
+
+    def metric(example: Any, prediction: Any, trace: Any = None) -> float:
+        return evaluate(judge, [example], parity_match, num_threads=1, progress=False).mean
+
+    ledger = evaluate(owning(plain_lm(ALWAYS)), numbers(4), metric, num_threads=1, progress=False).ledger
+    assert (ledger.lm_calls, ledger.cache_hits, ledger.cost) == (8, 0, 4 * PRICE)
+
+
+class Decisions(TypeSafe):
+    """TypeSafe without its client."""
+
+    def __call__(self, state: Any, questions: Any) -> Any:
+        usage = {"prompt_tokens": 1, "completion_tokens": 1}
+        return self._finish(
+            {"state": state, "questions": questions}, {"model": "d", "usage": usage, "answers": {}}, False
+        )
+
+
+def test_the_price_of_a_typesafe_model_is_not_known() -> None:
+    ledger = ledger_of(Asks(lambda program, _: program.big({}, {}), Decisions(cache=False)))
+    assert (ledger.lm_calls, ledger.cost) == (8, None)
+
+
+def test_a_call_that_fails_between_several_answers_leaves_the_cost_of_others_known() -> None:
+    class Fails(PaidLM):
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            dspy.settings.usage_tracker.add_usage(self.model, {"prompt_tokens": 10})
+            raise RuntimeError("503")
+
+    def ask(program: Asks, number: int) -> None:
+        directly(program, number)
+        with suppress(Exception):
+            program.p(number=number, lm=Fails(PRICE))
+
+    assert ledger_of(Asks(ask, PaidLM(PRICE))).cost == 4 * PRICE
 
 
 def two_steps_adapter(price: float | None) -> tuple[dspy.Predict, dspy.Adapter]:
@@ -140,9 +190,7 @@ def test_a_cost_that_dspys_histories_would_tell_is_not_known_without_them(off: d
         assert ledger_of(Asks(directly, PaidLM(PRICE))).cost is None
         # Predictors' own LMs need none.
         assert ledger_of(Asks(lambda *_: None, None)).cost == 0
-        paid = dspy.Predict(Parity)
-        paid.lm = PaidLM(PRICE)
-        assert ledger_of(paid).cost == 4 * PRICE
+        assert ledger_of(owning(PaidLM(PRICE))).cost == 4 * PRICE
 
 
 def test_a_module_of_the_program_keeps_no_history_of_a_run() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 from typing import Any
 
 import dspy
 import pytest
 from fakes import CutEngine, Parity, number_of, numbers, parity_engine, parity_match, plain_lm, reply, right
-from watched import One
+from watched import One, Pooled
 
 from bettertogether import LoRAFinetune
 from bettertogether.rollouts.rollout import Attempt
@@ -89,3 +90,61 @@ def test_another_model_given_at_the_call_answers_as_it_is() -> None:
     (call,) = Runner(program).run(numbers(1)[0], Attempt("sample", 1, 1.0)).calls
     assert (call.unfit, call.text is None) == ("made with another LM than the predictor's", False)
     assert [(request.temperature, request.seed) for request in other.requests] == [(0.0, None)]
+
+
+def test_the_lm_of_a_context_answers_in_place_of_the_settings_in_further_tries_too() -> None:
+    general, given = (parity_engine(lambda *_: True, base_name=name) for name in ("general", "given"))
+    with dspy.context(lm=plain_lm(general)):
+        runner = Runner(InContext(plain_lm(given)))
+        for number in range(3):
+            runner.run(numbers(1)[0], Attempt("sample", number, 1.0))
+    assert (len(general.requests), len({request.seed for request in given.requests})) == (0, 3)
+
+
+class InContextOfACopy(One):
+    def forward(self, number: int) -> Any:
+        with dspy.context(lm=dspy.settings.lm.copy(max_tokens=7)):
+            return self.p(number=number)
+
+
+def test_tries_in_the_context_of_a_copy_of_the_settings_lm_sample_as_others() -> None:
+    engine = parity_engine(lambda *_: True)
+    with dspy.context(lm=plain_lm(engine)):
+        for number in (1, 2):
+            Runner(InContextOfACopy()).run(numbers(1)[0], Attempt("sample", number, 1.0))
+    assert [(request.temperature, request.seed) for request in engine.requests] == drawn(as_its_own)
+
+
+def test_a_thread_without_the_context_asks_the_lm_of_its_try() -> None:
+    engine = parity_engine(lambda *_: True)
+
+    def run() -> None:
+        dspy.configure(lm=plain_lm(engine))
+        try:
+            assert Runner(Pooled()).run(numbers(1)[0], Attempt("sample", 1, 1.0)).error is None
+        finally:
+            dspy.configure(lm=None)
+
+    # Outside of the tests' own `dspy.context`, which has no LM.
+    contextvars.Context().run(run)
+    assert [(request.temperature, request.seed is None) for request in engine.requests] == [(1.0, False)] * 2
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_program_without_an_lm_is_told_so_by_dspy(number: int) -> None:
+    error = Runner(dspy.Predict(Parity)).run(numbers(1)[0], Attempt("sample", number, 1.0)).error
+    assert "No LM is loaded" in str(error)
+
+
+@pytest.mark.parametrize(("settings", "kept"), [({}, 3), ({"max_history_size": 2}, 2), ({"disable_history": True}, 1)])
+@pytest.mark.parametrize("kind", [AtCall, InContext])
+def test_an_lm_given_at_the_call_has_its_answers_in_its_history(kind: Any, settings: Any, kept: int) -> None:
+    lm = plain_lm(parity_engine(lambda *_: True))
+    program = kind(lm)
+    program.p.lm = None
+    lm.history.append({"of": "the user"})
+    with dspy.context(**settings):
+        for example in numbers(2):
+            assert Runner(program).run(example).error is None
+    assert len(lm.history) == kept
+    assert program.history == program.p.history == []
