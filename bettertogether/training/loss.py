@@ -157,9 +157,6 @@ def why_not_packed(model: PreTrainedModel, longest: int) -> str | None:
     config = model.config.get_text_config()
     if getattr(config, "attention_dropout", 0.0):
         return f"attention_dropout={config.attention_dropout} in its config"
-    chunk = getattr(config, "attention_chunk_size", None)
-    if chunk is not None and chunk < longest:
-        return f"its attention sees chunks of {chunk} tokens and the rows have up to {longest}"
     if reason := more_than_attention(model) or window_of_mask_alone(model, longest):
         return reason
     training = [(module, module.training) for module in model.modules()]
