@@ -74,11 +74,13 @@ def test_the_mask_of_a_window_counts_positions_in_the_row() -> None:
     ]
 
 
-def test_block_attention_equals_attention_under_a_dense_mask() -> None:
+@pytest.mark.parametrize("window", [None, 0, -1], ids=["no window", "of the longest row", "a token shorter"])
+def test_block_attention_equals_attention_under_a_dense_mask(window: int | None) -> None:
     rows = layout()
+    sees = None if window is None else rows.longest + window
     q, k, v = random_qkv(len(rows.packed.input_ids))
-    out, _ = training_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, packed_layout=rows)
-    expected = dense(q, k, v, rows.mask(None))
+    out, _ = training_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, sliding_window=sees, packed_layout=rows)
+    expected = dense(q, k, v, rows.mask(sees))
     weight = torch.randn_like(expected)
     grads = torch.autograd.grad((out.transpose(1, 2) * weight).sum(), (q, k, v))
     expected_grads = torch.autograd.grad((expected * weight).sum(), (q, k, v))

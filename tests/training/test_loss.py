@@ -76,11 +76,16 @@ def test_the_padded_path_is_announced_once(caplog: pytest.LogCaptureFixture, mon
     ]
 
 
-def test_padded_batches_stay_within_the_token_limit_padding_included() -> None:
+def test_padded_batches_stay_within_the_limits_of_tokens_padding_included_and_of_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with row_loss(tiny_model(GEMMA2), torch.float32, LONGEST) as loss:
         batches = loss.plan(ROWS, max_tokens=3 * LONGEST)
-    assert sum(len(batch.rows) for batch in batches) == len(ROWS)
+        monkeypatch.setattr(loss_module, "LOGIT_ELEMENTS", 25 * VOCABULARY)
+        small = loss.plan(ROWS, max_tokens=10_000)
+    assert sum(len(batch.rows) for batch in batches) == sum(len(batch.rows) for batch in small) == len(ROWS)
     assert all(loss.tokens(batch) <= 3 * LONGEST for batch in batches)
+    assert [len(batch.rows) for batch in small] == [2, 1, 3, 2]
 
 
 def test_the_probe_leaves_the_models_mode_alone() -> None:
@@ -92,14 +97,15 @@ def test_the_probe_leaves_the_models_mode_alone() -> None:
     assert [module.training for module in model.modules()] == before
 
 
-def test_bfloat16_loss_is_near_the_float32_loss() -> None:
+def test_bfloat16_loss_is_near_the_float32_loss_which_an_autocast_of_the_callers_does_not_change() -> None:
     model = tiny_model()
     losses = []
-    for dtype in (torch.float32, torch.bfloat16):
-        with row_loss(model, dtype, LONGEST) as loss, torch.no_grad():
+    for dtype, outside in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
+        with row_loss(model, dtype, LONGEST) as loss, torch.no_grad(), torch.autocast("cpu", enabled=outside):
             losses.append(float(sum(loss.token_losses(batch).sum() for batch in loss.plan(ROWS, 10_000))))
     assert losses[1] != losses[0]
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert losses[2] == losses[0]
 
 
 def test_completion_loss_and_its_gradient_are_cross_entropys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from bettertogether.training.packing import (
     MIN_SHARED_TOKENS,
     Block,
@@ -139,6 +141,12 @@ def test_a_share_of_the_batches_shows_forms_each_as_often_drawn_by_seed_epoch_an
     assert {drawn_form(WITH_FORMS, 0.0, 5, 1, batch) for batch in range(20)} == {None}
     assert {drawn_form(WITH_FORMS, 1.0, 5, 1, batch) for batch in range(20)} == {0, 1, 2}
     assert {drawn_form(WITH_FORMS[2:], 1.0, 5, 1, batch) for batch in range(20)} == {None}
+
+
+def test_the_longest_of_a_row_is_its_longest_answer_to_its_longest_prompt() -> None:
+    row = TokenizedRow([1], [2], forms=[[3, 4, 5], [6, 7]])
+    assert (len(row), row.longest) == (2, 4)
+    assert replace(row, forms=[], rejected_ids=[3, 4, 5]).longest == 4
 
 
 def test_a_row_with_fewer_forms_counts_round_and_one_without_shows_its_prompt() -> None:
