@@ -87,15 +87,16 @@ def test_only_the_new_adapter_is_trained_and_used() -> None:
 
 def test_initial_weights_depend_on_the_seed_alone_and_the_random_state_is_kept() -> None:
     states = []
-    for noise, seed in ((1, 0), (2, 0), (3, 1)):
+    for noise, seed, alpha in ((1, 0, 32), (2, 0, 32), (3, 1, 32), (1, 0, 16)):
         model = tiny_model()
         torch.manual_seed(noise)
         expected = torch.rand(1)
         torch.manual_seed(noise)
-        with training_adapter(model, LoRAConfig(), seed) as adapter:
+        with training_adapter(model, LoRAConfig(alpha=alpha), seed) as adapter:
             states.append(adapter.digest())
         assert torch.equal(torch.rand(1), expected)
-    assert states[0] == states[1] != states[2]
+    assert states[0] == states[1]
+    assert len(set(states)) == 3
 
 
 def test_adapter_weights_are_float32_over_a_bfloat16_base() -> None:
@@ -119,11 +120,11 @@ def test_a_saved_adapter_loads_with_peft_and_gives_the_same_logits(tmp_path: Pat
 def test_the_adapter_config_names_the_base_and_the_layers_briefly(tmp_path: Path) -> None:
     model = tiny_model()
     model.name_or_path = "some/base"
-    with training_adapter(model, LoRAConfig(rank=4, alpha=8), seed=0) as adapter:
+    with training_adapter(model, LoRAConfig(rank=4, alpha=8, dropout=0.25), seed=0) as adapter:
         save_adapter(tmp_path, adapter.config, adapter.state())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "some/base"
-    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["peft_type"]) == (4, 8, 0.25, "LORA")
     assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 

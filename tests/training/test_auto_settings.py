@@ -145,7 +145,7 @@ def test_a_run_goes_on_while_the_error_falls_though_the_loss_rises_and_while_no_
     def after(*held_out: tuple[float, float], trained: float = 0.4) -> bool:
         history = [line(0, None, 4.0, 0.8)]
         for step, (loss, error) in enumerate(held_out, 1):
-            history += [line(step, trained, None, None), line(step, None, loss, error)]
+            history += [line(step, trained if step > 1 else 9.0, None, None), line(step, None, loss, error)]
         return RunLength(TrainingConfig(), 20, 8, held_out=True).lost_patience(history)
 
     def line(step: int, loss: float | None, held_out: float | None, error: float | None) -> TrainingProgress:

@@ -157,9 +157,10 @@ def test_a_label_of_one_token_counts_as_much_as_a_long_text_and_forced_tokens_a_
     text = TokenizedRow([1], [2, 3, 4, 5, 6], forced=[True, False, False, False, False], fields=["", *["text"] * 4])
     label = TokenizedRow([1], [2, 3, 4], forced=[True, False, True], fields=["", "label", "label"])
     both = TokenizedRow([1], [2, 3, 4], forced=[True, False, False], fields=["", "text", "label"])
-    weights = TokenWeights.of([text, label, both], 0.1, by_field=True)
-    weights_N, free_F = weights.of_tokens([text, label, both])
-    expected = [0.025, 0.25, 0.25, 0.25, 0.25, 0.1, 1.0, 0.1, 0.1, 1.0, 1.0]
+    frame = TokenizedRow([1], [2, 3], forced=[True, True], fields=["", "label"])
+    weights = TokenWeights.of([text, label, both, frame], 0.1, by_field=True)
+    weights_N, free_F = weights.of_tokens([text, label, both, frame])
+    expected = [0.025, 0.25, 0.25, 0.25, 0.25, 0.1, 1.0, 0.1, 0.1, 1.0, 1.0, 0.05, 0.05]
     assert weights_N.tolist() == pytest.approx(expected)
     assert weights.total == pytest.approx(sum(expected))
     assert weights.free == 4.0

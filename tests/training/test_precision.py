@@ -11,8 +11,9 @@ from tiny import SIZES, tiny_model
 from transformers import LlamaConfig
 
 from bettertogether.errors import ConfigError
-from bettertogether.training import TrainingConfig, precision
+from bettertogether.training import LoRAConfig, TrainingConfig, precision
 from bettertogether.training.precision import checkpoint_gradients, compute_dtype, tokens_in_memory
+from bettertogether.training.stepper import ready_to_step
 
 
 @pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -55,3 +56,10 @@ def test_passes_on_the_processor_are_bounded_by_half_of_its_memory(monkeypatch: 
     assert tokens_in_memory(config, cpu, torch.bfloat16) == 10**9 // (a_token // 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert tokens_in_memory(config, cpu, torch.float32) == 10**9 // 2 // a_token
+
+
+def test_a_pass_has_no_more_tokens_than_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bettertogether.training.stepper.tokens_in_memory", lambda *_: 60)
+    for asked, found in ((50, 50), (70, 60)):
+        with ready_to_step(tiny_model(), LoRAConfig(), TrainingConfig(max_tokens_per_batch=asked), None, 40) as stepper:
+            assert stepper.max_tokens == found
