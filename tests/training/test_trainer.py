@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ def reference_training(lora: LoRAConfig, training: TrainingConfig) -> tuple[list
 
 def test_training_equals_a_plain_loop_over_padded_batches(tmp_path: Path) -> None:
     lora = LoRAConfig(rank=4, alpha=8)
-    training = TrainingConfig(learning_rate=1e-2, epochs=3, dtype="float32", weight_decay=0.1, scheduler="cosine")
+    training = TrainingConfig(
+        learning_rate=1e-2, epochs=3, dtype="float32", weight_decay=0.1, adam_beta2=0.9, scheduler="cosine"
+    )
     losses, state = reference_training(lora, training)
     result = train(tmp_path, training, lora=lora)
     assert [line.loss for line in result.history] == pytest.approx(losses, rel=1e-4)
@@ -124,6 +127,21 @@ def test_history_has_a_line_per_step_and_one_per_held_out_loss(tmp_path: Path) -
     assert {line.total_steps for line in lines} == {9}
     assert lines[-1].epoch == 3.0
     assert lines[-1].tokens == result.tokens
+    tokens = [line.tokens for line in lines if line.loss is not None]
+    assert tokens == sorted(set(tokens))
+
+
+def test_dropout_is_in_force_in_steps_and_not_where_losses_are_measured(tmp_path: Path) -> None:
+    training = replace(FAST, epochs=2, scheduler="constant", keep_best=False)
+    result = train(tmp_path, training, ROWS[:8], validation_rows=ROWS[:8], lora=LoRAConfig(dropout=0.5))
+    first, second = (line.loss for line in result.history if line.loss is not None)
+    before, between, after = (line.validation_loss for line in result.history if line.loss is None)
+    assert first == pytest.approx(before, rel=1e-5)  # The adapter changes nothing yet.
+    assert second != pytest.approx(between, rel=1e-2)
+    loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path)).eval()
+    with torch.no_grad():
+        mean = float(padded_loss_sum(loaded, ROWS[:8])) / sum(len(row.completion_ids) for row in ROWS[:8])
+    assert after == pytest.approx(mean, rel=1e-5)
 
 
 def overfitting(keep_best: bool) -> TrainingConfig:
@@ -207,12 +225,29 @@ def test_weights_that_no_gradient_reaches_have_zero_moments_and_a_killed_run_goe
     assert difference(tmp_path / "whole", tmp_path / "killed") == 0
 
 
-def test_a_checkpoint_of_another_run_is_not_continued(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that was killed in its second epoch."""
+    folder = tmp_path_factory.mktemp("killed")
     with pytest.raises(Killed):
-        train(tmp_path, validation_rows=HELD_OUT, on_progress=kill_at(5))
-    lines: list[TrainingProgress] = []
-    train(tmp_path, rows=ROWS[:-1], validation_rows=HELD_OUT, on_progress=lines.append)
-    assert lines[0].step == 0
+        train(folder, validation_rows=HELD_OUT, on_progress=kill_at(5))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": ROWS[:-1]},
+        {"validation_rows": HELD_OUT[:-1]},
+        {"training": replace(FAST, learning_rate=2e-2)},
+        {"lora": LoRAConfig(alpha=8)},
+    ],
+    ids=["rows", "validation rows", "learning rate", "alpha"],
+)
+def test_a_checkpoint_of_another_run_is_not_continued(killed: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(Killed):
+        train(tmp_path, on_progress=kill_at(0), **{"validation_rows": HELD_OUT, **change})
 
 
 def test_a_damaged_checkpoint_is_an_error_that_says_what_to_delete(tmp_path: Path) -> None:
@@ -283,8 +318,12 @@ def test_a_row_without_a_completion_is_named(tmp_path: Path) -> None:
         train(tmp_path, rows=[ROWS[0], TokenizedRow([1, 2], [])])
 
 
-def test_a_loss_that_is_not_a_number_is_an_error_that_names_the_step(tmp_path: Path) -> None:
+def test_a_loss_or_gradient_that_is_not_a_number_is_an_error_that_names_the_step(tmp_path: Path) -> None:
     model = tiny_model()
+    # Of a square root at 0: 0 times infinity.
+    model.model.norm.register_forward_hook(lambda _, inputs, output: output + (0 * output).sqrt())
+    with pytest.raises(TrainingError, match=r"Step 1 of 9: the loss is \d.* and the gradient's norm nan"):
+        train(tmp_path, model=model)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="Step 1 of 9: the loss is nan"):
@@ -301,15 +340,17 @@ def test_running_out_of_memory_halves_the_passes_and_goes_on(
     from bettertogether.training.loss import RowLoss
 
     expected = train(tmp_path / "whole", validation_rows=held_out)
-    original = RowLoss.token_losses
+    original, passes = RowLoss.token_losses, []
 
     def token_losses(self: RowLoss, batch: Any) -> torch.Tensor:
-        if batch.tokens > 60:
+        passes.append(batch.tokens)
+        if len(passes) == 2:
             raise error
         return original(self, batch)
 
     monkeypatch.setattr(RowLoss, "token_losses", token_losses)
-    result = train(tmp_path / "split", validation_rows=held_out)
+    result = train(tmp_path / "split", replace(FAST, max_tokens_per_batch=90), validation_rows=held_out)
+    assert max(passes[2:]) < 60 < passes[0]
     for found, whole in zip(result.history, expected.history, strict=True):
         assert (found.loss or found.validation_loss) == pytest.approx(whole.loss or whole.validation_loss, rel=1e-4)
 
@@ -354,5 +395,5 @@ def test_a_base_in_4_bits_is_not_loaded_again(tmp_path: Path) -> None:
     ],
 )
 def test_the_learning_rate_warms_up_and_then_follows_the_schedule(scheduler: Any, expected: list[float]) -> None:
-    training = TrainingConfig(learning_rate=1.0, scheduler=scheduler, warmup_ratio=0.4)
+    training = TrainingConfig(learning_rate=1.0, scheduler=scheduler, warmup_ratio=0.3)
     assert [learning_rate(step, 5, training) for step in range(1, 6)] == pytest.approx(expected)
