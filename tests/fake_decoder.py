@@ -1,12 +1,16 @@
-"""A decoder without a model, for the tests of the scheduler."""
+"""A decoder without a model and requests for it, for the tests of the scheduler."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from bettertogether.engines.answers import TokenScore
+from bettertogether.engines.answers import FinishedAnswer, SamplingOptions, TokenScore
 from bettertogether.engines.local.decoder import BatchRow, Decision
+from bettertogether.engines.local.job import Job
+from bettertogether.engines.local.scheduler import Scheduler
+from bettertogether.engines.local.text_stream import TextStream
 
 EOS = 0
 
@@ -52,3 +56,18 @@ class FakeDecoder:
 
     def counters(self) -> dict[str, int]:
         return {"forward_passes": len(self.batches), "prefix_tokens_reused": 0}
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    return "".join(chr(ord("a") + token) for token in token_ids)
+
+
+def job(count: int, limit: int = 100, **options: Any) -> Job:
+    row = BatchRow([count], limit, sampling=SamplingOptions(**options))
+    return Job(row, TextStream(decode, row.sampling.stop))
+
+
+def run(scheduler: Scheduler, *jobs: Job) -> list[FinishedAnswer]:
+    for one in jobs:
+        scheduler.submit(one)
+    return [one.future.result(timeout=10) for one in jobs]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from fake_decoder import EOS, FakeDecoder, OutOfMemory
+from fake_decoder import EOS, FakeDecoder, OutOfMemory, job, run
 
-from bettertogether.engines.answers import FinishedAnswer, SamplingOptions, TokenScore
+from bettertogether.engines.answers import SamplingOptions, TokenScore
 from bettertogether.engines.local.decoder import BatchRow, Decision
 from bettertogether.engines.local.job import Job
 from bettertogether.engines.local.scheduler import Scheduler
@@ -19,47 +19,17 @@ from bettertogether.engines.local.text_stream import TextStream
 from bettertogether.errors import EngineClosedError
 
 
-def decode(token_ids: Sequence[int]) -> str:
-    return "".join(chr(ord("a") + token) for token in token_ids)
-
-
-def job(count: int, limit: int = 100, **options: Any) -> Job:
-    row = BatchRow([count], limit, sampling=SamplingOptions(**options))
-    return Job(row, TextStream(decode, row.sampling.stop))
-
-
-@pytest.fixture
-def decoder() -> FakeDecoder:
-    return FakeDecoder()
-
-
-@pytest.fixture
-def scheduler(decoder: FakeDecoder) -> Iterator[Scheduler]:
-    made = Scheduler(
-        lambda: decoder,
-        eos_ids=frozenset({EOS}),
-        max_batch_size=8,
-        out_of_memory=lambda error: isinstance(error, OutOfMemory),
-    )
-    yield made
-    decoder.gate.set()
-    made.close()
-
-
-def run(scheduler: Scheduler, *jobs: Job) -> list[FinishedAnswer]:
-    for one in jobs:
-        scheduler.submit(one)
-    return [one.future.result(timeout=10) for one in jobs]
-
-
 def test_an_answer_ends_at_the_end_token_which_is_not_part_of_it(scheduler: Scheduler) -> None:
     answer = run(scheduler, job(3))[0]
     assert (answer.text, answer.finish_reason, answer.generated_tokens) == ("dcb", "stop", 3)
 
 
-def test_an_answer_ends_at_its_limit(scheduler: Scheduler) -> None:
+def test_an_answer_ends_at_its_limit_within_forced_tokens_too(scheduler: Scheduler, decoder: FakeDecoder) -> None:
     answer = run(scheduler, job(9, limit=4))[0]
     assert (answer.text, answer.finish_reason, answer.generated_tokens) == ("jihg", "length", 4)
+    decoder.step = lambda rows: [Decision((3, 2, 1), ended=bool(row.output_ids)) for row in rows]  # type: ignore
+    cut, whole = run(scheduler, job(9, limit=5), job(9, limit=6))
+    assert (cut.text, cut.finish_reason, whole.text, whole.finish_reason) == ("dcbdc", "length", "dcbdcb", "stop")
 
 
 def test_an_answer_ends_before_a_stop_text(scheduler: Scheduler) -> None:
@@ -89,6 +59,12 @@ def test_finished_requests_leave_and_new_ones_join(scheduler: Scheduler, decoder
     assert not decoder.held
 
 
+def test_a_stop_text_before_an_unfinished_character_at_the_limit_ends_the_answer(scheduler: Scheduler) -> None:
+    row = BatchRow([9], 1, sampling=SamplingOptions(stop=("x",)))
+    answer = run(scheduler, Job(row, TextStream(lambda token_ids: "ax\ufffd" if token_ids else "", ("x",))))[0]
+    assert (answer.text, answer.finish_reason, answer.cut) == ("a", "stop", True)
+
+
 def test_text_is_given_as_it_comes(scheduler: Scheduler) -> None:
     pieces: list[str] = []
     one = job(3)
@@ -105,6 +81,33 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     assert [answer.text for answer in answers] == ["dcb"] * 8
     assert max(decoder.batches) == 2
     assert "halved to 4" in caplog.text
+
+
+@pytest.mark.parametrize("cause", ["out of memory", "postponed"])
+def test_requests_that_have_to_wait_again_keep_their_order(
+    scheduler: Scheduler, decoder: FakeDecoder, cause: str
+) -> None:
+    asked: list[list[int]] = []
+    admit, step = decoder.admit, decoder.step
+
+    def noted(rows: Sequence[BatchRow]) -> list[BatchRow]:
+        asked.append([row.prompt_ids[0] for row in rows])
+        return admit(rows)
+
+    def refused(rows: Sequence[BatchRow]) -> list[Decision]:
+        decoder.step = step  # type: ignore[method-assign]
+        if cause == "out of memory":
+            raise OutOfMemory
+        return [Decision(postponed=True)] * len(rows)
+
+    decoder.admit, decoder.step = noted, refused  # type: ignore[method-assign]
+    with scheduler.exclusive():
+        jobs = [job(count) for count in (4, 5, 6, 7)]
+        for one in jobs:
+            scheduler.submit(one)
+    for one in jobs:
+        one.future.result(timeout=10)
+    assert asked[:2] == [[4, 5, 6, 7], [4, 5] if cause == "out of memory" else [4, 5, 6, 7]]
 
 
 def test_the_batch_grows_again_when_it_was_empty(scheduler: Scheduler, decoder: FakeDecoder) -> None:
@@ -188,10 +191,15 @@ def test_a_cancelled_request_leaves_the_batch(scheduler: Scheduler, decoder: Fak
     scheduler.submit(stays := job(5))
     while not decoder.held:
         time.sleep(0.001)
+    scheduler.submit(never := job(7))
     assert gone.future.cancel()
+    assert never.future.cancel()
+    seen: set[BatchRow] = set()
+    decoder.fails = seen.update  # type: ignore[assignment]
     decoder.gate.set()
     assert stays.future.result(timeout=10).text == "fedcb"
     assert decoder.batches[-1] == 1
+    assert never.row not in seen
 
 
 def test_closing_fails_what_is_pending_and_refuses_what_comes(scheduler: Scheduler, decoder: FakeDecoder) -> None:
@@ -205,38 +213,6 @@ def test_closing_fails_what_is_pending_and_refuses_what_comes(scheduler: Schedul
         pending.future.result(timeout=10)
     with pytest.raises(EngineClosedError, match="closed"):
         scheduler.submit(job(1))
-
-
-def test_the_model_is_the_callers_alone_between_two_steps(scheduler: Scheduler, decoder: FakeDecoder) -> None:
-    scheduler.submit(long := job(2000, limit=3000))
-    while not decoder.batches:
-        time.sleep(0.001)
-    with scheduler.exclusive():
-        before = len(decoder.batches)
-        time.sleep(0.05)
-        assert len(decoder.batches) == before
-    assert long.future.result(timeout=30).generated_tokens == 2000
-
-
-def test_no_training_begins_on_a_closed_engine_and_the_end_of_the_program_waits_for_the_thread_that_was_to(
-    scheduler: Scheduler,
-) -> None:
-    with scheduler.training():
-        scheduler.stop()
-        end = threading.Thread(target=scheduler.wait_for_trainings)
-        end.start()
-        end.join(0.05)
-        assert end.is_alive()
-        with pytest.raises(EngineClosedError), scheduler.exclusive():
-            pytest.fail("the model was given away")
-    end.join(10)
-    assert not end.is_alive()
-
-
-def test_an_idle_decoder_frees_its_memory_for_the_caller(scheduler: Scheduler, decoder: FakeDecoder) -> None:
-    run(scheduler, job(1))
-    with scheduler.exclusive():
-        assert decoder.resets == 1
 
 
 def test_counters_add_up(scheduler: Scheduler) -> None:
@@ -409,16 +385,3 @@ def test_a_request_that_was_cancelled_while_its_pass_failed_is_no_trouble(
     time.sleep(0.02)
     decoder.fails = lambda rows: None
     assert run(scheduler, job(2))[0].text == "cb"
-
-
-def test_the_model_may_be_lent_back_for_requests_in_between(scheduler: Scheduler, decoder: FakeDecoder) -> None:
-    with scheduler.exclusive():
-        scheduler.submit(waiting := job(2))
-        time.sleep(0.03)
-        assert not waiting.future.done()
-        with scheduler.lent():
-            assert waiting.future.result(timeout=10).text == "cb"
-        scheduler.submit(later := job(3))
-        time.sleep(0.03)
-        assert not later.future.done()
-    assert later.future.result(timeout=10).text == "dcb"
