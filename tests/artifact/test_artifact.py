@@ -126,9 +126,11 @@ def test_two_adapters_from_folders_of_the_same_name_are_both_saved(tmp_path: Pat
     assert len(list((tmp_path / "a" / "adapters").iterdir())) == 2
 
 
-def test_an_lm_that_was_not_set_stays_unset(tmp_path: Path) -> None:
+def test_an_lm_that_was_not_set_stays_unset_unless_it_is_given(tmp_path: Path) -> None:
     save(TwoSteps(), tmp_path / "a")
     assert [predictor.lm for predictor in load(tmp_path / "a").predictors()] == [None, None]
+    mine = dspy.LM("openai/gpt-4o-mini")
+    assert [predictor.lm for predictor in load(tmp_path / "a", lms={"decide": mine}).predictors()] == [None, mine]
 
 
 def test_given_lms_take_the_place_of_saved_ones(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ UNSAFE = [
     {"tools": []},
     {"temperature": {"api_base": ENDPOINT}},
     {"stop": [{"api_base": ENDPOINT}]},
+    {"thinking": [{"api_base": ENDPOINT}]},
     {"top_p": float("nan")},
 ]
 
@@ -200,6 +201,7 @@ def test_where_folders_cant_be_exchanged_ctrl_c_leaves_the_earlier_artifact(
 ) -> None:
     monkeypatch.setattr(artifact_files, "exchange", lambda one, other: False)
     killed_while_saving(folder, "Ctrl-C")
+    assert folder.exists()
     assert list(load(folder).signature.output_fields) == ["b"]
     assert [path.name for path in folder.parent.iterdir()] == ["a"]
     save(dspy.Predict("a -> c"), folder)
@@ -207,10 +209,12 @@ def test_where_folders_cant_be_exchanged_ctrl_c_leaves_the_earlier_artifact(
     assert [path.name for path in folder.parent.iterdir()] == ["a"]
 
 
-def test_where_folders_cant_be_exchanged_a_load_after_a_kill_brings_the_earlier_artifact_back(
+def test_where_folders_cant_be_exchanged_a_load_after_a_kill_brings_the_artifact_before_it_back(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(artifact_files, "exchange", lambda one, other: False)
+    older = save(dspy.Predict("a -> older"), folder.with_name(".a.old.0.tmp"))
+    os.utime(older / "artifact.json", (0, 0))
     killed_while_saving(folder, "kill")
     assert not folder.exists()
     assert list(load(folder).signature.output_fields) == ["b"]
