@@ -199,7 +199,9 @@ class BaseEngine:
             bits_W = None if forced else np.zeros((self._card.vocabulary + 31) // 32, dtype=np.uint32)
             try:
                 if constraint.ended:
-                    # What a server appends where nothing may follow.
+                    # Nothing may follow but the end, which a server appends.
+                    if bits_W is not None:
+                        bits_W[token_id // 32] = 1 << token_id % 32
                     masks.append(bits_W)
                     continue
                 if bits_W is not None:

@@ -90,6 +90,16 @@ def test_what_the_grammar_writes_is_forced_and_each_choice_took_a_pass(engine: T
     assert all(answer.forced[: len(begin)])
 
 
+def test_a_server_that_samples_each_token_of_a_complete_answer_had_its_end_alone_to_choose(
+    engine: TransformersEngine,
+) -> None:
+    token_ids = engine.completion_tokens('{\n  "label": "good"\n}')
+    response_format = format_of(label={"enum": ["good", "bad"]})
+    masks = allowed(engine, SampledAnswer([5], token_ids, [False] * len(token_ids), response_format, 1.0))
+    assert all(mask_V[token] for mask_V, token in zip(masks, token_ids, strict=True))
+    assert masks[-1].sum() == 1
+
+
 def test_an_end_that_is_wanted_for_lack_of_room_is_forced(engine: TransformersEngine) -> None:
     answer = sampled(ask(engine, response_format=TEXT, max_tokens=40))
     quote, brace = engine._card.tokenizer('"}', add_special_tokens=False).input_ids
