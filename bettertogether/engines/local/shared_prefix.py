@@ -120,7 +120,7 @@ class PrefixCache(Generic[P]):
     def make_room(self, size_bytes: int) -> bool:
         """Drop unused prefixes until `size_bytes` more fit; says whether they do."""
         excess = self.size_bytes + self.reserved_bytes + size_bytes - self.limit_bytes
-        unused = self._unused() if excess > 0 else []
+        unused = self._unused()
         if sum(prefix.size_bytes for prefix in unused) < excess:
             return False
         for prefix in unused:
