@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,18 @@ def test_the_round_comes_from_the_folder(tmp_path: Path) -> None:
     assert make_bank(tiny_model(), [folder])[1][0].startswith("local/tiny@r3-")
 
 
-def test_the_same_content_has_the_same_name_wherever_it_lies(tmp_path: Path) -> None:
+def test_the_same_content_has_the_same_name_wherever_it_lies_and_is_found_where_it_still_is(tmp_path: Path) -> None:
     one, two = save_adapter(tmp_path / "one", 1), save_adapter(tmp_path / "two", 1)
     config = json.loads((two / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "elsewhere"
     config["target_modules"] = config["target_modules"][::-1]
     (two / "adapter_config.json").write_text(json.dumps(config))
     assert content_hash(one) == content_hash(two)
+    adapters, (name, same) = make_bank(tiny_model(), [one, two])
+    assert (name, adapters.folder(name)) == (same, one)
+    shutil.rmtree(one)
+    assert adapters.add(two) == name
+    assert adapters.folder(name) == two
 
 
 @pytest.mark.parametrize("change", [{"lora_alpha": 17}, {"use_rslora": True}])

@@ -64,6 +64,13 @@ def test_bfloat16_logits_stay_as_close_to_float32_as_the_models_own() -> None:
     assert ours < 1.5 * own
 
 
+@pytest.mark.parametrize("tokens", [25, 40])
+def test_a_window_of_24_tokens_ends_where_the_models_own_does(tokens: int) -> None:
+    model, prompt = tiny_model(PACKED["mistral with a window"]), list(range(tokens))
+    expected = model(torch.tensor([prompt])).logits[0, -1]
+    torch.testing.assert_close(packed(model).probe(prompt, 8), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_with_attention_sinks_goes_the_plain_way_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
     sizes = {**PACKED["llama"].to_dict(), "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}
     names = ("model_type", "architectures", "transformers_version", "mlp_bias", "rope_parameters")

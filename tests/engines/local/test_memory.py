@@ -109,6 +109,17 @@ def test_rows_for_which_memory_runs_out_wait_and_go_on_where_they_were() -> None
     assert decoder.most_tokens <= tokens
 
 
+def test_more_forced_tokens_than_a_slot_has_room_for_go_through_in_parts() -> None:
+    model = tiny_model()
+    decoder, row = Watched(model, 100_000), BatchRow(prompts(1, 0, own=30)[0], 100)
+    decoder.admit([row])
+    row.output_ids += [*decoder.step([row])[0].token_ids, *range(50)]
+    expected = generated(model, row.prompt_ids + row.output_ids, 1)
+    while not (decision := decoder.step([row])[0]).token_ids:
+        pass
+    assert list(decision.token_ids) == expected
+
+
 def test_the_row_that_waits_longest_is_not_overtaken_by_shorter_ones() -> None:
     decoder = Watched(tiny_model(), 600)
     first, long, short = *prompts(1, 60, own=1), *prompts(1, 500, own=1, seed=1), *prompts(1, 20, own=1, seed=2)

@@ -195,7 +195,7 @@ def test_a_cancelled_request_leaves_the_batch(scheduler: Scheduler, decoder: Fak
     assert gone.future.cancel()
     assert never.future.cancel()
     seen: set[BatchRow] = set()
-    decoder.fails = seen.update  # type: ignore[assignment]
+    decoder.fails = seen.update
     decoder.gate.set()
     assert stays.future.result(timeout=10).text == "fedcb"
     assert decoder.batches[-1] == 1

@@ -184,7 +184,7 @@ def test_an_awaited_stream_is_the_answer(engine: TransformersEngine) -> None:
     assert asyncio.run(text()) == engine.complete(ask()).text
 
 
-def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(tmp_path: Path) -> None:
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_with_both_lengths(tmp_path: Path) -> None:
     short = save_model(tmp_path / "short", LlamaConfig(**{**PACKED["llama"].to_dict(), "max_position_embeddings": 64}))
     engine = TransformersEngine(short)
     with pytest.raises(ContextLengthError, match=r"The prompt has 1\d\d tokens; short takes 64"):
@@ -192,6 +192,8 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(tmp_path:
     room = 64 - len(engine.prompt_tokens([{"role": "user", "content": "x"}]))
     response = engine.complete(ask("x", model="local/short", max_tokens=1000, temperature=0.0))
     assert (response.usage.output_tokens or 0) <= room
+    with pytest.raises(ContextLengthError, match="The prompt has 64 tokens; short takes 64"):
+        engine.complete(ask("x" * (1 + room), model="local/short"))
     engine.close()
 
 
