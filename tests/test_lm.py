@@ -79,6 +79,8 @@ def test_several_answers_under_one_seed_have_a_seed_each_the_first_that_of_a_sin
     assert (several[:1], len(set(several))) == (single, 3)
     assert asyncio.run(lm.acall("q", n=3)) == several
     assert [entry["outputs"] for entry in lm.history] == [single, several, several]
+    assert not {*several} & {*lm("q", n=3, seed=6)}
+    assert lm("q", n=2, seed=None) == ["None"] * 2
 
 
 def test_an_lm_of_an_engine_has_a_provider_that_trains() -> None:

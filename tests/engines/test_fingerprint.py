@@ -283,6 +283,19 @@ def test_a_further_chat_template_changes_the_hash(tmp_path: Path) -> None:
     assert model_hash(folder) != before
 
 
+def test_the_parts_of_a_tokenizer_count_where_it_is_not_in_one_file(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "tiny")
+    hashes = []
+    for whole in (True, False):
+        for text in ("{}", "[]"):
+            (folder / "vocab.json").write_text(text)
+            hashes.append(model_hash(folder))
+        if whole:
+            (folder / "tokenizer.json").unlink()
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
 def test_a_model_of_the_hub_has_the_hash_of_the_same_model_in_a_folder(hub: Path, tmp_path: Path) -> None:
     assert model_hash("org/tiny", COMMIT) == model_hash(hub) == model_hash(tmp_path / "plain" / "tiny")
 

@@ -52,9 +52,13 @@ def test_the_system_text_comes_first_and_text_parts_are_joined() -> None:
     )
 
 
-def test_a_developers_first_message_is_system_text() -> None:
-    asked = request(Message.developer("d"), Message.user("u"), system="s")
-    assert messages_of(asked)[0] == {"role": "system", "content": "s\n\nd"}
+def test_a_developers_messages_are_system_text_the_first_of_them_at_the_head() -> None:
+    asked = request(Message.developer("d"), Message.user("u"), Message.developer("e"), system="s")
+    assert messages_of(asked) == (
+        {"role": "system", "content": "s\n\nd"},
+        {"role": "user", "content": "u"},
+        {"role": "system", "content": "e"},
+    )
 
 
 def test_earlier_reasoning_is_left_out() -> None:
@@ -164,7 +168,10 @@ def test_without_a_token_after_the_assistants_text_the_eos_token_ends_answers() 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM])
 def test_a_template_without_a_system_turn_gets_it_in_the_first_user_turn(template: str) -> None:
-    assert renderer(template).text(CHAT) == "<|im_start|>user\nBe brief.\n\nHi<|im_end|>\n<|im_start|>model\n"
+    start, end = "<|im_start|>user\nBe brief.\n\nHi<|im_end|>\n", "<|im_start|>model\n"
+    assert renderer(template).text(CHAT) == start + end
+    late: Any = [*CHAT, {"role": "system", "content": "At once."}]
+    assert renderer(template).text(late) == f"{start}<|im_start|>user\nAt once.<|im_end|>\n{end}"
 
 
 def test_a_template_that_loses_an_assistants_text_is_refused() -> None:

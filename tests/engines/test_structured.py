@@ -223,12 +223,13 @@ TAGGED = {
         ({"type": "array", "prefixItems": [{"type": "integer"}, {"type": "boolean"}], "minItems": 2, "maxItems": 2},
          [3, True]),
         ({"type": "array", "maxItems": 0, "minItems": 0}, []),
-        ({"type": "object", "propertyNames": {"enum": ["a", 2]}, "additionalProperties": {"type": "integer"}},
-         {"a": 1, "2": 5}),
+        ({"type": "object", "propertyNames": {"enum": ["a", 2, True]}, "additionalProperties": {"type": "integer"}},
+         {"a": 1, "2": 5, "true": 3}),
         ({"type": "object", "patternProperties": {"^k[0-9]$": {"type": "integer"}}}, {"k1": 1, "k2": 2}),
         ({"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 2, "maxProperties": 2},
          {"x": 1, "y": 2}),
         ({"type": "object"}, {"x": {"y": [1, {"z": None}]}}),
+        ({"type": "object", "additionalProperties": False}, {}),
         ({"type": "object", "additionalProperties": True}, {"query": "é", "top": [1, 2.5]}),
         ({"type": "array"}, [[], {}, "x", [1]]),
         ({}, {"x": ["y"]}),
@@ -258,6 +259,7 @@ def test_every_kind_of_value_is_laid_out_as_json_dumps_does(
         ({"type": "string", "format": "base64"}, "aGVsbG8"),
         ({"type": "string", "format": "date"}, "yesterday"),
         (TAGGED, {"kind": "a", "y": 1}),
+        ({"allOf": [{"enum": ["x", "y"]}, {"enum": ["y", "z"]}]}, "x"),
     ],
 )  # fmt: skip
 def test_values_of_another_kind_are_not_allowed(field: Any, value: Any) -> None:

@@ -70,6 +70,7 @@ def ids(text: str) -> list[int]:
     [
         (renderer(R1), "assistant\n<think>\n", "\n</think>\n\nok<|im_end|>"),
         (renderer(QWEN3, enable_thinking=True), "assistant\n<think>\n", "\n</think>\n\nok<|im_end|>"),
+        (renderer(QWEN3, thinking=True), "assistant\n<think>\n", "\n</think>\n\nok<|im_end|>"),
         (renderer(QWEN3), "assistant\n<think>\n\n</think>\n\n", "ok<|im_end|>"),
         (renderer(QWEN3, enable_thinking=False), "assistant\n<think>\n\n</think>\n\n", "ok<|im_end|>"),
         (renderer(HARMONY), "<|start|>assistant<|channel|>final<|message|>", "ok<|im_end|>"),
