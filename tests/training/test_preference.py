@@ -46,6 +46,7 @@ def pairs(number: int, shared: int, seed: int = 0, marked: bool = False) -> list
 
 
 PAIRS, HELD_OUT = pairs(10, shared=20), pairs(4, shared=20, seed=1)
+MARKED = pairs(6, shared=20, seed=4, marked=True)
 
 
 def token_losses(model: Any, prompt_ids: list[int], answer_ids: list[int]) -> Tensor:
@@ -128,7 +129,7 @@ def gradients(stepper: Stepper, some: Sequence[TokenizedRow], most: int) -> tupl
     [
         (None, PAIRS),
         (None, pairs(6, shared=0, seed=3)),
-        (None, pairs(6, shared=20, seed=4, marked=True)),
+        (None, [*MARKED[:3], *(replace(pair, rejected_forced=[]) for pair in MARKED[3:])]),
         (GEMMA2, PAIRS[:4]),
     ],
     ids=["a shared prefix", "none shared", "with forced tokens and fields", "padded rows"],
@@ -214,6 +215,8 @@ def test_a_pair_is_never_split(tmp_path: Path) -> None:
     assert [len(batch.rows) for batch in passes] == [2] * len(PAIRS)
 
 
-def test_a_row_among_pairs_is_named(tmp_path: Path) -> None:
+def test_a_row_among_pairs_and_a_pair_of_several_prompts_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows\[1\] has no rejected answer .*give rows, or pairs"):
         train(tmp_path, rows=[PAIRS[0], random_rows(1, shared=3)[0]])
+    with pytest.raises(DataError, match=r"rows\[0\] has a rejected answer and 1 forms"):
+        train(tmp_path, rows=[replace(PAIRS[0], forms=[[3, 4]])])
