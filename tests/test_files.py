@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bettertogether.errors import RunDirectoryError
-from bettertogether.files import FileLock, atomic_folder
+from bettertogether.files import FileLock, atomic_folder, atomic_write, cached_model, model_place
 
 
 def test_a_folder_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
@@ -42,6 +42,29 @@ def test_a_folder_that_holds_something_is_left_as_it_is(tmp_path: Path) -> None:
         (work / "file").write_text("ours")
     assert (target / "file").read_text() == "theirs"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_model_that_another_process_has_put_into_the_cache_meanwhile_is_taken(tmp_path: Path) -> None:
+    place = model_place("model", tmp_path)
+
+    def fill(folder: Path) -> None:
+        (folder / "file").write_text("ours")
+        place.mkdir()
+        (place / "file").write_text("theirs")
+
+    assert cached_model("model", fill, tmp_path) == place
+    assert (place / "file").read_text() == "theirs"
+    assert list(place.parent.iterdir()) == [place]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no umask")
+def test_a_file_may_be_read_by_those_whom_the_umask_allows_it(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / "file", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")

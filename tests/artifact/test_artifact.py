@@ -212,10 +212,22 @@ def test_a_plain_program_is_made_anew_from_the_folder_alone(tmp_path: Path, kind
     assert loaded.predictors()[0].config == {"temperature": 0.7}
 
 
-def test_a_plain_program_with_types_of_its_own_needs_into(tmp_path: Path) -> None:
-    save(dspy.Predict(Rich), tmp_path / "a")
-    with pytest.raises(ArtifactError, match=r"'passages' of type list\[Passage\].*into=program"):
+class Bounded(dspy.Signature):
+    text: str = dspy.InputField()
+    grade: int = dspy.OutputField(ge=1, le=6)
+
+
+@pytest.mark.parametrize(
+    ("signature", "reason"),
+    [(Rich, r"'passages' of type list\[Passage\].*"), (Bounded, "'grade' of type int .*constraints .*less.* 6.*")],
+)
+def test_a_plain_program_with_types_or_bounds_of_its_own_needs_into(
+    tmp_path: Path, signature: type[dspy.Signature], reason: str
+) -> None:
+    save(dspy.Predict(signature), tmp_path / "a")
+    with pytest.raises(ArtifactError, match=f"{reason}into=program"):
         load(tmp_path / "a")
+    assert load(tmp_path / "a", into=dspy.Predict(signature)).signature.fields.keys() == signature.fields.keys()
 
 
 class NeedsArguments(dspy.Module):

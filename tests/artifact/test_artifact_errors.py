@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,10 +13,11 @@ import dspy
 import pytest
 from fakes import TwoSteps, learner, numbers, parity_engine, parity_match, parity_program, plain_lm, two_step_program
 from saved import edit_manifest, fresh_engine, manifest_of, tuned, tuned_program
-from small_models import save_model
+from small_models import save_adapter, save_model
 
 from bettertogether import BetterTogether, local_lm
 from bettertogether.artifact import load, merge, save
+from bettertogether.engines.adapters import adapter_name
 from bettertogether.errors import ArtifactError
 from bettertogether.records import StepRecord
 from bettertogether.report import CompileReport
@@ -169,6 +171,20 @@ def test_an_empty_folder_and_a_new_one_are_taken(tmp_path: Path) -> None:
     for name in ("empty", "deep/new"):
         assert save(dspy.Predict("a -> b"), tmp_path / name) == tmp_path / name
         assert load(tmp_path / name).signature.instructions
+
+
+def test_an_adapter_that_was_changed_since_it_was_served_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, adapter = fresh_engine(), save_adapter(tmp_path / "adapter", 0)
+    program = parity_program(engine)
+    monkeypatch.setattr(engine, "adapter_folder", lambda model: adapter)
+    program.lm = plain_lm(engine, adapter_name(engine.base_name, adapter))
+    save(program, tmp_path / "a")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 3}))
+    with pytest.raises(ArtifactError, match=rf"{adapter} does not hold the adapter {program.lm.model}"):
+        save(program, tmp_path / "b")
 
 
 def test_a_failed_save_leaves_the_earlier_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

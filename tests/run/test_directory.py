@@ -379,8 +379,8 @@ def test_without_locks_a_run_of_a_process_that_ended_is_taken_over(
     owner.write_text(f"process {ended.pid} on {platform.node()}")
     with RunDirectory.open(tmp_path, RUN):
         assert owner.read_text() == f"process {os.getpid()} on {platform.node()}"
-    owner.write_text("process 1 on another-machine")
-    with pytest.raises(RunDirectoryError, match=r"process 1 on another-machine; if that process has ended, delete"):
+    owner.write_text(elsewhere := f"process {ended.pid} on another-machine")
+    with pytest.raises(RunDirectoryError, match=f"{elsewhere}; if that process has ended, delete"):
         RunDirectory.open(tmp_path, RUN)
 
 
