@@ -43,11 +43,10 @@ def test_scores_are_of_the_answers_tokens(scheduler: Scheduler) -> None:
 
 
 def test_requests_are_decoded_together(scheduler: Scheduler, decoder: FakeDecoder) -> None:
-    decoder.gate.clear()
     jobs = [job(4) for _ in range(5)]
-    for one in jobs:
-        scheduler.submit(one)
-    decoder.gate.set()
+    with scheduler.exclusive():
+        for one in jobs:
+            scheduler.submit(one)
     assert [one.future.result(timeout=10).text for one in jobs] == ["edcb"] * 5
     assert decoder.batches == [5] * 5
 
