@@ -76,7 +76,8 @@ class BetterTogether(Teleprompter):
         max_rounds: int = 6,
     ) -> dspy.Module:
         """Run the strategy and return the best program. Student and teacher are not changed, nor what their modules
-        keep in lists, dicts, sets and pydantic models; objects of other classes are shared with the copies that run.
+        keep in lists, dicts, sets and pydantic models; functions and objects of other classes are shared with the
+        copies that run, with all that they hold.
 
         Args:
             student: Program with an LM on every predictor (`student.set_lm(lm)`).

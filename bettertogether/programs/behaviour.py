@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
-import dis
 import enum
 import functools
-import sys
 import types
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePath
+from collections.abc import Mapping
 from typing import Any
 
 import dspy
@@ -24,6 +21,7 @@ from dspy.clients.base_lm import BaseLM
 from typing_extensions import Format, get_annotations
 
 from ..redaction import is_secret, without_secrets
+from .code import ACCESSOR, OURS, accessors, is_own, named_values
 from .content import Walk, by_name, cell_content, combined, name_of
 from .copies import own_attributes
 from .program import modules_of
@@ -85,8 +83,8 @@ class BehaviourWalk(Walk):
             return combined("engine", [self.hashed(type(value)), self.hashed(engine_parts(value))])
         if isinstance(value, functools.partial):
             return combined("partial", [self.hashed([value.func, list(value.args), by_name(value.keywords)])])
-        if isinstance(value, _Accessor):
-            return combined(type(value).__name__, [self.hashed(part) for part in _accessors(value)])
+        if isinstance(value, ACCESSOR):
+            return combined(type(value).__name__, [self.hashed(part) for part in accessors(value)])
         if callable(getattr(value, "__wrapped__", None)):
             return combined(name_of(type(value)), [self.hashed(value.__wrapped__)])
         if self._lasting and not _has_content(type(value)):
@@ -171,23 +169,16 @@ def class_parts(kind: type) -> dict[str, Any]:
     return {**parts, "annotations": by_name(get_annotations(kind, format=Format.FORWARDREF))}
 
 
-_Accessor = property | classmethod | staticmethod | functools.cached_property
 _ANNOTATING = ("__annotate__", "__annotate_func__")
 """Functions that Python 3.14 makes of annotations. They close over all that the class body holds."""
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
 
 
 def _is_written(name: str, value: Any) -> bool:
-    if isinstance(value, types.FunctionType | _Accessor):
+    if isinstance(value, types.FunctionType | ACCESSOR):
         return name not in _ANNOTATING
     generated = name.startswith(("__", "_abc_", "model_", "_pydantic")) or isinstance(value, _DESCRIPTORS)
     return not generated
-
-
-def _accessors(value: Any) -> list[Any]:
-    if isinstance(value, property):
-        return [value.fget, value.fset, value.fdel]
-    return [value.func if isinstance(value, functools.cached_property) else value.__func__]
 
 
 def _schema(kind: type[pydantic.BaseModel]) -> Any:
@@ -196,62 +187,6 @@ def _schema(kind: type[pydantic.BaseModel]) -> Any:
     except pydantic.PydanticUserError:
         # Of types that JSON lacks.
         return repr(kind.__annotations__)
-
-
-def named_values(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function names in its own module, and in other modules of the user's: functions, classes, constants and
-    objects; but no global that it assigns to as it runs."""
-    home = function.__globals__
-    read, attributes, assigned = _names(function.__code__)
-    for name in sorted(read & home.keys() - assigned):
-        value = home[name]
-        if not isinstance(value, types.ModuleType):
-            yield name, value
-        elif _module_is_own(value.__name__):
-            yield from ((f"{name}.{part}", vars(value)[part]) for part in sorted(attributes & vars(value).keys()))
-
-
-_READING = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
-
-
-@functools.lru_cache(maxsize=10_000)
-def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    """Globals that code reads, attributes that it reads, globals that it assigns to."""
-    steps = list(dis.get_instructions(code))
-    read = {step.argval for step in steps if step.opname in _READING}
-    attributes = {step.argval for step in steps if step.opname in ("LOAD_ATTR", "LOAD_METHOD")}
-    assigned = {step.argval for step in steps if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            inner = _names(constant)
-            read, attributes, assigned = read | inner[0], attributes | inner[1], assigned | inner[2]
-    return frozenset(read), frozenset(attributes), frozenset(assigned)
-
-
-def is_own(value: Any) -> bool:
-    """Whether a class or function is the user's: of no installed package, not of Python itself."""
-    return _module_is_own(getattr(value, "__module__", None) or "builtins")
-
-
-_OURS = frozenset({"bettertogether", "dspy", "builtins"})
-
-
-@functools.lru_cache(maxsize=10_000)
-def _module_is_own(name: str) -> bool:
-    top = name.partition(".")[0]
-    if top in _OURS or (top in sys.stdlib_module_names and top != "__main__"):
-        return False
-    file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
-    if {"site-packages", "dist-packages"} & set(file.parts):
-        return False
-    return not any(top in _installed(place.parent) for place in (file, *file.parents) if place.stem == top)
-
-
-@functools.lru_cache(maxsize=1000)
-def _installed(folder: Path) -> frozenset[str]:
-    """Top-level names of what pip put into a folder of any name (`pip install --target`)."""
-    records = [record.read_text(encoding="utf-8") for record in folder.glob("*.dist-info/RECORD")]
-    return frozenset(PurePath(line.partition("/")[0]).stem for record in records for line in record.splitlines())
 
 
 _PICKLING = ("__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__getnewargs_ex__")
@@ -263,7 +198,7 @@ def _has_content(kind: type) -> bool:
     how they are pickled; the others may be clients, pools, handles. A random state is never the same."""
     if name_of(kind).startswith(_RANDOM):
         return False
-    if is_own(kind) or kind.__module__.partition(".")[0] in _OURS - {"builtins"}:
+    if is_own(kind) or kind.__module__.partition(".")[0] in OURS - {"builtins"}:
         return True
     if dataclasses.is_dataclass(kind) or issubclass(kind, pydantic.BaseModel) or kind in copyreg.dispatch_table:
         return True

@@ -23,6 +23,7 @@ from dspy.predict.parameter import Parameter
 from pydantic import BaseModel
 
 from ..records.saved import Saved
+from .code import held_by_code
 
 RESULTS = (
     "candidate_programs", "mb_candidate_programs", "trial_logs", "detailed_results", "report",
@@ -33,13 +34,14 @@ RESULTS = (
 _PARTS = (dspy.Module, Parameter)
 _LEFT_OUT = frozenset({"history", "callbacks"})
 _CONTAINERS = (list, dict, set, collections.deque, defaultdict, collections.OrderedDict, collections.Counter)
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, types.BuiltinFunctionType)
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, type)
 _RUNNING = (threading.Thread, concurrent.futures.Executor, asyncio.AbstractEventLoop, contextvars.Context)
-_CLOSED = (*_ATOMS, *_RUNNING, types.ModuleType, types.FrameType, types.GeneratorType, types.CoroutineType, dspy.BaseLM)
+_CODE = (types.FunctionType, types.ModuleType, types.FrameType, types.GeneratorType, types.CoroutineType)
+_CLOSED = (*_ATOMS, *_RUNNING, *_CODE, dspy.BaseLM)
 """Types whose objects are shared without a look into them."""
 
 MOST_KEPT = 1000
-"""Items of a container, or fields of a record, that are copied if they are containers or records: more are a corpus."""
+"""Containers and records within a container or record that are copied with it: more are a corpus."""
 
 
 def copy_program(program: dspy.Module) -> dspy.Module:
@@ -49,7 +51,7 @@ def copy_program(program: dspy.Module) -> dspy.Module:
     refers to a module of the program, such as a tool that is its method, is copied and then refers to the copy; where
     it can't be copied, it is shared too. What a module keeps is copied, so that what a candidate keeps, such as
     answers, does not reach another: its lists, dicts, sets and pydantic models (`dspy.History`), and those within them
-    (of `MOST_KEPT` items at most).
+    (`MOST_KEPT` at most). Of these are shared those that something shared holds too, such as the closure of a tool.
     """
     return Copier(program).copy()
 
@@ -63,20 +65,20 @@ class Copier:
         self._graph = _Graph(program)
         self._memo = self._graph.shared()
         if shares_state and (kept := self._graph.kept()):
-            self._memo |= dict(zip(map(id, kept), self._copied(kept), strict=True))
+            self._memo |= dict(zip(map(id, kept), self._copied(kept, kept), strict=True))
 
     def copy(self) -> dspy.Module:
         """One more copy."""
-        copied: dspy.Module = self._copied(self._program)
+        copied: dspy.Module = self._copied(self._program, self._graph.copied())
         drop_results(copied)
         return copied
 
-    def _copied(self, value: Any) -> Any:
+    def _copied(self, value: Any, parts: list[Any]) -> Any:
         try:
-            return copy.deepcopy(value, dict(self._memo))
+            return copy.deepcopy(value, _with_copies(parts, self._memo))
         except Exception:
             self._memo |= _uncopyable(self._graph.copied(), self._memo)
-            return copy.deepcopy(value, dict(self._memo))
+            return copy.deepcopy(value, _with_copies(parts, self._memo))
 
 
 def results_of(module: Any) -> dict[str, Any]:
@@ -139,13 +141,30 @@ class _Graph:
                 else:
                     self._kept |= {id(each): each for each in state}
             for child in _children(value):
+                self._parents[id(child)].append(id(value))
                 # What the garbage collector does not track refers to nothing.
                 if gc.is_tracked(child):
-                    self._parents[id(child)].append(id(value))
                     waiting.append(child)
         reaching = self._reaching_modules()
         self._copied = reaching | self._own
         self._kept = {key: value for key, value in self._kept.items() if key not in reaching | predictors}
+        held = self._held_by_shared() if self._kept else set()
+        self._copied -= held
+        self._kept = {key: value for key, value in self._kept.items() if key not in held}
+
+    def _held_by_shared(self) -> set[int]:
+        """What modules keep that something shared refers to as well, which would not see the changes of a copy."""
+        code = [value for value in self._objects.values() if isinstance(value, types.FunctionType)]
+        kinds = set(map(type, self._objects.values()))
+        waiting = [id(value) for value in held_by_code([*code, *kinds])]
+        waiting += [key for key in self._kept if not self._copied.issuperset(self._parents[key])]
+        found: set[int] = set()
+        while waiting:
+            key = waiting.pop()
+            if key in self._kept and key not in found:
+                found.add(key)
+                waiting.extend(map(id, _children(self._kept[key])))
+        return found
 
     def _reaching_modules(self) -> set[int]:
         waiting = [key for key, value in self._objects.items() if isinstance(value, _PARTS)]
@@ -177,15 +196,27 @@ class _Graph:
 
 def _state_of(module: Any) -> list[Any]:
     kept: dict[int, Any] = {}
-    waiting = _children(module)
-    while waiting:
-        value = waiting.pop()
-        if id(value) not in kept and (type(value) in _CONTAINERS or _is_record(value)):
-            kept[id(value)] = value
-            inside = _children(value)
-            waiting.extend(inside if len(inside) <= MOST_KEPT else ())
+    for value in _children(module):
+        if _is_kept(value):
+            kept |= {id(value): value, **_within(value)}
     demos = getattr(module, "demos", None) if isinstance(module, dspy.Predict) else None
     return [*kept.values(), *(demo for demo in demos or () if isinstance(demo, dspy.Example | dict))]
+
+
+def _within(value: Any) -> dict[int, Any]:
+    """The containers and records within one; none of them where there are more than `MOST_KEPT`."""
+    found: dict[int, Any] = {}
+    waiting = _children(value)
+    while waiting and len(found) <= MOST_KEPT:
+        each = waiting.pop()
+        if id(each) not in found and _is_kept(each):
+            found[id(each)] = each
+            waiting.extend(_children(each))
+    return found if len(found) <= MOST_KEPT else {}
+
+
+def _is_kept(value: Any) -> bool:
+    return type(value) in _CONTAINERS or _is_record(value)
 
 
 def _is_record(value: Any) -> bool:
@@ -203,20 +234,58 @@ def _children(value: Any) -> list[Any]:
     elif type(value) in _CONTAINERS:
         found = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
     elif isinstance(value, BaseModel):
-        parts = (vars(value), value.__pydantic_extra__, value.__pydantic_private__)
-        found = [item for part in parts for item in (part or {}).values()]
+        found = [item for part in _parts_of(value) for item in part.values()]
     else:
         found = gc.get_referents(value)
     return [item for item in found if not isinstance(item, _ATOMS)]
+
+
+def _parts_of(record: BaseModel) -> list[dict[str, Any]]:
+    return [part for part in (vars(record), record.__pydantic_extra__, record.__pydantic_private__) if part]
 
 
 def _results(value: Any) -> list[Any]:
     return list(results_of(value).values()) if isinstance(value, _PARTS) else []
 
 
+def _with_copies(values: list[Any], memo: Mapping[int, Any]) -> dict[int, Any]:
+    """A memo for `deepcopy` with copies of containers and records besides. They are made before what is in them, so
+    that it may be nested to any depth."""
+    apart = [value for value in values if id(value) not in memo and _is_plain(value)]
+    made = {id(value): value.__copy__() if isinstance(value, BaseModel) else copy.copy(value) for value in apart}
+    whole = {**memo, **made}
+    for copied in made.values():
+        _fill(copied, whole)
+    return whole
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a container or record is copied as all of its kind are."""
+    is_record = _is_record(value) and type(value).__deepcopy__ is BaseModel.__deepcopy__
+    return type(value) in _CONTAINERS or (is_record and type(value).__copy__ is BaseModel.__copy__)
+
+
+def _fill(copied: Any, memo: dict[int, Any]) -> None:
+    """Put copies into a shallow copy for what it holds."""
+    if isinstance(copied, BaseModel):
+        for part in _parts_of(copied):
+            _fill(part, memo)
+    elif isinstance(copied, dict):
+        items = [(copy.deepcopy(key, memo), copy.deepcopy(value, memo)) for key, value in copied.items()]
+        copied.clear()
+        for key, value in items:
+            copied[key] = value
+        if isinstance(copied, defaultdict):
+            copied.default_factory = copy.deepcopy(copied.default_factory, memo)
+    else:
+        values = [copy.deepcopy(value, memo) for value in copied]
+        copied.clear()
+        (copied.update if isinstance(copied, set) else copied.extend)(values)
+
+
 def _uncopyable(values: list[Any], memo: Mapping[int, Any]) -> dict[int, Any]:
     """Those of the values that can't be copied, as a memo for `deepcopy`."""
-    apart = {id(value): value for value in values if not isinstance(value, _PARTS) and type(value) not in _CONTAINERS}
+    apart = {id(value): value for value in values if not isinstance(value, _PARTS) and not _is_plain(value)}
     failing = {key: value for key, value in apart.items() if not _can_copy(value, memo)}
     # A bound method or a tool may fail only for what the program that it is bound to holds: it is copied, and bound
     # to the copy.

@@ -31,11 +31,10 @@ from ..programs.behaviour import (
     BehaviourWalk,
     answering_attributes,
     class_parts,
-    is_own,
     lm_parts,
-    named_values,
     signature_parts,
 )
+from ..programs.code import is_own, named_values
 from ..programs.content import cell_content, dataset_hash
 from ..programs.program import model_names, modules_of, predictors_of
 from ..redaction import is_secret, is_secret_name, masked, split_secrets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,14 @@ from typing import Any
 import dspy
 import numpy as np
 import pydantic
+import pytest
 from fakes import numbers, parity_engine, parity_match, plain_lm
 from saved import fresh_engine
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, load, save
 from bettertogether.programs.copies import Copier, copy_program
 from bettertogether.programs.program import copy_for_step, load_prompts, modules_of, prompts_state, with_prompts
+from bettertogether.rollouts.evaluation import evaluate
 from bettertogether.rollouts.rollout import Attempt
 from bettertogether.rollouts.runner import Runner
 
@@ -159,11 +162,133 @@ def test_a_candidate_has_lists_dicts_sets_and_records_of_its_own_and_those_withi
     assert Index.copies == 0
 
 
-def test_what_is_in_a_container_of_more_than_a_thousand_items_is_shared() -> None:
-    program = search(few=[[each] for each in range(1000)], corpus=[[each] for each in range(1001)])
+LOG: list[str] = []
+
+
+def log(answer: str) -> None:
+    LOG.append(answer)
+
+
+class Log:
+    """No module, but holds a list of one."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def add(self, answer: str) -> None:
+        self.notes.append(answer)
+
+
+class Notes(Search):
+    """A tool notes what is answered."""
+
+    def __init__(self, notes: list[str], tool: Any) -> None:
+        super().__init__(notes=notes, tools=[tool])
+
+    def forward(self, number: int) -> dspy.Prediction:
+        self.notes.clear()
+        tool = self.tools[0]
+        getattr(tool, "func", tool)(super().forward(number).parity)
+        return dspy.Prediction(parity=self.notes[-1])
+
+
+class Logs(Notes):
+    """Calls a function of its module, which notes what is answered."""
+
+    def forward(self, number: int) -> dspy.Prediction:
+        log("none")
+        return super().forward(number)
+
+
+def note_taking(by: str) -> Notes:
+    notes: list[str] = []
+    tools = {
+        "a closure": lambda answer: notes.append(answer),
+        "a closure in a tool": dspy.Tool(lambda answer: notes.append(answer)),
+        "a default": lambda answer, to=notes: to.append(answer),
+        "its method": notes.append,
+        "another object": Log(notes).add,
+    }
+    program = Notes(notes, tools[by]) if by in tools else (Logs if by == "a method" else Notes)(LOG, log)
+    program.set_lm(plain_lm(parity_engine(lambda *_: True)))
+    return program
+
+
+@pytest.mark.parametrize(
+    "by", ["a closure", "a closure in a tool", "a default", "its method", "another object", "a global", "a method"]
+)
+def test_what_something_shared_holds_besides_a_module_stays_one_list_for_both(by: str) -> None:
+    program = note_taking(by)
+    assert evaluate(program, numbers(4), parity_match, num_threads=1, progress=False).scores == (1.0,) * 4
+    assert copy_program(copy_program(program))(number=2).parity == "even"
+
+
+def test_what_is_within_a_shared_container_is_shared_too() -> None:
+    state: dict[str, list[Any]] = {"seen": [[]]}
+    cache: dict[str, str] = {}
+    program = search(state=state, seen=state["seen"], last=state["seen"][0], own=[], tool=lambda: state)
+    program.cache, program.other = cache, Log([])
+    program.other.cache = cache
     copied = copy_program(program)
-    assert copied.corpus is not program.corpus
-    assert [copied.corpus[0] is program.corpus[0], copied.few[0] is program.few[0]] == [True, False]
+    assert copied.state is program.state
+    assert copied.cache is copied.other.cache
+    assert [copied.seen is program.seen, copied.last is program.last, copied.own is program.own] == [True, True, False]
+
+
+def test_a_list_that_only_the_making_of_a_program_names_is_its_copys_own() -> None:
+    class Kept(Search):
+        def __init__(self, kept: list[str] = []) -> None:  # noqa: B006
+            super().__init__(kept=kept, log=LOG)
+
+    program = Kept()
+    copied = copy_program(program)
+    assert [copied.kept is program.kept, copied.log is program.log] == [False, False]
+
+
+def test_of_more_than_a_thousand_containers_within_one_all_are_shared() -> None:
+    tree = {each: {inner: [inner] for inner in range(30)} for each in range(40)}
+    program = search(few=[[each] for each in range(1000)], corpus=[[each] for each in range(1001)], tree=tree)
+    copied = copy_program(program)
+    assert [copied.corpus is program.corpus, copied.tree is program.tree] == [False, False]
+    assert [copied.corpus[0] is program.corpus[0], copied.tree[0] is program.tree[0]] == [True, True]
+    assert copied.few[0] is not program.few[0]
+
+
+class Linked(pydantic.BaseModel):
+    """A record that knows the next one."""
+
+    after: Any = None
+
+
+@pytest.mark.parametrize("shares_state", [False, True])
+@pytest.mark.parametrize("link", [lambda after: {"after": after}, lambda after: Linked.model_construct(after=after)])
+def test_what_is_nested_deep_is_copied(link: Any, shares_state: bool) -> None:
+    links: list[Any] = [link(None)]
+    for _ in range(900):
+        links.append(link(links[-1]))
+    program = search(links=links[::-1], deep=[])
+    for _ in range(4000):
+        program.deep = [program.deep]
+    copied = Copier(program, shares_state=shares_state).copy()
+    assert (len(copied.links), len({*map(id, links), *map(id, copied.links)})) == (901, 1802)
+    first, second = copied.links[:2]
+    assert (first["after"] if isinstance(first, dict) else first.after) is second
+    assert [copied.deep is program.deep, copied.deep[0] is program.deep[0]] == [False, True]
+
+
+def test_a_copied_container_is_of_its_kind() -> None:
+    program = search()
+    program.kinds = [
+        collections.deque([[1], [2]], maxlen=2), collections.OrderedDict(b=[1], a=[2]), collections.Counter("aab"),
+        {1, 2}, collections.defaultdict(list, a=[1]),
+    ]  # fmt: skip
+    program.asked = collections.defaultdict(program.named_predictors)
+    copied = copy_program(program)
+    assert copied.kinds == program.kinds
+    assert [type(each) for each in copied.kinds] == [type(each) for each in program.kinds]
+    assert all(own is not other for own, other in zip(copied.kinds, program.kinds, strict=True))
+    assert (copied.kinds[0].maxlen, list(copied.kinds[1]), copied.kinds[4]["new"]) == (2, ["b", "a"], [])
+    assert copied.asked["new"][0][1] is copied.ask
 
 
 def test_a_record_that_refuses_to_be_copied_is_shared() -> None:

@@ -17,7 +17,7 @@ from fakes import Parity, learner, numbers, parity_engine, parity_match, plain_l
 
 from bettertogether import BetterTogether, LoRAConfig, LoRAFinetune
 from bettertogether.errors import RunDirectoryError
-from bettertogether.programs.behaviour import is_own
+from bettertogether.programs.code import is_own
 from bettertogether.steps.rows import Row, write_rows
 from bettertogether.testing import FakeEngine
 
