@@ -24,7 +24,8 @@ def accessors(value: Any) -> list[Any]:
 
 def held_by_code(values: Iterable[Any]) -> Iterator[Any]:
     """What functions and classes among the values hold or name, and those that they hold or name in turn: values closed
-    over, defaults, globals, attributes of classes and modules of the user's. Not what `__init__` names: it has run."""
+    over, defaults, globals, attributes of classes, modules and objects of the user's. Not what `__init__` names: it has
+    run."""
     waiting, seen = list(values), set[int]()
     while waiting:
         value = waiting.pop()
@@ -40,6 +41,8 @@ def held_by_code(values: Iterable[Any]) -> Iterator[Any]:
             waiting.extend(part for name, part in parts if name != "__init__")
         else:
             yield value
+            if is_own(type(value)):
+                waiting += [type(value), *getattr(value, "__dict__", {}).values()]
 
 
 def _held_by_function(function: types.FunctionType) -> list[Any]:

@@ -208,15 +208,22 @@ def note_taking(by: str) -> Notes:
         "a default": lambda answer, to=notes: to.append(answer),
         "its method": notes.append,
         "another object": Log(notes).add,
+        "an object in a closure": lambda answer, to=Log(notes): to.add(answer),
     }
     program = Notes(notes, tools[by]) if by in tools else (Logs if by == "a method" else Notes)(LOG, log)
+    if by == "its module in a closure":
+        program.tools = [lambda answer: program.notes.append(answer)]
     program.set_lm(plain_lm(parity_engine(lambda *_: True)))
     return program
 
 
 @pytest.mark.parametrize(
-    "by", ["a closure", "a closure in a tool", "a default", "its method", "another object", "a global", "a method"]
-)
+    "by",
+    [
+        "a closure", "a closure in a tool", "a default", "its method", "another object", "an object in a closure",
+        "its module in a closure", "a global", "a method",
+    ],
+)  # fmt: skip
 def test_what_something_shared_holds_besides_a_module_stays_one_list_for_both(by: str) -> None:
     program = note_taking(by)
     assert evaluate(program, numbers(4), parity_match, num_threads=1, progress=False).scores == (1.0,) * 4
