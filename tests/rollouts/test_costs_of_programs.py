@@ -13,16 +13,14 @@ import dspy
 import pytest
 from dspy.clients.typesafe import TypeSafe
 from fakes import PaidLM, Parity, numbers, parity_engine, parity_match, plain_lm, right
+from paid_runs import PRICE, report_within
 from watched import ALWAYS, One
 
-from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
+from bettertogether import LoRAFinetune
 from bettertogether.errors import ConfigError
 from bettertogether.records import Ledger
 from bettertogether.rollouts.evaluation import evaluate
 from bettertogether.testing import FakeEngine
-
-PRICE = 0.25
-"""US dollars an answer: sums of it are exact."""
 
 
 class Asks(One):
@@ -207,18 +205,7 @@ def test_a_module_of_the_program_keeps_no_history_of_a_run() -> None:
 
 def test_a_budget_bounds_what_any_lm_of_the_program_is_paid() -> None:
     big = PaidLM(PRICE)
-    report = (
-        BetterTogether(parity_match, p=BootstrapFewShotRS(parity_match))
-        .compile(
-            Asks(directly, big),
-            trainset=numbers(8),
-            valset=numbers(8, 100),
-            strategy="p",
-            progress=False,
-            budget=Budget(cost=PRICE * 11),
-        )
-        .report
-    )
+    report = report_within(PRICE * 11, Asks(directly, big), parity_match)
     assert [record.status for record in report.rounds] == ["complete", "skipped"]
     # What was under way when it ended is paid for, too.
     assert report.ledger.cost == PRICE * len(big.history) >= PRICE * 11
@@ -226,11 +213,4 @@ def test_a_budget_bounds_what_any_lm_of_the_program_is_paid() -> None:
 
 def test_a_budget_of_dollars_is_refused_where_the_price_of_any_lm_is_not_known() -> None:
     with pytest.raises(ConfigError, match="price DSPy does not know"):
-        BetterTogether(parity_match, p=BootstrapFewShotRS(parity_match)).compile(
-            Asks(directly, PaidLM(None)),
-            trainset=numbers(8),
-            valset=numbers(8, 100),
-            strategy="p",
-            progress=False,
-            budget=Budget(cost=1),
-        )
+        report_within(1, Asks(directly, PaidLM(None)), parity_match)

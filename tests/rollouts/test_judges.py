@@ -11,15 +11,12 @@ from typing import Any
 import dspy
 import pytest
 from fakes import PaidLM, Parity, learner, numbers, parity_engine, parity_match, parity_program, plain_lm
+from paid_runs import PRICE, report_within
 
-from bettertogether import BetterTogether, BootstrapFewShotRS, Budget
 from bettertogether.records import Ledger
 from bettertogether.rollouts.rollout import RolloutStore
 from bettertogether.rollouts.settings import RunSettings
 from bettertogether.rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
-
-PRICE = 0.25
-"""US dollars an answer: sums of it are exact."""
 
 Ask = Callable[[dspy.Module, int], str]
 
@@ -125,18 +122,7 @@ def test_a_budget_bounds_what_the_judge_is_paid() -> None:
         paid.append(None)
         return judged(example, prediction, trace)
 
-    report = (
-        BetterTogether(metric, p=BootstrapFewShotRS(metric))
-        .compile(
-            parity_program(parity_engine(learner)),
-            trainset=numbers(8),
-            valset=numbers(8, 100),
-            strategy="p",
-            progress=False,
-            budget=Budget(cost=PRICE * 11),
-        )
-        .report
-    )
+    report = report_within(PRICE * 11, parity_program(parity_engine(learner)), metric)
     # What was under way when it ended is paid for, too.
     assert [record.status for record in report.rounds] == ["complete", "skipped"]
     assert report.rounds[0].ledger.cost == PRICE * 8

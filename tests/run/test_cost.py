@@ -9,14 +9,12 @@ from typing import Any
 import dspy
 import pytest
 from fakes import PaidLM, Parity, numbers, parity_engine, parity_match, parity_program
+from paid_runs import PRICE
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget
 from bettertogether.callbacks import Callback
 from bettertogether.errors import ConfigError
 from bettertogether.records import StepRecord
-
-PRICE = 0.25
-"""US dollars an answer: sums of it are exact."""
 
 TRAIN, VAL = numbers(10), numbers(20, start=100)
 
