@@ -147,10 +147,12 @@ class _Graph:
                     waiting.append(child)
         reaching = self._reaching_modules()
         self._copied = reaching | self._own
-        self._kept = {key: value for key, value in self._kept.items() if key not in reaching | predictors}
+        for key in self._kept.keys() & (reaching | predictors):
+            del self._kept[key]
         held = self._held_by_shared() if self._kept else set()
         self._copied -= held
-        self._kept = {key: value for key, value in self._kept.items() if key not in held}
+        for key in held:
+            del self._kept[key]
 
     def _held_by_shared(self) -> set[int]:
         """What modules keep that something shared refers to as well, which would not see the changes of a copy."""

@@ -12,7 +12,7 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..checks import is_number, require, require_one_of, require_pass_options, require_switch, require_threshold
-from ..engines.protocol import MODEL_PREFIX, CheckingEngine
+from ..engines.protocol import MODEL_PREFIX, CheckingEngine, LocalEngine
 from ..errors import ConfigError, DataError, NotTrainableError
 from ..lm import local_engine, require_engine
 from ..printable import get_logger
@@ -103,11 +103,10 @@ class AdapterStep(Step, Teleprompter):
                 f"Predictors {deciding} make decisions (Noul, Choice, Score), whose answers are probabilities that no "
                 f"row can be written for: freeze them, frozen={[*self.frozen, *deciding]}."
             )
-        engines = {adapter_key(name, lm, self.multitask): engine for name, (engine, lm) in found.items()}
-        for key, start in self._starts(found).items():
-            engine = engines[key]
+        starts = self._starts(found)
+        for key, engine in self._engines(found).items():
             if isinstance(engine, CheckingEngine):
-                is_new = start == MODEL_PREFIX + engine.base_name
+                is_new = starts[key] == MODEL_PREFIX + engine.base_name
                 engine.check_training(self.lora if is_new else None, self.training)
         return found
 
@@ -143,6 +142,10 @@ class AdapterStep(Step, Teleprompter):
     def clears_demos(self) -> bool:
         """Whether the tuned program runs without demos."""
         return False
+
+    def _engines(self, trainable: Trainable) -> dict[AdapterKey, LocalEngine]:
+        """The engine that trains each adapter."""
+        return {adapter_key(name, lm, self.multitask): engine for name, (engine, lm) in trainable.items()}
 
     def _starts(self, trainable: Trainable) -> dict[AdapterKey, str]:
         """The model that each adapter is trained from."""

@@ -25,7 +25,6 @@ from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
 from .adapter_rows import (
     AdapterKey,
-    adapter_key,
     enough_held_out,
     hold_out,
     rows_by_adapter,
@@ -209,8 +208,7 @@ class TrainingStep(AdapterStep):
     ) -> dict[AdapterKey, FinetuneResult]:
         groups = rows_by_adapter(collected.rows, trainable, multitask=self.multitask)
         apart = rows_by_adapter(collected.held_out, trainable, multitask=self.multitask)
-        engines = {adapter_key(name, lm, self.multitask): engine for name, (engine, lm) in trainable.items()}
-        starts = self._starts(trainable)
+        engines, starts = self._engines(trainable), self._starts(trainable)
         training = self._seeded(seed)
         split = {key: self._split(group, apart.get(key, ()), training.seed) for key, group in groups.items()}
         # A single training has its own checkpoint, and hashing many rows takes time.
