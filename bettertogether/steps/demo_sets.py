@@ -7,6 +7,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import dspy
@@ -122,8 +123,9 @@ class DemoSets:
             fit, labelled_demos = self._fits[predictor_name], self._of_example[predictor_name]
             made = [self._of_trace[id(trace)] for trace in shown]
             demos = [demos[predictor_name] for demos in made if predictor_name in demos]
-            known = [labelled_demos[id(example)] for example in extra if id(example) in labelled_demos]
-            fills = [demo for demo in known if fit.usable(demo)][: max(0, labelled - len(demos))]
+            known = (labelled_demos[id(example)] for example in extra if id(example) in labelled_demos)
+            # One by one: to see whether a demo is usable takes a prompt.
+            fills = list(islice(filter(fit.usable, known), max(0, labelled - len(demos))))
             predictor.demos = fit.fitting([*demos, *fills])
             self.dropped += Counter({predictor_name: len(demos) + len(fills) - len(predictor.demos)})
         candidate = self.of(name, program)

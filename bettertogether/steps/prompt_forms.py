@@ -89,6 +89,8 @@ class PromptForms:
             for name, predictor in predictors_of(program).items():
                 if predictor.demos:
                     self._add(name, DemoSet(source, predictor.signature, tuple(predictor.demos)), most=N_FORMS)
+            if all(len(sets) == N_FORMS for sets in self.sets.values()):
+                break
 
     def _kept(self, name: str, programs: Sequence[dspy.Module]) -> Iterator[DemoSet]:
         """The prompts of a predictor in these programs, but for the zero-shot prompt, the first program's first."""
