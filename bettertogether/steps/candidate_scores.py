@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -15,7 +16,7 @@ from ..rollouts.evaluation import Evaluation, Evaluator
 from ..rollouts.failures import count_failures, failure_warning
 from ..rollouts.metrics import Metric, full_mark, passes, require_from_zero
 from ..rollouts.settings import RunSettings
-from ..rollouts.traces import too_many
+from ..rollouts.traces import Trace, too_many
 from .demo_sets import Candidate
 
 
@@ -34,6 +35,8 @@ class CandidateScores:
         self._most_errors = settings.most_errors
         # So that what one candidate raises doesn't end the pass of all.
         self._evaluator = Evaluator(metric, replace(settings, max_errors=len(validation)))
+        self._failed: dict[str, dict[int, Trace]] = defaultdict(dict)
+        """By candidate and position."""
         self.ledger = Ledger()
         """What the scores cost so far."""
         self.warnings: list[str] = []
@@ -57,7 +60,7 @@ class CandidateScores:
         )
         self.ledger += Ledger.total(result.ledger for result in results)
         require_from_zero(score for result in results for score in result.scores)
-        errors = [self._error(result) for result in results]
+        errors = [self._error(each, result, positions) for each, result in zip(running, results, strict=True)]
         self._leave(running, errors)
         scores = [None if error else result.scores for result, error in zip(results, errors, strict=True)]
         means = [(each, fmean([*each.scores.values(), *new])) for each, new in zip(running, scores, strict=True) if new]
@@ -70,12 +73,13 @@ class CandidateScores:
         self._check(results)
         return scores
 
-    def _error(self, result: Evaluation) -> str | None:
-        """That a candidate raises on too many examples."""
-        failed = {trace.index: trace for trace in result.traces if trace.failed}
+    def _error(self, candidate: Candidate, result: Evaluation, positions: Sequence[int]) -> str | None:
+        """That a candidate raised on too many examples, those of its earlier scores too."""
+        failed = self._failed[candidate.name]
+        failed.update({positions[trace.index]: trace for trace in result.traces if trace.failed})
         if self._most_errors is None or len(failed) <= self._most_errors:
             return None
-        return too_many(failed, len(result.traces), self._most_errors)
+        return too_many(failed, len(candidate.scores) + len(positions), self._most_errors)
 
     def _leave(self, running: Sequence[Candidate], errors: Sequence[str | None]) -> None:
         """Say which candidates leave with an error, where the prompts given aren't among them and others are left."""

@@ -8,13 +8,15 @@ choose is lost about as rarely, since few candidates come near it, and the loss 
 (tests/benchmarks/race.py).
 
 A candidate also leaves when a simpler one got the very same scores so far, on `ALIKE` examples at least: weights that
-were trained on the prompts of the race answer alike under most of them.
+were trained on the prompts of the race answer alike under most of them. Scores that are nearly all the same say so only
+where the simpler one has the full mark on all of the examples.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
@@ -31,6 +33,8 @@ SMALLEST_SLICE = 8
 """Validation examples of a slice, at least."""
 ALIKE = 16
 """Examples with equal scores from which two candidates are held to answer alike."""
+TELLING = 2
+"""Of these, how many are not the commonest score, at least. Good candidates are right on 16 in a row by chance."""
 
 RACES = 20
 """Made-up races of which `expected_calls` is the mean."""
@@ -54,7 +58,7 @@ def run_race(
 ) -> RaceResult:
     """Fill the candidates' scores. `score(running, positions)` gives the scores of each of these candidates at these
     validation positions, or None where it leaves the race. A candidate that was fully scored before takes part with
-    the scores it has. Scores that are all the same tell candidates apart only where they are the `full_mark`."""
+    the scores it has. One that has the `full_mark` everywhere can at best be equalled."""
     new = [candidate for candidate in candidates if len(candidate.scores) < size]
     calls = 0
     for part in slices(size, race):
@@ -70,7 +74,7 @@ def run_race(
         if part.stop < size:
             rivals = [candidate for candidate in candidates if candidate not in new or not candidate.stopped]
             _stop_losers(running, rivals, range(part.stop), size)
-            _stop_alike(running, rivals, range(part.stop), full_mark)
+            _stop_alike(running, rivals, range(part.stop), size, full_mark)
     return RaceResult(calls, len(new) * size - calls, CONFIDENCE)
 
 
@@ -104,17 +108,24 @@ def _stop_losers(running: Sequence[Candidate], rivals: Sequence[Candidate], seen
         candidate.stopped = candidate is not leader and upper_bound(differences, size, 1 - CONFIDENCE) < 0
 
 
-def _stop_alike(running: Sequence[Candidate], rivals: Sequence[Candidate], seen: range, full_mark: float) -> None:
+def _stop_alike(
+    running: Sequence[Candidate], rivals: Sequence[Candidate], seen: range, size: int, full_mark: float
+) -> None:
     """Of candidates with the very same scores, go on with the one that `choose` would take."""
     if len(seen) < ALIKE:
         return
-    first: dict[tuple[float, ...], Candidate] = {}
+    simpler: dict[tuple[float, ...], list[Candidate]] = defaultdict(list)
     for candidate in sorted(rivals, key=lambda each: each.demos):
         scores = tuple(candidate.scores[i] for i in seen)
-        telling = len(set(scores)) > 1 or passes(scores[0], full_mark)
-        simplest = first.setdefault(scores, candidate)
-        if candidate in running and telling and simplest is not candidate:
+        others = simpler[scores]
+        telling = len(scores) - max(Counter(scores).values()) >= TELLING
+        if candidate in running and others and (telling or any(_solves_all(each, size, full_mark) for each in others)):
             candidate.stopped = True
+        others.append(candidate)
+
+
+def _solves_all(candidate: Candidate, size: int, full_mark: float) -> bool:
+    return len(candidate.scores) == size and all(passes(score, full_mark) for score in candidate.scores.values())
 
 
 def upper_bound(differences: Sequence[float], population: int, alpha: float) -> float:

@@ -55,6 +55,16 @@ def test_errors_up_to_the_limit_are_zeros() -> None:
     assert (scoring(candidates, range(4)), scoring.broken) == ([(1.0, 0.0, 1.0, 0.0), (0.0,) * 4], [])
 
 
+def test_errors_of_earlier_examples_count() -> None:
+    candidates = [Candidate("current", Shy()), Candidate("demos 1", Shy(1))]
+    scoring = scores(*candidates)
+    assert scoring(candidates, range(2)) == [(1.0, 0.0), (0.0, 0.0)]
+    for candidate in candidates:
+        candidate.scores = {0: 0.0, 1: 0.0}
+    assert scoring(candidates, range(2, 4)) == [(1.0, 0.0), None]
+    assert scoring.broken == [f"candidates: 'demos 1' leaves the race: {RAISED}"]
+
+
 def test_prompts_given_that_raise_are_an_error() -> None:
     candidates = [Candidate("current", Shy(1)), Candidate("zero-shot", Shy())]
     with pytest.raises(TooManyErrors, match=RAISED):

@@ -140,21 +140,36 @@ def test_one_that_answers_like_a_known_one_is_stopped() -> None:
     assert (known.stopped, new.stopped, len(new.scores)) == (False, True, 16)
 
 
-@pytest.mark.parametrize(("score", "stopped"), [(0.0, False), (0.5, False), (1.0, True), (0.6 + 0.3 + 0.1, True)])
-def test_where_all_scores_are_the_same_only_the_full_mark_says_that_candidates_are_alike(
-    score: float, stopped: bool
+@pytest.mark.parametrize(
+    ("score", "full_mark", "stopped"),
+    [(0.0, 1.0, False), (0.5, 1.0, False), (1.0, 1.0, True), (0.6 + 0.3 + 0.1, 1.0, True), (5.0, 5.0, True)],
+)
+def test_one_that_so_far_equals_a_known_one_with_the_full_mark_everywhere_is_stopped(
+    score: float, full_mark: float, stopped: bool
 ) -> None:
-    table = {"a": [score] * 40, "b": [score] * 40}
-    racers = candidates(table)
+    table = {"known": [score] * 40, "new": [score] * 40}
+    known, new = candidates(table)
+    known.scores = dict(enumerate(table["known"]))
+    run_race([known, new], 40, scorer(table), full_mark=full_mark)
+    assert (known.stopped, new.stopped, len(new.scores)) == (False, stopped, 16 if stopped else 40)
+
+
+def test_a_longer_one_too_where_a_simpler_one_is_as_good_so_far() -> None:
+    table = {name: [1.0] * 40 for name in ("known", "longer", "simpler")}
+    racers = with_demos(table, {"known": 1, "longer": 2, "simpler": 0})
+    racers[0].scores = dict(enumerate(table["known"]))
     run_race(racers, 40, scorer(table))
-    assert [racer.stopped for racer in racers] == [False, stopped]
+    assert [racer.stopped for racer in racers] == [False, True, False]
+    assert choose(racers, 40).name == "simpler"
 
 
-def test_the_full_mark_is_the_callers() -> None:
-    table = {"a": [5.0] * 40, "b": [5.0] * 40}
-    racers = candidates(table)
-    run_race(racers, 40, scorer(table), full_mark=5.0)
-    assert [racer.stopped for racer in racers] == [False, True]
+@pytest.mark.parametrize(("wrong", "stopped"), [(0, False), (1, False), (2, True)])
+def test_scores_that_are_nearly_all_the_same_do_not_say_that_candidates_are_alike(wrong: int, stopped: bool) -> None:
+    same = [0.0] * wrong + [1.0] * (39 - wrong)
+    table = {"simple": [*same, 0.0], "best": [*same, 1.0]}
+    racers = with_demos(table, {"simple": 0, "best": 1})
+    run_race(racers, 40, scorer(table))
+    assert (racers[1].stopped, choose(racers, 40).name) == (stopped, "simple" if stopped else "best")
 
 
 def test_the_bound_is_exact_when_all_examples_were_seen() -> None:
