@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -14,7 +14,7 @@ import dspy
 import numpy as np
 
 from ..programs.program import copy_for_step, predictors_of
-from ..rollouts.examples import example_key, question_hash
+from ..rollouts.examples import example_key, question_hash, question_key
 from ..rollouts.labels import label_value, labels_of, output_names, stratified_order
 from ..rollouts.rescue import admits_none, as_field
 from ..rollouts.rollout import stable_seed
@@ -117,15 +117,15 @@ class DemoSets:
         all; covering the labels. None when the same set was made before, or when there is nothing to show."""
         program = copy_for_step(self._program)
         shown = self._pick_traces(traces, seed)
-        used = {trace.index for trace in shown}
-        extra = self._pick_labelled(seed, used)
+        order = self._labelled_order(seed)
         for predictor_name, predictor in predictors_of(program).items():
             fit, labelled_demos = self._fits[predictor_name], self._of_example[predictor_name]
             made = [self._of_trace[id(trace)] for trace in shown]
             demos = [demos[predictor_name] for demos in made if predictor_name in demos]
-            known = (labelled_demos[id(example)] for example in extra if id(example) in labelled_demos)
+            known = (each for each in order if id(each) in labelled_demos and fit.usable(labelled_demos[id(each)]))
             # One by one: to see whether a demo is usable takes a prompt.
-            fills = list(islice(filter(fit.usable, known), max(0, labelled - len(demos))))
+            others = _distinct(known, {question_key(trace.example) for trace in shown})
+            fills = [labelled_demos[id(each)] for each in islice(others, max(0, labelled - len(demos)))]
             predictor.demos = fit.fitting([*demos, *fills])
             self.dropped += Counter({predictor_name: len(demos) + len(fills) - len(predictor.demos)})
         candidate = self.of(name, program)
@@ -151,16 +151,25 @@ class DemoSets:
 
     def _pick_traces(self, count: int, seed: int) -> list[Trace]:
         order = stratified_order(self._traces, [trace.label for trace in self._traces], seed)
-        picked: dict[int, Trace] = {}
+        picked: dict[object, Trace] = {}
         for trace in order:
             if len(picked) < count:
-                picked.setdefault(trace.index, trace)
+                picked.setdefault(question_key(trace.example), trace)
         return list(picked.values())
 
-    def _pick_labelled(self, seed: int, used: set[int]) -> list[dspy.Example]:
+    def _labelled_order(self, seed: int) -> list[dspy.Example]:
         labels = labels_of(self._labelled, outputs=output_names(self._program))
-        order = stratified_order(list(range(len(self._labelled))), labels, stable_seed("labelled", seed))
-        return [self._labelled[index] for index in order if index not in used]
+        return stratified_order(self._labelled, labels, stable_seed("labelled", seed))
+
+
+def _distinct(examples: Iterable[dspy.Example], shown: set[object]) -> Iterator[dspy.Example]:
+    """The examples that ask what is not shown yet, each question once."""
+    shown = {*shown}
+    for example in examples:
+        key = question_key(example)
+        if key not in shown:
+            shown.add(key)
+            yield example
 
 
 def _shown(program: dspy.Module) -> str:

@@ -15,6 +15,7 @@ from bettertogether.rollouts.examples import question_hash
 from bettertogether.rollouts.metrics import Verdict
 from bettertogether.rollouts.rollout import Call
 from bettertogether.rollouts.traces import ExamplePass, Sampling, Trace, collect_traces
+from bettertogether.steps.demo_fit import DemoFit
 from bettertogether.steps.demo_sets import Candidate, DemoSets, demo_states, demos_of, labelled_demo
 from bettertogether.steps.prompt_capture import render_prompt
 
@@ -54,6 +55,34 @@ def test_labelled_examples_fill_up_to_the_asked_number_and_repeat_no_example() -
     demos = candidate.program.demos
     assert [bool(demo.get("augmented")) for demo in demos] == [True, True, False, False, False]
     assert len({demo.number for demo in demos}) == 5
+
+
+@pytest.mark.parametrize(("traces", "labelled"), [(3, 3), (0, 3), (1, 3)])
+def test_of_examples_that_ask_the_same_one_is_shown(traces: int, labelled: int) -> None:
+    program = parity_program(parity_engine(lambda *_: True))
+    repeated = [*numbers(3), *numbers(3), *numbers(3)]
+    runs = collect_traces(program, repeated, ExamplePass(parity_match), sampling=Sampling(rescue=False)).traces
+    assert [trace.index for trace in runs] == list(range(9))
+
+    def drawn(most: int, seed: int) -> list[int]:
+        return sorted(shown(DemoSets(program, runs, repeated[::-1]).candidate("", traces, most, seed)))
+
+    assert [drawn(labelled, seed) for seed in range(4)] == [[0, 1, 2]] * 4
+    assert drawn(9, 0) == [0, 1, 2]
+
+
+def test_no_more_labelled_examples_are_tried_than_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: set[int] = set()
+    usable = DemoFit.usable
+
+    def noted(self: DemoFit, demo: Any) -> bool:
+        tried.add(demo.number)
+        return usable(self, demo)
+
+    monkeypatch.setattr(DemoFit, "usable", noted)
+    program = parity_program(parity_engine(lambda *_: True))
+    candidate = DemoSets(program, [], numbers(50)).candidate("labels", 0, 3, seed=0)
+    assert sorted(tried) == sorted(shown(candidate))
 
 
 def test_fewer_labelled_than_bootstrapped_demos_cut_nothing() -> None:
