@@ -21,6 +21,9 @@ Result = TypeVar("Result")
 WAKE_UP_S = 0.2
 """How often the waiting thread wakes, so that Ctrl-C is heard at once."""
 
+ASYNC_WORKERS = 16
+"""Calls by `dspy.asyncify` that each thread may have under way."""
+
 
 def parallel_map(
     function: Callable[[Item], Result],
@@ -38,7 +41,11 @@ def parallel_map(
     waiting = deque(range(len(items)))
     # Not futures of a pool, which cost as much as the run of a small program.
     finished: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
-    context = contextvars.copy_context()
+    number = max(1, min(num_threads, len(items)))
+    # DSPy bounds these calls for the whole process, and what waits for a place in the event loop of one thread is not
+    # woken by those of the others.
+    with dspy.context(async_max_workers=max(dspy.settings.async_max_workers, ASYNC_WORKERS * number)):
+        context = contextvars.copy_context()
 
     def work() -> None:
         while True:
@@ -51,7 +58,6 @@ def parallel_map(
             except BaseException as error:
                 finished.put((index, None, error))
 
-    number = max(1, min(num_threads, len(items)))
     threads = [threading.Thread(target=work, name="bettertogether") for _ in range(number)]
     try:
         for thread in threads:

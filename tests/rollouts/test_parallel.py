@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import asyncio
 import threading
 import time
 from typing import Any
@@ -57,6 +58,21 @@ def test_no_more_than_num_threads_run_at_once() -> None:
 def test_dspy_settings_reach_the_threads() -> None:
     with dspy.context(max_errors=77):
         assert parallel_map(lambda _: dspy.settings.max_errors, [1, 2], num_threads=2) == [77, 77]
+
+
+def test_a_call_by_asyncify_waits_for_none_of_another_thread() -> None:
+    every = threading.Barrier(12)
+
+    def work(_: int) -> int:
+        return asyncio.run(asyncio.wait_for(dspy.asyncify(every.wait)(10), 10))
+
+    assert sorted(parallel_map(work, range(12), num_threads=12)) == list(range(12))
+
+
+@pytest.mark.parametrize(("given", "used"), [(8, 32), (1000, 1000)])
+def test_calls_by_asyncify_have_room_for_sixteen_in_each_thread(given: int, used: int) -> None:
+    with dspy.context(async_max_workers=given):
+        assert parallel_map(lambda _: dspy.settings.async_max_workers, [1, 2], num_threads=2) == [used, used]
 
 
 def test_a_context_set_in_one_item_does_not_reach_another() -> None:
