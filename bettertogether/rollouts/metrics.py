@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -116,7 +117,11 @@ def _called(metric: Any) -> Any:
     """What a metric's arguments reach: a module hands on all that it is given."""
     if isinstance(metric, functools.partial):
         return functools.partial(_called(metric.func), *metric.args, **metric.keywords)
-    return getattr(metric, "forward", metric) if isinstance(metric, dspy.Module) else metric
+    if isinstance(metric, dspy.Module):
+        # DSPy logs advice not to call `forward` whenever it is read otherwise.
+        with contextlib.suppress(AttributeError):
+            return object.__getattribute__(metric, "forward")
+    return metric
 
 
 def score_of(value: Any) -> float:

@@ -81,3 +81,13 @@ def test_what_dspy_catches_in_a_further_try_is_not_logged_again(lines: Lines) ->
     assert lines.names == ["dspy.utils.parallelizer"]
     program(number=1)
     assert lines.names == ["dspy.utils.parallelizer"] * 2
+
+
+class Matches(dspy.Module):
+    def forward(self, example: dspy.Example, pred: dspy.Prediction) -> bool:
+        return bool(example.parity == pred.parity)
+
+
+def test_of_a_metric_that_is_a_module_no_call_of_forward_is_told(lines: Lines) -> None:
+    assert evaluate(parity_program(cut_engine()), numbers(2), Matches()).mean == 1.0
+    assert lines.names == []
