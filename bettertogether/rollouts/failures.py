@@ -4,7 +4,8 @@ The rules, for the report and for the log line that is written at once:
 - A failed example scores 0 and is counted by kind, however few there are.
 - Where more than half of the examples failed, a warning says how many, the commonest reason and one of them.
 - Where all of them failed, the score says nothing: the round is not selected unless there is no other, and where all
-  of them raised (program, metric, a metric without a finite number) the result's flag is set as for a failed step.
+  of them raised (program, metric, a metric without a finite number) the result's flag is set as for a failed step, and
+  a later call with its directory scores the round again.
 - Where all scores of a round are equal, they tell nothing apart. The first round with a score below the full mark on
   every example gets a warning with an answer as an example; so does a student with the full mark on every example,
   since nothing is left to gain. A later round that reaches the full mark everywhere is a success.

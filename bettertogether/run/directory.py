@@ -189,8 +189,10 @@ class RunDirectory:
         """Add a record; it is on disk when this returns. Raises RunDirectoryError and leaves the file as it was."""
         self._require_open()
         append_line(self.path / "records.jsonl", _line(record))
+        # A round that was scored again is not the one that was set aside.
+        is_new = all(each.strategy != record.strategy or each.status != "complete" for each in self._records)
         self._records.append(record)
-        if record.status == "complete":
+        if record.status == "complete" and is_new:
             (self.path / UNSCORED).unlink(missing_ok=True)
 
     def set_aside(self, record: StepRecord) -> None:

@@ -18,10 +18,10 @@ from ..errors import ArtifactError, BetterTogetherError, BudgetExceeded, RunDire
 from ..printable import get_logger
 from ..programs.copies import drop_results
 from ..programs.program import model_names, prompts_state, same_prompts, with_prompts
-from ..records import CELLS, Ledger, PromptDetails, StepRecord
+from ..records import ARROW, CELLS, Ledger, PromptDetails, StepRecord
 from ..redaction import masked
 from ..rollouts.evaluation import Evaluation, Kind, evaluate_many
-from ..rollouts.failures import no_difference, round_warnings
+from ..rollouts.failures import all_raised, no_difference, round_warnings
 from ..rollouts.labels import label_fields
 from ..rollouts.metrics import FULL_MARK, is_above_one
 from ..rollouts.rollout import stable_seed
@@ -33,7 +33,7 @@ from .directory import DAMAGE, RunDirectory
 from .earlier import earlier_programs
 from .plan import Plan
 from .restoring import Restoring, adapter_folders, is_restorable
-from .scores import with_scores
+from .scores import with_scores, without_scores
 from .strategy import Steps
 
 logger = get_logger(__name__)
@@ -129,7 +129,7 @@ class Loop:
         started = time.monotonic()
         self.programs[""] = self.plan.student
         if earlier is not None:
-            self._restore(earlier)
+            self._take(earlier)
             self.plan.check_scale(self.records[0].scores or ())
             return True
         record, watch = self._record(0, (), StepResult(self.plan.student, Ledger()), started), _BudgetWatch(self.meter)
@@ -154,11 +154,14 @@ class Loop:
         name = strategy.join(steps)
         index = len(self.records)
         events.emit("step_start", {"index": index, "step": steps[-1], "strategy": name})
-        if earlier is not None and earlier.program is not None:
-            self._restore(earlier)
-            return True
+        done = earlier if earlier is not None and earlier.program is not None else None
+        if done is not None:
+            self.programs[name] = self._restored(done)
         started, watch = time.monotonic(), _BudgetWatch(self.meter)
         try:
+            if done is not None:
+                self._take(done)
+                return True
             self.meter.check()
             with events.listening([watch]):
                 self._run(index, steps, started, watch.charge)
@@ -186,7 +189,19 @@ class Loop:
         else:
             record, program = done
             started -= record.ledger.seconds
-        scored = self._evaluate(program, name)
+        record, ended = self._scored(record, parent, program, started)
+        self.programs[name] = program
+        if ended is not None:
+            # The round counts without its 2x2, which the next call makes up for.
+            self._add(record)
+            raise ended
+        self._keep(record)
+
+    def _scored(
+        self, record: StepRecord, parent: dspy.Module, program: dspy.Module, started: float
+    ) -> tuple[StepRecord, BaseException | None]:
+        """The record with the scores of its round, and what ended those of its 2x2."""
+        scored = self._evaluate(program, record.strategy or "untouched student")
         # A prompt step may change the strength of adapters, but trains none.
         tuned = not isinstance(record.details, PromptDetails) and model_names(parent) != record.models
         measured = self.plan.two_by_two and tuned and scored is not None
@@ -197,13 +212,7 @@ class Loop:
             record = replace(record, warnings=(*record.warnings, f"The 2x2 was not measured: {error}"))
         except (BudgetExceeded, KeyboardInterrupt) as error:
             ended = error
-        self.programs[name] = program
-        scored_record = with_scores(record, scored, cells, started)
-        if ended is not None:
-            # The round counts without its 2x2, which the next call makes up for.
-            self._add(scored_record)
-            raise ended
-        self._keep(scored_record)
+        return with_scores(record, scored, cells, started), ended
 
     def _unscored(self, name: str) -> tuple[StepRecord, dspy.Module] | None:
         """What the step gave in an earlier sitting that ended while its round was scored."""
@@ -359,18 +368,45 @@ class Loop:
         if name not in self.programs:
             self._keep(record)
 
-    def _restore(self, record: StepRecord) -> None:
-        """Take a finished step of an earlier sitting."""
-        if record.strategy:
-            try:
-                program = self._restoring.program(record)
-            except BetterTogetherError:
-                raise
-            except DAMAGE as error:
-                path = self.directory.path / "records.jsonl"
-                raise RunDirectoryError(
-                    f"{path}: the program of step {record.index} is damaged ({error!r}): restore the file, or give "
-                    "another run_dir."
-                ) from error
-            self.programs[record.strategy] = program
-        self._add(replace(record, index=len(self.records)))
+    def _restored(self, record: StepRecord) -> dspy.Module:
+        """The program of a finished step of an earlier sitting."""
+        try:
+            return self._restoring.program(record)
+        except BetterTogetherError:
+            raise
+        except DAMAGE as error:
+            path = self.directory.path / "records.jsonl"
+            raise RunDirectoryError(
+                f"{path}: the program of step {record.index} is damaged ({error!r}): restore the file, or give "
+                "another run_dir."
+            ) from error
+
+    def _take(self, record: StepRecord) -> None:
+        """Take a round of an earlier sitting, whose program is there."""
+        record = replace(record, index=len(self.records))
+        try:
+            record = self._scored_again(record) if all_raised(record) else record
+        finally:
+            self._add(record)
+
+    def _scored_again(self, record: StepRecord) -> StepRecord:
+        """A round in which every example raised, scored anew: what was away then may be back. As it was, where every
+        example raises again, or the budget ends."""
+        logger.info("%s is scored again, as every example raised.", record.name)
+        program, parent = self.programs[record.strategy], self.programs[record.strategy.rpartition(ARROW)[0]]
+        try:
+            self.meter.check()
+            with events.listening([_BudgetWatch(self.meter)]):
+                started = time.monotonic() - record.ledger.seconds
+                again, ended = self._scored(without_scores(record), parent, program, started)
+        except (BudgetExceeded, TooManyErrors) as error:
+            logger.warning("%s was not scored again: %s", record.name, error)
+            return record
+        if isinstance(ended, KeyboardInterrupt):
+            raise ended
+        if all_raised(again):
+            return record
+        if ended is None:
+            self.directory.note_spent(self.meter.used)
+            self.directory.append(again)
+        return again

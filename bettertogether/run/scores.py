@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +11,9 @@ from ..callbacks import events
 from ..records import Ledger, StepRecord
 from ..rollouts.evaluation import Evaluation
 from ..rollouts.failures import count_failures, cut_warning, failure_warning, scored_example
+
+_OF_SCORES = re.compile(r"2x2 \(|The 2x2 was not measured|\d+ of \d+ answers were cut")
+"""How the warnings begin that the scores of a round add to those of its step."""
 
 
 def with_scores(
@@ -28,6 +32,11 @@ def with_scores(
         warnings=(*record.warnings, *_cut_answers(record.name, scored), *_cell_warnings(cells)),
         two_by_two={cell: evaluation.scores for cell, evaluation in cells.items()} or None,
     )
+
+
+def without_scores(record: StepRecord) -> StepRecord:
+    """The record without what was said of its scores, to be scored again."""
+    return replace(record, warnings=tuple(text for text in record.warnings if not _OF_SCORES.match(text)))
 
 
 def _cut_answers(name: str, scored: Evaluation | None) -> list[str]:

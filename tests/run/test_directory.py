@@ -61,6 +61,19 @@ def test_records_come_back_as_they_were_appended(tmp_path: Path) -> None:
         assert directory.records() == tuple(written)
 
 
+def test_what_was_set_aside_stays_when_an_earlier_round_is_appended_again(tmp_path: Path) -> None:
+    first, second = record(0), record(1, strategy="p -> p")
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        directory.append(first)
+        directory.set_aside(second)
+        directory.append(first)
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        assert directory.unscored == second
+        directory.append(second)
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        assert directory.unscored is None
+
+
 def test_a_new_directory_has_a_folder_for_adapters_and_says_what_was_asked(tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path / "a" / "run", RUN) as directory:
         assert directory.adapters.is_dir()

@@ -12,7 +12,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from fakes import learner, models, parity_engine, parity_match, parity_program, two_step_engine, two_step_program
 from parity_run import TRAIN, VAL, Step, comparable, compile_, rounds, steps
 
-from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
+from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
 from bettertogether.callbacks import Callback
 from bettertogether.errors import BudgetExceeded, RunDirectoryError
 from bettertogether.report import CompileReport
@@ -151,6 +151,59 @@ def test_a_step_whose_scoring_was_cut_off_runs_again_with_other_options_or_when_
     (tmp_path / "unscored.json").write_text("{")
     assert rounds(compile_(engine, "w", **few)) == [("", "complete"), ("w", "complete")]
     assert len(engine.trainings) == 3
+
+
+class Service(Callback):
+    """What an engine's answers need: away from when a phase begins."""
+
+    def __init__(self, away_from: str) -> None:
+        self.away_from, self.is_away = away_from, False
+
+    def on_progress(self, event: Any) -> None:
+        self.is_away = self.is_away or event["phase"] == self.away_from
+
+    def engine(self) -> FakeEngine:
+        def knows(request: FakeRequest, number: int) -> bool:
+            if self.is_away:
+                raise ConnectionError("away")
+            return learner(request, number)
+
+        return parity_engine(knows)
+
+
+@pytest.mark.parametrize("away_from", ["score untouched student", "score x -> w"])
+def test_rounds_in_which_every_example_raised_are_scored_again_by_the_next_call(tmp_path: Path, away_from: str) -> None:
+    service = Service(away_from)
+    engine, options = service.engine(), {"optimizers": steps(x=Step("Take care.")), "valset": VAL[:10]}
+    whole = compile_(engine, "x -> w", run_dir=tmp_path / "whole", **options)
+    first = compile_(engine, "x -> w", run_dir=tmp_path / "run", callbacks=[service], **options)
+    assert first.flag_compilation_error_occurred
+    service.is_away = False
+    second = compile_(engine, "x -> w", run_dir=tmp_path / "run", **options)
+    assert not second.flag_compilation_error_occurred
+    again, at_once = comparable(second.report, tmp_path / "run"), comparable(whole.report, tmp_path / "whole")
+    for record in (*again["rounds"], *at_once["rounds"]):
+        del record["ledger"]
+    assert again == at_once
+    requests = len(engine.requests)
+    third = compile_(engine, "x -> w", run_dir=tmp_path / "run", **options)
+    assert (third.report.rounds, len(engine.requests)) == (second.report.rounds, requests)
+    assert len(engine.trainings) == 2
+
+
+@pytest.mark.parametrize("again", ["away", "too many errors", "no budget"])
+def test_a_round_that_can_not_be_scored_again_stays_as_it_was(tmp_path: Path, again: str) -> None:
+    service = Service("score x")
+    options: dict[str, Any] = {"optimizers": {"x": Step("Take care.")}, "valset": VAL[:10], "run_dir": tmp_path}
+    engine = service.engine()
+    first = compile_(engine, "x", callbacks=[service], **options)
+    assert [record.failed for record in first.report.rounds] == [0, 10]
+    lines = (tmp_path / "records.jsonl").read_bytes()
+    service.is_away = again != "no budget"
+    options |= {"max_errors": 9} if again == "too many errors" else {}
+    options |= {"budget": Budget(metric_calls=10)} if again == "no budget" else {}
+    assert compile_(engine, "x", **options).report == first.report
+    assert (tmp_path / "records.jsonl").read_bytes() == lines
 
 
 def test_another_seed_gives_another_run(tmp_path: Path) -> None:
