@@ -17,7 +17,7 @@ from ..rollouts.failures import advice, commonest, count_failures
 from ..rollouts.traces import TraceSet
 from .data_card import make_data_card
 from .rows import Row
-from .rows_from_traces import Collected, Dropped, Trainable, longer_answers, rows_of_call
+from .rows_from_traces import Collected, Dropped, Trainable, longer_answers, own_demos, rows_of_call
 from .select_traces import unseen_calls
 
 STRAYED = "the program asked something else when it was run again"
@@ -131,7 +131,7 @@ def _no_pairs(traces: TraceSet, dropped: Dropped) -> str:
     return (
         f"No pairs: {runs} runs on {traces.examples} examples, {passed} passed.{same} A pair has an answer whose run "
         f"passed and one whose run failed. Dropped: {reasons or 'nothing'}.{unseen}{longer_answers(dropped)} "
-        f"{_what_to_try(traces)}"
+        + " ".join([*own_demos(dropped), _what_to_try(traces)])
     )
 
 

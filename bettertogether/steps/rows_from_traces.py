@@ -56,6 +56,8 @@ Trainable = Mapping[str, LocalModel]
 
 CUT = "cut at max_tokens"
 
+OWN_DEMO = "the demos that the call was given show its own inputs"
+
 Dropped = Counter[tuple[str, str]]
 """What was left out: (predictor, or `WHOLE_TRACE`; reason) to how often."""
 
@@ -143,6 +145,7 @@ def rows_from_traces(
         raise NoTrainingDataError(_no_rows(traces, reasons, prompted=prompted))
     warnings = [
         *_strangers(reasons[WHOLE_TRACE, STRANGER]),
+        *own_demos(reasons),
         *_label_warnings(rows, labels),
         *_no_labels(trainset, output_names(student)),
         *_no_forms(forms),
@@ -224,7 +227,7 @@ def prompt_variants(
     example. Raises DataError for a call with demos of its own that show its very inputs."""
     if call.demos is not None:
         if len(without_example(call.demos, call.inputs)) < len(call.demos):
-            raise DataError("the demos that the call was given show its own inputs")
+            raise DataError(OWN_DEMO)
         return [list(call.demos)]
     if train_prompt in ("varied", "vanilla"):
         return [[]]
@@ -304,6 +307,17 @@ def _strangers(calls: int) -> list[str]:
     ]
 
 
+def own_demos(dropped: Dropped) -> list[str]:
+    """What to do where no other reason left out more calls of the chosen traces."""
+    calls = Counter(reason for (name, reason), count in dropped.items() if name != WHOLE_TRACE for _ in range(count))
+    if not calls or calls[OWN_DEMO] < max(calls.values()):
+        return []
+    return [
+        f"{calls[OWN_DEMO]} calls were given their own example as a demo, and nothing is learned from them: leave the "
+        "example itself out of the search (dspy.KNN), or let it search other data."
+    ]
+
+
 def _label_warnings(rows: Sequence[Row], wanted: Sequence[str | None]) -> list[str]:
     counts = Counter(row.label for row in rows if row.label is not None)
     labels = {label for label in wanted if label is not None}
@@ -358,7 +372,8 @@ def _no_rows(traces: TraceSet, dropped: Dropped, *, prompted: bool) -> str:
     unseen = f" {unseen_calls(runs)}" if runs else ""
     return (
         f"No training rows: {len(traces.traces)} runs on {traces.examples} examples, {len(traces.passing)} passed. "
-        f"Dropped: {reasons}.{unseen}{longer_answers(dropped)} {_what_to_try(traces, dropped, prompted=prompted)}"
+        f"Dropped: {reasons}.{unseen}{longer_answers(dropped)} "
+        + " ".join([*own_demos(dropped), _what_to_try(traces, dropped, prompted=prompted)])
     )
 
 

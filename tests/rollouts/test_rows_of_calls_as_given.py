@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from typing import Any
 
 import dspy
@@ -24,6 +26,9 @@ from watched import ALWAYS, One, over, prompts, rows_of
 from bettertogether.errors import NoTrainingDataError
 from bettertogether.rollouts.rollout import Call
 from bettertogether.rollouts.runner import Runner
+from bettertogether.steps.preference_step import PreferenceFinetune
+from bettertogether.steps.rows_from_traces import OWN_DEMO, own_demos
+from bettertogether.steps.training_step import TrainingStep
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeEngine
 
@@ -97,12 +102,34 @@ def test_an_adapter_that_forward_takes_is_that_of_its_rows() -> None:
     assert rows[0].completion == '{\n  "parity": "even"\n}'
 
 
-def test_a_call_whose_demos_show_its_own_inputs_is_dropped_and_counted() -> None:
+OWN = (
+    "{} calls were given their own example as a demo, and nothing is learned from them: leave the example itself out "
+    "of the search (dspy.KNN), or let it search other data."
+)
+
+
+def test_a_call_whose_demos_show_its_own_inputs_is_dropped_counted_and_told() -> None:
     program = over(CallTime(demos=numbers(2)), parity_engine(lambda *_: True))
     optimizer = LoRAFinetune(parity_match, num_samples=0, rescue=False, balance=False)
     collected = optimizer.collect(program, trainset=numbers(5))
     assert [row.example for row in collected.rows] == [2, 3, 4]
     assert collected.card.dropped_by_reason == {"the demos that the call was given show its own inputs": 2}
+    assert collected.card.warnings == (OWN.format(2),)
+
+
+@pytest.mark.parametrize(
+    ("step", "count"), [(LoRAFinetune(parity_match, num_samples=0), 2), (PreferenceFinetune(parity_match), 10)]
+)
+def test_where_all_calls_show_their_own_example_the_error_says_what_to_do(step: TrainingStep, count: int) -> None:
+    program = over(CallTime(demos=numbers(2)), parity_engine(lambda *_: True))
+    with pytest.raises(NoTrainingDataError, match=re.escape(f" {OWN.format(count)} ")):
+        step.compile(program, trainset=numbers(2))
+
+
+def test_own_demos_are_told_where_no_other_reason_left_out_more_calls() -> None:
+    for others, told in ((2, [OWN.format(2)]), (3, [])):
+        assert own_demos(Counter({("", "failed"): 9, ("p", OWN_DEMO): 2, ("p", "too long"): others})) == told
+    assert own_demos(Counter({("", "failed"): 9})) == []
 
 
 def test_a_call_given_another_lm_is_dropped_and_counted() -> None:
