@@ -20,7 +20,7 @@ class BetterTogetherError(Exception):
 
 
 class StrategyError(BetterTogetherError, ValueError):
-    """A strategy that is empty or names a step that was not given.
+    """A strategy that is empty, names a step that was not given, or has a step where it could do nothing.
 
     Name keys of the optimizers given to `BetterTogether`, joined by "->"; without any they are "p" and "w".
     """

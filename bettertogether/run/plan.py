@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
@@ -10,7 +11,7 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..checks import require_one_of, require_switch, require_whole
-from ..errors import ConfigError, NotTrainableError, ProgramError
+from ..errors import ConfigError, NotTrainableError, ProgramError, StrategyError
 from ..programs.copies import copy_program, has_own
 from ..programs.program import as_programs, predictors_of, require_program, unfound_predictors
 from ..rollouts.metrics import Metric, is_above_one, require_from_zero
@@ -20,6 +21,7 @@ from ..steps.adapter_step import AdapterStep
 from ..steps.step import Step
 from . import strategy as strategies
 from .arguments import check_compile_args
+from .auto import WEIGHT_STEPS
 from .held_out import split_valset
 from .strategy import Steps
 
@@ -115,6 +117,7 @@ class Plan:
         require_one_of("on_step_error", on_step_error, get_args(OnStepError))
         auto = strategy == strategies.AUTO and strategies.AUTO not in optimizers
         parsed = () if auto else strategies.parse(strategy, optimizers)
+        _check_order(parsed, optimizers)
         compile_args = check_compile_args(optimizer_compile_args, optimizers)
         teachers = _teachers(student, teacher)
         train, held_out, warnings = split_valset(trainset, valset, valset_ratio, seed or 0)
@@ -139,6 +142,17 @@ class Plan:
             two_by_two=two_by_two,
             warnings=(*warnings, *_unfound(student), *_own_report(student), *_unasked(teachers, used)),
         )
+
+
+def _check_order(asked: Collection[Steps], optimizers: Mapping[str, Teleprompter]) -> None:
+    for steps in asked:
+        for key, later in itertools.combinations(steps, 2):
+            if isinstance(optimizers[key], dspy.KNNFewShot) and isinstance(optimizers[later], WEIGHT_STEPS):
+                raise StrategyError(
+                    f"Strategy {strategies.join(steps)!r} has {later!r} after {key!r}: what dspy.KNNFewShot returns "
+                    "runs on a program of its own, which tuned weights would not reach. Run the weight step before it, "
+                    f"as in {strategies.join((later, key))!r}."
+                )
 
 
 def _check_student(student: dspy.Module) -> None:

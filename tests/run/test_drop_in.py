@@ -22,6 +22,7 @@ from fakes import (
 from foreign_optimizers import OVERRIDES, PROMPT_OPTIMIZERS, foreign
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
+from bettertogether.errors import StrategyError
 from bettertogether.programs.program import prompts_state
 from bettertogether.testing import FakeEngine
 
@@ -263,6 +264,18 @@ def test_dspys_optimizers_run_as_steps_beside_ours_with_lms_kept(name: str) -> N
         engine.requests.clear()
         candidate["program"](number=3)
         assert models(engine.requests) == {by_strategy[candidate["strategy"]]}
+
+
+def test_a_weight_step_after_knn_few_shot_is_refused_before_any_call() -> None:
+    engine = parity_engine(learner)
+    optimizer = BetterTogether(parity_match, k=foreign("KNNFewShot"), w=LoRAFinetune(parity_match))
+    with pytest.raises(StrategyError) as caught:
+        optimizer.compile(parity_program(engine), trainset=TRAIN, strategy=["w -> k", "k -> k -> w"])
+    assert str(caught.value) == (
+        "Strategy 'k -> k -> w' has 'w' after 'k': what dspy.KNNFewShot returns runs on a program of its own, which "
+        "tuned weights would not reach. Run the weight step before it, as in 'w -> k'."
+    )
+    assert engine.requests == []
 
 
 def test_a_callback_of_dspy_keeps_working_during_a_compile() -> None:
