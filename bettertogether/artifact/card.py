@@ -116,6 +116,8 @@ def _scores(view: ReportView) -> Iterator[str]:
         means = cells.means
         before, after = [means["base_old"], means["base_new"]], [means["tuned_old"], means["tuned_new"]]
         rows = [["weights before", *before], ["weights after", *after]]
+        if cells.other_round:
+            yield f"Of `{cells.other_round}`, which is not the round returned:"
         yield _table(["", "prompts before", "prompts after"], rows)
         yield (
             f"From the weights {cells.weights.text}, from the prompts {cells.prompts.text}, from both together beyond "

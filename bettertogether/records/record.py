@@ -21,7 +21,8 @@ ARROW = " -> "
 """What stands between the steps of a record's strategy."""
 
 CELLS = ("base_old", "base_new", "tuned_old", "tuned_new")
-"""The 2x2 of weights (base, tuned) and prompts (old: the student's, new: the selected program's)."""
+"""The 2x2 of a weight step: weights (base, tuned) and prompts (old: the student's, new: those that the step was
+given)."""
 
 
 @dataclass(frozen=True)

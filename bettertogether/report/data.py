@@ -86,17 +86,24 @@ class ReportData(Saved):
         return self.rounds[position]
 
     @property
-    def two_by_two(self) -> Mapping[str, Sequence[float]] | None:
-        """Per-example scores of the 2x2 of weights and prompts (keys: `records.CELLS`), where it was measured."""
+    def two_by_two_round(self) -> StepRecord | None:
+        """The round whose 2x2 is shown: the selected one, or else the last for which it was measured."""
         for record in (self.selected_round, *reversed(self.rounds)):
             cells = record.two_by_two
             if cells and all(cells.get(cell) for cell in CELLS):
-                return {cell: cells[cell] for cell in CELLS}
+                return record
         return None
 
     @property
+    def two_by_two(self) -> Mapping[str, Sequence[float]] | None:
+        """Per-example scores of the 2x2 of weights and prompts (keys: `records.CELLS`) of `two_by_two_round`."""
+        record = self.two_by_two_round
+        cells = None if record is None else record.two_by_two
+        return {cell: cells[cell] for cell in CELLS} if cells else None
+
+    @property
     def attribution(self) -> Attribution | None:
-        """What the weights and the prompts each gave, where the 2x2 was measured."""
+        """What the weights and the prompts each gave in `two_by_two_round`."""
         cells = self.two_by_two
         return attribution(cells) if cells else None
 

@@ -167,7 +167,8 @@ def _two_by_two(view: ReportView) -> str:
     cells = view.two_by_two
     if cells is None:
         return ""
-    means = cells.means
+    means, other = cells.means, cells.other_round
+    note = f'<p class="note">Of <code>{_text(other)}</code>, which is not the selected round.</p>' if other else ""
     table = _table(
         ("", "old prompts", "new prompts"),
         [
@@ -188,7 +189,7 @@ def _two_by_two(view: ReportView) -> str:
         ForestRow(name, gain.effect.gain, gain.effect.low, gain.effect.high, gain.text, marked=name == "total")
         for name, gain in gains.items()
     ]
-    return _section("Weights or prompts?", table, forest_plot(rows, 0.0, marks))
+    return _section("Weights or prompts?", note, table, forest_plot(rows, 0.0, marks))
 
 
 def _step(each: RoundView) -> str:

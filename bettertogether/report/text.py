@@ -123,9 +123,10 @@ def _blame(each: RoundView) -> list[str]:
 
 
 def _two_by_two(cells: TwoByTwoView) -> list[str]:
-    means = cells.means
+    means, other = cells.means, shorten(one_line(cells.other_round), WIDTH // 2)
     return [
         "",
+        *([f"2x2 of {other}, which is not the selected round:"] if other else []),
         f"{'':17}{'old prompts':>12}{'new prompts':>13}",
         f"{'base weights':17}{means['base_old']:>12}{means['base_new']:>13}",
         f"{'tuned weights':17}{means['tuned_old']:>12}{means['tuned_new']:>13}",

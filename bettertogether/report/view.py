@@ -83,6 +83,8 @@ class RoundView:
 class TwoByTwoView:
     """The 2x2 of weights and prompts, and what each of them gave."""
 
+    other_round: str
+    """The round that it is of, where that is not the selected one; else ""."""
     means: Mapping[str, str]
     """Mean score of each of `CELLS`."""
     weights: GainView
@@ -190,10 +192,11 @@ def _gain(report: ReportData, effect: Effect) -> GainView:
 
 
 def _two_by_two(report: ReportData) -> TwoByTwoView | None:
-    cells, split = report.two_by_two, report.attribution
-    if cells is None or split is None:
+    record, cells, split = report.two_by_two_round, report.two_by_two, report.attribution
+    if record is None or cells is None or split is None:
         return None
     return TwoByTwoView(
+        other_round="" if record is report.selected_round else record.name,
         means={cell: report.number(sum(scores) / len(scores)) for cell, scores in cells.items()},
         weights=_gain(report, split.weights),
         prompts=_gain(report, split.prompts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import dspy
@@ -12,6 +13,17 @@ from small_models import save_adapter, save_model
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, load, local_lm, save
 from bettertogether.artifact.card import model_card
+from bettertogether.records import CELLS, StepRecord
+from bettertogether.report import CompileReport
+
+MANIFEST = {
+    "program": "m:P",
+    "adapter": "ChatAdapter",
+    "predictors": {},
+    "lms": {},
+    "created": "now",
+    "versions": {},
+}
 
 
 def card_of(program: dspy.Module, folder: Path) -> str:
@@ -63,6 +75,16 @@ def test_the_card_of_a_compiled_program_has_its_rounds_and_its_training_data(tmp
     assert "made by the strategy `p -> w`" in text
 
 
+@pytest.mark.parametrize(("selected", "said"), [(1, 0), (2, 1)])
+def test_a_2x2_of_another_round_than_the_one_returned_says_whose_it_is(selected: int, said: int) -> None:
+    cells = {cell: (0.0, 1.0) for cell in CELLS}
+    scored = StepRecord(0, "", "", "complete", 0.5, (0.0, 1.0))
+    w = replace(scored, index=1, step="w", strategy="w", two_by_two=cells)
+    report = CompileReport((scored, w, replace(scored, index=2, step="p", strategy="p")), selected, 2, "w, p")
+    text = "Of `w`, which is not the round returned:\n\n|  | prompts before | prompts after |"
+    assert model_card(MANIFEST, report).count(text) == said
+
+
 def test_a_program_that_was_not_tuned_has_a_card_without_scores(tmp_path: Path) -> None:
     text = card_of(dspy.Predict(Parity), tmp_path / "a")
     assert text.startswith("---\nlibrary_name: dspy\ntags:\n- dspy\n- bettertogether\n---\n\n# Predict\n")
@@ -90,8 +112,7 @@ def test_a_base_is_named_by_its_hub_id_and_never_by_a_path_of_this_machine(
 ) -> None:
     def card(base: str) -> str:
         lm = {"kind": "local", "base": base, "base_name": "name-0f067d49", "adapter": "adapters/a"}
-        manifest = {"program": "m:P", "adapter": "ChatAdapter", "predictors": {}, "lms": {"lm0": lm}}
-        return model_card({**manifest, "created": "now", "versions": {}}, None)
+        return model_card({**MANIFEST, "lms": {"lm0": lm}}, None)
 
     named = card("owner/name")
     assert "base_model:\n- owner/name\n" in named.split("---")[1]

@@ -94,6 +94,16 @@ def test_the_2x2_is_shown_with_what_weights_and_prompts_gave() -> None:
     assert "old promptsnew promptsbase weights0.0000.250tuned weights0.5001.000" in text
 
 
+def test_a_2x2_of_another_round_than_the_selected_one_says_whose_it_is() -> None:
+    rounds = (record(0, "", (0.0,) * 4), record(1, "w", (0.5,) * 4, two_by_two=TWO_BY_TWO), record(2, "p", (1.0,) * 4))
+    found = report(rounds=rounds, selected=2)
+    lines = str(found).splitlines()
+    assert lines[lines.index(" " * 18 + "old prompts  new prompts") - 1] == "2x2 of w, which is not the selected round:"
+    assert "Weights or prompts?Of w, which is not the selected round.old prompts" in Page(page_of(found)).text
+    own = report(rounds=rounds, selected=1)
+    assert "not the selected round" not in f"{own}{page_of(own)}"
+
+
 def test_the_race_of_a_prompt_step_is_a_table_of_its_candidates() -> None:
     candidates = (
         CandidateScore("current", 0.5, scored_on=40, stopped=False, demos=0),

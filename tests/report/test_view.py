@@ -72,7 +72,11 @@ def test_the_2x2_has_means_and_gains() -> None:
 def test_the_2x2_is_that_of_the_selected_round_or_of_the_latest_that_has_one(selected: int, shown: int) -> None:
     cells = {1: TWO_BY_TWO, 2: {**TWO_BY_TWO, "base_new": (0.0,) * 4}}
     rounds = tuple(record(index, "w" * index, (0.0,) * 4, two_by_two=cells.get(index)) for index in range(4))
-    assert report(rounds=rounds, selected=selected).two_by_two == cells[shown]
+    found = report(rounds=rounds, selected=selected)
+    view = view_of(found).two_by_two
+    assert view is not None
+    assert (found.two_by_two, found.two_by_two_round) == (cells[shown], rounds[shown])
+    assert view.other_round == ("" if shown == selected else "w" * shown)
 
 
 def test_what_became_of_rewards_is_told_of_the_first_and_last_step_and_of_the_one_that_was_kept() -> None:
