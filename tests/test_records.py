@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from bettertogether.records import (
     TraceCounts,
     TrainedAdapter,
     WeightDetails,
+    score_text,
 )
 from bettertogether.report import CompileReport
 
@@ -220,6 +222,26 @@ def test_an_adapter_of_a_record_without_the_losses_of_all_tokens_and_fields_is_r
     assert isinstance(details, WeightDetails)
     (adapter,) = details.adapters.values()
     assert (adapter.all_tokens_loss, adapter.field_losses) == (HeldOutLoss(None, None), {})
+
+
+@pytest.mark.parametrize(
+    ("value", "largest", "text"),
+    [
+        (0.5, 1.0, "0.500"),
+        (-0.04, 0.142, "-0.040"),
+        (4.25, 9.99, "4.250"),
+        (0.0, 0.0, "0.000"),
+        (0.04, 20.0, "0.04"),
+        (12.5, 1234.5, "12.5"),
+        (0.0001, 0.02, "0.0001"),
+        (0.00012, None, "0.000120"),
+        (0.000012, None, "1.20e-05"),
+        (None, 1.0, "-"),
+        (math.nan, None, "-"),
+    ],
+)
+def test_a_score_has_decimals_that_fit_the_largest(value: float | None, largest: float | None, text: str) -> None:
+    assert score_text(value, largest) == text
 
 
 def test_ledgers_add_up_and_their_cost_is_not_known_where_one_of_them_is_not() -> None:

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from ..checks import is_number, require, require_switch
 from ..printable import get_logger, one_line
+from ..records import score_text
 from .events import (
     Callback,
     CandidateEvent,
@@ -100,7 +101,7 @@ class ProgressDisplay(Callback):
         """The step's score."""
         self._state.step_end(event)
         record = event["record"]
-        score = "no score" if record.score is None else f"score {record.score:.3f}"
+        score = "no score" if record.score is None else f"score {score_text(record.score)}"
         failed = f", {record.failed} examples failed" if record.failed else ""
         self._line(f"{self._state.step_text()} {record.status}, {score}{failed}, {time_text(record.ledger.seconds)}")
 
@@ -118,7 +119,7 @@ class ProgressDisplay(Callback):
         report = event["report"]
         if report is not None:
             best = report.selected_round
-            score = "" if best.score is None else f", score {best.score:.3f}"
+            score = "" if best.score is None else f", score {score_text(best.score)}"
             self._line(f"done: {best.name}{score}", always=True)
         if event.get("error"):
             self._line(f"stopped: {event.get('error')}", always=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..printable import one_line
-from ..records import ARROW, STUDENT, StepRecord
+from ..records import ARROW, STUDENT, StepRecord, score_text
 from .events import (
     CandidateEvent,
     ProgressEvent,
@@ -167,13 +167,14 @@ class ProgressState:
         if self._candidate is not None:
             total = "" if self._candidate["total"] is None else f" of {self._candidate['total']}"
             score, best = self._candidate["score"], self._candidate["best_score"]
-            texts.append(f"candidate {self._candidate['number']}{total} scored {score:.3f}, best candidate {best:.3f}")
+            scores = f"scored {score_text(score, best)}, best candidate {score_text(best)}"
+            texts.append(f"candidate {self._candidate['number']}{total} {scores}")
         if self._training is not None:
             line = self._training["progress"]
             texts += [f"loss {line.loss:.3f}"] if line.loss is not None else []
             texts += [f"held-out loss {line.validation_loss:.3f}"] if line.validation_loss is not None else []
             if (rewards := self._training.get("rewards")) is not None:
-                texts += [f"reward {rewards.reward:.3f}"] if rewards.reward is not None else []
+                texts += [f"reward {score_text(rewards.reward)}"] if rewards.reward is not None else []
                 texts += [f"{rewards.kept_groups} of {rewards.groups} groups differ in reward"]
         return texts
 
@@ -182,7 +183,7 @@ class ProgressState:
         if not scored:
             return []
         best = max(scored, key=lambda record: record.score or 0.0)
-        return [f"best so far {best.score:.3f} ({best.name})"]
+        return [f"best so far {score_text(best.score)} ({best.name})"]
 
     def view(self) -> RenderableType:
         """The live view: rounds so far, then what is going on."""
@@ -197,10 +198,9 @@ class ProgressState:
                 lines.append(Text(f"{one_line(self._strategy)}   {time_text(self.elapsed_s)}", style="bold"))
             rounds = Table.grid(padding=(0, 2))
             for record in self._finished[-_SHOWN_ROUNDS:]:
-                score = "-" if record.score is None else f"{record.score:.3f}"
                 style = "" if record.status == "complete" else "red"
                 name = Text(f"  {one_line(record.name)}", style=style)
-                rounds.add_row(name, score, time_text(record.ledger.seconds), record.status)
+                rounds.add_row(name, score_text(record.score), time_text(record.ledger.seconds), record.status)
             if self._finished:
                 lines.append(rounds)
             if self._current is None or len(self._finished) <= self._current["index"]:

@@ -30,6 +30,7 @@ from .record import (
     StepStatus,
     failure_reason,
     failure_text,
+    score_text,
     total_cost,
 )
 from .saved import SCHEMA, SHOWN, Saved, Whole, read
@@ -69,5 +70,6 @@ __all__ = [
     "failure_text",
     "read",
     "report_of_schema_1",
+    "score_text",
     "total_cost",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal, Self
@@ -90,6 +91,17 @@ class Failure(Saved):
     """The commonest reason among them, in one line."""
     example: str
     """One of them in short: its position and inputs."""
+
+
+def score_text(value: float | None, largest: float | None = None, *, sign: bool = False) -> str:
+    """A score or a gain as text, "-" for None and NaN. Its decimals fit the largest score that it is shown with (None:
+    itself): three below 10, fewer above, and more where that would not show three digits of the largest."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    size = abs(value if largest is None else largest)
+    power = math.floor(math.log10(size)) if size and math.isfinite(size) else 0
+    decimals = max(1, (3 if power >= 0 else 2) - power)
+    return format(value, f"{'+' if sign else ''}{f'.{decimals}f' if power >= -4 else '.2e'}")
 
 
 def failure_text(failures: Sequence[Failure]) -> str:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, Self
 
 from ..errors import DataError
-from ..records import CELLS, SCHEMA, SHOWN, Ledger, Saved, SavedRecord, StepRecord, Whole, read, report_of_schema_1
+from ..records import (
+    CELLS,
+    SCHEMA,
+    SHOWN,
+    Ledger,
+    PromptDetails,
+    Saved,
+    SavedRecord,
+    StepRecord,
+    Whole,
+    read,
+    report_of_schema_1,
+    score_text,
+)
 from .intervals import UNKNOWN, Attribution, Effect, Interval, attribution, mean_interval, paired_interval
 
 
@@ -117,8 +130,13 @@ class ReportData(Saved):
         return read(cls, "report", data, report_of_schema_1)
 
     def number(self, value: float | None, *, sign: bool = False) -> str:
-        """A score or a gain as text, with decimals that fit the metric's unit; "-" for None and NaN."""
-        if value is None or not math.isfinite(value):
-            return "-"
-        largest = max((abs(record.score) for record in self.rounds if record.score is not None), default=1.0)
-        return format(value, f"{'+' if sign else ''}.{3 if largest < 10 else 1}f")
+        """A score or a gain as text, with decimals that fit the largest score of the run; "-" for None and NaN."""
+        return score_text(value, self._largest, sign=sign)
+
+    @cached_property
+    def _largest(self) -> float | None:
+        """Of the rounds' scores or, where there are none, of the candidates'; None without either."""
+        prompts = [record.details for record in self.rounds if isinstance(record.details, PromptDetails)]
+        scores = [record.score for record in self.rounds if record.score is not None]
+        scores = scores or [each.score for details in prompts for each in details.candidates if each.score is not None]
+        return max(map(abs, scores), default=None)

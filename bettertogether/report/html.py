@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..records import (
@@ -52,7 +52,7 @@ def render(view: ReportView) -> str:
         _warnings(view),
         _rounds(view),
         _two_by_two(view),
-        *(_step(each) for each in view.rounds[1:]),
+        *(_step(each, view.report.number) for each in view.rounds[1:]),
         _prompts(view.report),
         _costs(view),
         _circumstances(view.report),
@@ -70,6 +70,10 @@ def render(view: ReportView) -> str:
 def render_in_notebook(view: ReportView) -> str:
     """For a notebook: the head, the rounds with the reasons of "auto" and of failures, the warnings; not the style."""
     return f"<div>{_summary(view)}{_round_table(view)}{_reasons(view)}{_warnings(view)}</div>"
+
+
+_Number = Callable[[float | None], str]
+"""A score as text."""
 
 
 class _Html(str):
@@ -192,12 +196,12 @@ def _two_by_two(view: ReportView) -> str:
     return _section("Weights or prompts?", note, table, forest_plot(rows, 0.0, marks))
 
 
-def _step(each: RoundView) -> str:
+def _step(each: RoundView, number: _Number) -> str:
     record = each.record
     return _section(
         f"Step {record.index}: {record.name}",
         f'<pre class="error">{_text(record.error)}</pre>' if record.error else "",
-        *_did(record.details),
+        *_did(record.details, number),
         _blame(each),
     )
 
@@ -211,24 +215,24 @@ def _blame(each: RoundView) -> str:
     return f'<h3>Where the failures before this step came from</h3><p class="note">{_text(note)}</p>{table}'
 
 
-def _did(details: Details | None) -> tuple[str, ...]:
+def _did(details: Details | None, number: _Number) -> tuple[str, ...]:
     match details:
         case PromptDetails():
-            return (_candidates(details),)
+            return (_candidates(details, number),)
         case WeightDetails():
             unit = "pair" if details.data_card.pairs else "token"
             return _losses(details.history, unit), _held_out(details.adapters, unit), _data_card(details.data_card)
         case PolicyDetails():
-            return (_rewards(details.history),)
+            return (_rewards(details.history, number),)
         case _:
             return ()
 
 
-def _candidates(details: PromptDetails) -> str:
+def _candidates(details: PromptDetails, number: _Number) -> str:
     rows = []
     for candidate in details.candidates:
         mark = ' <span class="mark">chosen</span>' if candidate.name == details.chosen else ""
-        cells = (_number(candidate.score), f"{candidate.scored_on:,}", f"{candidate.demos:,}")
+        cells = (number(candidate.score), f"{candidate.scored_on:,}", f"{candidate.demos:,}")
         rows.append([_Html(_text(candidate.name) + mark), *cells, "stopped early" if candidate.stopped else ""])
     if not rows:
         return ""
@@ -250,7 +254,7 @@ def _losses(history: Sequence[LossLine], unit: str) -> str:
     return "".join(charts)
 
 
-def _rewards(history: Sequence[RewardLine]) -> str:
+def _rewards(history: Sequence[RewardLine], number: _Number) -> str:
     earned = _points((line.step, line.reward) for line in history)
     held_out = _points((line.step, line.held_out_score) for line in history)
     curves = [Curve("runs", earned, "#94a3b8", width=1.5)] if earned else []
@@ -259,20 +263,16 @@ def _rewards(history: Sequence[RewardLine]) -> str:
     rows = [
         (
             f"{line.step}",
-            *(_number(value) for value in (line.reward, line.spread)),
+            *(number(value) for value in (line.reward, line.spread)),
             f"{line.examples}",
             f"{line.kept_groups} of {line.groups}",
-            _number(line.kl),
+            "-" if line.kl is None else f"{line.kl:.3f}",
             f"{line.tokens_per_s:,.0f}",
-            _number(line.held_out_score),
+            number(line.held_out_score),
         )
         for line in history
     ]
     return line_chart(curves, "steps", "Mean reward") + _fold("Rewards by step", _table(header, rows))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _held_out(adapters: Mapping[str, TrainedAdapter], unit: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..records import (
@@ -14,6 +14,7 @@ from ..records import (
     WeightDetails,
     failure_reason,
     failure_text,
+    score_text,
 )
 from .data import ReportData
 from .intervals import Effect, Interval, share_interval
@@ -157,7 +158,7 @@ def _round(report: ReportData, position: int) -> RoundView:
         failures=failure_text(record.failures),
         seconds=seconds_text(record.ledger.seconds),
         cost=cost_text(record.ledger.cost),
-        losses=_losses(record),
+        losses=_losses(report, record),
         blame=_blame(record),
     )
 
@@ -174,9 +175,9 @@ def _blame(record: StepRecord) -> tuple[BlameView, ...]:
     return tuple(views)
 
 
-def _losses(record: StepRecord) -> tuple[str, ...]:
+def _losses(report: ReportData, record: StepRecord) -> tuple[str, ...]:
     if isinstance(record.details, PolicyDetails):
-        return (rewards_text(record.details),)
+        return (rewards_text(record.details, report.number),)
     if not isinstance(record.details, WeightDetails):
         return ()
     pairs = record.details.data_card.pairs > 0
@@ -216,14 +217,14 @@ def loss_text(adapter: TrainedAdapter, pairs: bool = False) -> str:
     return f"held-out loss of the free tokens {free}{_by_field(adapter)}; all tokens {everything}"
 
 
-def rewards_text(details: PolicyDetails) -> str:
+def rewards_text(details: PolicyDetails, number: Callable[[float | None], str] = score_text) -> str:
     """The reward of the first and the last step, and the score on examples held out, before and of the step kept."""
-    rewards = [f"{line.reward:.3f}" for line in details.history if line.reward is not None]
+    rewards = [number(line.reward) for line in details.history if line.reward is not None]
     scores = {line.step: line.held_out_score for line in details.history if line.held_out_score is not None}
     text = f"reward {' -> '.join(dict.fromkeys([*rewards[:1], *rewards[-1:]]))} in {len(rewards)} steps"
     if 0 not in scores:
         return text
-    kept = f"{scores[0]:.3f} -> {scores[details.best_step]:.3f} (step {details.best_step})"
+    kept = f"{number(scores[0])} -> {number(scores[details.best_step])} (step {details.best_step})"
     return f"{text}; score on {details.held_out_examples} examples held out {kept}"
 
 

@@ -17,8 +17,8 @@ from ..checks import require_switch
 from ..errors import ConfigError, DataError, ProgramError
 from ..printable import printable
 from ..programs.content import dataset_hash
-from ..records import Failure, Ledger, failure_reason, failure_text
-from ..report.intervals import mean_interval, paired_interval
+from ..records import Failure, Ledger, failure_reason, failure_text, score_text
+from ..report.intervals import Interval, mean_interval, paired_interval
 from .examples import check_examples
 from .failures import count_failures, cut_warning, failure_warning
 from .metrics import Metric, require_metric
@@ -47,7 +47,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         failed = f", failed: {failure_reason(self.failures)}" if self.failures else ""
-        return f"Evaluation(mean {self.mean:.3f} of {len(self.scores)} examples{failed})"
+        return f"Evaluation(mean {score_text(self.mean)} of {len(self.scores)} examples{failed})"
 
     @property
     def failures(self) -> tuple[Failure, ...]:
@@ -86,7 +86,7 @@ def evaluate(
         if warning := cut_warning(evaluation.traces):
             events.warn(f"{phase}: {warning}")
         if display is not None:
-            display.done(f"{phase}: {evaluation.mean:.3f} on {len(evaluation.scores)} examples")
+            display.done(f"{phase}: {score_text(evaluation.mean)} on {len(evaluation.scores)} examples")
     return evaluation
 
 
@@ -185,18 +185,23 @@ def compare(evaluations: Mapping[str, Evaluation]) -> str:
             raise ConfigError(f"evaluations[{name!r}]={evaluation!r:.100} is not allowed: give an Evaluation by name.")
     first_name, first = next(iter(evaluations.items()))
     width = max(map(len, evaluations))
+    largest = max((abs(each.mean) for each in evaluations.values() if each.scores), default=0.0)
+
+    def shown(value: float, interval: Interval, *, sign: bool = False) -> str:
+        mean, low, high = (score_text(each, largest, sign=sign) for each in (value, *interval))
+        return f"{mean} [{low}, {high}]"
+
     lines = []
     for name, evaluation in evaluations.items():
-        low, high = mean_interval(evaluation.scores)
-        line = f"{name:<{width}}  {evaluation.mean:.3f} [{low:.3f}, {high:.3f}]"
+        line = f"{name:<{width}}  {shown(evaluation.mean, mean_interval(evaluation.scores))}"
         if evaluation is not first:
             if evaluation.traces and first.traces and _examples(evaluation) != _examples(first):
                 raise DataError(
                     f"evaluations[{name!r}] and evaluations[{first_name!r}] are not of the same examples: evaluate "
                     "both programs on one list, in one order."
                 )
-            low, high = paired_interval(evaluation.scores, first.scores)
-            line += f"   gain {evaluation.mean - first.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+            interval = paired_interval(evaluation.scores, first.scores)
+            line += f"   gain {shown(evaluation.mean - first.mean, interval, sign=True)}"
         failed = failure_text(evaluation.failures)
         lines.append(f"{line}   failed: {failed}" if failed else line)
     return printable("\n".join(lines))

@@ -21,7 +21,7 @@ from ..files import adapters_cache, working_folder
 from ..programs.behaviour import BehaviourWalk
 from ..programs.content import dataset_hash
 from ..programs.program import predictors_of, require_program, require_reachable
-from ..records import PolicyDetails, RewardedAdapter
+from ..records import PolicyDetails, RewardedAdapter, score_text
 from ..rollouts.labels import split_apart
 from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.settings import RunSettings
@@ -275,7 +275,8 @@ def _gain(state: RunState) -> float | None:
 
 
 def _unchanged(state: RunState) -> str:
+    score = score_text(state.best_score)
     return (
-        f"No step scored as high on the examples held out as what it started from ({state.best_score:.3f}): the "
-        "program is given back as it was. Lower the learning rate, give more steps or examples, or a larger group_size."
+        f"No step scored as high on the examples held out as what it started from ({score}): the program is given back "
+        "as it was. Lower the learning rate, give more steps or examples, or a larger group_size."
     )

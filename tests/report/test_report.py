@@ -49,9 +49,29 @@ def test_the_table_fits_100_columns_and_keeps_the_end_of_a_long_strategy() -> No
     assert "...s -> prompt -> weights  1.000" in text
 
 
-def test_scores_in_percent_have_one_decimal() -> None:
-    rounds = (record(0, "", (50.0, 70.0)), record(1, "p", (80.0, 90.0)))
-    assert "85.0  +25.0 [+20.0, +30.0]" in str(report(rounds=rounds, selected=1))
+@pytest.mark.parametrize(
+    ("student", "best", "shown"),
+    [
+        (50.0, 85.0, "85.00  +35.00 [+35.00, +35.00]"),
+        (12.0, 12.04, "12.04  +0.04 [+0.04, +0.04]"),
+        (0.0002, 0.000375, "0.000375  +0.000175 [+0.000175, +0.000175]"),
+    ],
+)
+def test_scores_have_decimals_that_fit_the_largest(student: float, best: float, shown: str) -> None:
+    details = PromptDetails(
+        (CandidateScore("x", best, 2, stopped=False, demos=0),), "x", 2, RaceResult(2, 0, 0.95), TraceCounts(0, 0, {})
+    )
+    rounds = (record(0, "", (student,) * 2), record(1, "p", (best,) * 2, details=details))
+    found = report(rounds=rounds, selected=1)
+    assert shown in str(found)
+    assert f"x chosen{shown.split()[0]}2" in Page(page_of(found)).text
+
+
+def test_without_scores_of_rounds_decimals_fit_the_largest_of_a_candidate() -> None:
+    tried = tuple(CandidateScore(str(score), score, 2, stopped=False, demos=0) for score in (0.0, 0.000375))
+    details = PromptDetails(tried, "0.000375", 2, RaceResult(2, 0, 0.95), TraceCounts(0, 0, {}))
+    found = report(rounds=(record(0, "", None), record(1, "p", None, details=details)), selected=1)
+    assert [found.number(each.score) for each in tried] == ["0.000000", "0.000375"]
 
 
 def test_without_a_valset_the_table_shows_no_scores() -> None:

@@ -98,6 +98,15 @@ def test_a_comparison_shows_means_intervals_and_paired_gains() -> None:
     assert second.startswith("new   1.000 [1.000, 1.000]   gain +0.500 [")
 
 
+def test_a_comparison_has_decimals_that_fit_the_largest_mean() -> None:
+    text = compare({"base": Evaluation((0.0002,) * 2, Ledger()), "new": Evaluation((0.0004,) * 2, Ledger())})
+    assert text.splitlines() == [
+        "base  0.000200 [0.000200, 0.000200]",
+        "new   0.000400 [0.000400, 0.000400]   gain +0.000200 [+0.000200, +0.000200]",
+    ]
+    assert repr(Evaluation((0.0002,), Ledger())) == "Evaluation(mean 0.000200 of 1 examples)"
+
+
 def test_programs_scored_together_have_the_scores_that_each_has_alone() -> None:
     def program(knows_multiples_of: int) -> dspy.Module:
         return parity_program(parity_engine(lambda _, number: number % knows_multiples_of == 0))
