@@ -155,6 +155,7 @@ def _outlooks(plan: Plan, measured: Probe) -> tuple[Outlook, Outlook, Outlook]:
 def _works(plan: Plan, rounds: Sequence[Steps], case: int, start: Outlook) -> Iterator[Work]:
     """The work of each round."""
     outlooks: dict[Steps, Outlook] = {}
+    keeps = program_key(plan.student) is not None
     for steps in rounds:
         if not steps:
             outlooks[steps] = start
@@ -170,12 +171,24 @@ def _works(plan: Plan, rounds: Sequence[Steps], case: int, start: Outlook) -> It
             has_demos=before.has_demos or (kind != "weight" and case > 0),
             is_tuned=before.is_tuned or kind == "weight",
             known=0.0,
+            bare=0.0,
+            tried=False,
         )
         work = _step_work(plan, steps, case, before)
-        if before.is_scored and kind != "weight":
-            after = replace(after, known=(1.0, work.known / len(plan.trainset), 0.0)[case])
+        if keeps:
+            known, bare = (_share(plan, examples, case) for examples in (work.given, work.bare))
+            seen = replace(before, known=max(before.known, known), bare=max(before.bare, bare), tried=case == 0)
+            outlooks[steps[:-1]] = seen
+            if kind != "weight":
+                known = (1.0, work.known / len(plan.trainset), 0.0)[case]
+                after = replace(after, known=known, bare=seen.bare, tried=seen.tried)
         outlooks[steps] = after
         yield work + _score_work(plan, steps, before, after)
+
+
+def _share(plan: Plan, examples: float, case: int) -> float:
+    """Of the trainset; at least, the examples that a step runs on are those that another runs on."""
+    return examples / len(plan.trainset) if case else float(examples > 0)
 
 
 def _context(plan: Plan, steps: Steps, outlook: Outlook) -> StepContext | None:

@@ -217,11 +217,13 @@ class BootstrapFewShotRS(Step, Teleprompter):
         if scaled:
             # The best has its scores already.
             calls += expected_calls(1 + scaled, size, outlook.contest, race=self.race) - size
-        if context.valset and outlook.is_scored:
-            calls -= size
-        emptied = replace(outlook, has_demos=False)
-        bootstrap = Work.of_runs(tries.runs, emptied, by_teacher=bool(context.teachers))
-        return bootstrap + Work(demo_runs=calls, prompts=prompts + scaled, known=0 if context.valset else size)
+        whole = len(context.trainset)
+        calls -= size * outlook.is_scored if context.valset else _surely_known(size, outlook.known, whole)
+        race = Work(demo_runs=calls, prompts=prompts + scaled, known=0 if context.valset else size)
+        if context.teachers:
+            return race + Work(teacher_runs=tries.runs)
+        runs = tries.unknown(_surely_known(len(train), outlook.bare, whole))
+        return race + Work(plain_runs=runs, given=0 if outlook.has_demos else len(train), bare=len(train))
 
     def _settings(self, given: RunSettings) -> RunSettings:
         own = given.or_else(num_threads=self.num_threads, max_errors=self.max_errors, seed=self.seed)
@@ -308,6 +310,11 @@ class BootstrapFewShotRS(Step, Teleprompter):
             f"({reasons}), so no demo comes from a run. Give a threshold= that runs can reach, or a teacher, or "
             "mend the metric."
         ]
+
+
+def _surely_known(part: int, share: float, whole: int) -> float:
+    """Examples of a part that are among the known ones, a share of the whole: no more than must be."""
+    return max(0.0, part - (1 - share) * whole)
 
 
 def adapters_folder(context: StepContext) -> Path:

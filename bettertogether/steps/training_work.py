@@ -36,6 +36,8 @@ def training_work(step: TrainingStep, student: dspy.Module, context: StepContext
     else:
         held_out = rows * held_out_count(round(examples), share) / max(1.0, examples)
         rows -= held_out
+    if not context.teachers:
+        work += Work(given=len(context.trainset), bare=0 if outlook.has_demos else len(context.trainset))
     return sum([_training(step, rows / adapters, held_out / adapters, outlook)] * adapters, work)
 
 
@@ -51,7 +53,7 @@ def _tried(
     tries = ExpectedTries.of(student, examples, outlook, len(context.teachers))
     step.sampling.carry_out(tries)
     learned = tries.solved if outlook.learned is None else outlook.learned * len(examples)
-    runs = tries.runs - (0 if context.teachers else known * len(examples))
+    runs = tries.runs if context.teachers else tries.unknown(known * len(examples))
     rows = max(1.0, step.rows_per_call * outlook.calls * learned)
     return Work.of_runs(runs, outlook, by_teacher=bool(context.teachers)), rows, learned
 

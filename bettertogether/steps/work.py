@@ -39,6 +39,10 @@ class Outlook:
     """The program's weights were trained."""
     known: float = 0.0
     """Share of the trainset that the program ran on before, the answers kept."""
+    bare: float = 0.0
+    """The same of the program without its demos."""
+    tried: bool = False
+    """Of these examples further tries are kept too."""
     is_scored: bool = False
     """The program ran on the valset before, the answers kept."""
 
@@ -63,6 +67,10 @@ class Work:
     """Rows whose loss is measured, once for each time."""
     known: float = 0
     """Examples of the trainset that the program which comes out has run on."""
+    given: float = 0
+    """The same of the program that the step is given."""
+    bare: float = 0
+    """The same of that program without its demos."""
     trainings: float = 0
     """How often a training begins."""
 
@@ -105,6 +113,10 @@ class ExpectedTries:
     @property
     def solved(self) -> float:
         return self.examples - self.unsolved
+
+    def unknown(self, known: float) -> float:
+        """The runs, without those that are kept of so many examples."""
+        return self.runs * (1 - known / self.examples) if self.outlook.tried else self.runs - known
 
     def first(self) -> None:
         self.runs += self.firsts * self.examples

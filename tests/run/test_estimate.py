@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,48 @@ def test_a_run_takes_no_less_and_no_more_than_was_estimated(
         for name in ("lm_calls", "prompt_tokens", "generated_tokens", "trained_tokens"):
             low, taken, high = (getattr(ledger, name) for ledger in (each.low, record.ledger, each.high))
             assert low <= taken <= high, (each.name, name)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "second", "calls"),
+    [(["p -> w", "w -> p"], "w", (16, 16, 16)), (["w -> p", "p -> w"], "p", (24, 38, 48))],
+    ids=str,
+)
+def test_what_one_strategy_of_a_list_ran_the_next_is_not_said_to_run_again(
+    strategy: list[str], second: str, calls: tuple[int, ...]
+) -> None:
+    engine = parity_engine(lambda request, number: bool(request.trained_on) or number % 3 == 0)
+    steps = {
+        "p": BootstrapFewShotRS(parity_match, num_candidates=2, num_samples=0, rescue=False),
+        "w": LoRAFinetune(parity_match, num_samples=0, rescue=False),
+    }
+    optimizer = BetterTogether(parity_match, **steps)
+    options: dict[str, Any] = {"trainset": TRAIN, "valset": VAL, "strategy": strategy}
+    said = optimizer.estimate(parity_program(engine), **options).rounds[3]
+    taken = optimizer.compile(parity_program(engine), progress=False, **options).report.rounds[3]
+    # The student ran on the whole trainset in the first strategy: here the valset is scored, or the prompts race on it.
+    assert (said.name, taken.name) == (second, second)
+    assert (said.low.lm_calls, said.likely.lm_calls, said.high.lm_calls) == calls
+    assert taken.ledger.lm_calls == calls[-1]
+
+
+def test_a_prompt_step_runs_on_no_example_of_the_trainset_that_the_student_ran_on() -> None:
+    program = parity_program(parity_engine(learner))
+    step = BootstrapFewShotRS(parity_match, num_candidates=0, max_labeled_demos=0, num_samples=0, rescue=False)
+    train, validation = step.split(TRAIN, None, 0)
+    for share, plain, raced in ((0.0, len(train), len(validation)), (1.0, 0, 0)):
+        work = step.work(program, StepContext(TRAIN), replace(HALF, known=share, bare=share))
+        assert (work.plain_runs, work.demo_runs) == (plain, raced)
+        assert (work.given, work.bare) == (len(train), len(train))
+
+
+def test_at_least_further_tries_of_known_examples_are_known_too() -> None:
+    runs = []
+    for tried in (False, True):
+        tries = ExpectedTries(replace(HALF, tried=tried), examples=16)
+        Sampling(num_samples=1).carry_out(tries)
+        runs.append((tries.runs, tries.unknown(16), tries.unknown(8)))
+    assert runs == [(24, 8, 16), (24, 0, 12)]
 
 
 def test_an_estimate_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
