@@ -14,6 +14,8 @@ from ..answers import FinishedAnswer, SampledAnswer, SamplingOptions, TokenScore
 
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
 """A server fills fields that are not sent from the model's generation_config.json."""
+GONE = (502, 503, 504)
+"""What a server, or the gateway before it, answers when there is nobody to answer."""
 
 
 def sampling_fields(sampling: SamplingOptions) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dspy.lm15 import ServerError, TransportError
 
 from ...errors import AnswerTimeoutError, ModelError
 from ...printable import get_logger
-from .api import check
+from .api import GONE, check
 from .member import Adapter, Member, Served
 
 logger = get_logger(__name__)
@@ -24,8 +24,6 @@ LOAD_BOUND = 1.25
 """How many requests a server may have in flight for its key, in shares of one server."""
 FIRST_REST_S = 1.0
 LONGEST_REST_S = 60.0
-GONE = (502, 503, 504)
-"""What a server, or the gateway before it, answers when there is nobody to answer."""
 
 
 class Fleet:

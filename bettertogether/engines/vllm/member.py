@@ -14,6 +14,7 @@ from dspy.lm15 import TransportError
 
 from ...errors import ModelError
 from ...training.adapter_folder import read_adapter_config
+from .api import GONE, check
 from .server import VLLMServer
 
 PROBE_S = 10.0
@@ -109,7 +110,10 @@ class Member:
 
     @contextmanager
     def holding(self, adapter: Adapter | None) -> Iterator[None]:
-        """It runs and holds the adapter, until the end. Raises ModelError where it does not load it."""
+        """It runs and holds the adapter, until the end.
+
+        Raises ModelError where it does not load it, httpx.TransportError, and lm15's ServerError and RateLimitError.
+        """
         _, start = self.server.address()
         if adapter is None:
             yield
@@ -139,7 +143,7 @@ class Member:
     def _make_room(self) -> None:
         unused = [name for name in self._held if not self._in_use[name]]
         for name in unused[: max(0, len(self._held) - self._most + 1)]:
-            reply = self._send("/v1/unload_lora_adapter", {"lora_name": name})
+            reply = self._told("unload", {"lora_name": name})
             if reply.status_code >= 400 and reply.status_code != 404:
                 raise ModelError(
                     f"The vLLM server at {self.server.url} does not unload the adapter {name}: {_said(reply)}. Give a "
@@ -149,7 +153,7 @@ class Member:
 
     def _load(self, adapter: Adapter) -> None:
         folder = adapter.folder.resolve()
-        reply = self._send("/v1/load_lora_adapter", {"lora_name": adapter.name, "lora_path": str(folder)})
+        reply = self._told("load", {"lora_name": adapter.name, "lora_path": str(folder)})
         if reply.status_code >= 400 and "already been loaded" not in reply.text:
             rank = read_adapter_config(folder)["r"]
             raise ModelError(
@@ -157,6 +161,14 @@ class Member:
                 f"({rank}) must be within that server's --max-lora-rank, its folder must be there under the same path, "
                 "and a server that was started by hand needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora."
             )
+
+    def _told(self, action: str, body: Mapping[str, Any]) -> httpx.Response:
+        """Its reply to being told to "load" or "unload" an adapter. One that is gone or busy says nothing of the
+        adapter: that raises what it raises for a completion."""
+        reply = self._send(f"/v1/{action}_lora_adapter", body)
+        if reply.status_code in (429, *GONE):
+            check(reply, self.server.url)
+        return reply
 
     def _send(self, path: str, body: Mapping[str, Any], stream: bool = False) -> httpx.Response:
         address, _ = self.server.address()

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import dspy
+import httpx
 import pytest
 import torch
-from dspy.lm15 import Config, Message, Request, TransportError
+from dspy.lm15 import Config, Message, RateLimitError, Request, ServerError, TransportError
 from running_vllm import Running
 from safetensors.torch import save_file
 
@@ -86,6 +87,22 @@ def adapter(folder: Path, rank: int = 4) -> Path:
     return folder
 
 
+@pytest.fixture
+def answers_with(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Have what an engine asks at addresses that end in `end` answered with a status."""
+
+    def patch(engine: VLLMEngine, end: str, status: int) -> None:
+        send = engine._client.send
+
+        def answer(asked: httpx.Request, **options: Any) -> httpx.Response:
+            refused = str(asked.url).endswith(end)
+            return httpx.Response(status, request=asked) if refused else send(asked, **options)
+
+        monkeypatch.setattr(engine._client, "send", answer)
+
+    return patch
+
+
 def test_the_prompts_of_a_predictor_are_answered_by_one_server(pair: list[Running], engines: Any) -> None:
     engine = engines(pair)
     predictors = [*homed(engine, pair[0], 2), *homed(engine, pair[1], 1)]
@@ -149,6 +166,37 @@ def test_a_server_that_has_nobody_to_answer_is_left_out(
     for word in ("red", "green"):
         engine.complete(request(engine, predictor, word))
     assert [len(each.seen) for each in servers] == [1, 2]
+
+
+def test_a_server_that_has_nobody_to_load_an_adapter_is_left_out(
+    pair: list[Running], engines: Any, answers_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "FIRST_REST_S", 600.0)
+    engine = engines(pair)
+    name = engine.add_adapter(adapter(tmp_path / "a"))
+    [predictor] = homed(engine, pair[0], 1, name)
+    answers_with(engine, f":{pair[0].port}/v1/load_lora_adapter", 503)
+    for word in ("red", "green"):
+        assert engine.complete(request(engine, predictor, word, name)).text
+    assert [len(each.seen) for each in pair] == [0, 2]
+    assert [each.told for each in pair] == [[], [f"load {name}"]]
+    assert [each.failures for each in engine.fleet.members] == [1, 0]
+
+
+@pytest.mark.parametrize("action", ["load", "unload"])
+@pytest.mark.parametrize(("status", "error"), [(503, ServerError), (429, RateLimitError), (500, ModelError)])
+def test_a_server_that_is_gone_or_busy_when_an_adapter_is_loaded_or_unloaded_is_what_it_is_at_an_answer(
+    servers: list[Running], engines: Any, answers_with: Any, tmp_path: Path, action: str, status: int, error: Any
+) -> None:
+    servers.append(Running(**UPDATING))
+    engine = engines(servers, max_adapters=1)
+    a, b = (engine.add_adapter(adapter(tmp_path / str(rank), rank)) for rank in (2, 4))
+    engine.complete(request(engine, "Predictor.", model=a))
+    answers_with(engine, f"/v1/{action}_lora_adapter", status)
+    with pytest.raises(error) as caught:
+        engine.complete(request(engine, "Predictor.", model=b))
+    assert type(caught.value) is error
+    assert servers[0].url in str(caught.value)
 
 
 def test_when_no_server_answers_the_error_names_each(servers: list[Running], engines: Any) -> None:
