@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import httpx
 from dspy.lm15 import AuthError, InvalidRequestError, RateLimitError, Request, ServerError
@@ -43,10 +44,44 @@ def scores_of(choice: Mapping[str, Any]) -> list[TokenScore]:
     return scores
 
 
-def finished_of(choice: Mapping[str, Any], usage: Mapping[str, Any]) -> FinishedAnswer:
-    """An answer in text, with its counts. Raises ServerError for one that the server broke off."""
+class Piece(NamedTuple):
+    """A part of a streamed answer."""
+
+    text: str
+    scores: list[TokenScore]
+
+
+def answer_of(reply: httpx.Response) -> tuple[FinishedAnswer, Mapping[str, Any]]:
+    """The answer in a reply, and what vLLM says of it. Raises ServerError for one that was broken off, or is none."""
+    with understood(reply, reply.text):
+        content = reply.json()
+        choice = content["choices"][0]
+        return _finished_of(reply, choice, content["usage"]), choice
+
+
+def pieces_of(reply: httpx.Response) -> Iterator[Piece | FinishedAnswer]:
+    """The parts of a stream of server-sent events, and at the end what `answer_of` gives. Raises ServerError."""
+    last: dict[str, Any] = {}
+    usage: dict[str, Any] = {}
+    for line in reply.iter_lines():
+        data = line.removeprefix("data:").strip()
+        if not line.startswith("data:") or data == "[DONE]":
+            continue
+        with understood(reply, data):
+            chunk = json.loads(data)
+            if "error" in chunk:
+                raise ServerError(f"vLLM broke an answer off: {chunk['error']} ({reply.url})")
+            pieces = [Piece(choice["text"], scores_of(choice)) for choice in chunk["choices"]]
+            last = next((choice for choice in chunk["choices"] if choice["finish_reason"]), last)
+            usage = chunk.get("usage") or usage
+        yield from (piece for piece in pieces if piece.text or piece.scores)
+    with understood(reply, f"usage={usage}"):
+        yield _finished_of(reply, last, usage)
+
+
+def _finished_of(reply: httpx.Response, choice: Mapping[str, Any], usage: Mapping[str, Any]) -> FinishedAnswer:
     if choice.get("finish_reason") not in ("stop", "length"):
-        raise ServerError(f"vLLM broke an answer off: finish_reason={choice.get('finish_reason')!r}.")
+        raise ServerError(f"vLLM broke an answer off: finish_reason={choice.get('finish_reason')!r} ({reply.url}).")
     details = usage.get("prompt_tokens_details") or {}
     return FinishedAnswer(
         text=choice["text"],
@@ -57,6 +92,19 @@ def finished_of(choice: Mapping[str, Any], usage: Mapping[str, Any]) -> Finished
         scores=tuple(scores_of(choice)),
         cut=isinstance(choice.get("stop_reason"), str),
     )
+
+
+@contextmanager
+def understood(reply: httpx.Response, text: str) -> Iterator[None]:
+    """Read what a server said inside the block. Raises ServerError where it is not what vLLM says, as of a gateway that
+    answers 200 with a page of its own; `text` is for the message."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ServerError(
+            f"{reply.url} answered {reply.status_code} with what is not vLLM's: {text:.200} ({error!r}). See what "
+            "answers there: a gateway, or another server."
+        ) from error
 
 
 def sampled_of(choice: Mapping[str, Any], request: Request, prompt_ids: list[int]) -> SampledAnswer:
@@ -79,17 +127,6 @@ def sampled_of(choice: Mapping[str, Any], request: Request, prompt_ids: list[int
 
 def _token_id(text: str) -> int:
     return int(text.removeprefix("token_id:"))
-
-
-def chunks_of(reply: httpx.Response) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a stream of server-sent events."""
-    for line in reply.iter_lines():
-        data = line.removeprefix("data:").strip()
-        if line.startswith("data:") and data != "[DONE]":
-            chunk: dict[str, Any] = json.loads(data)
-            if "error" in chunk:
-                raise ServerError(f"vLLM broke an answer off: {chunk['error']}")
-            yield chunk
 
 
 def check(reply: httpx.Response, server: str) -> None:

@@ -16,7 +16,7 @@ from dspy.lm15 import ServerError, TransportError
 from ...errors import AnswerTimeoutError, ModelError
 from ...printable import get_logger
 from .api import GONE, check
-from .member import Adapter, Member, Served
+from .member import UNMET, Adapter, Member, Served
 
 logger = get_logger(__name__)
 
@@ -176,7 +176,7 @@ def meet(members: Sequence[Member]) -> tuple[str, int | None]:
     for member in members:
         try:
             served.append(member.served())
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        except UNMET as error:
             silent.append(f"No vLLM server answers at {member.server.url}: {error!r}.")
     if silent:
         raise ModelError(

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-from dspy.lm15 import TransportError
+from dspy.lm15 import LM15Error, TransportError
 
 from ...errors import ModelError
 from ...training.adapter_folder import read_adapter_config
-from .api import GONE, check
+from .api import GONE, check, understood
 from .server import VLLMServer
 
 PROBE_S = 10.0
 """How long a server may take to say that it is well."""
+UNMET = (LM15Error, httpx.TransportError, httpx.InvalidURL)
+"""What `Member.served` raises."""
 
 
 class Adapter(NamedTuple):
@@ -60,22 +62,21 @@ class Member:
         self._start = 0
 
     def served(self) -> Served:
-        """What it serves. Raises httpx.HTTPError, and ValueError for an answer that is not vLLM's."""
+        """What it serves. Raises `UNMET`."""
         address, _ = self.server.address()
         reply = self._client.get(f"{address}/v1/models", headers=self.server.headers, timeout=PROBE_S)
-        try:
-            models = reply.raise_for_status().json()["data"]
-            base = next(model for model in models if not model.get("parent"))
+        check(reply, self.server.url)
+        with understood(reply, reply.text):
+            models = reply.json()["data"]
+            base, *_ = (model for model in models if not model.get("parent"))
             adapters = frozenset(model["id"] for model in models if model.get("parent"))
             return Served(base["id"], base.get("max_model_len"), adapters)
-        except (KeyError, TypeError, AttributeError, StopIteration) as error:
-            raise ValueError(f"its list of models is not vLLM's ({reply.text:.200})") from error
 
     def welcome_back(self, base: str) -> None:
         """See whether it serves again, and which of its adapters it kept. Raises lm15's TransportError."""
         try:
             served = self.served()
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        except UNMET as error:
             raise TransportError(f"No answer from the vLLM server at {self.server.url}: {error!r}.") from error
         if served.base != base:
             raise TransportError(f"The vLLM server at {self.server.url} serves {served.base!r} now, and not {base!r}.")

@@ -36,7 +36,7 @@ from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult
 from ..responses import ResponseWriter
 from ..structured import after_thoughts, answer_grammar
-from .api import chunks_of, finished_of, sampled_of, sampling_fields, scores_of
+from .api import Piece, answer_of, pieces_of, sampled_of, sampling_fields
 from .fleet import Fleet, meet
 from .gate import Gate
 from .member import Adapter, Member
@@ -157,10 +157,10 @@ class VLLMEngine(BaseEngine):
         request = self._named(request)
         body = self._body(request)
         with self._gate.together(self._kind(request.model)), self._asked(request, body) as reply:
-            content = reply.json()
-            answer = self._answer(content["choices"][0], content["usage"])
+            answer, choice = answer_of(reply)
+            self._count(answer)
             if request.config.store:
-                answer = replace(answer, sampled=sampled_of(content["choices"][0], request, body["prompt"]))
+                answer = replace(answer, sampled=sampled_of(choice, request, body["prompt"]))
         return self._writer.response(request, answer)
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
@@ -201,23 +201,20 @@ class VLLMEngine(BaseEngine):
         return reader
 
     def _events(self, request: Request, body: Mapping[str, Any], reader: StreamReader) -> Iterator[StreamEvent]:
-        usage: dict[str, Any] = {}
-        last: dict[str, Any] = {}
         with self._gate.together(self._kind(request.model)):
             yield self._writer.start(request)
             deltas = self._writer.deltas()
             with self._asked(request, body, stream=True) as reply:
                 reader.reads(reply)
-                for chunk in reader.until_stopped(chunks_of(reply)):
-                    usage = chunk.get("usage") or usage
-                    for choice in chunk["choices"]:
-                        last = choice if choice["finish_reason"] else last
-                        scores = scores_of(choice)
-                        if choice["text"] or scores:
-                            yield from deltas(choice["text"], scores)
+                for piece in reader.until_stopped(pieces_of(reply)):
+                    if isinstance(piece, Piece):
+                        yield from deltas(*piece)
+                    else:
+                        answer = piece
         if not reader.stopped:
+            self._count(answer)
             yield from deltas.finish()
-            yield self._writer.end(self._answer(last, usage))
+            yield self._writer.end(answer)
 
     @property
     def asynchronous(self) -> AsyncVLLMEngine:
@@ -266,12 +263,10 @@ class VLLMEngine(BaseEngine):
         """The same for requests with a common prefix: the model, and all of the chat before its last message."""
         return json.dumps([request.model, *self.messages(request)[:-1]])
 
-    def _answer(self, choice: Mapping[str, Any], usage: Mapping[str, Any]) -> FinishedAnswer:
-        answer = finished_of(choice, usage)
+    def _count(self, answer: FinishedAnswer) -> None:
         counted = (1, answer.prompt_tokens, answer.reused_tokens, answer.generated_tokens)
         with self._lock:
             self._counts.update(dict(zip(COUNTERS, counted, strict=True)))
-        return answer
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""

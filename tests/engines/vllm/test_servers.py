@@ -40,6 +40,14 @@ def servers() -> Iterator[list[Running]]:
         each.stop()
 
 
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    """One for tests that leave it as it was."""
+    started = Running()
+    yield started
+    started.stop()
+
+
 @pytest.fixture
 def pair(servers: list[Running]) -> list[Running]:
     servers += [Running(**UPDATING), Running(**UPDATING)]
@@ -89,14 +97,14 @@ def adapter(folder: Path, rank: int = 4) -> Path:
 
 @pytest.fixture
 def answers_with(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Have what an engine asks at addresses that end in `end` answered with a status."""
+    """Have what an engine asks at addresses that end in `end` answered with a status and a text."""
 
-    def patch(engine: VLLMEngine, end: str, status: int) -> None:
+    def patch(engine: VLLMEngine, end: str, status: int, text: str = "") -> None:
         send = engine._client.send
 
         def answer(asked: httpx.Request, **options: Any) -> httpx.Response:
             refused = str(asked.url).endswith(end)
-            return httpx.Response(status, request=asked) if refused else send(asked, **options)
+            return httpx.Response(status, text=text, request=asked) if refused else send(asked, **options)
 
         monkeypatch.setattr(engine._client, "send", answer)
 
@@ -197,6 +205,43 @@ def test_a_server_that_is_gone_or_busy_when_an_adapter_is_loaded_or_unloaded_is_
         engine.complete(request(engine, "Predictor.", model=b))
     assert type(caught.value) is error
     assert servers[0].url in str(caught.value)
+
+
+ONE = {"text": "w1", "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<html>busy</html>", "", "null", '{"error": {"message": "cuda"}}', '{"choices": [], "usage": {}}',
+        json.dumps({"choices": [ONE], "usage": None}), json.dumps({"choices": [ONE], "usage": {"prompt_tokens": 1}}),
+        "data: <html>", "data: null", 'data: {"error": {"message": "cuda"}}', 'data: {"usage": null}',
+        f"data: {json.dumps({'choices': [ONE]})}", 'data: {"choices": [{"text": "w1", "finish_reason": null}]}',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_no_answer_of_vllms_is_an_error_of_the_server_that_names_it(
+    running: Running, engines: Any, answers_with: Any, text: str, stream: bool
+) -> None:
+    engine = engines([running])
+    answers_with(engine, "/v1/completions", 200, text)
+    with pytest.raises(ServerError, match=f"{running.url}/v1/completions"):
+        list(engine.stream(request(engine, "P."))) if stream else engine.complete(request(engine, "P."))
+    assert engine.counters()["requests"] == 0
+
+
+@pytest.mark.parametrize(("status", "text"), [(500, ""), (200, "<html>busy</html>"), (200, '{"data": []}')])
+def test_a_server_that_does_not_say_which_adapters_it_lost_is_an_error_of_the_server(
+    servers: list[Running], engines: Any, answers_with: Any, tmp_path: Path, status: int, text: str
+) -> None:
+    servers.append(Running(**UPDATING))
+    engine = engines(servers)
+    name = engine.add_adapter(adapter(tmp_path / "a"))
+    engine.complete(request(engine, "Predictor.", model=name))
+    engine.fleet.members[0]._send("/v1/unload_lora_adapter", {"lora_name": name})
+    answers_with(engine, "/v1/models", status, text)
+    with pytest.raises(ServerError, match=servers[0].url):
+        engine.complete(request(engine, "Predictor.", model=name))
 
 
 def test_when_no_server_answers_the_error_names_each(servers: list[Running], engines: Any) -> None:
@@ -351,7 +396,7 @@ def test_a_server_behind_https_with_a_key_and_a_certificate_of_ones_own(
     with pytest.raises(ModelError, match=r"No vLLM server answers at https://.*SSL_CERT_FILE=FILE"):
         engines(servers, api_key="open sesame")
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    with pytest.raises(ModelError, match=r"401 Unauthorized.*wants api_key="):
+    with pytest.raises(ModelError, match=r"answered 401.*Unauthorized.*wants api_key="):
         engines(servers, api_key="another")
     engine = engines(servers, api_key="open sesame")
     assert engine.complete(request(engine, "Predictor.")).text
