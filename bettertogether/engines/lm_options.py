@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import pydantic
+from dspy.lm15 import LM15Error, request_from_openai_chat
 from dspy.utils.callback import BaseCallback
 
-from ..checks import is_number, require, require_switch, require_whole
+from ..checks import is_number, plain, require, require_switch, require_whole
 from ..errors import ConfigError
 
 SAMPLING = (
@@ -35,6 +37,8 @@ CLIENT = (
     "cache", "callbacks", "num_retries", "provider", "finetuning_model", "launch_kwargs", "train_kwargs",
 )  # fmt: skip
 ALLOWED = frozenset({*SAMPLING, *REQUEST, *CLIENT})
+ASKED = frozenset({*SAMPLING, *REQUEST}) - {"n", "rollout_id", "prompt_cache", "use_developer_role", "model_type"}
+"""What goes into a request as it is given."""
 OTHER_NAMES: Mapping[str, str] = {
     "max_new_tokens": "max_tokens=",
     "max_length": "max_tokens=",
@@ -66,19 +70,37 @@ def check_lm_options(options: Mapping[str, Any], engine_options: Collection[str]
         require_whole(name, options.get(name), 1, optional=True)
     for name in ("seed", "rollout_id", "top_logprobs"):
         require_whole(name, options.get(name), 0, optional=True)
-    if not isinstance(options.get("logprobs"), bool):
-        require_whole("logprobs", options.get("logprobs"), 0, optional=True)
     require_whole("num_retries", options.get("num_retries", 0), 0)
     require_switch("cache", options.get("cache", True))
     temperature, top_p = options.get("temperature"), options.get("top_p")
-    warm = temperature is None or (is_number(temperature) and temperature >= 0)
-    require(warm, "temperature", temperature, "a number, 0 or more, or None")
+    warm = temperature is None or (is_number(temperature) and 0 <= temperature <= 2)
+    require(warm, "temperature", temperature, "a number from 0 to 2, or None")
     require(top_p is None or (is_number(top_p) and 0 <= top_p <= 1), "top_p", top_p, "a number from 0 to 1, or None")
     stop, callbacks = options.get("stop"), options.get("callbacks")
     texts = [stop] if isinstance(stop, str) else stop
     are_texts = _are_all(texts, str) and all(texts or ())
     require(are_texts, "stop", stop, "a text that ends the answer, or a list of such texts")
     require(_are_all(callbacks, BaseCallback), "callbacks", callbacks, "a list of dspy.utils.BaseCallback objects")
+    tools = options.get("tools")
+    require(
+        not tools, "tools", tools, "none, as models here call no tools themselves: dspy.ReAct writes them into prompts"
+    )
+    _check_request(options)
+
+
+def _check_request(options: Mapping[str, Any]) -> None:
+    """Refuse what DSPy would refuse at every call, in its own words."""
+    asked = {name: plain(value) for name, value in options.items() if name in ASKED and value is not None}
+    if _is_model(asked.get("response_format")):
+        del asked["response_format"]
+    try:
+        request_from_openai_chat({"model": "any", "messages": [{"role": "user", "content": ""}], **asked})
+    except (TypeError, ValueError, LM15Error) as error:
+        raise ConfigError(f"Options {asked!r:.300} are not allowed: {error}.") from error
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, pydantic.BaseModel)
 
 
 def _are_all(values: Any, kind: type) -> bool:

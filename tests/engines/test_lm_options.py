@@ -6,12 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pydantic
 import pytest
 from small_models import byte_tokenizer, save_adapter, save_model
 from transformers import BertConfig, BertForMaskedLM
 
 from bettertogether import local_lm, vllm_lm
 from bettertogether.engines import TransformersEngine
+from bettertogether.engines.lm_options import REQUEST, SAMPLING
 from bettertogether.errors import ConfigError, ModelError
 
 
@@ -53,7 +56,11 @@ def test_an_option_that_is_not_known_is_refused_at_once_with_what_to_give(
         {"engine_options": 5}, {"engine_options": {"load_in_4bit": True}}, {"engine_options": {"dtype": ["float32"]}},
         {"engine_options": {"device": 5}}, {"engine_options": {"device": "meta"}},
         {"engine_options": {"device": "cuda:99"}}, {"engine_options": {"device": "xpu"}}, {"adapter": 5},
-        {"logprobs": "x"}, {"logprobs": -1}, {"top_logprobs": 0.5},
+        {"logprobs": "x"}, {"logprobs": -1}, {"logprobs": 3}, {"logprobs": 1}, {"top_logprobs": 0.5},
+        {"top_logprobs": 2},
+        {"top_logprobs": 0, "logprobs": False}, {"temperature": 2.5}, {"max_completion_tokens": 7, "max_tokens": 6},
+        {"user": ""}, {"user": 5}, {"response_format": 5}, {"response_format": int}, {"response_format": {"type": "x"}},
+        {"response_format": {"type": "object", "properties": {}}}, {"tools": [{"type": "function"}]}, {"tools": 5},
     ],
 )  # fmt: skip
 def test_a_value_that_an_option_can_not_have_is_refused_at_once(folder: Path, options: dict[str, Any]) -> None:
@@ -67,9 +74,28 @@ def test_a_model_that_is_no_path_or_id_is_refused(model: Any) -> None:
         local_lm(model)
 
 
-def test_what_dspy_takes_is_taken(folder: Path) -> None:
-    lm = local_lm(folder, max_tokens=2, top_p=0.9, top_k=5, seed=1, stop=["x"], n=2, temperature=1, num_retries=0)
-    assert len(lm("hi", cache=False)) == 2
+class Colour(pydantic.BaseModel):
+    name: str
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "Colour", "schema": Colour.model_json_schema()}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.9, "top_k": 5, "seed": 1, "stop": ["x"], "temperature": 1, "num_retries": 0},
+        {"logprobs": True, "top_logprobs": 2}, {"logprobs": True}, {"logprobs": False}, {"logprobs": 0},
+        {"temperature": 2.0}, {"temperature": None}, {"temperature": np.float32(2)}, {"user": "me"}, {"stop": "x"},
+        {"max_tokens": None, "max_completion_tokens": 2}, {"max_completion_tokens": np.int64(2)}, {"tools": []},
+        {"response_format": Colour}, {"response_format": SCHEMA}, {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "text"}}, {"top_p": 0}, {"model_type": "responses", "logprobs": True},
+        {name: None for name in (*SAMPLING, *REQUEST) if name not in ("max_tokens", "model_type")},
+    ],
+)  # fmt: skip
+def test_what_dspy_takes_is_taken(folder: Path, options: dict[str, Any]) -> None:
+    lm = local_lm(folder, **{"max_tokens": 2, "cache": False, "n": 2, **options})
+    assert len(lm("hi", n=2)) == 2
     lm.engine.close()
 
 
