@@ -11,6 +11,7 @@ from typing import Any
 import dspy
 from dspy.clients.base_lm import BaseLM
 
+from ..engines.answer_format import plain_format
 from ..engines.protocol import LocalEngine
 from ..errors import ArtifactError, ConfigError, ModelError, UnknownAdapterError
 from ..lm import engine_lm, local_engine, local_lm
@@ -24,9 +25,11 @@ logger = get_logger(__name__)
 BaseModel = str | Path | LocalEngine
 """What may stand in for a saved base model: a folder, a hub id, or an engine that holds it."""
 
-_NOT_OPTIONS = frozenset(
-    {"class", "_dspy_lm_class", "model", "engine", "async_engine", "finetuning_model", "launch_kwargs", "train_kwargs"}
-)
+_NOT_OPTIONS = frozenset({
+    "class", "_dspy_lm_class", "model", "engine", "async_engine", "finetuning_model", "launch_kwargs", "train_kwargs",
+    "prompt_cache", "tools",
+})  # fmt: skip
+"""Of a local LM's state; the last two change no answer of an engine, which takes no tools but none."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def _engine_options(state: Mapping[str, Any]) -> dict[str, Any]:
 def _without_secrets(lm: Any) -> dict[str, Any]:
     try:
         state: dict[str, Any] = lm.dump_state()
+        if "response_format" in state:
+            state["response_format"] = plain_format(state["response_format"])
         kept, secret = split_secrets(state)
         json.dumps(kept, allow_nan=False)
     except (TypeError, ValueError, AttributeError, RecursionError) as error:

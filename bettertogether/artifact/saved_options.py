@@ -15,7 +15,7 @@ from ..errors import ArtifactError
 SAMPLING = frozenset({
     "temperature", "max_tokens", "max_completion_tokens", "top_p", "top_k", "min_p", "stop", "seed", "n",
     "num_generations", "frequency_penalty", "presence_penalty", "repetition_penalty", "logprobs", "top_logprobs",
-    "reasoning_effort", "verbosity", "rollout_id", "cache", "num_retries", "timeout",
+    "reasoning_effort", "verbosity", "rollout_id", "cache", "num_retries", "timeout", "user",
 })  # fmt: skip
 """Options that may have a plain value: text, a number, a truth value, None, or a list of these."""
 NESTED = frozenset({"extra_body", "logit_bias", "response_format", "reasoning", "thinking", "chat_template_kwargs"})

@@ -15,6 +15,8 @@ import dspy
 import pydantic
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
+from ._upstream import strict_schema
+
 DSPY_NAME = "DSPyProgramOutputs"
 """Name of the model that JSONAdapter makes of a signature's output fields."""
 DECIMAL = r"^-?[0-9]+(\.[0-9]+)?$"
@@ -84,6 +86,14 @@ def whole_format(asked: Any, messages: Sequence[Mapping[str, Any]] | None) -> An
         return asked
     fields = _fields_in_use(messages) or (_fields(asked.model_fields) if made else ())
     return _answer_model(fields) if fields else asked
+
+
+def plain_format(asked: Any) -> Any:
+    """A `response_format` as JSON: for a pydantic model the schema that DSPy sends for it."""
+    if not (isinstance(asked, type) and issubclass(asked, pydantic.BaseModel)):
+        return asked
+    schema = {"name": asked.__name__, "schema": strict_schema(asked.model_json_schema()), "strict": True}
+    return {"type": "json_schema", "json_schema": schema}
 
 
 def _fields_in_use(messages: Sequence[Mapping[str, Any]] | None) -> tuple[tuple[str, Any], ...]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import pydantic
 from dspy.lm15 import LM15Error, request_from_openai_chat
 from dspy.utils.callback import BaseCallback
 
 from ..checks import is_number, plain, require, require_switch, require_whole
 from ..errors import ConfigError
+from .answer_format import plain_format
 
 SAMPLING = (
     "temperature",
@@ -90,17 +90,12 @@ def check_lm_options(options: Mapping[str, Any], engine_options: Collection[str]
 
 def _check_request(options: Mapping[str, Any]) -> None:
     """Refuse what DSPy would refuse at every call, in its own words."""
-    asked = {name: plain(value) for name, value in options.items() if name in ASKED and value is not None}
-    if _is_model(asked.get("response_format")):
-        del asked["response_format"]
+    given = ((name, plain(value)) for name, value in options.items() if name in ASKED)
+    asked = {name: plain_format(value) for name, value in given if value is not None}
     try:
         request_from_openai_chat({"model": "any", "messages": [{"role": "user", "content": ""}], **asked})
     except (TypeError, ValueError, LM15Error) as error:
         raise ConfigError(f"Options {asked!r:.300} are not allowed: {error}.") from error
-
-
-def _is_model(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, pydantic.BaseModel)
 
 
 def _are_all(values: Any, kind: type) -> bool:

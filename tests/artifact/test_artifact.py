@@ -10,11 +10,13 @@ from typing import Any, Literal, Optional
 import dspy
 import pydantic
 import pytest
+from dspy.lm15 import CacheConfig
 from fakes import Parity, TwoSteps, learner, parity_engine, parity_program, plain_lm, two_step_program
 from saved import edit_manifest, fresh_engine, manifest_of, tuned, tuned_program
 
 from bettertogether.artifact import artifact, load, load_report, save
 from bettertogether.artifact.saved_program import annotation_text
+from bettertogether.engines.lm_options import check_lm_options
 from bettertogether.errors import ArtifactError
 from bettertogether.programs.program import parameters_of
 from bettertogether.records import StepRecord
@@ -49,6 +51,38 @@ def test_a_loaded_program_answers_with_the_saved_adapter(tmp_path: Path) -> None
     assert loaded(number=29).parity == "odd"
     assert other.requests[-1].model == loaded.lm.model
     assert other.requests[-1].demos == 3
+
+
+class Grade(pydantic.BaseModel):
+    parity: Literal["even", "odd"]
+    note: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"user": "me", "logprobs": True, "top_logprobs": 2}, {"user": "me", "logprobs": True, "top_logprobs": 2}),
+        ({"tools": [], "user": None}, {"user": None}),
+        ({"prompt_cache": CacheConfig(mode="off"), "max_completion_tokens": 5}, {"max_completion_tokens": 5}),
+    ],
+)
+def test_what_is_taken_for_a_local_lm_is_saved_and_loaded(
+    tmp_path: Path, options: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    check_lm_options(options, ())
+    save(parity_program(fresh_engine(), **options), tmp_path / "a")
+    assert load(tmp_path / "a", base_model=fresh_engine()).lm.kwargs == {"temperature": 0.0, "max_tokens": None, **kept}
+
+
+def test_a_model_as_response_format_is_saved_as_the_schema_that_it_stands_for(tmp_path: Path) -> None:
+    engine, other = fresh_engine(), fresh_engine()
+    program = parity_program(engine, response_format=Grade)
+    save(program, tmp_path / "a")
+    loaded = load(tmp_path / "a", base_model=other)
+    program(number=4)
+    loaded(number=4)
+    assert other.requests[0].schema == engine.requests[0].schema
+    assert (engine.requests[0].schema or {})["required"] == ["parity", "note"]
 
 
 def test_a_saved_folder_holds_json_and_adapter_files_only(tmp_path: Path) -> None:
