@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ...errors import EngineClosedError
+from ...errors import EngineClosedError, UnknownAdapterError
 from ...printable import get_logger
 from ..answers import FinishReason
 from .decoder import BatchRow, Decision, Decoder
@@ -37,6 +37,7 @@ class Scheduler:
         eos_ids: Tokens that end an answer and are not part of it.
         max_batch_size: Rows decoded at once, at most.
         out_of_memory: Tells whether an error means that a smaller batch may succeed.
+        check_adapter: Given an adapter's name, raises UnknownAdapterError where it is served no more.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Scheduler:
         eos_ids: frozenset[int],
         max_batch_size: int,
         out_of_memory: Callable[[BaseException], bool],
+        check_adapter: Callable[[str], object] = lambda name: None,
     ) -> None:
         self._make_decoder = make_decoder
         self._eos_ids = eos_ids
@@ -53,6 +55,7 @@ class Scheduler:
         self.limit = max_batch_size
         """Rows decoded at once, at most, until memory suffices for more again."""
         self._out_of_memory = out_of_memory
+        self._check_adapter = check_adapter
         self._decoder: Decoder | None = None
         self._waiting: deque[Job] = deque()
         self._running: dict[BatchRow, Job] = {}
@@ -239,6 +242,7 @@ class Scheduler:
         jobs: Sequence[Job] = ()
         try:
             self._drop_cancelled(self._decoder)
+            self._fail_without_adapter(self._decoder)
             jobs = self._next_jobs()
             self._admit(self._decoder, jobs)
             jobs = list(self._running.values())
@@ -330,6 +334,22 @@ class Scheduler:
             self._leave(decoder, job)
         with self._wake:
             self._waiting = deque(job for job in self._waiting if not job.future.cancelled())
+
+    def _fail_without_adapter(self, decoder: Decoder) -> None:
+        """Fail the requests whose adapter was removed: a pass with one of them fails for all."""
+        with self._wake:
+            jobs = [job for job in (*self._running.values(), *self._waiting) if job.row.adapter]
+        for name in {job.row.adapter for job in jobs}:
+            try:
+                self._check_adapter(name)
+            except UnknownAdapterError as error:
+                for job in [job for job in jobs if job.row.adapter == name]:
+                    if job.row in self._running:
+                        self._leave(decoder, job)
+                    else:
+                        with self._wake:
+                            self._waiting.remove(job)
+                    job.fail(error)
 
     def _leave(self, decoder: Decoder, job: Job) -> Job:
         """Take a job out of the batch."""

@@ -87,6 +87,7 @@ class TransformersEngine(BaseEngine):
             eos_ids=self._eos_ids,
             max_batch_size=self.options.max_batch_size,
             out_of_memory=is_out_of_memory,
+            check_adapter=self._adapters.folder,
         )
         for folder in adapters:
             self.add_adapter(Path(folder))

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import wait_for
 from forking import Programs, programs_that_import
 from small_models import save_adapter
 from tiny_requests import ask
@@ -26,7 +27,7 @@ from bettertogether.engines import TrainingProgress, TrainingRow, TransformersEn
 from bettertogether.engines.answers import SamplingOptions
 from bettertogether.engines.local.decoder import BatchRow
 from bettertogether.engines.local.sampling import decide
-from bettertogether.errors import EngineBusyError, EngineClosedError, NumericsError
+from bettertogether.errors import EngineBusyError, EngineClosedError, NumericsError, UnknownAdapterError
 
 ROWS = [TrainingRow(({"role": "user", "content": f"q{number}"},), "yes") for number in range(4)]
 SHORT: dict[str, Any] = {"lora": LoRAConfig(rank=2), "training": TrainingConfig(epochs=1, dtype="float32")}
@@ -78,6 +79,24 @@ def test_awaiting_no_longer_than_a_time_takes_the_request_back(engine: Transform
     asyncio.run(impatient())
     assert in_time(lambda: text(engine, max_tokens=2)) is not None
     assert not engine._scheduler._running
+
+
+def test_removing_an_adapter_fails_its_requests_at_once_and_no_pass_of_the_others(
+    engine: TransformersEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine._scheduler._eos_ids = frozenset()
+    name = engine.add_adapter(save_adapter(tmp_path / "a", 1))
+    alone = text(engine, "bystander", max_tokens=150)
+    with ThreadPoolExecutor(8) as pool, caplog.at_level(logging.WARNING):
+        removed = pool.submit(text, engine, "q", name, max_tokens=3000)
+        bystanders = [pool.submit(text, engine, "bystander", max_tokens=150) for _ in range(7)]
+        assert wait_for(lambda: any(row.adapter for row in list(engine._scheduler._running)))
+        with engine._scheduler.exclusive():
+            engine.remove_adapter(name)
+        with pytest.raises(UnknownAdapterError, match=name):
+            removed.result(timeout=60)
+        assert [future.result(timeout=60) for future in bystanders] == [alone] * 7
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 from fake_decoder import EOS, FakeDecoder, OutOfMemory, job, run
+from fakes import wait_for
 
 from bettertogether.engines.answers import SamplingOptions, TokenScore
 from bettertogether.engines.local.decoder import BatchRow, Decision
 from bettertogether.engines.local.job import Job
 from bettertogether.engines.local.scheduler import Scheduler
 from bettertogether.engines.local.text_stream import TextStream
-from bettertogether.errors import EngineClosedError
+from bettertogether.errors import EngineClosedError, UnknownAdapterError
 
 
 def test_an_answer_ends_at_the_end_token_which_is_not_part_of_it(scheduler: Scheduler) -> None:
@@ -199,6 +200,29 @@ def test_a_cancelled_request_leaves_the_batch(scheduler: Scheduler, decoder: Fak
     assert stays.future.result(timeout=10).text == "fedcb"
     assert decoder.batches[-1] == 1
     assert never.row not in seen
+
+
+def test_requests_whose_adapter_is_removed_fail_alone_whether_they_run_or_wait(
+    scheduler: Scheduler, decoder: FakeDecoder
+) -> None:
+    gone = UnknownAdapterError("gone")
+
+    def check(name: str) -> None:
+        if name == "gone":
+            raise gone
+
+    decoder.gate.clear()
+    jobs = [job(4) for _ in range(12)]
+    for place, one in enumerate(jobs):
+        one.row.adapter = {0: "gone", 1: "kept", 11: "gone"}.get(place, "")
+        scheduler.submit(one)
+        assert wait_for(lambda: bool(decoder.held))
+    scheduler._check_adapter = check
+    decoder.gate.set()
+    assert [jobs[place].future.exception(timeout=10) for place in (0, 11)] == [gone, gone]
+    assert [one.future.result(timeout=10).text for one in jobs[1:11]] == ["edcb"] * 10
+    assert (decoder.batches[:2], scheduler.limit, decoder.resets) == ([1, 8], 8, 0)
+    assert not decoder.held
 
 
 def test_closing_fails_what_is_pending_and_refuses_what_comes(scheduler: Scheduler, decoder: FakeDecoder) -> None:
