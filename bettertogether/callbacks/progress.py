@@ -197,10 +197,12 @@ class ProgressState:
             if self._strategy:
                 lines.append(Text(f"{one_line(self._strategy)}   {time_text(self.elapsed_s)}", style="bold"))
             rounds = Table.grid(padding=(0, 2))
-            for record in self._finished[-_SHOWN_ROUNDS:]:
+            shown = self._finished[-_SHOWN_ROUNDS:]
+            largest = max((record.score for record in shown if record.score is not None), default=None)
+            for record in shown:
                 style = "" if record.status == "complete" else "red"
                 name = Text(f"  {one_line(record.name)}", style=style)
-                rounds.add_row(name, score_text(record.score), time_text(record.ledger.seconds), record.status)
+                rounds.add_row(name, score_text(record.score, largest), time_text(record.ledger.seconds), record.status)
             if self._finished:
                 lines.append(rounds)
             if self._current is None or len(self._finished) <= self._current["index"]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dspy.lm15 import LM15Error, request_from_openai_chat
 from dspy.utils.callback import BaseCallback
+from pydantic.errors import PydanticUserError
 
 from ..checks import is_number, plain, require, require_switch, require_whole
 from ..errors import ConfigError
@@ -90,12 +91,12 @@ def check_lm_options(options: Mapping[str, Any], engine_options: Collection[str]
 
 def _check_request(options: Mapping[str, Any]) -> None:
     """Refuse what DSPy would refuse at every call, in its own words."""
-    given = ((name, plain(value)) for name, value in options.items() if name in ASKED)
-    asked = {name: plain_format(value) for name, value in given if value is not None}
+    given = {name: plain(options[name]) for name in options.keys() & ASKED if options[name] is not None}
     try:
+        asked = {name: plain_format(value) for name, value in given.items()}
         request_from_openai_chat({"model": "any", "messages": [{"role": "user", "content": ""}], **asked})
-    except (TypeError, ValueError, LM15Error) as error:
-        raise ConfigError(f"Options {asked!r:.300} are not allowed: {error}.") from error
+    except (TypeError, ValueError, RecursionError, PydanticUserError, LM15Error) as error:
+        raise ConfigError(f"Options {given!r:.300} are not allowed: {error}.") from error
 
 
 def _are_all(values: Any, kind: type) -> bool:

@@ -11,6 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import dspy
+from dspy.dsp.utils.settings import DEFAULT_CONFIG
 
 from ..checks import require_whole
 from ..errors import BetterTogetherError, BudgetExceeded
@@ -43,8 +44,11 @@ def parallel_map(
     finished: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
     number = max(1, min(num_threads, len(items)))
     # DSPy bounds these calls for the whole process, and what waits for a place in the event loop of one thread is not
-    # woken by those of the others.
-    with dspy.context(async_max_workers=max(dspy.settings.async_max_workers, ASYNC_WORKERS * number)):
+    # woken by those of the others. A bound of the user's own stays.
+    bound = dspy.settings.async_max_workers
+    if bound == DEFAULT_CONFIG.async_max_workers:
+        bound = max(bound, ASYNC_WORKERS * number)
+    with dspy.context(async_max_workers=bound):
         context = contextvars.copy_context()
 
     def work() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..callbacks import events
 from ..checks import with_plain_numbers
 from ..errors import BudgetExceeded, ConfigError
 from ..records import Ledger
@@ -102,3 +104,39 @@ def _known(cost: float | None, limit: float) -> float:
             "metric_calls or minutes instead."
         )
     return cost
+
+
+class BudgetWatch(events.Callback):
+    """Charges the meter as work is done and stops it between two units when the budget is used up."""
+
+    def __init__(self, meter: BudgetMeter) -> None:
+        self._meter = meter
+        self._trained = defaultdict[str, int](int)
+        """Tokens by adapter."""
+        self._spent, self._started_s = Ledger(), time.monotonic()
+
+    @property
+    def spent(self) -> Ledger:
+        """Since it was made."""
+        return self._spent.with_seconds(time.monotonic() - self._started_s)
+
+    def on_progress(self, event: events.ProgressEvent) -> None:
+        if event["done"]:
+            ledger = event.get("ledger") or Ledger()
+            # A run that failed before its metric was called counts as a call, too.
+            self._charge(ledger if ledger.metric_calls else replace(ledger, metric_calls=1))
+
+    def on_training(self, event: events.TrainingEvent) -> None:
+        tokens, adapter = event["progress"].tokens, event.get("adapter", "")
+        new = max(0, tokens - self._trained[adapter])
+        self._trained[adapter] = tokens
+        self._charge(Ledger(trained_tokens=new))
+
+    def _charge(self, ledger: Ledger) -> None:
+        self.charge(ledger)
+        self._meter.check()
+
+    def charge(self, ledger: Ledger) -> None:
+        """Add work that no event tells of."""
+        self._spent += ledger
+        self._meter.charge(ledger)

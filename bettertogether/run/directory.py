@@ -107,6 +107,7 @@ class RunDirectory:
         self._records = records
         self.unscored = unscored
         """What a step gave whose round no earlier sitting scored to its end."""
+        self._aside = None if unscored is None else unscored.strategy
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], run: Mapping[str, Any]) -> Self:
@@ -173,6 +174,10 @@ class RunDirectory:
         """The records on disk, in the order they were appended."""
         return tuple(self._records)
 
+    def rounds(self) -> dict[str, StepRecord]:
+        """The finished rounds on disk by strategy; of one that was scored again, the last record."""
+        return {record.strategy: record for record in self._records if record.status == "complete"}
+
     def how_to_go_on(self, error: BaseException, step: str = "") -> str:
         """Which call goes on after an error that ended the run at a step with this key."""
         run_dir, mended = f"run_dir={str(self.path)!r}", "a mended program or metric needs another one."
@@ -189,16 +194,15 @@ class RunDirectory:
         """Add a record; it is on disk when this returns. Raises RunDirectoryError and leaves the file as it was."""
         self._require_open()
         append_line(self.path / "records.jsonl", _line(record))
-        # A round that was scored again is not the one that was set aside.
-        is_new = all(each.strategy != record.strategy or each.status != "complete" for each in self._records)
         self._records.append(record)
-        if record.status == "complete" and is_new:
+        if record.status == "complete" and record.strategy == self._aside:
             (self.path / UNSCORED).unlink(missing_ok=True)
 
     def set_aside(self, record: StepRecord) -> None:
         """Keep what a step gave until `append` has its round with the scores."""
         self._require_open()
         atomic_write(self.path / UNSCORED, _line(record))
+        self._aside = record.strategy
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file of the directory, whole or not at all; returns its path."""

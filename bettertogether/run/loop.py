@@ -6,7 +6,6 @@ import math
 import random
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -28,51 +27,15 @@ from ..rollouts.rollout import stable_seed
 from ..steps.step import StepContext, StepResult, as_step
 from . import auto, strategy
 from .any_optimizer import run_any
-from .budget import BudgetMeter
+from .budget import BudgetMeter, BudgetWatch
 from .directory import DAMAGE, RunDirectory
 from .earlier import earlier_programs
 from .plan import Plan
 from .restoring import Restoring, adapter_folders, is_restorable
-from .scores import with_scores, without_scores
+from .scores import NO_CELLS, with_scores, without_scores
 from .strategy import Steps
 
 logger = get_logger(__name__)
-
-
-class _BudgetWatch(events.Callback):
-    """Charges the meter as work is done and stops it between two units when the budget is used up."""
-
-    def __init__(self, meter: BudgetMeter) -> None:
-        self._meter = meter
-        self._trained = defaultdict[str, int](int)
-        """Tokens by adapter."""
-        self._spent, self._started_s = Ledger(), time.monotonic()
-
-    @property
-    def spent(self) -> Ledger:
-        """Since it was made."""
-        return self._spent.with_seconds(time.monotonic() - self._started_s)
-
-    def on_progress(self, event: events.ProgressEvent) -> None:
-        if event["done"]:
-            ledger = event.get("ledger") or Ledger()
-            # A run that failed before its metric was called counts as a call, too.
-            self._charge(ledger if ledger.metric_calls else replace(ledger, metric_calls=1))
-
-    def on_training(self, event: events.TrainingEvent) -> None:
-        tokens, adapter = event["progress"].tokens, event.get("adapter", "")
-        new = max(0, tokens - self._trained[adapter])
-        self._trained[adapter] = tokens
-        self._charge(Ledger(trained_tokens=new))
-
-    def _charge(self, ledger: Ledger) -> None:
-        self.charge(ledger)
-        self._meter.check()
-
-    def charge(self, ledger: Ledger) -> None:
-        """Add work that no event tells of."""
-        self._spent += ledger
-        self._meter.charge(ledger)
 
 
 @dataclass
@@ -99,7 +62,7 @@ class Loop:
     def run(self) -> None:
         """Run what is left to do. Afterwards `records` and `programs` hold every round; a failed or interrupted step
         is the last record. Raises what the scoring of the untouched student raises."""
-        earlier = {record.strategy: record for record in self.directory.records() if record.status == "complete"}
+        earlier = self.directory.rounds()
         if not self._student(earlier.get("")):
             return
         step = self._next(())
@@ -132,7 +95,7 @@ class Loop:
             self._take(earlier)
             self.plan.check_scale(self.records[0].scores or ())
             return True
-        record, watch = self._record(0, (), StepResult(self.plan.student, Ledger()), started), _BudgetWatch(self.meter)
+        record, watch = self._record(0, (), StepResult(self.plan.student, Ledger()), started), BudgetWatch(self.meter)
         try:
             self.meter.check()
             with events.listening([watch]):
@@ -157,7 +120,7 @@ class Loop:
         done = earlier if earlier is not None and earlier.program is not None else None
         if done is not None:
             self.programs[name] = self._restored(done)
-        started, watch = time.monotonic(), _BudgetWatch(self.meter)
+        started, watch = time.monotonic(), BudgetWatch(self.meter)
         try:
             if done is not None:
                 self._take(done)
@@ -209,7 +172,7 @@ class Loop:
         try:
             cells = self._two_by_two(parent, program) if measured else {}
         except TooManyErrors as error:
-            record = replace(record, warnings=(*record.warnings, f"The 2x2 was not measured: {error}"))
+            record = replace(record, warnings=(*record.warnings, f"{NO_CELLS}: {error}"))
         except (BudgetExceeded, KeyboardInterrupt) as error:
             ended = error
         return with_scores(record, scored, cells, started), ended
@@ -383,30 +346,34 @@ class Loop:
 
     def _take(self, record: StepRecord) -> None:
         """Take a round of an earlier sitting, whose program is there."""
-        record = replace(record, index=len(self.records))
+        record, ended = replace(record, index=len(self.records)), None
         try:
-            record = self._scored_again(record) if all_raised(record) else record
+            if all_raised(record):
+                record, ended = self._scored_again(record)
         finally:
             self._add(record)
+        if ended is not None:
+            raise ended
 
-    def _scored_again(self, record: StepRecord) -> StepRecord:
-        """A round in which every example raised, scored anew: what was away then may be back. As it was, where every
-        example raises again, or the budget ends."""
+    def _scored_again(self, record: StepRecord) -> tuple[StepRecord, BaseException | None]:
+        """A round in which every example raised, scored anew, and what ended its 2x2: what was away then may be back.
+        As it was, where every example raises again, or the budget ends."""
         logger.info("%s is scored again, as every example raised.", record.name)
         program, parent = self.programs[record.strategy], self.programs[record.strategy.rpartition(ARROW)[0]]
+        again, ended = record, None
         try:
             self.meter.check()
-            with events.listening([_BudgetWatch(self.meter)]):
+            with events.listening([BudgetWatch(self.meter)]):
                 started = time.monotonic() - record.ledger.seconds
                 again, ended = self._scored(without_scores(record), parent, program, started)
         except (BudgetExceeded, TooManyErrors) as error:
-            logger.warning("%s was not scored again: %s", record.name, error)
-            return record
-        if isinstance(ended, KeyboardInterrupt):
-            raise ended
+            # The watch says again at its end what ended the 2x2; the scores are there.
+            if ended is None:
+                logger.warning("%s was not scored again: %s", record.name, error)
+                return record, None
         if all_raised(again):
-            return record
+            return record, ended
         if ended is None:
             self.directory.note_spent(self.meter.used)
             self.directory.append(again)
-        return again
+        return again, ended

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -117,7 +117,8 @@ class Plan:
         require_one_of("on_step_error", on_step_error, get_args(OnStepError))
         auto = strategy == strategies.AUTO and strategies.AUTO not in optimizers
         parsed = () if auto else strategies.parse(strategy, optimizers)
-        _check_order(parsed, optimizers)
+        # "auto" may run any step after any other.
+        _check_order(parsed or itertools.permutations(optimizers, 2), optimizers)
         compile_args = check_compile_args(optimizer_compile_args, optimizers)
         teachers = _teachers(student, teacher)
         train, held_out, warnings = split_valset(trainset, valset, valset_ratio, seed or 0)
@@ -144,7 +145,7 @@ class Plan:
         )
 
 
-def _check_order(asked: Collection[Steps], optimizers: Mapping[str, Teleprompter]) -> None:
+def _check_order(asked: Iterable[Steps], optimizers: Mapping[str, Teleprompter]) -> None:
     for steps in asked:
         for key, later in itertools.combinations(steps, 2):
             if isinstance(optimizers[key], dspy.KNNFewShot) and isinstance(optimizers[later], WEIGHT_STEPS):

@@ -10,9 +10,11 @@ from dataclasses import replace
 from ..callbacks import events
 from ..records import Ledger, StepRecord
 from ..rollouts.evaluation import Evaluation
-from ..rollouts.failures import count_failures, cut_warning, failure_warning, scored_example
+from ..rollouts.failures import ANSWERS_CUT, count_failures, cut_warning, failure_warning, scored_example
 
-_OF_SCORES = re.compile(r"2x2 \(|The 2x2 was not measured|\d+ of \d+ answers were cut")
+CELLS_FAILED = "2x2 ("
+NO_CELLS = "The 2x2 was not measured"
+_OF_SCORES = re.compile(rf"{re.escape(CELLS_FAILED)}|{NO_CELLS}|\d+ of \d+ {ANSWERS_CUT}")
 """How the warnings begin that the scores of a round add to those of its step."""
 
 
@@ -52,7 +54,7 @@ def _cell_warnings(scored: Mapping[str, Evaluation]) -> list[str]:
     """What to say of the cells of a 2x2 in which most examples failed; said at once."""
     failing = {c: e for c, e in scored.items() if failure_warning(e.failures, len(e.scores), c)}
     traces = [trace for evaluation in failing.values() for trace in evaluation.traces]
-    warning = failure_warning(count_failures(traces), len(traces), f"2x2 ({', '.join(failing)})", "runs")
+    warning = failure_warning(count_failures(traces), len(traces), f"{CELLS_FAILED}{', '.join(failing)})", "runs")
     if warning is None:
         return []
     events.warn(warning)

@@ -27,7 +27,7 @@ from .selection import rank, select
 def carry_out(plan: Plan, directory: RunDirectory, asked: Mapping[str, Any], budget: Budget) -> dspy.Module:
     """Run what is left to do of a plan, report on it in the directory, and return the best program. `asked` is the
     plan as the directory notes it."""
-    finished = [record for record in directory.records() if record.status == "complete"]
+    finished = list(directory.rounds().values())
     events.emit(
         "run_start",
         {

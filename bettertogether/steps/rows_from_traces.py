@@ -309,12 +309,15 @@ def _strangers(calls: int) -> list[str]:
 
 def own_demos(dropped: Dropped) -> list[str]:
     """What to do where no other reason left out more calls of the chosen traces."""
-    calls = Counter(reason for (name, reason), count in dropped.items() if name != WHOLE_TRACE for _ in range(count))
-    if not calls or calls[OWN_DEMO] < max(calls.values()):
+    answers: Counter[str] = Counter()
+    for (name, reason), count in dropped.items():
+        if name != WHOLE_TRACE:
+            answers[reason] += count
+    if not answers[OWN_DEMO] or answers[OWN_DEMO] < max(answers.values()):
         return []
     return [
-        f"{calls[OWN_DEMO]} calls were given their own example as a demo, and nothing is learned from them: leave the "
-        "example itself out of the search (dspy.KNN), or let it search other data."
+        f"Nothing is learned from calls that were given their own example as a demo ({answers[OWN_DEMO]} answers): "
+        "leave the example itself out of the search (dspy.KNN), or let it search other data."
     ]
 
 

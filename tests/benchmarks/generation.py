@@ -122,7 +122,11 @@ class Bench:
     def engine(self, prompts: Prompts) -> Answers:
         """This library's, from nothing cached."""
         scheduler = Scheduler(
-            self._make_decoder, eos_ids=frozenset(), max_batch_size=64, out_of_memory=lambda error: False
+            self._make_decoder,
+            eos_ids=frozenset(),
+            max_batch_size=64,
+            out_of_memory=lambda error: False,
+            check_adapter=lambda name: None,
         )
         rows = [BatchRow(prompt, self.options.new_tokens) for prompt in prompts]
         jobs = [Job(row, TextStream(lambda ids: "")) for row in rows]

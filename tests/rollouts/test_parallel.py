@@ -69,8 +69,10 @@ def test_a_call_by_asyncify_waits_for_none_of_another_thread() -> None:
     assert sorted(parallel_map(work, range(12), num_threads=12)) == list(range(12))
 
 
-@pytest.mark.parametrize(("given", "used"), [(8, 32), (1000, 1000)])
-def test_calls_by_asyncify_have_room_for_sixteen_in_each_thread(given: int, used: int) -> None:
+@pytest.mark.parametrize(("given", "used"), [(8, 32), (1000, 1000), (1, 1)])
+def test_calls_by_asyncify_have_room_for_sixteen_in_each_thread_where_the_user_sets_no_bound(
+    given: int, used: int
+) -> None:
     with dspy.context(async_max_workers=given):
         assert parallel_map(lambda _: dspy.settings.async_max_workers, [1, 2], num_threads=2) == [used, used]
 

@@ -103,8 +103,8 @@ def test_an_adapter_that_forward_takes_is_that_of_its_rows() -> None:
 
 
 OWN = (
-    "{} calls were given their own example as a demo, and nothing is learned from them: leave the example itself out "
-    "of the search (dspy.KNN), or let it search other data."
+    "Nothing is learned from calls that were given their own example as a demo ({} answers): leave the example itself "
+    "out of the search (dspy.KNN), or let it search other data."
 )
 
 

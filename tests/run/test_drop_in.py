@@ -266,13 +266,16 @@ def test_dspys_optimizers_run_as_steps_beside_ours_with_lms_kept(name: str) -> N
         assert models(engine.requests) == {by_strategy[candidate["strategy"]]}
 
 
-def test_a_weight_step_after_knn_few_shot_is_refused_before_any_call() -> None:
+@pytest.mark.parametrize(
+    ("strategy", "refused"), [(["w -> k", "k -> k -> w"], "k -> k -> w"), ("auto", "k -> w")], ids=["list", "auto"]
+)
+def test_a_weight_step_after_knn_few_shot_is_refused_before_any_call(strategy: Any, refused: str) -> None:
     engine = parity_engine(learner)
     optimizer = BetterTogether(parity_match, k=foreign("KNNFewShot"), w=LoRAFinetune(parity_match))
     with pytest.raises(StrategyError) as caught:
-        optimizer.compile(parity_program(engine), trainset=TRAIN, strategy=["w -> k", "k -> k -> w"])
+        optimizer.compile(parity_program(engine), trainset=TRAIN, strategy=strategy)
     assert str(caught.value) == (
-        "Strategy 'k -> k -> w' has 'w' after 'k': what dspy.KNNFewShot returns runs on a program of its own, which "
+        f"Strategy {refused!r} has 'w' after 'k': what dspy.KNNFewShot returns runs on a program of its own, which "
         "tuned weights would not reach. Run the weight step before it, as in 'w -> k'."
     )
     assert engine.requests == []

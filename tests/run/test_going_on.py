@@ -206,6 +206,21 @@ def test_a_round_that_can_not_be_scored_again_stays_as_it_was(tmp_path: Path, ag
     assert (tmp_path / "records.jsonl").read_bytes() == lines
 
 
+def test_a_round_scored_again_counts_where_the_budget_ends_its_2x2(tmp_path: Path) -> None:
+    service = Service("score x -> w")
+    options: dict[str, Any] = {"optimizers": steps(x=Step("Take care.")), "valset": VAL[:10], "run_dir": tmp_path}
+    engine = service.engine()
+    first = compile_(engine, "x -> w", callbacks=[service], **options)
+    service.is_away = False
+    used = json.loads((tmp_path / "run.json").read_text())["spent"]["metric_calls"]
+    second = compile_(engine, "x -> w", budget=Budget(metric_calls=used + 12), **options)
+    third = compile_(engine, "x -> w", **options)
+    found = [(run.report.rounds[2].failed, run.report.rounds[2].two_by_two is None) for run in (first, second, third)]
+    assert found == [(10, False), (0, True), (0, False)]
+    assert "The run ended at 'x -> w': BudgetExceeded" in second.report.warnings[-1]
+    assert second.report.rounds[2].score == third.report.rounds[2].score == 1.0
+
+
 def test_another_seed_gives_another_run(tmp_path: Path) -> None:
     reports = [compile_(parity_engine(learner), "p", seed=seed, run_dir=tmp_path / str(seed)).report for seed in (0, 1)]
     assert reports[0].rounds[1].details != reports[1].rounds[1].details

@@ -14,8 +14,7 @@ from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinet
 from bettertogether.callbacks import Callback
 from bettertogether.engines import TrainingProgress
 from bettertogether.records import Ledger
-from bettertogether.run.budget import BudgetMeter
-from bettertogether.run.loop import _BudgetWatch
+from bettertogether.run.budget import BudgetMeter, BudgetWatch
 from bettertogether.testing import FakeEngine
 
 TRAIN, VAL = numbers(24, start=40), numbers(20)
@@ -99,7 +98,7 @@ def test_a_callback_that_raises_after_a_round_makes_no_second_record_of_it(tmp_p
 
 
 def test_tokens_are_counted_for_each_adapter() -> None:
-    watch = _BudgetWatch(BudgetMeter(Budget()))
+    watch = BudgetWatch(BudgetMeter(Budget()))
     for adapter in ("adapter 1/2", "adapter 2/2"):
         for step in (1, 2, 3):
             done: dict[str, Any] = {"step": step, "total_steps": 3, "epoch": 1.0, "loss": 1.0, "learning_rate": 1e-3}
@@ -109,7 +108,7 @@ def test_tokens_are_counted_for_each_adapter() -> None:
 
 
 def test_a_run_that_failed_before_its_metric_was_called_counts_as_a_call() -> None:
-    watch = _BudgetWatch(BudgetMeter(Budget()))
+    watch = BudgetWatch(BudgetMeter(Budget()))
     for done, calls in ((0, 0), (1, 0), (2, 1)):
         watch.on_progress({"phase": "run", "done": done, "total": 2, "ledger": Ledger(lm_calls=1, metric_calls=calls)})
     assert (watch.spent.metric_calls, watch.spent.lm_calls) == (2, 2)

@@ -47,7 +47,7 @@ class Scheduler:
         eos_ids: frozenset[int],
         max_batch_size: int,
         out_of_memory: Callable[[BaseException], bool],
-        check_adapter: Callable[[str], object] = lambda name: None,
+        check_adapter: Callable[[str], object],
     ) -> None:
         self._make_decoder = make_decoder
         self._eos_ids = eos_ids
@@ -361,6 +361,9 @@ class Scheduler:
         rows = list(self._running)
         involved = len({*rows, *(job.row for job in jobs)})
         self._requeue(rows)
+        if isinstance(error, UnknownAdapterError):
+            # It was removed since this cycle looked; the next one fails its requests.
+            return
         if involved > 1:
             self.limit = max(1, involved // 2)
             if self._out_of_memory(error):

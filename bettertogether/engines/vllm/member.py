@@ -19,7 +19,7 @@ from .server import VLLMServer
 
 PROBE_S = 10.0
 """How long a server may take to say that it is well."""
-UNMET = (LM15Error, httpx.TransportError, httpx.InvalidURL)
+UNMET = (LM15Error, httpx.HTTPError, httpx.InvalidURL, ValueError)
 """What `Member.served` raises."""
 
 
@@ -97,7 +97,7 @@ class Member:
     def completion(self, body: Mapping[str, Any], adapter: Adapter | None, *, stream: bool) -> httpx.Response:
         """Its reply to a request, whatever its status; of a `stream` the body is still to be read.
 
-        Raises httpx.TransportError. An adapter that it lost, as it was started anew or somebody else unloaded it, is
+        Raises what `holding` raises. An adapter that it lost, as it was started anew or somebody else unloaded it, is
         loaded again.
         """
         reply = self._send("/v1/completions", body, stream)

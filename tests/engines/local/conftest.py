@@ -22,6 +22,7 @@ def scheduler(decoder: FakeDecoder) -> Iterator[Scheduler]:
         eos_ids=frozenset({EOS}),
         max_batch_size=8,
         out_of_memory=lambda error: isinstance(error, OutOfMemory),
+        check_adapter=lambda name: None,
     )
     yield made
     decoder.gate.set()

@@ -55,7 +55,13 @@ class Watched(PackedDecoder):
 
 def scheduled(decoder: PackedDecoder, rows: Sequence[BatchRow]) -> list[list[int]]:
     """The answers, where rows may be postponed."""
-    scheduler = Scheduler(lambda: decoder, eos_ids=frozenset(), max_batch_size=64, out_of_memory=lambda error: False)
+    scheduler = Scheduler(
+        lambda: decoder,
+        eos_ids=frozenset(),
+        max_batch_size=64,
+        out_of_memory=lambda error: False,
+        check_adapter=lambda name: None,
+    )
     jobs = [Job(row, TextStream(lambda ids: "")) for row in rows]
     for job in jobs:
         scheduler.submit(job)

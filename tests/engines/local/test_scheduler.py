@@ -178,7 +178,13 @@ def test_a_model_that_can_not_be_loaded_fails_the_requests_and_is_tried_again(de
             raise OSError("no weights")
         return decoder
 
-    made = Scheduler(make, eos_ids=frozenset({EOS}), max_batch_size=8, out_of_memory=lambda error: False)
+    made = Scheduler(
+        make,
+        eos_ids=frozenset({EOS}),
+        max_batch_size=8,
+        out_of_memory=lambda error: False,
+        check_adapter=lambda name: None,
+    )
     with pytest.raises(OSError, match="no weights"):
         run(made, job(1))
     assert run(made, job(1))[0].text == "b"
