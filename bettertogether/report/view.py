@@ -14,7 +14,6 @@ from ..records import (
     WeightDetails,
     failure_reason,
     failure_text,
-    score_text,
 )
 from .data import ReportData
 from .intervals import Effect, Interval, share_interval
@@ -217,7 +216,7 @@ def loss_text(adapter: TrainedAdapter, pairs: bool = False) -> str:
     return f"held-out loss of the free tokens {free}{_by_field(adapter)}; all tokens {everything}"
 
 
-def rewards_text(details: PolicyDetails, number: Callable[[float | None], str] = score_text) -> str:
+def rewards_text(details: PolicyDetails, number: Callable[[float | None], str]) -> str:
     """The reward of the first and the last step, and the score on examples held out, before and of the step kept."""
     rewards = [number(line.reward) for line in details.history if line.reward is not None]
     scores = {line.step: line.held_out_score for line in details.history if line.held_out_score is not None}

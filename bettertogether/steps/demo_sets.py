@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -117,6 +117,7 @@ class DemoSets:
         all; covering the labels. None when the same set was made before, or when there is nothing to show."""
         program = copy_for_step(self._program)
         shown = self._pick_traces(traces, seed)
+        asked = {question_key(trace.example) for trace in shown}
         order = self._labelled_order(seed)
         for predictor_name, predictor in predictors_of(program).items():
             fit, labelled_demos = self._fits[predictor_name], self._of_example[predictor_name]
@@ -124,7 +125,7 @@ class DemoSets:
             demos = [demos[predictor_name] for demos in made if predictor_name in demos]
             known = (each for each in order if id(each) in labelled_demos and fit.usable(labelled_demos[id(each)]))
             # One by one: to see whether a demo is usable takes a prompt.
-            others = _distinct(known, {question_key(trace.example) for trace in shown})
+            others = _distinct(known, asked)
             fills = [labelled_demos[id(each)] for each in islice(others, max(0, labelled - len(demos)))]
             predictor.demos = fit.fitting([*demos, *fills])
             self.dropped += Counter({predictor_name: len(demos) + len(fills) - len(predictor.demos)})
@@ -162,13 +163,13 @@ class DemoSets:
         return stratified_order(self._labelled, labels, stable_seed("labelled", seed))
 
 
-def _distinct(examples: Iterable[dspy.Example], shown: set[object]) -> Iterator[dspy.Example]:
-    """The examples that ask what is not shown yet, each question once."""
-    shown = {*shown}
+def _distinct(examples: Iterable[dspy.Example], asked: Set[object]) -> Iterator[dspy.Example]:
+    """The examples that ask what is not asked yet, each question once."""
+    seen = {*asked}
     for example in examples:
         key = question_key(example)
-        if key not in shown:
-            shown.add(key)
+        if key not in seen:
+            seen.add(key)
             yield example
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from reports import COST, TWO_BY_TWO, record, report
 
-from bettertogether.records import Failure, HeldOutLoss, PolicyDetails, RewardLine, TrainedAdapter
+from bettertogether.records import Failure, HeldOutLoss, PolicyDetails, RewardLine, TrainedAdapter, score_text
 from bettertogether.report.intervals import paired_interval
 from bettertogether.report.view import cost_text, loss_text, rewards_text, view_of
 
@@ -82,11 +82,11 @@ def test_the_2x2_is_that_of_the_selected_round_or_of_the_latest_that_has_one(sel
 def test_what_became_of_rewards_is_told_of_the_first_and_last_step_and_of_the_one_that_was_kept() -> None:
     history = RewardLine(0, held_out_score=0.1), RewardLine(1, 0.25), RewardLine(2, 0.5, held_out_score=0.75)
     details = PolicyDetails({}, (*history, RewardLine(3, 0.4, held_out_score=0.3)), 2, 8)
-    assert rewards_text(details) == (
+    assert rewards_text(details, score_text) == (
         "reward 0.250 -> 0.400 in 3 steps; score on 8 examples held out 0.100 -> 0.750 (step 2)"
     )
     one = PolicyDetails({}, (RewardLine(0), RewardLine(1, 0.25)), 1, 0)
-    assert rewards_text(one) == "reward 0.250 in 1 steps"
+    assert rewards_text(one, score_text) == "reward 0.250 in 1 steps"
     small = report(rounds=(record(0, "", (0.05,)), record(1, "r", (0.05,), details=one)), selected=1)
     assert view_of(small).rounds[1].losses == ("reward 0.2500 in 1 steps",)
 
