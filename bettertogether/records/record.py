@@ -141,6 +141,8 @@ class StepRecord(Saved):
     """What the step did, where a step ran to its end."""
     warnings: tuple[str, ...] = field(default=(), repr=False)
     """What the step has to say against its own result."""
+    score_warnings: tuple[str, ...] = field(default=(), repr=False)
+    """What is to be said against the scores of the round and of its 2x2."""
     two_by_two: Mapping[str, tuple[Finite, ...]] | None = field(default=None, repr=False)
     """Scores by example of each of `CELLS`, where they were measured."""
     adapter_folders: Mapping[str, str] = field(default_factory=dict, repr=False)

@@ -49,7 +49,6 @@ _ADVICE = {
 }
 _NOT_CALLABLE = " The program that this step returned can't be called as the student is."
 _METRIC_ADVICE = "Let the metric return a finite number."
-ANSWERS_CUT = "answers were cut"
 _PYDANTIC_LINK = re.compile(r"For further information visit \S+")
 _REFUSED = "a value is refused: "
 _REFUSED_ADVICE = (
@@ -163,7 +162,7 @@ def cut_warning(traces: Sequence[Trace]) -> str | None:
     if not any(cut):
         return None
     return (
-        f"{sum(cut)} of {len(cut)} {ANSWERS_CUT} at max_tokens, also where they read as whole ones: give the LM a "
+        f"{sum(cut)} of {len(cut)} answers were cut at max_tokens, also where they read as whole ones: give the LM a "
         "larger max_tokens."
     )
 

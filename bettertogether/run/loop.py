@@ -32,7 +32,7 @@ from .directory import DAMAGE, RunDirectory
 from .earlier import earlier_programs
 from .plan import Plan
 from .restoring import Restoring, adapter_folders, is_restorable
-from .scores import NO_CELLS, with_scores, without_scores
+from .scores import with_scores
 from .strategy import Steps
 
 logger = get_logger(__name__)
@@ -168,14 +168,14 @@ class Loop:
         # A prompt step may change the strength of adapters, but trains none.
         tuned = not isinstance(record.details, PromptDetails) and model_names(parent) != record.models
         measured = self.plan.two_by_two and tuned and scored is not None
-        cells, ended = dict[str, Evaluation](), None
+        cells, warnings, ended = dict[str, Evaluation](), list[str](), None
         try:
             cells = self._two_by_two(parent, program) if measured else {}
         except TooManyErrors as error:
-            record = replace(record, warnings=(*record.warnings, f"{NO_CELLS}: {error}"))
+            warnings = [f"The 2x2 was not measured: {error}"]
         except (BudgetExceeded, KeyboardInterrupt) as error:
             ended = error
-        return with_scores(record, scored, cells, started), ended
+        return with_scores(record, scored, cells, started, warnings), ended
 
     def _unscored(self, name: str) -> tuple[StepRecord, dspy.Module] | None:
         """What the step gave in an earlier sitting that ended while its round was scored."""
@@ -365,7 +365,7 @@ class Loop:
             self.meter.check()
             with events.listening([BudgetWatch(self.meter)]):
                 started = time.monotonic() - record.ledger.seconds
-                again, ended = self._scored(without_scores(record), parent, program, started)
+                again, ended = self._scored(record, parent, program, started)
         except (BudgetExceeded, TooManyErrors) as error:
             # The watch says again at its end what ended the 2x2; the scores are there.
             if ended is None:

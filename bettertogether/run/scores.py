@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..callbacks import events
 from ..records import Ledger, StepRecord
 from ..rollouts.evaluation import Evaluation
-from ..rollouts.failures import ANSWERS_CUT, count_failures, cut_warning, failure_warning, scored_example
-
-CELLS_FAILED = "2x2 ("
-NO_CELLS = "The 2x2 was not measured"
-_OF_SCORES = re.compile(rf"{re.escape(CELLS_FAILED)}|{NO_CELLS}|\d+ of \d+ {ANSWERS_CUT}")
-"""How the warnings begin that the scores of a round add to those of its step."""
+from ..rollouts.failures import count_failures, cut_warning, failure_warning, scored_example
 
 
 def with_scores(
-    record: StepRecord, scored: Evaluation | None, cells: Mapping[str, Evaluation], started: float
+    record: StepRecord,
+    scored: Evaluation | None,
+    cells: Mapping[str, Evaluation],
+    started: float,
+    warnings: Sequence[str] = (),
 ) -> StepRecord:
-    """The record with the scores of its round, and of the cells of its 2x2."""
+    """The record with the scores of its round, and of the cells of its 2x2. `warnings`: of their measuring."""
     evaluations = [*([scored] if scored else []), *cells.values()]
     ledger = Ledger.total([record.ledger, *(evaluation.ledger for evaluation in evaluations)])
     return replace(
@@ -31,14 +29,9 @@ def with_scores(
         failures=scored.failures if scored else (),
         scored_example=scored_example(scored.traces) if scored and len(set(scored.scores)) == 1 else None,
         ledger=ledger.with_seconds(time.monotonic() - started),
-        warnings=(*record.warnings, *_cut_answers(record.name, scored), *_cell_warnings(cells)),
+        score_warnings=(*warnings, *_cut_answers(record.name, scored), *_cell_warnings(cells)),
         two_by_two={cell: evaluation.scores for cell, evaluation in cells.items()} or None,
     )
-
-
-def without_scores(record: StepRecord) -> StepRecord:
-    """The record without what was said of its scores, to be scored again."""
-    return replace(record, warnings=tuple(text for text in record.warnings if not _OF_SCORES.match(text)))
 
 
 def _cut_answers(name: str, scored: Evaluation | None) -> list[str]:
@@ -54,7 +47,7 @@ def _cell_warnings(scored: Mapping[str, Evaluation]) -> list[str]:
     """What to say of the cells of a 2x2 in which most examples failed; said at once."""
     failing = {c: e for c, e in scored.items() if failure_warning(e.failures, len(e.scores), c)}
     traces = [trace for evaluation in failing.values() for trace in evaluation.traces]
-    warning = failure_warning(count_failures(traces), len(traces), f"{CELLS_FAILED}{', '.join(failing)})", "runs")
+    warning = failure_warning(count_failures(traces), len(traces), f"2x2 ({', '.join(failing)})", "runs")
     if warning is None:
         return []
     events.warn(warning)

@@ -58,7 +58,9 @@ def carry_out(plan: Plan, directory: RunDirectory, asked: Mapping[str, Any], bud
 
 
 def _report(loop: Loop) -> CompileReport:
-    of_steps = [f"{record.name}: {warning}" for record in loop.records for warning in record.warnings]
+    of_steps = [
+        f"{record.name}: {warning}" for record in loop.records for warning in (*record.warnings, *record.score_warnings)
+    ]
     return CompileReport(
         rounds=tuple(loop.records),
         selected=select(loop.records),

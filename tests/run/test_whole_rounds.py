@@ -78,7 +78,7 @@ def test_errors_in_a_cell_of_the_2x2_are_a_warning() -> None:
     compiled = compile_(engine=Broken(answer), max_errors=5)
     assert [status for _, status, _ in statuses(compiled)] == ["complete"] * 3
     assert compiled.report.rounds[2].two_by_two is None
-    assert "The 2x2 was not measured: " in compiled.report.rounds[2].warnings[-1]
+    assert "The 2x2 was not measured: " in compiled.report.rounds[2].score_warnings[-1]
     assert not compiled.flag_compilation_error_occurred
 
 
