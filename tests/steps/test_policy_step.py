@@ -270,6 +270,19 @@ def test_it_ends_after_three_steps_in_a_row_whose_runs_are_alike(
     assert run.run().step == 7
 
 
+@pytest.mark.parametrize(("held_out", "score", "steps"), [(1.0, 1.0, 4), (0.9, 1.0, 9), (1.0, 2.0, 9), (None, 1.0, 9)])
+def test_where_the_examples_held_out_are_solved_it_ends_when_runs_of_hardly_any_example_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: float | None, score: float, steps: int
+) -> None:
+    policy = PolicyConfig(steps=9, score_every=1)
+    run = PolicyRun(lambda _: dspy.Module(), {}, {}, words(1), [], is_a, policy, RunSettings(), tmp_path, "run")
+    traces = [Trace(i, dspy.Example(), None, (), Verdict(score, True), "sample") for i in range(5)]
+    differ = iter([{0, 1}, {0}, {0}, {0}, *[{0}] * 5])
+    monkeypatch.setattr(run, "_runs", lambda: (traces, Groups({}, 1, 4, frozenset(next(differ)))))
+    monkeypatch.setattr(run, "_score", lambda step: held_out)
+    assert run.run().step == steps
+
+
 def test_no_two_runs_of_a_training_have_the_same_number(tmp_path: Path) -> None:
     policy = PolicyConfig(group_size=3)
     run = PolicyRun(lambda _: dspy.Module(), {}, {}, [], [], is_a, policy, RunSettings(), tmp_path, "run")
