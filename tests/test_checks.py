@@ -13,7 +13,8 @@ from bettertogether.errors import ConfigError
 from bettertogether.rollouts.evaluation import evaluate
 from bettertogether.rollouts.parallel import thread_count
 from bettertogether.rollouts.settings import RunSettings
-from bettertogether.rollouts.traces import ExamplePass, Sampling
+from bettertogether.rollouts.traces import ExamplePass
+from bettertogether.rollouts.tries import Sampling
 from bettertogether.steps.prompt_step import BootstrapFewShotRS
 from bettertogether.steps.rows_from_traces import RowOptions
 from bettertogether.steps.weight_step import LoRAFinetune

@@ -7,7 +7,8 @@ from typing import Any
 from fakes import numbers, parity_match, parity_program
 
 from bettertogether.rollouts.settings import RunSettings
-from bettertogether.rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
+from bettertogether.rollouts.traces import ExamplePass, TraceSet, collect_traces
+from bettertogether.rollouts.tries import Sampling
 from bettertogether.testing import FakeEngine, FakeRequest
 
 NO_MORE = Sampling(num_samples=0, rescue=False)

@@ -1,23 +1,21 @@
-"""Run a program over examples and judge it: traces with their calls, verdicts and reasons.
-
-Paper, section 3.2 (bootstrapping); RFT, arXiv 2308.01825 (several samples); STaR, arXiv 2203.14465 (rescue).
-"""
+"""Run a program over examples and judge it: traces with their calls, verdicts and reasons (paper, section 3.2)."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import dspy
 
 from ..callbacks import events
-from ..checks import is_number, require, require_switch, require_threshold, require_whole, with_plain_numbers
+from ..checks import require_threshold
 from ..errors import BetterTogetherError, TooManyErrors
-from ..records import Ledger
+from ..records import Ledger, score_text
 from .branches import BranchPoint, branch_points
 from .failures import ENDS_ONE_RUN, count_failures, error_text, failure_warning, reason_of_metric
+from .graded import with_above_average
 from .labels import label_fields, labels_of, output_names
 from .metrics import Metric, Verdict, judge, require_metric, with_trace
 from .parallel import parallel_map, thread_count
@@ -26,6 +24,7 @@ from .rescue import has_leads, hint_for, talks_about_hint
 from .rollout import Attempt, Call, Rollout, Source
 from .runner import Runner
 from .settings import RunSettings
+from .tries import Sampling
 from .usage import billed
 
 
@@ -77,91 +76,6 @@ class Trace:
         return self.verdict.reason
 
 
-MOST_TRIES = 8
-"""Tries of an example that failed, where hardly any was solved. A student that solves 5% would solve a third so."""
-
-TEMPERATURES = (0.3, 0.6, 1.0)
-"""Of those tries, in turn. What a small model gets right at once is near its likeliest answer: at 1.0 it hardly solves
-anything that it did not solve already, and guesses what it can guess."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How hard to try for a passing trace of each example."""
-
-    num_samples: int = 4
-    """More tries for an example that failed, each with its own seed."""
-    temperature: float | Sequence[float] = TEMPERATURES
-    """Temperature of those tries; several values are used in turn."""
-    rescue: bool = True
-    """For examples that still fail: once more with the label as a hint, which no training row shows."""
-    sample_passing: bool = False
-    """Take the `num_samples` tries and `branches` for examples that passed as well (RFT), for more distinct traces."""
-    branches: int = 0
-    """New answers to each call of a run that failed, the others as they were: for programs of several calls."""
-    enough: int = 0
-    """Where fewer examples than this are solved after all that, tries go on, up to `MOST_TRIES`; 0: they never do."""
-
-    def __post_init__(self) -> None:
-        require_whole("num_samples", self.num_samples, 0, meaning="a whole number, 0 for none")
-        require_whole("branches", self.branches, 0, meaning="a whole number, 0 for none")
-        require_whole("enough", self.enough, 0)
-        if isinstance(self.temperature, Sequence) and not isinstance(self.temperature, str):
-            object.__setattr__(self, "temperature", tuple(self.temperature))
-        with_plain_numbers(self)
-        temperatures = self.temperatures
-        warm = bool(temperatures) and all(is_number(value) and 0 < value <= 2 for value in temperatures)
-        require(warm, "temperature", self.temperature, "numbers above 0, at most 2")
-        require_switch("rescue", self.rescue)
-        require_switch("sample_passing", self.sample_passing)
-
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        """The schedule."""
-        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
-
-    def temperature_of(self, number: int) -> float:
-        """Temperature of the try with this number, from 1."""
-        return self.temperatures[(number - 1) % len(self.temperatures)]
-
-    def carry_out(self, tries: Tries) -> None:
-        """A first run each, then more tries for those that failed: so many samples, new answers to single calls, a
-        hint, and where hardly any example is solved then, more samples."""
-        tries.first()
-        for number in range(1, self.num_samples + 1):
-            tries.sample(number, self.temperature_of(number), everyone=self.sample_passing)
-        if self.branches:
-            temperatures = [self.temperature_of(number) for number in range(1, self.branches + 1)]
-            tries.branch(temperatures, everyone=self.sample_passing)
-        if self.rescue:
-            tries.rescue()
-        if self.num_samples:
-            for number in range(self.num_samples + 1, MOST_TRIES + 1):
-                if tries.solved >= self.enough:
-                    break
-                tries.sample(number, self.temperature_of(number))
-
-
-class Tries(Protocol):
-    """Examples and what their tries came to, or are expected to come to."""
-
-    @property
-    def solved(self) -> float:
-        """How many examples are solved by now."""
-
-    def first(self) -> None:
-        """Run each example."""
-
-    def sample(self, number: int, temperature: float, *, everyone: bool = False) -> None:
-        """Try the unsolved examples, or all of them, with another seed."""
-
-    def branch(self, temperatures: Sequence[float], *, everyone: bool = False) -> None:
-        """Answer single calls of the first runs of the unsolved examples, or of all, anew at these temperatures."""
-
-    def rescue(self) -> None:
-        """Try the unsolved examples with the label as a hint."""
-
-
 @dataclass(frozen=True)
 class TraceSet:
     """All attempts of a pass, in the order of the examples and attempts."""
@@ -173,6 +87,8 @@ class TraceSet:
     """What makes the pass meaningless; said already when it was found."""
     branches: tuple[BranchPoint, ...] = field(default=(), repr=False)
     """Calls that were answered anew; the runs in which they were are among the traces."""
+    mark: float | None = None
+    """Score above which runs passed too, since hardly any reached the full mark: of an example, the best teaches."""
 
     @property
     def passing(self) -> tuple[Trace, ...]:
@@ -266,7 +182,7 @@ class ExamplePass:
         prediction = snapshot(run.prediction)
         with billed() as bill:
             verdict, failed = self._verdict(snapshot(example), prediction, run)
-        if attempt.source == "rescue" and verdict.passed and talks_about_hint(run.outputs):
+        if attempt.source == "rescue" and (verdict.passed or verdict.score) and talks_about_hint(run.outputs):
             verdict = replace(verdict, passed=False, reason="answer talks about the hint")
         judged = run.error is None and self.metric is not None
         return Trace(
@@ -339,7 +255,22 @@ def collect_traces(
     sampling.carry_out(tries)
     traces = sorted(tries.traces, key=lambda trace: (trace.index, trace.attempt))
     ledger = Ledger.total(trace.ledger for trace in traces)
-    return TraceSet(tuple(traces), ledger, len(examples), tries.warnings, tuple(tries.points))
+    found = TraceSet(tuple(traces), ledger, len(examples), tries.warnings, tuple(tries.points))
+    return found if options.threshold is not None else _graded(found, sampling.enough, options.phase)
+
+
+def _graded(traces: TraceSet, enough: int, phase: str) -> TraceSet:
+    """Runs that only come near the full mark have passed too, where hardly any reaches it."""
+    better = with_above_average(traces, enough)
+    if better.mark is None:
+        return traces
+    solved = len({trace.index for trace in traces.passing})
+    warning = (
+        f"{phase}: {solved} of {traces.examples} examples reach the full mark, 1.0, so runs above "
+        f"{score_text(better.mark)}, the mean of the first runs, are learned from too. threshold= gives another mark."
+    )
+    events.warn(warning)
+    return replace(better, warnings=(*traces.warnings, warning))
 
 
 @dataclass

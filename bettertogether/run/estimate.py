@@ -136,7 +136,7 @@ def _outlooks(plan: Plan, measured: Probe) -> tuple[Outlook, Outlook, Outlook]:
         solved=solved,
         again=solved / 2,
         hinted=1.0,
-        learned=None,
+        learned=1.0 if measured.graded else None,
         contest=(NEAR, FAR),
         patience=0.5,
         calls=per_run * share,

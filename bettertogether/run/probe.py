@@ -16,6 +16,7 @@ from ..programs.copies import copy_program
 from ..programs.program import copy_for_step, predictors_of
 from ..records import Ledger
 from ..rollouts.branches import branch_runs
+from ..rollouts.graded import with_above_average
 from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import FULL_MARK
 from ..rollouts.rollout import Attempt
@@ -62,6 +63,8 @@ class Probe:
     """Tokens of a set of demos."""
     passed: tuple[bool, ...]
     """Of the first runs of an example: those of the first teacher, or of the student."""
+    graded: bool
+    """Rows are made of runs below the full mark, too."""
     branch_runs: Mapping[str, float]
     """Of these runs, see `Outlook`."""
     trainings: Mapping[str, TrainingCosts]
@@ -86,14 +89,16 @@ def probe(plan: Plan) -> Probe:
     alone = runs.timed(plain, range(len(examples))[1:2])
     batch = range(len(examples))[2:] or range(len(examples))
     without = runs.timed(plain, batch)
-    seen = TraceSet(tuple(runs.traces), Ledger(), len(examples))
+    firsts = tuple(runs.traces)
+    seen = TraceSet(firsts, Ledger(), len(examples))
+    seen = seen if runs.threshold is not None else with_above_average(seen)
     shown = _with_demos(plan, plain, seen, examples)
     first = runs.timed(shown, range(1))
     with_demos = runs.timed(shown, batch)
     teacher = None
     if plan.teachers:
         teacher = runs.timed(_uncached(plan.teachers[0]), range(len(examples))[:TEACHER_EXAMPLES])
-    firsts = runs.traces[-teacher.runs :] if teacher else seen.traces
+        firsts = tuple(runs.traces[-teacher.runs :])
     trainings = dict[str, TrainingCosts]()
     for key, step in plan.optimizers.items():
         if isinstance(step, AdapterStep):
@@ -107,6 +112,7 @@ def probe(plan: Plan) -> Probe:
         prompt_s=max(0.0, first.ledger.seconds - alone.ledger.seconds),
         demo_tokens=max(0.0, (with_demos.ledger.prompt_tokens - without.ledger.prompt_tokens) / len(batch)),
         passed=tuple(trace.passed for trace in firsts),
+        graded=seen.mark is not None,
         branch_runs=branch_runs(firsts),
         trainings=trainings,
         spent=spent,
@@ -123,7 +129,8 @@ class _Runs:
         settings = replace(plan.settings, store=None)
         # Where no step has to know which examples are solved, any number will do.
         mark = None if plan.thresholds else FULL_MARK
-        self._pass = ExamplePass(plan.metric, min(thresholds, default=mark), settings, phase="probe")
+        self.threshold = min(thresholds, default=mark)
+        self._pass = ExamplePass(plan.metric, self.threshold, settings, phase="probe")
         self._examples = examples
         self.traces: list[Trace] = []
 

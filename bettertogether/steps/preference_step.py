@@ -16,7 +16,8 @@ import dspy
 
 from ..checks import require_whole
 from ..rollouts.metrics import Metric, require_metric
-from ..rollouts.traces import TEMPERATURES, Sampling, TraceSet
+from ..rollouts.traces import TraceSet
+from ..rollouts.tries import TEMPERATURES, Sampling
 from ..training.config import LoRAConfig, TrainingConfig
 from .pairs import pairs_from_traces
 from .rows import Row

@@ -28,7 +28,8 @@ from ..rollouts.labels import split_apart, stratified_split
 from ..rollouts.metrics import Metric, full_mark, require_metric
 from ..rollouts.rollout import RolloutStore, stable_seed
 from ..rollouts.settings import RunSettings
-from ..rollouts.traces import TEMPERATURES, ExamplePass, Sampling, TraceSet, collect_traces
+from ..rollouts.traces import ExamplePass, TraceSet, collect_traces
+from ..rollouts.tries import TEMPERATURES, Sampling
 from .candidate_scores import CandidateScores, all_equal
 from .demo_sets import Candidate, DemoSets
 from .outcome import Outcome
@@ -63,7 +64,8 @@ class BootstrapFewShotRS(Step, Teleprompter):
         train_size: Examples to bootstrap from; None: all of the trainset, or 30% where it is split; at most 100.
         val_size: Examples to score candidates on, none of which is bootstrapped from; None: all of the valset, or where
             the trainset is split the rest of it, at most 250.
-        threshold: Score from which an example counts as solved; None: 1.0, the full mark.
+        threshold: Score from which an example counts as solved; None: 1.0, the full mark, or where hardly any run gets
+            that from a metric that grades, what is above the mean of the first runs (`rollouts/graded.py`).
         restart: Start from the original prompts (`restart_from=` of `compile`), as the paper does, not from the prompts
             given. Those are a candidate either way, so the step never loses what it was given.
         strengths: Strengths of the program's adapters, where it has any, at which the best prompts are tried as well.
@@ -174,7 +176,8 @@ class BootstrapFewShotRS(Step, Teleprompter):
         options = ExamplePass(self.metric, self.threshold, settings, phase="bootstrap demos")
         traces = collect_traces(start, train, options, sampling=self.sampling, teachers=context.teachers)
         warnings = [*traces.warnings, *_said(*self._no_demos(traces))]
-        sets = DemoSets(start, select_traces(traces.traces), train)
+        chosen = select_traces(traces.traces, max_per_example=2 if traces.mark is None else 1)
+        sets = DemoSets(start, chosen, train)
         candidates = self._candidates(student, start, context.earlier, sets, seed)
         scoring = CandidateScores(candidates, validation, self.metric, settings)
         candidates, race = self._race(candidates, len(validation), scoring, context)

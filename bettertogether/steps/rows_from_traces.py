@@ -25,7 +25,8 @@ from ..rollouts.failures import NOT_RAISED, advice, commonest, count_failures
 from ..rollouts.labels import label_fields, labels_of, output_names
 from ..rollouts.metrics import BELOW_THRESHOLD
 from ..rollouts.rollout import Call
-from ..rollouts.traces import MOST_TRIES, Trace, TraceSet
+from ..rollouts.traces import Trace, TraceSet
+from ..rollouts.tries import MOST_TRIES
 from .data_card import WHOLE_TRACE, make_data_card
 from .demo_examples import without_example
 from .prompt_capture import field_spans, render_completion, take_request
@@ -168,7 +169,7 @@ def _chosen(traces: TraceSet, options: RowOptions, dropped: Dropped) -> list[Tra
     unchosen = Counter(traces.reasons())
     chosen = select_traces(
         traces.traces,
-        max_per_example=options.max_traces_per_example,
+        max_per_example=options.max_traces_per_example if traces.mark is None else 1,
         max_rescue_share=options.max_rescue_share,
         dropped=unchosen,
     )

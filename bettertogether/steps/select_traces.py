@@ -23,12 +23,13 @@ def select_traces(
     max_rescue_share: float = 1.0,
     dropped: Counter[str] | None = None,
 ) -> list[Trace]:
-    """The passing traces to learn from: one of each kind of content, at most `max_per_example` of an example (its own
-    first, rescued last), rescued ones at most this share of all. `dropped` counts the passing ones left out."""
+    """The passing traces to learn from: one of each kind of content, at most `max_per_example` of an example (those of
+    the highest score first, of equal ones its own first and rescued last), rescued ones at most this share of all.
+    `dropped` counts the passing ones left out."""
     counts = Counter() if dropped is None else dropped
     kept: list[Trace] = []
     seen: dict[int, set[str]] = {}
-    for trace in traces:
+    for trace in sorted(traces, key=lambda trace: (trace.index, -trace.score)):
         if not trace.passed:
             continue
         if not trace.calls:

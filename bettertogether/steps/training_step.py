@@ -22,7 +22,8 @@ from ..records import Ledger
 from ..rollouts.examples import first_alike
 from ..rollouts.rollout import RolloutStore
 from ..rollouts.settings import RunSettings
-from ..rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
+from ..rollouts.traces import ExamplePass, TraceSet, collect_traces
+from ..rollouts.tries import Sampling
 from .adapter_rows import (
     AdapterKey,
     enough_held_out,

@@ -14,7 +14,8 @@ from typing import Any, Literal, Self
 import dspy
 
 from ..rollouts.metrics import Metric
-from ..rollouts.traces import TEMPERATURES, Sampling, TraceSet
+from ..rollouts.traces import TraceSet
+from ..rollouts.tries import TEMPERATURES, Sampling
 from ..training.config import LoRAConfig, TrainingConfig
 from .rows import Row
 from .rows_from_traces import Collected, Reasoning, RowOptions, Trainable, TrainPrompt, rows_from_traces
@@ -58,7 +59,8 @@ class LoRAFinetune(TrainingStep):
         start_from: "base" trains a new adapter on the base weights; "current" goes on with the one in use.
         frozen: Names of predictors, or of modules with some, to leave alone. Those whose LM is not local are left alone
             anyway.
-        threshold: Score from which an example counts as solved; None: 1.0, the full mark.
+        threshold: Score from which an example counts as solved; None: 1.0, the full mark, or where hardly any run gets
+            that from a metric that grades, what is above the mean of the first runs (`rollouts/graded.py`).
         validation_share: Share of the trainset's examples with rows held out to choose the best epoch: at least 4,
             which may be a fifth of them, so that of fewer than 20 none is. Where it is fewer than 16 and there is a
             valset, up to 16 examples of that are run and measured instead, if 4 or more of them give rows, and all of

@@ -30,7 +30,8 @@ from fakes import Parity, TwoSteps, numbers, parity_match, plain_lm, two_step_en
 from bettertogether.rollouts.evaluation import evaluate
 from bettertogether.rollouts.runner import Runner
 from bettertogether.rollouts.settings import RunSettings
-from bettertogether.rollouts.traces import ExamplePass, Sampling, collect_traces
+from bettertogether.rollouts.traces import ExamplePass, collect_traces
+from bettertogether.rollouts.tries import Sampling
 from bettertogether.testing import FakeEngine
 
 CALLS, REPEATS = 1000, 5

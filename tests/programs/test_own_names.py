@@ -13,7 +13,8 @@ from bettertogether.programs.behaviour import program_key
 from bettertogether.programs.copies import copy_program
 from bettertogether.programs.program import modules_of
 from bettertogether.rollouts.settings import RunSettings
-from bettertogether.rollouts.traces import ExamplePass, Sampling, collect_traces
+from bettertogether.rollouts.traces import ExamplePass, collect_traces
+from bettertogether.rollouts.tries import Sampling
 
 NAMES = ["report", "candidate_programs", "detailed_results", "lm", "train", "traces", "demos", "signature", "stage"]
 TRAIN, VAL = numbers(24, start=40), numbers(20)

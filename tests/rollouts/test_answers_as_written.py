@@ -14,7 +14,8 @@ from bettertogether.rollouts.metrics import Verdict
 from bettertogether.rollouts.responses import is_cut
 from bettertogether.rollouts.rollout import Call
 from bettertogether.rollouts.runner import Runner
-from bettertogether.rollouts.traces import ExamplePass, Sampling, Trace, collect_traces
+from bettertogether.rollouts.traces import ExamplePass, Trace, collect_traces
+from bettertogether.rollouts.tries import Sampling
 from bettertogether.steps.demo_sets import demos_of
 from bettertogether.steps.rows_from_traces import rows_from_traces, rows_of_call
 from bettertogether.steps.weight_step import LoRAFinetune

@@ -14,7 +14,8 @@ from bettertogether.records import Blame
 from bettertogether.rollouts.branches import BranchPoint, blame, branch_runs
 from bettertogether.rollouts.rollout import RolloutStore
 from bettertogether.rollouts.settings import RunSettings
-from bettertogether.rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
+from bettertogether.rollouts.traces import ExamplePass, TraceSet, collect_traces
+from bettertogether.rollouts.tries import Sampling
 from bettertogether.testing import FakeEngine, FakeRequest
 
 BRANCHES = Sampling(num_samples=0, temperature=0.9, rescue=False, branches=4)

@@ -16,7 +16,8 @@ from paid_runs import PRICE, report_within
 from bettertogether.records import Ledger
 from bettertogether.rollouts.rollout import RolloutStore
 from bettertogether.rollouts.settings import RunSettings
-from bettertogether.rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
+from bettertogether.rollouts.traces import ExamplePass, TraceSet, collect_traces
+from bettertogether.rollouts.tries import Sampling
 
 Ask = Callable[[dspy.Module, int], str]
 

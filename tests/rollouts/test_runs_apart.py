@@ -13,7 +13,8 @@ from fakes import Parity, numbers, parity_engine, parity_match, plain_lm, two_st
 from bettertogether import BetterTogether, BootstrapFewShotRS, PolicyFinetune, evaluate
 from bettertogether.errors import ConfigError
 from bettertogether.rollouts.settings import RunSettings
-from bettertogether.rollouts.traces import ExamplePass, Sampling, TraceSet, collect_traces
+from bettertogether.rollouts.traces import ExamplePass, TraceSet, collect_traces
+from bettertogether.rollouts.tries import Sampling
 
 
 def collected(program: dspy.Module, count: int, **sampling: Any) -> TraceSet:

@@ -18,7 +18,8 @@ from bettertogether.errors import ConfigError, PromptTooLongError, TooManyErrors
 from bettertogether.programs.behaviour import program_key
 from bettertogether.rollouts.rollout import Attempt, Call, RolloutStore
 from bettertogether.rollouts.settings import RunSettings
-from bettertogether.rollouts.traces import ExamplePass, Sampling, collect_traces
+from bettertogether.rollouts.traces import ExamplePass, collect_traces
+from bettertogether.rollouts.tries import Sampling
 from bettertogether.testing import FakeEngine, FakeRequest
 
 

@@ -9,7 +9,8 @@ import pytest
 from fakes import number_of, numbers, parity_engine, parity_match, parity_program, reply, right, two_step_program, wrong
 from tries import NO_MORE, attempts, collect, sampled_only
 
-from bettertogether.rollouts.traces import ExamplePass, Sampling, collect_traces
+from bettertogether.rollouts.traces import ExamplePass, collect_traces
+from bettertogether.rollouts.tries import Sampling
 from bettertogether.testing import FakeEngine, FakeRequest
 
 

@@ -39,7 +39,7 @@ from bettertogether import (
 from bettertogether.errors import StrategyError
 from bettertogether.programs.program import prompts_state
 from bettertogether.records import Ledger
-from bettertogether.rollouts.traces import Sampling
+from bettertogether.rollouts.tries import Sampling
 from bettertogether.run.estimate import Estimate, _price
 from bettertogether.run.probe import EXAMPLES, TEACHER_EXAMPLES, Probe, Sample
 from bettertogether.steps.race import expected_calls
@@ -231,7 +231,7 @@ def test_as_many_rows_are_expected_to_be_held_out_as_a_training_holds_out(count:
 def test_a_limit_on_minutes_is_of_each_training_and_of_no_policys() -> None:
     runs, limit = Sample(Ledger(), 1, 1), TrainingConfig(max_minutes=1)
     costs = TrainingCosts(row_tokens=10, row_s=1.0, held_out_row_s=0.0, set_up_s=5.0, most_s=60.0)
-    measured = Probe(runs, runs, None, 0.0, 0.0, (True,), {}, {"w": costs}, Ledger(), None, None)
+    measured = Probe(runs, runs, None, 0.0, 0.0, (True,), False, {}, {"w": costs}, Ledger(), None, None)
     cost = [_price(measured, Work(trained_rows=rows, trainings=2), ("w",)).seconds for rows in (20, 1000)]
     assert cost == [20 + 2 * 5, 2 * 60]
     assert PolicyFinetune(parity_match, training=limit).timed.training.max_minutes is None

@@ -14,7 +14,8 @@ from fakes import Parity, numbers, parity_engine, parity_match, parity_program, 
 from bettertogether.rollouts.examples import question_hash
 from bettertogether.rollouts.metrics import Verdict
 from bettertogether.rollouts.rollout import Call
-from bettertogether.rollouts.traces import ExamplePass, Sampling, Trace, collect_traces
+from bettertogether.rollouts.traces import ExamplePass, Trace, collect_traces
+from bettertogether.rollouts.tries import Sampling
 from bettertogether.steps.demo_fit import DemoFit
 from bettertogether.steps.demo_sets import Candidate, DemoSets, demo_states, demos_of, labelled_demo
 from bettertogether.steps.prompt_capture import render_prompt

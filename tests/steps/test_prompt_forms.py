@@ -25,7 +25,8 @@ from fakes import (
 from bettertogether.engines.protocol import ChatMessage
 from bettertogether.errors import ConfigError
 from bettertogether.rollouts.examples import question_hash
-from bettertogether.rollouts.traces import ExamplePass, Sampling, collect_traces
+from bettertogether.rollouts.traces import ExamplePass, collect_traces
+from bettertogether.rollouts.tries import Sampling
 from bettertogether.steps.prompt_capture import render_prompt
 from bettertogether.steps.prompt_forms import N_FORMS, OWN_EXAMPLE, TEMPLATE_TOKENS, TOO_LONG, PromptForms, too_long
 from bettertogether.steps.rows import Row
