@@ -15,7 +15,7 @@ from ..errors import BetterTogetherError, TooManyErrors
 from ..records import Ledger, score_text
 from .branches import BranchPoint, branch_points
 from .failures import ENDS_ONE_RUN, count_failures, error_text, failure_warning, reason_of_metric
-from .graded import with_above_average
+from .graded import with_near_misses
 from .labels import label_fields, labels_of, output_names
 from .metrics import Metric, Verdict, judge, require_metric, with_trace
 from .parallel import parallel_map, thread_count
@@ -88,7 +88,7 @@ class TraceSet:
     branches: tuple[BranchPoint, ...] = field(default=(), repr=False)
     """Calls that were answered anew; the runs in which they were are among the traces."""
     mark: float | None = None
-    """Score above which runs passed too, since hardly any reached the full mark: of an example, the best teaches."""
+    """Score from which runs passed too, since hardly any reached the full mark: of an example, the best teaches."""
 
     @property
     def passing(self) -> tuple[Trace, ...]:
@@ -261,13 +261,13 @@ def collect_traces(
 
 def _graded(traces: TraceSet, enough: int, phase: str) -> TraceSet:
     """Runs that only come near the full mark have passed too, where hardly any reaches it."""
-    better = with_above_average(traces, enough)
+    better = with_near_misses(traces, enough)
     if better.mark is None:
         return traces
     solved = len({trace.index for trace in traces.passing})
     warning = (
-        f"{phase}: {solved} of {traces.examples} examples reach the full mark, 1.0, so runs above "
-        f"{score_text(better.mark)}, the mean of the first runs, are learned from too. threshold= gives another mark."
+        f"{phase}: {solved} of {traces.examples} examples reach the full mark, 1.0, so the best runs from "
+        f"{score_text(better.mark)} on, the first runs' average, are learned from too. threshold= gives another mark."
     )
     events.warn(warning)
     return replace(better, warnings=(*traces.warnings, warning))

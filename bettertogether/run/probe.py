@@ -16,7 +16,7 @@ from ..programs.copies import copy_program
 from ..programs.program import copy_for_step, predictors_of
 from ..records import Ledger
 from ..rollouts.branches import branch_runs
-from ..rollouts.graded import with_above_average
+from ..rollouts.graded import with_near_misses
 from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import FULL_MARK
 from ..rollouts.rollout import Attempt
@@ -91,7 +91,7 @@ def probe(plan: Plan) -> Probe:
     without = runs.timed(plain, batch)
     firsts = tuple(runs.traces)
     seen = TraceSet(firsts, Ledger(), len(examples))
-    seen = seen if runs.threshold is not None else with_above_average(seen)
+    seen = seen if runs.threshold is not None else with_near_misses(seen)
     shown = _with_demos(plan, plain, seen, examples)
     first = runs.timed(shown, range(1))
     with_demos = runs.timed(shown, batch)

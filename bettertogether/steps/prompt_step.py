@@ -65,7 +65,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         val_size: Examples to score candidates on, none of which is bootstrapped from; None: all of the valset, or where
             the trainset is split the rest of it, at most 250.
         threshold: Score from which an example counts as solved; None: 1.0, the full mark, or where hardly any run gets
-            that from a metric that grades, what is above the mean of the first runs (`rollouts/graded.py`).
+            that from a metric that grades, what the first runs score on average (`rollouts/graded.py`).
         restart: Start from the original prompts (`restart_from=` of `compile`), as the paper does, not from the prompts
             given. Those are a candidate either way, so the step never loses what it was given.
         strengths: Strengths of the program's adapters, where it has any, at which the best prompts are tried as well.

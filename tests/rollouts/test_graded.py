@@ -1,4 +1,4 @@
-"""Where a metric grades and hardly any run gets its full mark, runs above the average are learned from."""
+"""Where a metric grades and hardly any run gets its full mark, runs no worse than the average are learned from."""
 
 from __future__ import annotations
 
@@ -62,19 +62,35 @@ def passing(traces: TraceSet) -> list[tuple[str, float]]:
     return [(trace.example.name, trace.score) for trace in traces.passing]
 
 
-def test_runs_above_the_mean_of_the_first_ones_pass_where_hardly_any_has_the_full_mark() -> None:
+def test_runs_as_good_as_the_mean_of_the_first_ones_pass_where_hardly_any_has_the_full_mark() -> None:
     traces = graded()
-    assert passing(traces) == [("poor", 0.9), ("good", 0.8), ("best", 1.0), ("near", 0.6), ("near", 0.55)]
+    assert passing(traces) == [
+        ("poor", 0.9),
+        *[("mean", 0.5)] * 2,
+        ("good", 0.8),
+        ("best", 1.0),
+        *[("near", 0.5), ("near", 0.6), ("near", 0.55)],
+    ]
     assert traces.warnings == (
-        "run: 1 of 6 examples reach the full mark, 1.0, so runs above 0.500, the mean of the first runs, are learned "
-        "from too. threshold= gives another mark.",
+        "run: 1 of 6 examples reach the full mark, 1.0, so the best runs from 0.500 on, the first runs' average, are "
+        "learned from too. threshold= gives another mark.",
     )
+
+
+@pytest.mark.parametrize(("count", "mark"), [(3, 0.524), (8, 0.5)])
+def test_where_few_examples_have_a_run_as_good_as_the_mean_it_is_the_median(count: int, mark: float) -> None:
+    alike = {f"alike {number}": (0.5, 0.5, 0.4) for number in range(count - 1)}
+    marks = {**alike, "one": (0.5 + 0.024 * count, 0.9, 0.9)}
+    options = ExamplePass(mark_of, None, RunSettings(), "run")
+    traces = collect_traces(program(grading_engine(marks)), named(*marks), options, sampling=TWO_MORE)
+    assert traces.mark == pytest.approx(mark)
+    assert {name for name, _ in passing(traces)} == ({"one"} if count == 3 else set(marks))
 
 
 @pytest.mark.parametrize(("enough", "taken"), [(0, True), (1, False), (2, True)])
 def test_where_enough_examples_have_the_full_mark_it_stays(enough: int, taken: bool) -> None:
     traces = graded(Sampling(2, TEMPERATURES[1:], rescue=False, enough=enough))
-    assert {name for name, _ in passing(traces)} == ({"poor", "good", "best", "near"} if taken else {"best"})
+    assert {name for name, _ in passing(traces)} == ({"poor", "good", "best", "near", "mean"} if taken else {"best"})
     assert (traces.mark, bool(traces.warnings)) == (0.5 if taken else None, taken)
 
 
@@ -103,6 +119,7 @@ def test_of_the_runs_of_an_example_the_best_are_learned_from() -> None:
     found = select_traces(graded().traces, max_per_example=1)
     assert [(trace.example.name, trace.score) for trace in found] == [
         ("poor", 0.9),
+        ("mean", 0.5),
         ("good", 0.8),
         ("best", 1.0),
         ("near", 0.6),
@@ -121,8 +138,8 @@ def test_a_rescued_run_that_talks_about_the_hint_does_not_pass_by_a_part_of_the_
     options = ExamplePass(longest_remark, None, RunSettings(), "run")
     traces = collect_traces(two_step_program(FakeEngine(answer)), numbers(4), options, sampling=Sampling(0))
     assert max(trace.score for trace in traces.traces) == 0.21
-    assert passing(traces) == []
-    assert traces.reasons() == {"score below threshold": 8, "answer talks about the hint": 4}
+    assert {trace.score for trace in traces.passing} == {0.03}
+    assert traces.reasons() == {"answer talks about the hint": 4}
 
 
 def test_a_weight_step_learns_the_best_runs_of_a_metric_that_grades() -> None:
@@ -133,7 +150,7 @@ def test_a_weight_step_learns_the_best_runs_of_a_metric_that_grades() -> None:
     assert collected.warnings[0].startswith("collect training data: 0 of 4 examples reach the full mark, 1.0")
 
 
-def test_pairs_of_a_metric_that_grades_prefer_what_is_above_the_mean() -> None:
+def test_pairs_of_a_metric_that_grades_prefer_what_is_no_worse_than_the_mean() -> None:
     step = PreferenceFinetune(mark_of, num_samples=2, temperature=TEMPERATURES[1:])
     collected = step.collect(program(grading_engine()), trainset=named("poor", "mean", "good", "none"))
     assert [(row.completion, row.rejected) for row in collected.rows] == [
