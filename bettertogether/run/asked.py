@@ -39,8 +39,8 @@ from ..programs.content import cell_content, dataset_hash
 from ..programs.program import model_names, modules_of, predictors_of
 from ..redaction import is_secret, is_secret_name, masked, split_secrets
 from ..versions import versions
-from .directory import WHOLE
 from .plan import Plan
+from .same_call import WHOLE
 
 FORM = 2
 """Of what is noted here. Other forms can't be compared."""

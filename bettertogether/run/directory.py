@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,21 +34,12 @@ from ..errors import (
 from ..files import FileLock, append_line, atomic_write, cache_folder, disk_errors, json_text, now
 from ..printable import get_logger
 from ..records import Ledger, StepRecord
+from .same_call import PER_STEP, finished_steps, going_on
 
 logger = get_logger(__name__)
 
 SCHEMA = 1
 """Version of run.json; a newer one is refused."""
-
-INFORMATIVE = ("versions", "machine")
-"""Keys of `run` that may differ when a run goes on: noted in the log, no error."""
-
-PER_STEP = frozenset({"optimizers", "compile_args"})
-"""Keys of `run` that hold an entry for each step."""
-
-WHOLE = "(whole)"
-"""Under this name a noted object of several fields has the text that decides whether it is the same, which is all that
-is noted of one elsewhere."""
 
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError)
 """What reading a damaged file raises."""
@@ -61,8 +52,6 @@ _FAILS_AGAIN = (ConfigError, DataError, NoTrainingDataError, NotTrainableError, 
 
 _LOCKS = ("lock", "lock.owner")
 _TEMPORARY = re.compile(r"\..+\.tmp")
-_SHOWN = 120
-_LINES = 5
 
 
 def default_run_directory(key: str) -> Path:
@@ -134,7 +123,7 @@ class RunDirectory:
                 header = {"schema": SCHEMA, "created": now(), "finished": None, "run": asked}
                 atomic_write(folder / "run.json", _pretty(header))
             records = _read_records(folder / "records.jsonl")
-            noted = _going_on(folder, header["run"], asked, records)
+            noted = going_on(folder, header["run"], asked, records)
             if noted != header["run"]:
                 # What a step gave that may have had other options.
                 (folder / UNSCORED).unlink(missing_ok=True)
@@ -186,7 +175,7 @@ class RunDirectory:
             return f"{passed}, and so does one with a higher max_errors; {mended}"
         if not isinstance(error, _FAILS_AGAIN):
             return f"Make the same call with {run_dir} to go on."
-        if step in _finished(self._records):
+        if step in finished_steps(self._records):
             return "The same call would fail again: change it, and give another run_dir."
         return f"The same call would fail again: one with {run_dir} and other options of {step!r} goes on; {mended}"
 
@@ -299,66 +288,6 @@ def _read_header(folder: Path) -> dict[str, Any] | None:
             "update with pip install -U bettertogether, or give another run_dir."
         )
     return {**header, "run": run}
-
-
-def _going_on(
-    folder: Path, stored: dict[str, Any], asked: Mapping[str, Any], records: Sequence[StepRecord]
-) -> dict[str, Any]:
-    """What the directory notes when it goes on with this call. Raises RunDirectoryError for another run."""
-    if stored.get("form") != asked.get("form"):
-        raise RunDirectoryError(
-            f"{folder} was made by another version of bettertogether, which noted other things about what was asked: "
-            "whether this is the same call can't be told. Give another run_dir, or go on with that version."
-        )
-    noted = _noted(stored, asked, records)
-    # Those of the call itself before those within a step, of which a line may be left out.
-    differences = sorted(_differences(noted, asked), key=lambda difference: difference[0].count("."))
-    for key, line in differences:
-        if key.split(".")[0] in INFORMATIVE:
-            logger.warning("%s goes on under other circumstances: %s", folder, line)
-    blocking = [line for key, line in differences if key.split(".")[0] not in INFORMATIVE]
-    if blocking:
-        if len(blocking) > _LINES:
-            blocking[_LINES:] = [f"and {len(blocking) - _LINES} more"]
-        raise RunDirectoryError(
-            f"{folder} holds another run; what differs:\n  " + "\n  ".join(blocking) + "\n"
-            "Make the call as it was to go on with that run, or give another run_dir (or delete this one) to start."
-        )
-    return noted
-
-
-def _noted(stored: dict[str, Any], asked: Mapping[str, Any], records: Sequence[StepRecord]) -> dict[str, Any]:
-    """What the directory has noted, but what this call has for the steps that never finished."""
-    steps = (stored.get("optimizers", {}).keys() & asked.get("optimizers", {}).keys()) - _finished(records)
-    noted = dict(stored)
-    for key in PER_STEP & stored.keys():
-        kept = {step: entry for step, entry in stored[key].items() if step not in steps}
-        noted[key] = kept | {step: entry for step, entry in asked.get(key, {}).items() if step in steps}
-    return noted
-
-
-def _finished(records: Sequence[StepRecord]) -> set[str]:
-    """Keys of the steps that did, at least once."""
-    return {record.step for record in records if record.status == "complete"}
-
-
-def _differences(stored: Any, asked: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if stored == asked:
-        return
-    if isinstance(stored, Mapping | None) and isinstance(asked, Mapping | None):
-        stored, asked = stored or {}, asked or {}
-        names = sorted(name for name in stored.keys() | asked.keys() if stored.get(name) != asked.get(name))
-        for name in [name for name in names if name != WHOLE] or names:
-            inner = f"{key}.{name}" if key else name
-            yield from _differences(stored.get(name), asked.get(name), inner)
-        return
-    stored, asked = _whole(stored), _whole(asked)
-    if stored != asked:
-        yield key, f"{key}: the directory has {stored!r:.{_SHOWN}}, this call has {asked!r:.{_SHOWN}}"
-
-
-def _whole(noted: Any) -> Any:
-    return noted.get(WHOLE, noted) if isinstance(noted, Mapping) else noted
 
 
 def _line(record: StepRecord) -> bytes:

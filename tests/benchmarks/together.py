@@ -10,7 +10,7 @@
 
 For each task and seed one `BetterTogether.compile` runs "p -> w -> p" and "w"; each round is then scored on the test.
 `--repeats` adds a compile of "w -> w" and "w -> p", `--preference` one of "w -> r" (r: PreferenceFinetune), `--policy`
-one of "w -> g" (g: PolicyFinetune; for a GPU), `--auto` one with strategy="auto", `--theirs` one of
+one of "w -> g" (g: PolicyFinetune), `--auto` one with strategy="auto", `--theirs` one of
 `dspy.BetterTogether` with dspy's own optimizers over the same engine (together_theirs.py). Ablations, one flag each:
 `--train-prompt vanilla|optimized|mixed|varied`, `--skeleton-weight X`, `--learning-rate X|auto`, `--epochs N|auto`,
 `--scheduler averaged|cosine`, `--no-balance-fields`, `--strengths none|0.5,1`, `--no-earlier`. Every cell (task,

@@ -22,7 +22,8 @@ from forking import Programs, programs_that_import
 from bettertogether.errors import RunDirectoryError
 from bettertogether.files import atomic_write
 from bettertogether.records import OtherDetails
-from bettertogether.run.directory import WHOLE, RunDirectory, default_run_directory
+from bettertogether.run.directory import RunDirectory, default_run_directory
+from bettertogether.run.same_call import WHOLE
 
 APPEND_FOREVER = """
 from bettertogether.records import StepRecord
