@@ -8,7 +8,6 @@ afterwards; and it misses what a program's own threads call, which do not have D
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import os
 import sys
@@ -184,7 +183,7 @@ class Watch:
         for module in modules:
             vars(module)["_bettertogether_watch"] = self
             use_shared_loop(module, run_async_part)
-            module.__class__ = _watched_class(type(module))  # type: ignore[arg-type]
+            module.__class__ = _watched_class(type(module))
 
     @contextmanager
     def recording(self, record: Record) -> Iterator[None]:
@@ -320,11 +319,14 @@ class _WatchedPredictor(_Watched):
             return finished(await super().aforward(**arguments) if known is None else known)  # type: ignore[misc]
 
 
-@functools.lru_cache(maxsize=1000)
 def _watched_class(kind: type) -> type:
     if issubclass(kind, _Watched):
         return kind
     base = _WatchedPredictor if issubclass(kind, dspy.Predict) else _WatchedModule
+    # Found by what Python itself keeps of a class, weakly: a reference of ours would keep all that it closes over.
+    for made in type.__subclasses__(kind):
+        if made.__bases__ == (base, kind):
+            return made
     # Known by the name and the source of the class that it stands for, as `dspy.Refine` shows it to an LM.
     named = ("__module__", "__qualname__", "__doc__", "__firstlineno__")
     body = {name: vars(kind)[name] for name in named if name in vars(kind)}

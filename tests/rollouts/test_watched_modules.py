@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import dspy
@@ -65,6 +67,36 @@ def test_a_part_that_forward_pickles_is_of_its_own_class_elsewhere() -> None:
     run = Runner(over(Sending())).run(numbers(1)[0])
     assert run.prediction.parity == "even"
     assert b"_WatchedPredictor" not in sent[0]
+
+
+def test_a_class_of_programs_goes_with_its_last_user_and_what_it_closes_over() -> None:
+    class Index(list[int]):
+        pass
+
+    def used() -> weakref.ref[Index]:
+        index = Index([0])
+
+        class Retrieving(One):
+            def forward(self, number: int) -> Any:
+                return self.p(number=index[number])
+
+        assert Runner(over(Retrieving())).run(numbers(1)[0]).prediction.parity == "even"
+        return weakref.ref(index)
+
+    kept = used()
+    gc.collect()
+    assert kept() is None
+
+
+def test_the_modules_of_one_class_are_watched_as_one_class() -> None:
+    class Answering(One):
+        def forward(self, number: int) -> Any:
+            return self.p(number=number)
+
+    program = over(Answering())
+    for runner in [Runner(program) for _ in range(3)]:
+        runner.run(numbers(1)[0])
+    assert len(Answering.__subclasses__()) == 1
 
 
 def test_a_run_turns_on_no_callback_of_dspy() -> None:
