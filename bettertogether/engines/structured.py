@@ -30,6 +30,8 @@ logger = get_logger(__name__)
 
 CHOICE = 4
 """Tokens that are reckoned for a choice of the model's: what it picks may be longer than what was tried."""
+KEPT_GRAMMARS = 256
+"""Compiled grammars that a compiler keeps, of some 80 KB each."""
 
 
 def structured_output_available() -> bool:
@@ -169,7 +171,7 @@ class TokenBytes:
 
 
 class GrammarCompiler:
-    """Makes constraints for one tokenizer; compiled grammars are kept.
+    """Makes constraints for one tokenizer; the `KEPT_GRAMMARS` compiled grammars that were asked for last are kept.
 
     Args:
         tokenizer: A fast transformers tokenizer.
@@ -184,6 +186,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._wrapped: tuple[Any, TokenBytes] | None = None
         self._matchers: dict[str, Any] = {}
+        """By request, in the order in which they were asked for last."""
 
     def constraint(self, response_format: Mapping[str, Any]) -> GrammarConstraint:
         """A fresh constraint for a request's `response_format` ({"type": "json_object"} or "json_schema").
@@ -193,8 +196,10 @@ class GrammarCompiler:
         key = json.dumps(response_format)
         with self._lock:
             tokenizer, token_bytes = self._wrap()
-            if key not in self._matchers:
-                self._matchers[key] = _compile(tokenizer, response_format)
+            matcher = self._matchers.pop(key, None)
+            self._matchers[key] = _compile(tokenizer, response_format) if matcher is None else matcher
+            if len(self._matchers) > KEPT_GRAMMARS:
+                del self._matchers[next(iter(self._matchers))]
             return GrammarConstraint(self._matchers[key].deep_copy(), token_bytes)
 
     def _wrap(self) -> tuple[Any, TokenBytes]:

@@ -272,6 +272,24 @@ def test_an_enum_may_have_thousands_of_labels() -> None:
     assert not follows(answer(schema), dumps({"label": "label 5000"}))
 
 
+def test_the_grammars_that_were_asked_for_last_are_kept_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def counted(tokenizer: Any, response_format: dict[str, Any]) -> Any:
+        compiled.append(response_format["schema"]["const"])
+        return compile_grammar(tokenizer, response_format)
+
+    compile_grammar = structured._compile
+    monkeypatch.setattr(structured, "_compile", counted)
+    monkeypatch.setattr(structured, "KEPT_GRAMMARS", 2)
+    compiler = GrammarCompiler(TOKENIZER, VOCABULARY, [258])
+    for number in (1, 2, 1, 3, 1, 2):
+        constraint = compiler.constraint({"type": "json_schema", "schema": {"const": number}})
+        assert TOKENIZER.decode(constraint.forced()) == str(number)
+    assert compiled == [1, 2, 3, 2]
+    assert len(compiler._matchers) == 2
+
+
 def test_without_llguidance_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(structured, "structured_output_available", lambda: False)
     with pytest.raises(MissingExtraError, match=r"pip install 'bettertogether\[structured\]'"):
