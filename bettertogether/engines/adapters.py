@@ -127,6 +127,12 @@ class AdapterBank:
             self._modules = {} if model is None else dict(model.named_modules())
             self._attach()
 
+    def free(self) -> None:
+        """Free the model and all weights, for good; names and folders stay known."""
+        with self._lock:
+            self.attach(None)
+            self._adapters = {name: replace(adapter, weights={}) for name, adapter in self._adapters.items()}
+
     @contextmanager
     def active(self, spans: Sequence[AdaptedSpan], kept: Sequence[int] = ()) -> Iterator[None]:
         """Apply adapters to the tokens of the passes inside the block; the base alone after it.

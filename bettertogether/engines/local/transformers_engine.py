@@ -288,11 +288,14 @@ class TransformersEngine(BaseEngine):
         return counts
 
     def close(self) -> None:
-        """Stop the worker and free the weights. Pending requests fail with EngineClosedError."""
+        """Stop the worker and free the weights, those of the adapters too; their names and folders stay known. Pending
+        requests fail with EngineClosedError."""
         self._scheduler.close()
-        if self._scheduler.is_ours:
-            self._adapters.attach(None)
         self._model = None
+        if self._scheduler.is_ours:
+            self._adapters.free()
+            if self.options.torch_device.type != "cpu":
+                give_back_memory()
         super().close()
 
     def _layer_shapes(self) -> Mapping[str, tuple[int, int]]:

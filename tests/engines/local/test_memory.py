@@ -195,3 +195,13 @@ def test_on_a_gpu_where_vllm_is_installed_the_log_says_that_it_is_faster(
     monkeypatch.setattr("bettertogether.engines.local.transformers_engine.is_installed", lambda name: True)
     TransformersEngine(folder, device="cuda")
     assert "vllm_lm(...) in place of local_lm(...)" in caplog.text
+
+
+def test_a_closed_engine_gives_back_the_memory_of_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device in ("cpu", "cuda"):
+        engine = TransformersEngine(folder, device=device)
+        monkeypatch.setattr(transformers_engine, "give_back_memory", lambda device=device: given.append(device))
+        engine.close()
+    assert given == ["cuda"]

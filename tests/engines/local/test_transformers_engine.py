@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import json
 import math
 import pickle
 import re
 import shutil
 import threading
+import weakref
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Literal
@@ -336,6 +338,21 @@ def test_a_closed_engine_says_so(folder: Path) -> None:
     engine.close()
     with pytest.raises(EngineClosedError, match="closed"):
         engine.complete(ask())
+
+
+def test_a_closed_engine_frees_all_weights_and_knows_its_adapters_still(folder: Path, tmp_path: Path) -> None:
+    where = save_adapter(tmp_path / "adapter", 1)
+    engine = TransformersEngine(folder, adapters=[where])
+    lm = engine_lm(engine, engine.add_adapter(where), cache=False, max_tokens=2)
+    lm("Hello")
+    matrices = [each for pair in engine._adapters._adapters[lm.model].weights.values() for each in pair]
+    held = [weakref.ref(each) for each in (engine._model, *matrices)]
+    del matrices
+    engine.close()
+    gc.collect()
+    assert (len(held), sum(each() is not None for each in held)) == (1 + 2 * 14, 0)
+    assert (engine.adapter_folder(lm.model), engine.adapter_folders()) == (where, [where])
+    assert lm.dump_state()["engine"]["state"]["adapters"] == [str(where)]
 
 
 def test_an_interrupted_thread_takes_its_request_back(
