@@ -207,8 +207,9 @@ def local_lm(
         lm_options: Options of `dspy.LM` that a local model has: top_p, top_k, seed, stop, n, logprobs, callbacks,
             num_retries, ...
 
-    The weights are loaded once per process, whatever the number of LMs. Raises ConfigError for an option that is not
-    known or that has a value it can't have, and ModelError for a folder or id that holds no model.
+    The weights are loaded once per process, whatever the number of LMs, and stay until `lm.engine.close()`. Raises
+    ConfigError for an option that is not known or that has a value it can't have, and ModelError for a folder or id
+    that holds no model.
     """
     from .engines import TransformersEngine
 

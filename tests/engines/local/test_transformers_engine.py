@@ -30,7 +30,7 @@ from bettertogether.engines import LocalEngine, TransformersEngine
 from bettertogether.engines.loading import load_model
 from bettertogether.engines.local import transformers_engine as engine_module
 from bettertogether.errors import ConfigError, EngineClosedError, UnknownAdapterError
-from bettertogether.lm import engine_lm
+from bettertogether.lm import engine_lm, local_lm
 
 TOKENIZER = byte_tokenizer()
 
@@ -338,6 +338,18 @@ def test_a_closed_engine_says_so(folder: Path) -> None:
     engine.close()
     with pytest.raises(EngineClosedError, match="closed"):
         engine.complete(ask())
+
+
+def test_after_close_a_new_lm_loads_the_model_anew(folder: Path) -> None:
+    first = local_lm(folder, cache=False, max_tokens=4)
+    answer = first("Hello")
+    first.engine.close()
+    second = local_lm(folder, cache=False, max_tokens=4)
+    assert second("Hello") == answer
+    with pytest.raises(dspy.LMError, match="closed") as caught:
+        first("Hello")
+    assert isinstance(caught.value.__cause__, EngineClosedError)
+    second.engine.close()
 
 
 def test_a_closed_engine_frees_all_weights_and_knows_its_adapters_still(folder: Path, tmp_path: Path) -> None:
