@@ -24,6 +24,10 @@ def seen(engine: VLLMEngine) -> list[dict[str, Any]]:
     return httpx.get(f"{engine.server.address()[0]}/seen").json()
 
 
+def told(engine: VLLMEngine) -> list[str]:
+    return httpx.get(f"{engine.server.address()[0]}/told").json()
+
+
 def rows(engine: VLLMEngine) -> list[TrainingRow]:
     return [TrainingRow(engine.messages(request(engine, word)), "a colour") for word in ("red", "blue")]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 from dspy.lm15 import LM15Error, TransportError
 
-from ...errors import ModelError
+from ...errors import BetterTogetherError, ModelError
 from ...training.adapter_folder import read_adapter_config
 from .api import GONE, check, understood
 from .server import VLLMServer
@@ -56,8 +56,8 @@ class Member:
         self.rests_until = 0.0
         """When one that is gone is to be tried again."""
         self._lock = threading.Lock()
-        self._held: dict[str, None] = {}
-        """Adapters that it holds, the one asked for longest ago first."""
+        self._held: dict[str, Path] = {}
+        """Adapters that it holds, the one asked for longest ago first, and the folders that it reads them from."""
         self._in_use: Counter[str] = Counter()
         self._start = 0
 
@@ -132,25 +132,39 @@ class Member:
                 self._in_use[adapter.name] -= 1
 
     def _keep(self, there: frozenset[str]) -> None:
-        self._held = {name: None for name in self._held if name in there}
+        self._held = {name: folder for name, folder in self._held.items() if name in there}
+
+    def forget(self, name: str) -> None:
+        """Have it unload an adapter that no request is in flight for. Where it can't be told, it holds it until there
+        is need of room."""
+        with self._lock:
+            if name in self._held and not self._in_use[name] and self.server.runs:
+                with suppress(BetterTogetherError, *UNMET):
+                    self._unload(name)
 
     def _hold(self, adapter: Adapter) -> None:
-        if adapter.name not in self._held:
+        if self._held.get(adapter.name) != adapter.folder:
+            # Of what is long unused vLLM keeps the folder alone, and reads that again.
+            if adapter.name in self._held:
+                self._unload(adapter.name)
             self._make_room()
             self._load(adapter)
         self._held.pop(adapter.name, None)
-        self._held[adapter.name] = None
+        self._held[adapter.name] = adapter.folder
 
     def _make_room(self) -> None:
         unused = [name for name in self._held if not self._in_use[name]]
         for name in unused[: max(0, len(self._held) - self._most + 1)]:
-            reply = self._told("unload", {"lora_name": name})
-            if reply.status_code >= 400 and reply.status_code != 404:
-                raise ModelError(
-                    f"The vLLM server at {self.server.url} does not unload the adapter {name}: {_said(reply)}. Give a "
-                    "larger max_adapters in engine_options, so that none has to be unloaded."
-                )
-            del self._held[name]
+            self._unload(name)
+
+    def _unload(self, name: str) -> None:
+        reply = self._told("unload", {"lora_name": name})
+        if reply.status_code >= 400 and reply.status_code != 404:
+            raise ModelError(
+                f"The vLLM server at {self.server.url} does not unload the adapter {name}: {_said(reply)}. Give a "
+                "larger max_adapters in engine_options, so that none has to be unloaded."
+            )
+        del self._held[name]
 
     def _load(self, adapter: Adapter) -> None:
         folder = adapter.folder.resolve()

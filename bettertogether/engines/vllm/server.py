@@ -82,11 +82,17 @@ class VLLMServer:
         failures = self._failures
         with self._lock:
             self.check_open()
-            if self.ours and (self.process is None or self.process.exit_code is not None):
+            if not self.runs:
                 if self._failures > failures and self._failure is not None:
                     raise type(self._failure)(str(self._failure)) from self._failure
                 self._start()
             return self.url, self.starts
+
+    @property
+    def runs(self) -> bool:
+        """Whether it needs no start, as far as this process can tell."""
+        process = self.process
+        return not self.ours or (process is not None and process.exit_code is None)
 
     def check_open(self) -> None:
         """Raise EngineClosedError after `close`."""

@@ -287,9 +287,12 @@ class VLLMEngine(BaseEngine):
             )
 
     def remove_adapter(self, model: str) -> None:
-        """Serve an adapter no more."""
+        """Serve an adapter no more; the servers unload it."""
+        model = self.canonical(model)
         with self._lock:
-            self._adapters.pop(self.canonical(model), None)
+            self._adapters.pop(model, None)
+        for member in self.fleet.members:
+            member.forget(model)
 
     def adapter_folder(self, model: str) -> Path | None:
         """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from dspy.lm15 import Config, Message, Request
 from running_vllm import FAKE
+from vllm_requests import told
 
 from bettertogether.engines import VLLMEngine
 from bettertogether.engines.loading import read_card
@@ -29,11 +29,6 @@ def engine(folder: Path) -> Iterator[VLLMEngine]:
 def request(engine: VLLMEngine, model: str | None = None) -> Request:
     message = Message.user("What is red?")
     return Request(model or f"local/{engine.base_name}", (message,), config=Config(max_tokens=8))
-
-
-def told(engine: VLLMEngine) -> list[str]:
-    answer: list[str] = httpx.get(f"{engine.server.url}/told").json()
-    return answer
 
 
 def test_it_sleeps_while_an_adapter_is_trained_and_is_not_started_again(engine: VLLMEngine, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from dspy.lm15 import ContextLengthError, ServerError, StreamDeltaEvent, TextDel
 from running_vllm import FAKE, Running
 from small_models import SIZES, save_model
 from transformers import Phi3Config
-from vllm_requests import SHORT, request, seen, train
+from vllm_requests import SHORT, request, seen, told, train
 
 from bettertogether import vllm_lm
 from bettertogether.engines import VLLMEngine
@@ -147,6 +148,36 @@ def test_what_learns_from_rewards_is_loaded_by_the_server_after_each_update(serv
     with pytest.raises(UnknownAdapterError):
         served.complete(request(served, model=first))
     assert [path.name for path in (tmp_path / "adapters").iterdir()] == [name.partition("/")[2]]
+
+
+def test_an_adapter_that_is_removed_is_unloaded_where_it_was_loaded(alone: VLLMEngine, tmp_path: Path) -> None:
+    name = train(alone, tmp_path)
+    alone.remove_adapter(name)
+    alone.add_adapter(tmp_path / name.partition("/")[2])
+    alone.complete(request(alone, model=name))
+    alone.remove_adapter(name)
+    assert told(alone) == [f"load {name}", f"unload {name}"]
+
+
+def test_an_adapter_is_loaded_anew_from_the_folder_that_it_has_now(alone: VLLMEngine, tmp_path: Path) -> None:
+    name = train(alone, tmp_path / "first")
+    alone.complete(request(alone, model=name))
+    shutil.move(tmp_path / "first", tmp_path / "second")
+    alone.add_adapter(tmp_path / "second" / name.partition("/")[2])
+    for _ in range(2):
+        alone.complete(request(alone, model=name))
+    assert told(alone) == [f"load {name}", f"unload {name}", f"load {name}"]
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_an_adapter_of_a_server_that_stopped_is_removed_without_it(
+    alone: VLLMEngine, tmp_path: Path, is_closed: bool
+) -> None:
+    name = train(alone, tmp_path)
+    alone.complete(request(alone, model=name))
+    alone.close() if is_closed else alone.server.stop()
+    alone.remove_adapter(name)
+    assert (alone.server.starts, alone.adapter_folders()) == (1, [])
 
 
 def test_a_server_that_gives_no_tokens_is_an_error_with_the_ways_out(
