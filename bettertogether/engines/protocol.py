@@ -162,7 +162,8 @@ class LocalEngine(Protocol):
         ...
 
     def add_adapter(self, folder: Path) -> str:
-        """Serve the adapter in a PEFT folder; returns its model name, which is the same for the same content."""
+        """Serve the adapter in a PEFT folder; returns its model name, which is the same for the same content. One
+        that is served already stays in its folder, where that is still there."""
         ...
 
     def remove_adapter(self, model: str) -> None:

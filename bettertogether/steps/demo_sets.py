@@ -34,6 +34,8 @@ class Candidate:
     """Position in the validation examples to score."""
     stopped: bool = False
     """Taken out of the race before it was fully scored."""
+    strength: float = 1.0
+    """Of the program's adapters, times what the step was given."""
 
     @property
     def mean(self) -> float:

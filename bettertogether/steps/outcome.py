@@ -34,10 +34,12 @@ class Outcome:
         return sorted(self._candidates, key=lambda c: (c is not self.best, len(c.scores) < self._size, -c.mean))
 
     def program(self) -> dspy.Module:
-        """The best program, with all of them as its `candidate_programs`."""
+        """The best program, with all of them as its `candidate_programs`, but those whose adapters are served no
+        more."""
         result = copy_for_step(self.best.program)
         result._compiled = True
-        candidates = [{"score": c.mean, "program": c.program, "name": c.name} for c in self._ranked]
+        served = (c for c in self._ranked if c.strength == 1 or c is self.best)
+        candidates = [{"score": c.mean, "program": c.program, "name": c.name} for c in served]
         hang(result, candidate_programs=candidates)
         return result
 

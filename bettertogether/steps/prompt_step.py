@@ -37,6 +37,7 @@ from .race import choose, expected_calls, run_race
 from .select_traces import select_traces, unseen_calls
 from .step import Step, StepContext, StepResult
 from .strengths import at_strengths, checked_strengths
+from .tried_adapters import TriedAdapters
 from .work import ExpectedTries, Outlook, Work
 
 TRAIN_SHARE = 0.3
@@ -153,8 +154,9 @@ class BootstrapFewShotRS(Step, Teleprompter):
 
         `valset`, when given, is what candidates are scored on, and demos come from the trainset. `restart_from`
         is the program whose prompts a restart starts from; None: the student without demos. The result has
-        `candidate_programs` (dicts with score, program, name; best first). Raises ProgramError, DataError,
-        ConfigError (a score below 0), TooManyErrors.
+        `candidate_programs` (dicts with score, program, name; best first): all but those at other strengths that were
+        not taken, whose adapters are deleted. Raises ProgramError, DataError, ConfigError (a score below 0),
+        TooManyErrors.
         """
         settings = RunSettings(num_threads, max_errors, seed, store)
         context = StepContext(trainset, valset, as_programs(teacher), original=restart_from, settings=settings)
@@ -294,9 +296,11 @@ class BootstrapFewShotRS(Step, Teleprompter):
         prompts = run_race(known, size, scoring, race=False)
         prompts += run_race(candidates, size, scoring, race=self.race, full_mark=mark)
         best = choose(candidates, size)
-        scaled = at_strengths(best, self.strengths, adapters_folder(context))
-        scoring.add(scaled)
-        strengths = run_race([best, *scaled], size, scoring, race=self.race, full_mark=mark)
+        with TriedAdapters(adapters_folder(context)) as tried:
+            scaled = at_strengths(best, self.strengths, tried)
+            scoring.add(scaled)
+            strengths = run_race([best, *scaled], size, scoring, race=self.race, full_mark=mark)
+            tried.keep(choose([*candidates, *scaled], size).program)
         return [*candidates, *scaled], prompts + strengths
 
     def _no_demos(self, traces: TraceSet) -> list[str]:

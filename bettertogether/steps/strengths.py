@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import dspy
 
@@ -11,6 +10,7 @@ from ..checks import require, require_strength
 from ..lm import local_engine
 from ..programs.program import copy_for_step
 from .demo_sets import Candidate
+from .tried_adapters import TriedAdapters
 
 
 def checked_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
@@ -22,19 +22,22 @@ def checked_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
     return tuple(strengths)
 
 
-def at_strengths(candidate: Candidate, strengths: Sequence[float], folder: Path) -> list[Candidate]:
-    """The same prompts with each of the program's adapters at each of the strengths; none where it has no adapter.
-    The adapters' folders go under `folder`."""
+def at_strengths(candidate: Candidate, strengths: Sequence[float], tried: TriedAdapters) -> list[Candidate]:
+    """The same prompts with each of the program's adapters at each of the strengths; none where it has no adapter."""
     if not any(_has_adapter(predictor.lm) for predictor in candidate.program.predictors()):
         return []
     return [
-        Candidate(f"{candidate.name}, strength {strength:g}", scaled_program(candidate.program, strength, folder))
+        Candidate(
+            f"{candidate.name}, strength {strength:g}",
+            scaled_program(candidate.program, strength, tried),
+            strength=strength,
+        )
         for strength in dict.fromkeys(strengths)
         if strength != 1
     ]
 
 
-def scaled_program(program: dspy.Module, strength: float, folder: Path) -> dspy.Module:
+def scaled_program(program: dspy.Module, strength: float, tried: TriedAdapters) -> dspy.Module:
     """A copy whose local LMs run their adapters at another strength; LMs without one stay."""
     copied = copy_for_step(program)
     lms: dict[int, dspy.LM] = {}
@@ -42,7 +45,7 @@ def scaled_program(program: dspy.Module, strength: float, folder: Path) -> dspy.
         lm = predictor.lm
         if _has_adapter(lm):
             if id(lm) not in lms:
-                lms[id(lm)] = lm.copy(model=lm.engine.scaled(lm.model, strength, folder))
+                lms[id(lm)] = lm.copy(model=tried.scaled(lm, strength))
             predictor.lm = lms[id(lm)]
     return copied
 

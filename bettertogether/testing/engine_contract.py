@@ -182,6 +182,12 @@ class EngineContract:
         assert engine.add_adapter(moved) == result.model
         assert engine.adapter_folder(result.model) == moved
 
+    def test_an_adapter_that_is_served_stays_in_its_folder(self, engine: LocalEngine, tmp_path: Path) -> None:
+        result = self.finetune(engine, tmp_path, "a gloss")
+        copied = shutil.copytree(result.folder, tmp_path / "elsewhere" / result.folder.name)
+        assert engine.add_adapter(copied) == result.model
+        assert engine.adapter_folder(result.model) == result.folder
+
     def test_an_adapter_that_was_removed_is_unknown_and_its_folder_stays(
         self, engine: LocalEngine, tmp_path: Path
     ) -> None:

@@ -252,7 +252,8 @@ class FakeEngine:
         adapter = _FakeAdapter.read(folder)
         model = adapter.name(self.base_name)
         with self._lock:
-            self._adapters[model] = (folder, adapter)
+            held, _ = self._adapters.get(model, (folder, adapter))
+            self._adapters[model] = (held if held.exists() else folder, adapter)
         return model
 
     def remove_adapter(self, model: str) -> None:

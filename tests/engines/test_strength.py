@@ -20,6 +20,7 @@ from bettertogether.engines.adapters import AdaptedSpan, AdapterBank, linear_sha
 from bettertogether.engines.strength import scaled_folder
 from bettertogether.errors import ConfigError, RunDirectoryError, UnknownAdapterError
 from bettertogether.lm import engine_lm
+from bettertogether.steps.tried_adapters import TriedAdapters
 from bettertogether.training.adapter_folder import round_of, write_round
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -111,6 +112,25 @@ def test_an_engine_serves_it_beside_the_original_and_another_finds_it_again(base
     assert answer(other, half) == answer(engine, half) != answer(engine, model)
     engine.close()
     other.close()
+
+
+def test_of_adapters_that_are_tried_the_one_kept_answers_on_from_its_folder(base: Path, tmp_path: Path) -> None:
+    engine = TransformersEngine(base)
+    model = engine.add_adapter(save_adapter(tmp_path / "source", 1))
+    lm = engine_lm(engine, model)
+    program = dspy.Predict("thing -> colour")
+    with TriedAdapters(tmp_path / "adapters") as tried:
+        half, more = tried.scaled(lm, 0.5), tried.scaled(lm, 0.75)
+        before = answer(engine, half)
+        assert before != answer(engine, more)
+        program.set_lm(lm.copy(model=half))
+        tried.keep(program)
+    folder = tmp_path / "adapters" / half.removeprefix("local/")
+    assert engine.adapter_folders() == [tmp_path / "source", folder]
+    assert list((tmp_path / "adapters").iterdir()) == [folder]
+    assert answer(engine, half) == before
+    save(program, tmp_path / "saved")
+    engine.close()
 
 
 def test_a_program_that_runs_it_is_saved_with_it_and_loads(base: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ def rounds(compiled: dspy.Module) -> list[tuple[str, str]]:
 def comparable(report: CompileReport, run_dir: Path) -> Any:
     """A report without what may differ between sittings: the place of the run directory, seconds, and the calls that
     a second sitting makes again because the runs that steps share were lost with the first."""
-    text = json.dumps(report.to_dict()).replace(str(run_dir), "RUN")
-    data = json.loads(text)
+    # Whichever run beside it: an engine serves an adapter from the folder of the first one that made it.
+    place = rf'{re.escape(str(run_dir.parent))}/[^/"]+'
+    data = json.loads(re.sub(place, "RUN", json.dumps(report.to_dict())))
     for record in data["rounds"]:
         record["ledger"] = {name: record["ledger"][name] for name in ("metric_calls", "trained_tokens")}
     return data

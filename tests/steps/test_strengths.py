@@ -25,6 +25,7 @@ from bettertogether.engines.protocol import TrainingRow
 from bettertogether.errors import ConfigError
 from bettertogether.steps.step import StepContext, StepResult
 from bettertogether.steps.strengths import scaled_program
+from bettertogether.steps.tried_adapters import TriedAdapters
 from bettertogether.testing import FakeEngine, FakeRequest
 
 
@@ -78,6 +79,90 @@ def test_a_strength_that_can_not_win_leaves_the_race() -> None:
     assert prompt_details(result).chosen == "current"
 
 
+def served(engine: FakeEngine) -> list[Path]:
+    return [Path(folder) for folder in engine.dump_state()["adapters"]]
+
+
+def test_only_the_strength_that_is_taken_stays_and_is_among_the_candidates(tmp_path: Path) -> None:
+    engine = parity_engine(knows_half)
+    model = tuned(engine)
+    result = run(parity_program(engine, model=model), tmp_path)
+    half = tmp_path / result.program.lm.model.removeprefix("local/")
+    assert list(tmp_path.iterdir()) == [half]
+    assert served(engine) == [engine.adapter_folder(model), half]
+    assert {each["program"].lm.model for each in result.program.candidate_programs} == {model, result.program.lm.model}
+    assert not any(each["name"].endswith("0.75") for each in result.program.candidate_programs)
+
+
+def test_no_strength_stays_where_none_is_taken(tmp_path: Path) -> None:
+    engine = parity_engine(lambda request, number: request.strength == 1)
+    model = tuned(engine)
+    run(parity_program(engine, model=model), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert served(engine) == [engine.adapter_folder(model)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ConfigError])
+def test_no_strength_stays_where_the_race_raises(tmp_path: Path, error: type[BaseException]) -> None:
+    engine = parity_engine(knows_half)
+    model = tuned(engine)
+
+    def metric(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
+        if engine.requests[-1].strength == 1:
+            return 0.5
+        if error is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return -1.0
+
+    step = BootstrapFewShotRS(metric, num_samples=0, num_candidates=1, strengths=[0.5], num_threads=1)
+    with pytest.raises(error):
+        step.run(parity_program(engine, model=model), StepContext(numbers(50), folder=tmp_path))
+    assert {request.strength for request in engine.requests} == {0.5, 1}
+    assert list(tmp_path.iterdir()) == []
+    assert served(engine) == [engine.adapter_folder(model)]
+
+
+def test_a_strength_that_was_served_before_stays(tmp_path: Path) -> None:
+    engine = parity_engine(lambda request, number: request.strength == 1)
+    model = tuned(engine)
+    half = engine.scaled(model, 0.5)
+    run(parity_program(engine, model=model), tmp_path)
+    folder = engine.adapter_folder(half)
+    assert served(engine) == [engine.adapter_folder(model), folder]
+    assert folder is not None
+    assert folder.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_another_race_tries_stays_until_that_one_ends(tmp_path: Path) -> None:
+    engine = parity_engine(knows_half)
+    model = tuned(engine)
+    first, second = TriedAdapters(tmp_path / "first"), TriedAdapters(tmp_path / "second")
+    with second:
+        with first:
+            half = first.scaled(plain_lm(engine, model), 0.5)
+            assert second.scaled(plain_lm(engine, model), 0.5) == half
+        folder = engine.adapter_folder(half)
+        assert folder is not None
+        assert folder.is_dir()
+    assert served(engine) == [engine.adapter_folder(model)]
+    assert [*(tmp_path / "first").iterdir(), *(tmp_path / "second").iterdir()] == []
+
+
+@pytest.mark.parametrize("ends_last", [False, True])
+def test_an_adapter_that_another_race_keeps_stays_where_that_one_has_it(tmp_path: Path, ends_last: bool) -> None:
+    engine = parity_engine(knows_half)
+    model = tuned(engine)
+    loser, winner = TriedAdapters(tmp_path / "loser"), TriedAdapters(tmp_path / "winner")
+    with loser if ends_last else winner, winner if ends_last else loser:
+        half = loser.scaled(plain_lm(engine, model), 0.5)
+        assert winner.scaled(plain_lm(engine, model), 0.5) == half
+        winner.keep(parity_program(engine, model=half))
+    folder = tmp_path / "winner" / half.removeprefix("local/")
+    assert served(engine) == [engine.adapter_folder(model), folder]
+    assert [*(tmp_path / "loser").iterdir(), *(tmp_path / "winner").iterdir()] == [folder]
+
+
 def test_an_equal_strength_changes_nothing() -> None:
     engine = parity_engine(lambda request, number: number % 2 == 0)
     program = parity_program(engine, model=tuned(engine))
@@ -113,18 +198,20 @@ def test_all_adapters_of_a_program_are_scaled_alike_and_other_models_stay(tmp_pa
     one, two = tuned(engine, "one"), tuned(engine, "two")
     program = two_step_program(engine)
     program.remark.lm, program.decide.lm = plain_lm(engine, one), plain_lm(engine, two, max_tokens=7)
-    scaled = scaled_program(program, 0.5, tmp_path)
-    names = [predictor.lm.model for predictor in scaled.predictors()]
-    assert names == [engine.scaled(one, 0.5), engine.scaled(two, 0.5)]
-    assert scaled.decide.lm.kwargs["max_tokens"] == 7
-    assert program.remark.lm.model == one
-    program.decide.lm = plain_lm(engine)
-    assert scaled_program(program, 0.5, tmp_path).decide.lm is program.decide.lm
+    with TriedAdapters(tmp_path) as tried:
+        scaled = scaled_program(program, 0.5, tried)
+        names = [predictor.lm.model for predictor in scaled.predictors()]
+        assert names == [engine.scaled(one, 0.5), engine.scaled(two, 0.5)]
+        assert scaled.decide.lm.kwargs["max_tokens"] == 7
+        assert program.remark.lm.model == one
+        program.decide.lm = plain_lm(engine)
+        assert scaled_program(program, 0.5, tried).decide.lm is program.decide.lm
 
 
 def test_predictors_that_share_an_lm_share_the_scaled_one(tmp_path: Path) -> None:
     engine = parity_engine(knows_half)
-    scaled = scaled_program(two_step_program(engine, model=tuned(engine)), 0.5, tmp_path)
+    with TriedAdapters(tmp_path) as tried:
+        scaled = scaled_program(two_step_program(engine, model=tuned(engine)), 0.5, tried)
     assert scaled.remark.lm is scaled.decide.lm
 
 
@@ -168,6 +255,15 @@ def test_a_strength_is_part_of_a_run_and_no_tuning_of_its_own(tmp_path: Path) ->
     assert w.two_by_two is not None
     ((model, folder),) = last.adapter_folders.items()
     assert Path(folder) == tmp_path / "run" / "adapters" / model.removeprefix("local/")
+
+
+def test_after_a_run_the_adapters_are_those_that_its_rounds_name(tmp_path: Path) -> None:
+    engine = parity_engine(knows_with_demos)
+    report = compiled(engine, tmp_path / "run").report
+    named = {folder for record in report.rounds for folder in record.adapter_folders.values()}
+    assert len(named) == 2
+    assert {str(each) for each in served(engine)} == named
+    assert {str(each) for each in (tmp_path / "run" / "adapters").iterdir() if each.is_dir()} == named
 
 
 def test_a_run_with_a_strength_goes_on_elsewhere_and_its_program_is_saved(tmp_path: Path) -> None:
