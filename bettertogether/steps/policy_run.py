@@ -115,7 +115,7 @@ class PolicyRun:
             kl=fmean(each.kl for each in updates if each.kl is not None) if policy.kl_weight and updates else None,
             tokens_per_s=spent.tokens / max(seconds, 1e-9),
         )
-        idle = before.idle + 1 if self._has_learned(groups, traces) else 0
+        idle = before.idle + 1 if self._is_idle(groups, traces) else 0
         self.state = replace(self.state, idle=idle, ledger=before.ledger + spent)
         is_last = self.state.step == policy.steps or self.state.idle == PATIENCE
         if is_last or self.state.step % policy.score_every == 0:
@@ -219,11 +219,13 @@ class PolicyRun:
             answers[self.adapters[predictor]] += each
         return [session.update(answers[key]) for key, session in self.sessions.items() if answers[key]]
 
-    def _has_learned(self, groups: Groups, traces: Sequence[Trace]) -> bool:
+    def _is_idle(self, groups: Groups, traces: Sequence[Trace]) -> bool:
         """Whether no runs of an example differ in reward; or, where the examples held out have the full mark, those of
-        hardly any example."""
-        best, known = self.state.best_score, not any(is_above_one(trace.score) for trace in traces)
-        solved = best is not None and known and reaches(best, FULL_MARK)
+        hardly any example. Never while demos fade: what is solved with them may not be without."""
+        if self._demo_share and self.policy.fade_demos:
+            return False
+        scores = [self.state.best_score or 0.0, *(trace.score for trace in traces)]
+        solved = reaches(scores[0], FULL_MARK) and not any(map(is_above_one, scores))
         differ, drawn = len(groups.examples), len({trace.index for trace in traces})
         return not groups.kept or (solved and differ < FEW * drawn)
 

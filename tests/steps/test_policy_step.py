@@ -270,11 +270,21 @@ def test_it_ends_after_three_steps_in_a_row_whose_runs_are_alike(
     assert run.run().step == 7
 
 
-@pytest.mark.parametrize(("held_out", "score", "steps"), [(1.0, 1.0, 4), (0.9, 1.0, 9), (1.0, 2.0, 9), (None, 1.0, 9)])
+@pytest.mark.parametrize(
+    ("held_out", "score", "fade", "steps"),
+    [
+        (1.0, 1.0, False, 4),
+        (0.9, 1.0, False, 9),
+        (1.0, 2.0, False, 9),
+        (1.5, 1.0, False, 9),
+        (None, 1.0, False, 9),
+        (1.0, 1.0, True, 9),
+    ],
+)
 def test_where_the_examples_held_out_are_solved_it_ends_when_runs_of_hardly_any_example_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: float | None, score: float, steps: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: float | None, score: float, fade: bool, steps: int
 ) -> None:
-    policy = PolicyConfig(steps=9, score_every=1)
+    policy = PolicyConfig(steps=9, score_every=1, fade_demos=fade)
     run = PolicyRun(lambda _: dspy.Module(), {}, {}, words(1), [], is_a, policy, RunSettings(), tmp_path, "run")
     traces = [Trace(i, dspy.Example(), None, (), Verdict(score, True), "sample") for i in range(5)]
     differ = iter([{0, 1}, {0}, {0}, {0}, *[{0}] * 5])
