@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ModelError, UnknownAdapterError
 from ..training.adapter_folder import WEIGHTS_FILE, content_hash, read_adapter_config, read_tensors, round_of
 from ..training.layers import linear_shape
-from .protocol import MODEL_PREFIX, adapter_model_name
+from .protocol import MODEL_PREFIX, adapter_model_name, first_there, with_folder
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class _ActiveSpan:
 
 @dataclass(frozen=True)
 class _Adapter:
-    folder: Path | None
-    """None: it is in memory alone."""
+    folders: tuple[Path, ...]
+    """Of this content; (): it is in memory alone."""
     weights: dict[str, tuple[Tensor, Tensor]]
     """Layer name to (A as [in, rank], scaled B as [rank, out])."""
 
@@ -81,17 +81,17 @@ class AdapterBank:
             held = self._adapters.get(name)
             if held is None:
                 weights = read_weights(folder, read_adapter_config(folder), self._layer_shapes())
-                self._adapters[name] = _Adapter(folder, weights)
+                self._adapters[name] = _Adapter((folder,), weights)
                 self._attach()
-            elif held.folder is None or not held.folder.exists():
-                self._adapters[name] = replace(held, folder=folder)
+            else:
+                self._adapters[name] = replace(held, folders=with_folder(held.folders, folder))
         return name
 
     def put(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Serve an adapter that is in memory alone, under a name: the config and the weights of a PEFT folder."""
         weights = layer_weights(tensors, config, self._layer_shapes(), name)
         with self._lock:
-            self._adapters[name] = _Adapter(None, weights)
+            self._adapters[name] = _Adapter((), weights)
             self._attach()
 
     def remove(self, model: str) -> None:
@@ -105,7 +105,13 @@ class AdapterBank:
         if model == MODEL_PREFIX + self._base_name:
             return None
         with self._lock:
-            return self._held(model).folder
+            return first_there(self._held(model).folders)
+
+    def check(self, model: str) -> None:
+        """Raise UnknownAdapterError for what is neither the base nor an adapter that is served."""
+        if model != MODEL_PREFIX + self._base_name:
+            with self._lock:
+                self._held(model)
 
     def _held(self, model: str) -> _Adapter:
         if model not in self._adapters:
@@ -115,7 +121,8 @@ class AdapterBank:
     def folders(self) -> list[Path]:
         """Folders of all adapters that have one, in the order they were added."""
         with self._lock:
-            return [adapter.folder for adapter in self._adapters.values() if adapter.folder is not None]
+            found = [first_there(adapter.folders) for adapter in self._adapters.values()]
+            return [folder for folder in found if folder is not None]
 
     def attach(self, model: nn.Module | None) -> None:
         """Serve the adapters on this model from now on; None frees them from it."""

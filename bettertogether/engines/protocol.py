@@ -163,7 +163,7 @@ class LocalEngine(Protocol):
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name, which is the same for the same content. One
-        that is served already stays in its folder, where that is still there."""
+        that is served already stays in its folder, as long as that is there."""
         ...
 
     def remove_adapter(self, model: str) -> None:
@@ -272,6 +272,16 @@ def require_adapter(model: str, folder: Path | None) -> Path:
     if folder is None:
         raise ConfigError(f"{model!r} is a base model, which has no strength: give the name of an adapter over it.")
     return folder
+
+
+def with_folder(folders: Sequence[Path], folder: Path) -> tuple[Path, ...]:
+    """Those folders of an adapter that are still there, in the order they were added, and another of its content."""
+    return tuple(dict.fromkeys([*(each for each in folders if each.exists()), folder]))
+
+
+def first_there(folders: Sequence[Path]) -> Path | None:
+    """The first of an adapter's folders that is still there; where none is, the last. None: it has none."""
+    return next((each for each in folders if each.exists()), folders[-1] if folders else None)
 
 
 def adapter_model_name(base_name: str, round_number: int, content_hash: str) -> str:

@@ -188,6 +188,15 @@ class EngineContract:
         assert engine.add_adapter(copied) == result.model
         assert engine.adapter_folder(result.model) == result.folder
 
+    def test_where_the_folder_of_an_adapter_goes_another_of_its_content_stands_in(
+        self, engine: LocalEngine, tmp_path: Path
+    ) -> None:
+        result = self.finetune(engine, tmp_path, "a gloss elsewhere")
+        copied = shutil.copytree(result.folder, tmp_path / "elsewhere" / result.folder.name)
+        engine.add_adapter(copied)
+        shutil.rmtree(result.folder)
+        assert engine.adapter_folder(result.model) == copied
+
     def test_an_adapter_that_was_removed_is_unknown_and_its_folder_stays(
         self, engine: LocalEngine, tmp_path: Path
     ) -> None:

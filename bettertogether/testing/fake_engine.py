@@ -39,7 +39,9 @@ from ..engines.protocol import (
     TrainingRow,
     adapter_model_name,
     adapter_round,
+    first_there,
     require_adapter,
+    with_folder,
 )
 from ..engines.rendering import messages_of
 from ..errors import DataError, NoTrainingDataError, UnknownAdapterError
@@ -122,7 +124,7 @@ class FakeEngine:
         """Every request that reached the engine, in order of arrival."""
         self.trainings: list[tuple[TrainingRow, ...]] = []
         """The rows of every training, in order."""
-        self._adapters: dict[str, tuple[Path, _FakeAdapter]] = {}
+        self._adapters: dict[str, tuple[tuple[Path, ...], _FakeAdapter]] = {}
         self._counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self._lock = threading.Lock()
         self._number = next(_NUMBERS)
@@ -252,8 +254,8 @@ class FakeEngine:
         adapter = _FakeAdapter.read(folder)
         model = adapter.name(self.base_name)
         with self._lock:
-            held, _ = self._adapters.get(model, (folder, adapter))
-            self._adapters[model] = (held if held.exists() else folder, adapter)
+            held, _ = self._adapters.get(model, ((), adapter))
+            self._adapters[model] = (with_folder(held, folder), adapter)
         return model
 
     def remove_adapter(self, model: str) -> None:
@@ -266,7 +268,7 @@ class FakeEngine:
         if model == MODEL_PREFIX + self.base_name:
             return None
         self._adapter(model)
-        return self._adapters[model][0]
+        return first_there(self._adapters[model][0])
 
     def scaled(self, model: str, strength: float, folder: Path | None = None) -> str:
         """The same memory at another strength, which the answer function is told."""
@@ -283,7 +285,10 @@ class FakeEngine:
 
     def dump_state(self) -> dict[str, Any]:
         """A fake engine is found again by its number, in this process and while it lives."""
-        return {"number": self._number, "adapters": [str(folder) for folder, _ in self._adapters.values()]}
+        return {
+            "number": self._number,
+            "adapters": [str(first_there(folders)) for folders, _ in self._adapters.values()],
+        }
 
     @classmethod
     def load_state(cls, state: dict[str, Any]) -> FakeEngine:

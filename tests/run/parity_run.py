@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +61,12 @@ def rounds(compiled: dspy.Module) -> list[tuple[str, str]]:
 def comparable(report: CompileReport, run_dir: Path) -> Any:
     """A report without what may differ between sittings: the place of the run directory, seconds, and the calls that
     a second sitting makes again because the runs that steps share were lost with the first."""
-    # Whichever run beside it: an engine serves an adapter from the folder of the first one that made it.
-    place = rf'{re.escape(str(run_dir.parent))}/[^/"]+'
-    data = json.loads(re.sub(place, "RUN", json.dumps(report.to_dict())))
+    text = json.dumps(report.to_dict()).replace(str(run_dir), "RUN")
+    data = json.loads(text)
     for record in data["rounds"]:
+        # An engine serves an adapter from the folder of the first run that made it, which has one of its own too.
+        names = {model: Path(folder).name for model, folder in record["adapter_folders"].items()}
+        assert all((run_dir / "adapters" / name).is_dir() for name in names.values())
+        record["adapter_folders"] = names
         record["ledger"] = {name: record["ledger"][name] for name in ("metric_calls", "trained_tokens")}
     return data

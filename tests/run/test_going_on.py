@@ -77,11 +77,12 @@ def test_the_same_call_goes_on_and_ends_as_an_uninterrupted_run(
 
 
 def test_a_finished_run_runs_nothing_again(engine: FakeEngine, tmp_path: Path) -> None:
-    first = compile_(engine, run_dir=tmp_path / "run")
+    run_dir = tmp_path / "run"
+    first = compile_(engine, run_dir=run_dir)
     made = len(engine.requests)
-    second = compile_(engine, run_dir=tmp_path / "run")
+    second = compile_(engine, run_dir=run_dir)
     assert (len(engine.requests), len(engine.trainings)) == (made, 1)
-    assert comparable(second.report, tmp_path) == comparable(first.report, tmp_path)
+    assert comparable(second.report, run_dir) == comparable(first.report, run_dir)
     assert second(number=5).parity == "odd"
 
 

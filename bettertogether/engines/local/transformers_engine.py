@@ -87,7 +87,7 @@ class TransformersEngine(BaseEngine):
             eos_ids=self._eos_ids,
             max_batch_size=self.options.max_batch_size,
             out_of_memory=is_out_of_memory,
-            check_adapter=self._adapters.folder,
+            check_adapter=self._adapters.check,
         )
         for folder in adapters:
             self.add_adapter(Path(folder))
@@ -163,7 +163,7 @@ class TransformersEngine(BaseEngine):
     def _job(self, request: Request) -> Job:
         self._scheduler.check_open()
         model = self.canonical(request.model)
-        self._adapters.folder(model)
+        self._adapters.check(model)
         adapter = "" if model == MODEL_PREFIX + self.base_name else model
         prompt_ids, max_new_tokens, sampling = self._rendered(request)
         row = BatchRow(prompt_ids, max_new_tokens, adapter, sampling)

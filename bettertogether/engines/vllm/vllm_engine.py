@@ -33,7 +33,7 @@ from ..base_engine import PARAMS, AsyncSide, BaseEngine
 from ..finetuning import TrainingJob, check_training, train
 from ..loading import model_to_train, pick_device, pick_dtype
 from ..memory_plan import announce_memory
-from ..protocol import MODEL_PREFIX, FinetuneResult
+from ..protocol import MODEL_PREFIX, FinetuneResult, first_there, with_folder
 from ..responses import ResponseWriter
 from ..structured import after_thoughts, answer_grammar
 from .api import Piece, answer_of, pieces_of, sampled_of, sampling_fields
@@ -101,7 +101,7 @@ class VLLMEngine(BaseEngine):
             self._mixed_batches = not self.server.ours or torch.cuda.is_available()
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
-        self._adapters: dict[str, Path] = {}
+        self._adapters: dict[str, tuple[Path, ...]] = {}
         if self.server.ours:
             self.max_length = min(self.max_length, int(server_options.get("max_model_len") or self.max_length))
         else:
@@ -274,8 +274,7 @@ class VLLMEngine(BaseEngine):
         self._check_rank(int(read_adapter_config(folder)["r"]), f"The adapter in {folder}", ModelError)
         name = adapter_name(self.base_name, folder)
         with self._lock:
-            if name not in self._adapters or not self._adapters[name].exists():
-                self._adapters[name] = folder
+            self._adapters[name] = with_folder(self._adapters.get(name, ()), folder)
         return name
 
     def _check_rank(self, rank: int, what: str, error: type[Exception]) -> None:
@@ -302,12 +301,13 @@ class VLLMEngine(BaseEngine):
         with self._lock:
             if model not in self._adapters:
                 raise unknown_adapter(model, self.base_name, self._adapters)
-            return self._adapters[model]
+            return first_there(self._adapters[model])
 
     def adapter_folders(self) -> list[Path]:
         """Folders of all adapters, in the order they were added."""
         with self._lock:
-            return list(self._adapters.values())
+            found = map(first_there, self._adapters.values())
+            return [folder for folder in found if folder is not None]
 
     @property
     def _stops_for_training(self) -> bool:
