@@ -103,9 +103,9 @@ def atomic_folder(target: Path, put: Callable[[Path, Path], object] = os.replace
         shutil.rmtree(work, ignore_errors=True)
 
 
-def new_folder(parent: Path, prefix: str = "") -> Path:
+def new_folder(parent: Path, prefix: str = "", suffix: str = "") -> Path:
     """A new folder of a name of its own, which others may read, such as a server of another user."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    folder = Path(tempfile.mkdtemp(suffix, prefix, parent))
     folder.chmod(0o755)
     return folder
 

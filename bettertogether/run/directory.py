@@ -258,8 +258,8 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _remove_temporary(folder: Path) -> None:
-    """Remove what a kill left: files of `atomic_write`, folders of an artifact saved here, of rows that were trained on
-    and of adapters that were learning from rewards."""
+    """Remove what a kill left: files of `atomic_write`, folders of an artifact saved here, of rows trained on, of
+    adapters that were learning from rewards and of strengths that were tried."""
     adapters = folder / "adapters"
     with disk_errors(folder):
         for leftover in [*folder.iterdir(), *(adapters.iterdir() if adapters.is_dir() else ())]:

@@ -7,7 +7,6 @@ of this process, or be what that one chose.
 from __future__ import annotations
 
 import shutil
-import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import dspy
 
 from ..engines.protocol import MODEL_PREFIX, LocalEngine
-from ..files import disk_errors
+from ..files import disk_errors, new_folder
 
 
 @dataclass
@@ -71,9 +70,7 @@ class TriedAdapters:
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             # By a name that a run's directory clears away after a kill.
-            home = Path(tempfile.mkdtemp(prefix=".strength-", suffix=".tmp", dir=self._folder))
-            # A server of another user reads from it.
-            home.chmod(0o755)
+            home = new_folder(self._folder, ".strength-", ".tmp")
         is_new = False
         try:
             model = engine.scaled(source, strength, home)

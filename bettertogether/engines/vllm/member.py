@@ -140,7 +140,7 @@ class Member:
         with self._lock:
             if name in self._held and not self._in_use[name] and self.server.runs:
                 with suppress(BetterTogetherError, *UNMET):
-                    self._unload(name)
+                    self._unload(name, PROBE_S)
 
     def _hold(self, adapter: Adapter) -> None:
         if self._held.get(adapter.name) != adapter.folder:
@@ -157,8 +157,8 @@ class Member:
         for name in unused[: max(0, len(self._held) - self._most + 1)]:
             self._unload(name)
 
-    def _unload(self, name: str) -> None:
-        reply = self._told("unload", {"lora_name": name})
+    def _unload(self, name: str, timeout_s: float | None = None) -> None:
+        reply = self._told("unload", {"lora_name": name}, timeout_s)
         if reply.status_code >= 400 and reply.status_code != 404:
             raise ModelError(
                 f"The vLLM server at {self.server.url} does not unload the adapter {name}: {_said(reply)}. Give a "
@@ -177,17 +177,22 @@ class Member:
                 "and a server that was started by hand needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora."
             )
 
-    def _told(self, action: str, body: Mapping[str, Any]) -> httpx.Response:
+    def _told(self, action: str, body: Mapping[str, Any], timeout_s: float | None = None) -> httpx.Response:
         """Its reply to being told to "load" or "unload" an adapter. One that is gone or busy says nothing of the
         adapter: that raises what it raises for a completion."""
-        reply = self._send(f"/v1/{action}_lora_adapter", body)
+        reply = self._send(f"/v1/{action}_lora_adapter", body, timeout_s=timeout_s)
         if reply.status_code in (429, *GONE):
             check(reply, self.server.url)
         return reply
 
-    def _send(self, path: str, body: Mapping[str, Any], stream: bool = False) -> httpx.Response:
+    def _send(
+        self, path: str, body: Mapping[str, Any], stream: bool = False, timeout_s: float | None = None
+    ) -> httpx.Response:
         address, _ = self.server.address()
-        request = self._client.build_request("POST", f"{address}{path}", json=body, headers=self.server.headers)
+        timeout = self._client.timeout if timeout_s is None else timeout_s
+        request = self._client.build_request(
+            "POST", f"{address}{path}", json=body, headers=self.server.headers, timeout=timeout
+        )
         return self._client.send(request, stream=stream)
 
 
