@@ -63,7 +63,7 @@ class TraceCounts(Saved):
     examples: Count
     """Examples that were run."""
     solved: Count
-    """Examples with a run that the metric accepted."""
+    """Examples with a run that the metric accepted, or that was good enough where hardly any was."""
     failed: Mapping[str, Count]
     """Runs that were not accepted, by reason."""
 

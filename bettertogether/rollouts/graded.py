@@ -21,22 +21,30 @@ FEW = 0.25
 """A smaller share of the examples than this is too few to learn from."""
 
 
+def are_few(solved: float, examples: int, enough: int) -> bool:
+    """Whether so many solved examples are too few to learn from them alone: fewer than half, and than `enough` (0: any
+    number)."""
+    return solved < min(enough or examples, examples / 2)
+
+
 def with_near_misses(traces: TraceSet, enough: int = 0) -> TraceSet:
-    """Of the examples that no run solved, the runs that score at least what the first runs do on average have passed
-    too, and that average is the set's `mark`: the mean, or where hardly any example has such a run, the median. As it
-    is where the metric does not grade, where all runs score the same, and where `enough` examples are solved (0: any
-    number) or half of them."""
+    """Of the examples that no run solved, the runs that score at least the mean of all first runs have passed too, and
+    that mean is the set's `mark`. Where none is solved and hardly any example has such a run, it is the median, if that
+    is lower. As it is where the metric does not grade, where all runs score the same, and where `enough` examples are
+    solved (0: any number) or half of them."""
     solved = {trace.index for trace in traces.passing}
-    if len(solved) >= min(enough or traces.examples, traces.examples / 2):
+    if not are_few(len(solved), traces.examples, enough):
         return traces
     graded = [t for t in traces.traces if t.index not in solved and t.reason == BELOW_THRESHOLD and t.score > 0]
     if len({trace.score for trace in traces.traces}) < 2 or not graded:
         return traces
     firsts = [trace.score for trace in traces.traces if not trace.attempt]
-    for mark in (fmean(firsts), median(firsts)):
+    mark = fmean(firsts)
+    better = [trace for trace in graded if reaches(trace.score, mark)]
+    if not solved and len({trace.index for trace in better}) < FEW * traces.examples:
+        # Nearly all score the same, and a few that score more lift the mean above that.
+        mark = min(mark, median(firsts))
         better = [trace for trace in graded if reaches(trace.score, mark)]
-        if len({trace.index for trace in better}) >= FEW * traces.examples:
-            break
     return _passed(traces, better, mark) if better else traces
 
 

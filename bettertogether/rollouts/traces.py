@@ -267,7 +267,7 @@ def _graded(traces: TraceSet, enough: int, phase: str) -> TraceSet:
     solved = len({trace.index for trace in traces.passing})
     warning = (
         f"{phase}: {solved} of {traces.examples} examples reach the full mark, 1.0, so the best runs from "
-        f"{score_text(better.mark)} on, the first runs' average, are learned from too. threshold= gives another mark."
+        f"{score_text(better.mark)} on, what the first ones score, count too. threshold= gives another mark."
     )
     events.warn(warning)
     return replace(better, warnings=(*traces.warnings, warning))

@@ -136,7 +136,8 @@ def _outlooks(plan: Plan, measured: Probe) -> tuple[Outlook, Outlook, Outlook]:
         solved=solved,
         again=solved / 2,
         hinted=1.0,
-        learned=1.0 if measured.graded else None,
+        learned=None,
+        graded=measured.graded,
         contest=(NEAR, FAR),
         patience=0.5,
         calls=per_run * share,
@@ -144,7 +145,8 @@ def _outlooks(plan: Plan, measured: Probe) -> tuple[Outlook, Outlook, Outlook]:
         has_demos=any(predictor.demos for predictor in plan.student.predictors()),
         is_scored=bool(plan.valset) and program_key(plan.student) is not None,
     )
-    least = replace(likely, solved=most, again=most, learned=fewest, contest=(1.0, 0.0), patience=0.0, forms=0.0)
+    least = replace(likely, solved=most, again=most, learned=fewest, graded=False, patience=0.0, forms=0.0)
+    least = replace(least, contest=(1.0, 0.0))
     return (
         least,
         likely,

@@ -66,7 +66,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         val_size: Examples to score candidates on, none of which is bootstrapped from; None: all of the valset, or where
             the trainset is split the rest of it, at most 250.
         threshold: Score from which an example counts as solved; None: 1.0, the full mark, or where hardly any run gets
-            that from a metric that grades, what the first runs score on average (`rollouts/graded.py`).
+            that from a metric that grades, the mean of the first runs (see `rollouts/graded.py`).
         restart: Start from the original prompts (`restart_from=` of `compile`), as the paper does, not from the prompts
             given. Those are a candidate either way, so the step never loses what it was given.
         strengths: Strengths of the program's adapters, where it has any, at which the best prompts are tried as well.
@@ -178,7 +178,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         options = ExamplePass(self.metric, self.threshold, settings, phase="bootstrap demos")
         traces = collect_traces(start, train, options, sampling=self.sampling, teachers=context.teachers)
         warnings = [*traces.warnings, *_said(*self._no_demos(traces))]
-        chosen = select_traces(traces.traces, max_per_example=2 if traces.mark is None else 1)
+        chosen = select_traces(traces.traces, near_misses=traces.mark is not None)
         sets = DemoSets(start, chosen, train)
         candidates = self._candidates(student, start, context.earlier, sets, seed)
         scoring = CandidateScores(candidates, validation, self.metric, settings)

@@ -169,8 +169,9 @@ def _chosen(traces: TraceSet, options: RowOptions, dropped: Dropped) -> list[Tra
     unchosen = Counter(traces.reasons())
     chosen = select_traces(
         traces.traces,
-        max_per_example=options.max_traces_per_example if traces.mark is None else 1,
+        max_per_example=options.max_traces_per_example,
         max_rescue_share=options.max_rescue_share,
+        near_misses=traces.mark is not None,
         dropped=unchosen,
     )
     unchosen[STRANGER] += sum(trace.strangers for trace in chosen)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..rollouts.labels import stratified_order
-from ..rollouts.metrics import EQUAL
+from ..rollouts.metrics import EQUAL, FULL_MARK, passes
 from ..rollouts.traces import Trace
 
 NO_CALLS = "no calls to learn from"
@@ -21,11 +21,13 @@ def select_traces(
     *,
     max_per_example: int = 2,
     max_rescue_share: float = 1.0,
+    near_misses: bool = False,
     dropped: Counter[str] | None = None,
 ) -> list[Trace]:
     """The passing traces to learn from: one of each kind of content, at most `max_per_example` of an example (those of
     the highest score first, of equal ones its own first and rescued last), rescued ones at most this share of all.
-    `dropped` counts the passing ones left out."""
+    `near_misses`: some passed below the full mark, of which only the best of an example teaches. `dropped` counts the
+    passing ones left out."""
     counts = Counter() if dropped is None else dropped
     kept: list[Trace] = []
     seen: dict[int, set[str]] = {}
@@ -39,7 +41,7 @@ def select_traces(
         known = seen.setdefault(trace.index, set())
         if content in known:
             counts["same as another of its example"] += 1
-        elif len(known) >= max_per_example:
+        elif len(known) >= (1 if near_misses and not passes(trace.score, FULL_MARK) else max_per_example):
             counts["over max_traces_per_example"] += 1
         else:
             known.add(content)

@@ -75,7 +75,7 @@ class Step(ABC):
     """A step of ours: what `BetterTogether` runs without going through `compile`."""
 
     threshold: float | None = None
-    """Score from which an example counts as solved; None: the full mark."""
+    """Score from which an example counts as solved; None: the full mark, or what `rollouts/graded.py` says."""
     learns_from_solved = True
     """Whether it matters to it which examples count as solved; a step that learns from scores as they are has no use
     for a threshold."""

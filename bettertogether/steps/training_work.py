@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import dspy
 
+from ..rollouts.graded import are_few
 from ..training.auto import auto_epochs
 from ..training.length import RunLength
 from .adapter_rows import adapter_key, held_out_count, hold_out, rows_by_adapter
@@ -53,6 +54,8 @@ def _tried(
     tries = ExpectedTries.of(student, examples, outlook, len(context.teachers))
     step.sampling.carry_out(tries)
     learned = tries.solved if outlook.learned is None else outlook.learned * len(examples)
+    if outlook.graded and are_few(tries.solved, len(examples), step.sampling.enough):
+        learned = float(len(examples))
     runs = tries.runs if context.teachers else tries.unknown(known * len(examples))
     rows = max(1.0, step.rows_per_call * outlook.calls * learned)
     return Work.of_runs(runs, outlook, by_teacher=bool(context.teachers)), rows, learned

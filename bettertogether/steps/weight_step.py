@@ -60,7 +60,7 @@ class LoRAFinetune(TrainingStep):
         frozen: Names of predictors, or of modules with some, to leave alone. Those whose LM is not local are left alone
             anyway.
         threshold: Score from which an example counts as solved; None: 1.0, the full mark, or where hardly any run gets
-            that from a metric that grades, what the first runs score on average (`rollouts/graded.py`).
+            that from a metric that grades, the mean of the first runs (see `rollouts/graded.py`).
         validation_share: Share of the trainset's examples with rows held out to choose the best epoch: at least 4,
             which may be a fifth of them, so that of fewer than 20 none is. Where it is fewer than 16 and there is a
             valset, up to 16 examples of that are run and measured instead, if 4 or more of them give rows, and all of

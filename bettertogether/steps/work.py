@@ -23,6 +23,8 @@ class Outlook:
     """Share of those still failed that a hint solves."""
     learned: float | None
     """Share of the examples that training rows come from; None: those that are solved after all tries."""
+    graded: bool = False
+    """Where few are solved, rows come from the best runs of the others too."""
     contest: tuple[float, float] = (0.0, 0.0)
     """Mean scores of the best prompts in a race, and of all others."""
     patience: float = 1.0

@@ -72,8 +72,8 @@ def test_runs_as_good_as_the_mean_of_the_first_ones_pass_where_hardly_any_has_th
         *[("near", 0.5), ("near", 0.6), ("near", 0.55)],
     ]
     assert traces.warnings == (
-        "run: 1 of 6 examples reach the full mark, 1.0, so the best runs from 0.500 on, the first runs' average, are "
-        "learned from too. threshold= gives another mark.",
+        "run: 1 of 6 examples reach the full mark, 1.0, so the best runs from 0.500 on, what the first ones score, "
+        "count too. threshold= gives another mark.",
     )
 
 
@@ -100,6 +100,14 @@ def test_where_half_of_the_examples_have_the_full_mark_it_stays() -> None:
     assert passing(traces) == [("best", 1.0)]
 
 
+def test_where_some_are_solved_the_commonest_bad_score_is_no_near_miss() -> None:
+    marks = {f"{score} {number}": (score,) * 3 for score in (1.0, 0.1) for number in range(2 if score == 1 else 8)}
+    options = ExamplePass(mark_of, None, RunSettings(), "run")
+    traces = collect_traces(program(grading_engine(marks)), named(*marks), options, sampling=TWO_MORE)
+    assert passing(traces) == [("1.0 0", 1.0), ("1.0 1", 1.0)]
+    assert traces.mark is None
+
+
 def test_a_threshold_is_kept_to() -> None:
     assert passing(graded(threshold=0.85)) == [("poor", 0.9), ("best", 1.0)]
 
@@ -116,7 +124,7 @@ def test_where_all_runs_score_the_same_none_passes() -> None:
 
 
 def test_of_the_runs_of_an_example_the_best_are_learned_from() -> None:
-    found = select_traces(graded().traces, max_per_example=1)
+    found = select_traces(graded().traces, near_misses=True)
     assert [(trace.example.name, trace.score) for trace in found] == [
         ("poor", 0.9),
         ("mean", 0.5),

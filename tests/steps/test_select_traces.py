@@ -36,6 +36,17 @@ def test_selection_caps_the_traces_of_an_example() -> None:
     assert select_traces(traces, max_per_example=2) == traces[:2]
 
 
+def scored(index: int, answer: str, score: float) -> Trace:
+    return replace(trace(index, answer), verdict=Verdict(score, True))
+
+
+def test_the_best_traces_of_an_example_are_kept_and_of_near_misses_one() -> None:
+    solved, near = [scored(0, "a", 1.0), scored(0, "b", 1.0)], [scored(1, "a", 0.7), scored(1, "b", 0.9)]
+    third = scored(0, "c", 0.9)
+    assert select_traces([third, *solved, *near]) == [*solved, near[1], near[0]]
+    assert select_traces([third, *solved, *near], near_misses=True) == [*solved, near[1]]
+
+
 @pytest.mark.parametrize(("share", "rescues"), [(0.5, 4), (0.6, 6), (0.65, 7)])
 def test_rescued_traces_are_at_most_their_share(share: float, rescues: int) -> None:
     own = [trace(i) for i in range(4)]
