@@ -108,7 +108,7 @@ class AdapterBank:
             return first_there(self._held(model).folders)
 
     def check(self, model: str) -> None:
-        """Raise UnknownAdapterError for what is neither the base nor an adapter that is served."""
+        """Raise UnknownAdapterError for what is neither the base nor an adapter that is served; looks at no folder."""
         if model != MODEL_PREFIX + self._base_name:
             with self._lock:
                 self._held(model)

@@ -145,8 +145,9 @@ def _outlooks(plan: Plan, measured: Probe) -> tuple[Outlook, Outlook, Outlook]:
         has_demos=any(predictor.demos for predictor in plan.student.predictors()),
         is_scored=bool(plan.valset) and program_key(plan.student) is not None,
     )
-    least = replace(likely, solved=most, again=most, learned=fewest, graded=False, patience=0.0, forms=0.0)
-    least = replace(least, contest=(1.0, 0.0))
+    least = replace(
+        likely, solved=most, again=most, learned=fewest, graded=False, contest=(1.0, 0.0), patience=0.0, forms=0.0
+    )
     return (
         least,
         likely,
