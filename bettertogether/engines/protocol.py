@@ -163,7 +163,7 @@ class LocalEngine(Protocol):
 
     def add_adapter(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name, which is the same for the same content. One
-        that is served already stays in its folder, as long as that is there."""
+        that is served already stays in its folder; once that is gone, the next one given for it stands in."""
         ...
 
     def remove_adapter(self, model: str) -> None:

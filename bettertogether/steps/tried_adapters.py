@@ -90,7 +90,6 @@ class TriedAdapters:
                     if adapter.home is not None:
                         shutil.rmtree(adapter.home, ignore_errors=True)
                         adapter.home = None
-                        adapter.engine.add_adapter(_place(self._folder, adapter.model))
 
 
 def _place(parent: Path, model: str) -> Path:
