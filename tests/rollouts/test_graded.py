@@ -53,9 +53,14 @@ def named(*names: str) -> list[dspy.Example]:
     return [dspy.Example(name=name).with_inputs("name") for name in names]
 
 
-def graded(sampling: Sampling = TWO_MORE, metric: Any = mark_of, threshold: float | None = None) -> TraceSet:
+def graded(
+    sampling: Sampling = TWO_MORE,
+    metric: Any = mark_of,
+    threshold: float | None = None,
+    marks: Mapping[str, tuple[float, ...]] = MARKS,
+) -> TraceSet:
     options = ExamplePass(metric, threshold, RunSettings(), "run")
-    return collect_traces(program(grading_engine()), named(*MARKS), options, sampling=sampling)
+    return collect_traces(program(grading_engine(marks)), named(*marks), options, sampling=sampling)
 
 
 def passing(traces: TraceSet) -> list[tuple[str, float]]:
@@ -81,8 +86,7 @@ def test_runs_as_good_as_the_mean_of_the_first_ones_pass_where_hardly_any_has_th
 def test_where_few_examples_have_a_run_as_good_as_the_mean_it_is_the_median(count: int, mark: float) -> None:
     alike = {f"alike {number}": (0.5, 0.5, 0.4) for number in range(count - 1)}
     marks = {**alike, "one": (0.5 + 0.024 * count, 0.9, 0.9)}
-    options = ExamplePass(mark_of, None, RunSettings(), "run")
-    traces = collect_traces(program(grading_engine(marks)), named(*marks), options, sampling=TWO_MORE)
+    traces = graded(marks=marks)
     assert traces.mark == pytest.approx(mark)
     assert {name for name, _ in passing(traces)} == ({"one"} if count == 3 else set(marks))
 
@@ -95,15 +99,13 @@ def test_where_enough_examples_have_the_full_mark_it_stays(enough: int, taken: b
 
 
 def test_where_half_of_the_examples_have_the_full_mark_it_stays() -> None:
-    options = ExamplePass(mark_of, None, RunSettings(), "run")
-    traces = collect_traces(program(grading_engine()), named("best", "good"), options, sampling=TWO_MORE)
+    traces = graded(marks={name: MARKS[name] for name in ("best", "good")})
     assert passing(traces) == [("best", 1.0)]
 
 
 def test_where_some_are_solved_the_commonest_bad_score_is_no_near_miss() -> None:
     marks = {f"{score} {number}": (score,) * 3 for score in (1.0, 0.1) for number in range(2 if score == 1 else 8)}
-    options = ExamplePass(mark_of, None, RunSettings(), "run")
-    traces = collect_traces(program(grading_engine(marks)), named(*marks), options, sampling=TWO_MORE)
+    traces = graded(marks=marks)
     assert passing(traces) == [("1.0 0", 1.0), ("1.0 1", 1.0)]
     assert traces.mark is None
 
