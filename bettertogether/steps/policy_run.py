@@ -237,6 +237,8 @@ class PolicyRun:
         if not any(call.sampled for call in calls):
             raise NoTrainingDataError(f"There is nothing to learn from. {unseen_calls(len(traces))}")
         rewards = sorted({round(reward_of(trace, self.policy), 6) for trace in traces})
+        if self.policy.fade_demos and reaches(rewards[0], FULL_MARK):
+            return  # What is solved with demos may not be without.
         examples, size = len({trace.index for trace in traces}), self.policy.group_size
         alike = f"{size} of each, and all of an example"
         if self.policy.group_by == "branch":

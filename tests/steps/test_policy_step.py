@@ -218,6 +218,26 @@ def test_fading_demos_that_are_worth_more_than_the_training_stay(engine: Transfo
     assert model_names(program) == model_names(student)
 
 
+def test_what_is_solved_with_demos_is_learned_without_those_that_fade(engine: TransformersEngine, tmp_path: Path) -> None:
+    class Helped(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pick = dspy.Predict(Pick)
+
+        def forward(self, word: str) -> dspy.Prediction:
+            letter = self.pick(word=word).letter
+            return dspy.Prediction(letter="a" if self.pick.demos else letter)
+
+    student = program_of(engine, Helped)
+    student.pick.demos = [dspy.Example(word="x", letter="a").with_inputs("word")]
+    fading = PolicyConfig(**{**POLICY, "fade_demos": True})
+    step = PolicyFinetune(is_a, folder=tmp_path, validation_share=0, **{**QUICK, "policy": fading})
+    program = tuned(step, student)
+    assert [line.kept_groups > 0 for line in details_of(step).history[1:]] == [False, True, True]
+    assert program.pick.demos == []
+    assert model_names(program) != model_names(student)
+
+
 def test_examples_whose_runs_are_alike_are_replaced_by_others(engine: TransformersEngine, tmp_path: Path) -> None:
     def only_w1(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
         return float(example.word != "w1" or prediction.letter == "a")
