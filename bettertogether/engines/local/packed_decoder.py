@@ -200,6 +200,7 @@ class PackedDecoder:
             [AdaptedSpan(prefix.adapter, 0, None)],
             [piece.size - 1],
         )
+        prefix.data.source = None
         prefix.computed += piece.size
         if prefix.computed == prefix.tokens.size:
             self._is_there(prefix)
@@ -210,7 +211,7 @@ class PackedDecoder:
         self._prefixes.unuse(prefix)
         if prefix.near is not None:
             self._prefixes.unuse(prefix.near)
-        prefix.near = prefix.data.source = None
+        prefix.near = None
 
     def _seat(self, row: BatchRow, own: Tokens, prefix: _ComputedPrefix | None, length: int, must: bool) -> bool:
         """Give a row a slot; False where there is no room for it, unless it `must` have one."""
@@ -247,8 +248,9 @@ class PackedDecoder:
         return [decisions.get(row, Decision()) for row in rows]
 
     def _has_prefix(self, row: BatchRow) -> bool:
-        seat = self._seats[row]
-        return seat.prefix is None or seat.prefix.computed >= seat.prefix_length
+        prefix, length = self._seats[row].prefix, self._seats[row].prefix_length
+        # What a prefix has in common with its source is copied in its first pass.
+        return prefix is None or (prefix.data.source is None and prefix.computed >= length)
 
     def _free(self, row: BatchRow) -> int:
         """Tokens for which there is room in a row's slot."""

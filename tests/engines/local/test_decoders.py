@@ -107,6 +107,22 @@ def test_a_prefix_that_extends_another_starts_from_it(model: Any) -> None:
     assert answers(decoder, rows) == [generated(model, row.prompt_ids, 4) for row in rows]
 
 
+def test_a_row_waits_for_the_head_that_its_prefix_is_to_copy(model: Any) -> None:
+    head = prompts(1, 40)[0][:40]
+    first, second, third = ([*head, 1, *range(250)], [*head, 2, *range(200)], [3, *range(200)])
+    decoder = packed(model)
+    answers(decoder, [BatchRow([*first, 0, place], 1) for place in range(3)])
+    # `second` copies the head from `first` when its turn comes, after `third`. Used last, `first` is looked at last.
+    for group in (third, second):
+        decoder.admit([BatchRow([*group, 0, place], 1) for place in range(3)])
+    decoder.admit([BatchRow([*first, 9], 1)])
+    row = BatchRow([*head, 4, 5, 6], 4)
+    decoder.admit([row])
+    while len(row.output_ids) < 4:
+        row.output_ids += decoder.step([row])[0].token_ids
+    assert row.output_ids == generated(model, row.prompt_ids, 4)
+
+
 def test_prompts_that_are_the_same_share_all_but_the_last_token(model: Any) -> None:
     prompt = prompts(1, 200)[0]
     rows = [BatchRow(list(prompt), 3) for _ in range(4)]
