@@ -36,20 +36,21 @@ def hint_for(program: dspy.Module, example: dspy.Example, labels: Collection[str
     }
 
 
-def answering(program: dspy.Module, labels: Collection[str]) -> set[str]:
+def answering(predictors: Mapping[str, dspy.Predict], labels: Collection[str]) -> set[str]:
     """The predictors that answer one of the label fields."""
-    return {n for n, p in predictors_of(program).items() if set(labels) & p.signature.output_fields.keys()}
+    return {name for name, p in predictors.items() if set(labels) & p.signature.output_fields.keys()}
 
 
 def has_leads(program: dspy.Module, labels: Collection[str]) -> bool:
     """Whether predictors come before those that answer the label, which are given a hint first."""
-    return 0 < len(answering(program, labels)) < len(predictors_of(program))
+    predictors = predictors_of(program)
+    return 0 < len(answering(predictors, labels)) < len(predictors)
 
 
-def hint_before_the_answer(program: dspy.Module, labels: Mapping[str, Any]) -> None:
-    """Give the label as a hint to all predictors but those that answer it."""
-    hit = answering(program, labels)
-    for name, predictor in predictors_of(program).items():
+def hint_before_the_answer(predictors: Mapping[str, dspy.Predict], labels: Mapping[str, Any]) -> None:
+    """Give the label as a hint to all of a program's predictors but those that answer it."""
+    hit = answering(predictors, labels)
+    for name, predictor in predictors.items():
         if name not in hit:
             predictor.signature = _with_hint(predictor.signature, labels)
 
@@ -58,18 +59,18 @@ def _with_hint(signature: Any, labels: Mapping[str, Any]) -> Any:
     return signature.with_instructions(f"{signature.instructions}\n\n{hint_of(labels)}")
 
 
-def narrow_signatures(program: dspy.Module, labels: Mapping[str, Any]) -> None:
-    """Let the answer fields accept the label alone, and say so in the prompt.
+def narrow_signatures(predictors: Mapping[str, dspy.Predict], labels: Mapping[str, Any]) -> None:
+    """Let the answer fields of a program's predictors accept the label alone, and say so in the prompt.
 
     An engine that constrains its output to the schema can then write nothing else; any other model reads the hint.
     Predictors without one of the label fields get the hint as text when no predictor has one.
     """
-    hit = answering(program, labels)
+    hit = answering(predictors, labels)
     # To make a signature takes longer than to run a program, and most labels come again.
     made = _narrowed if all(type(label) in _PLAIN for label in labels.values()) else _narrowed.__wrapped__
     # Their types, too: 1 and True are one key.
     typed = tuple((name, type(label), label) for name, label in labels.items())
-    for name, predictor in predictors_of(program).items():
+    for name, predictor in predictors.items():
         if not hit or name in hit:
             predictor.signature = made(predictor.signature, typed)
 

@@ -110,14 +110,15 @@ class _Copy:
         self._program = copied
         attribution.mark(self._program)
         originals = dict(modules_of(program))
-        pairs = [(module, originals[name]) for name, module in modules_of(self._program)]
+        # What modules keep is shared: there may be predictors that a run of another copy made, none of the program's.
+        pairs = [(module, originals[name]) for name, module in modules_of(self._program) if name in originals]
         for module, original in pairs:
             # A deep copy is made without them.
             module.callbacks = list(original.callbacks)
         self._watch = Watch()
         self._watch.attach(module for module, _ in pairs)
         self._modules = [module for module, _ in pairs]
-        self._by_name = predictors_of(self._program)
+        self._by_name = {n: p for n, p in predictors_of(self._program).items() if n in predictors_of(program)}
         self._basis: dict[str, _Basis] = {}
         self._lms: dict[int, tuple[Any, Any]] = {}
         """LMs of the program and their watched copies, by id."""
@@ -208,9 +209,9 @@ class _Copy:
             predictor.lm = lms.get(key)
         self._stand_in = lms.get((id(dspy.settings.lm), True, True))
         if attempt.leads:
-            hint_before_the_answer(self._program, attempt.narrow)
+            hint_before_the_answer(self._by_name, attempt.narrow)
         elif attempt.narrow:
-            narrow_signatures(self._program, attempt.narrow)
+            narrow_signatures(self._by_name, attempt.narrow)
         self._basis = {
             name: _Basis(p.signature, tuple(p.demos), None if p.lm is self._stand_in else p.lm)
             for name, p in self._by_name.items()

@@ -95,7 +95,7 @@ def program_of(annotation: Any, engine: FakeEngine) -> dspy.Predict:
 )
 def test_a_field_is_narrowed_to_the_label_where_its_type_can_be(annotation: Any, label: Any, narrowed: Any) -> None:
     program = program_of(annotation, FakeEngine(lambda _: ""))
-    narrow_signatures(program, {"y": label})
+    narrow_signatures({"p": program}, {"y": label})
     assert program.signature.output_fields["y"].annotation == narrowed
 
 
@@ -104,7 +104,7 @@ def test_a_label_that_comes_again_has_the_signature_that_was_made_for_it() -> No
 
     def narrowed(label: Any) -> Any:
         program = dspy.Predict(first)
-        narrow_signatures(program, {"y": label})
+        narrow_signatures({"p": program}, {"y": label})
         return program.signature
 
     assert narrowed(1) is narrowed(1)
@@ -114,10 +114,10 @@ def test_a_label_that_comes_again_has_the_signature_that_was_made_for_it() -> No
 
 def test_the_hint_shows_the_value_as_the_field_has_it() -> None:
     program = program_of(float, FakeEngine(lambda _: ""))
-    narrow_signatures(program, {"y": 3})
+    narrow_signatures({"p": program}, {"y": 3})
     assert program.signature.instructions == f"Do it.\n\n{hint_of({'y': 3.0})}"
     program = program_of(float, FakeEngine(lambda _: ""))
-    narrow_signatures(program, {"answered_by_none": 3})
+    narrow_signatures({"p": program}, {"answered_by_none": 3})
     assert program.signature.instructions == f"Do it.\n\n{hint_of({'answered_by_none': 3})}"
     assert hint_of({"y": np.int64(3)}) == "The right final result is known: `y` = 3. Write what leads to it."
     assert hint_of({"y": Color.RED}) == "The right final result is known: `y` = 'red'. Write what leads to it."

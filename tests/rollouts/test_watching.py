@@ -13,6 +13,8 @@ from fakes import number_of, numbers, parity_engine, parity_match, reply, right
 from watched import ALWAYS, One, Pooled, over, prompts, rows_of, runs_of
 
 from bettertogether.errors import NoTrainingDataError
+from bettertogether.rollouts.rescue import HINT
+from bettertogether.rollouts.rollout import Attempt
 from bettertogether.rollouts.runner import Runner
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeEngine, FakeRequest
@@ -180,6 +182,29 @@ def test_a_program_may_look_up_its_last_answer_in_the_history_of_its_lm() -> Non
         assert f"[[ ## number ## ]]\n{number}\n" in run.prediction.prompt
 
 
+def remarking_engine() -> FakeEngine:
+    def answer(request: FakeRequest) -> str:
+        remarks = "`remark`" in request.system
+        return reply(request, **({"remark": "r"} if remarks else {"parity": right(number_of(request))}))
+
+    return FakeEngine(answer)
+
+
+class Keeps(One):
+    """Makes a predictor at first use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[str, dspy.Predict] = {}
+
+    def forward(self, number: int) -> dspy.Prediction:
+        if "remark" not in self.made:
+            self.made["remark"] = dspy.Predict("number: int -> remark")
+            self.made["remark"].lm = self.p.lm
+        self.made["remark"](number=number)
+        return self.p(number=number)
+
+
 def test_a_predictor_made_in_forward_is_a_counted_stranger() -> None:
     class Makes(One):
         def forward(self, number: int) -> dspy.Prediction:
@@ -188,11 +213,7 @@ def test_a_predictor_made_in_forward_is_a_counted_stranger() -> None:
             new(number=number)
             return self.p(number=number)
 
-    def answer(request: FakeRequest) -> str:
-        number = number_of(request)
-        return reply(request, **({"remark": "r"} if "`remark`" in request.system else {"parity": right(number)}))
-
-    program = over(Makes(), FakeEngine(answer))
+    program = over(Makes(), remarking_engine())
     run = Runner(program).run(numbers(1)[0])
     assert ([call.predictor for call in run.calls], run.strangers) == (["p"], 1)
     optimizer = LoRAFinetune(parity_match, num_samples=0, rescue=False)
@@ -202,6 +223,25 @@ def test_a_predictor_made_in_forward_is_a_counted_stranger() -> None:
         "3 calls were of predictors that are none of the program's, such as one that forward makes: nothing is learned "
         "from them, and no step changes them. Make them in __init__, as attributes."
     )
+
+
+def test_a_predictor_that_a_run_made_and_kept_is_a_stranger_to_the_copies_of_other_runs() -> None:
+    runner = Runner(over(Keeps(), remarking_engine()))
+    for _ in range(2):
+        run = runner.run(numbers(1)[0])
+        assert ([call.predictor for call in run.calls], run.strangers) == (["p"], 1)
+        runner._spare.clear()
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_a_predictor_that_a_run_made_and_kept_is_given_no_hint(leads: bool) -> None:
+    engine = remarking_engine()
+    runner = Runner(over(Keeps(), engine))
+    label = {"parity" if leads else "total": "odd"}
+    for attempt in (Attempt("sample", 1), Attempt("rescue", 1, narrow=label, leads=leads), Attempt("sample", 2)):
+        runner.run(numbers(1)[0], attempt)
+    remarks = [request.system for request in engine.requests if "`remark`" in request.system]
+    assert [HINT in system for system in remarks] == [False, False, False]
 
 
 def test_a_program_of_strangers_alone_has_no_rows_and_the_error_says_why() -> None:
