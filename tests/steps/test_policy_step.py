@@ -218,7 +218,7 @@ def test_fading_demos_that_are_worth_more_than_the_training_stay(engine: Transfo
     assert model_names(program) == model_names(student)
 
 
-def test_what_is_solved_with_demos_is_learned_without_those_that_fade(engine: TransformersEngine, tmp_path: Path) -> None:
+def test_what_is_solved_with_demos_is_learned_as_they_fade(engine: TransformersEngine, tmp_path: Path) -> None:
     class Helped(dspy.Module):
         def __init__(self) -> None:
             super().__init__()
