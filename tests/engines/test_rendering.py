@@ -13,6 +13,8 @@ from dspy.lm15 import (
     Request,
     TextPart,
     ThinkingPart,
+    ToolCallPart,
+    ToolResultPart,
     UnsupportedFeatureError,
 )
 from small_models import CHATML, byte_tokenizer
@@ -77,6 +79,19 @@ def test_what_is_not_text_is_refused(asked: Request, feature: str) -> None:
     with pytest.raises(UnsupportedFeatureError) as caught:
         messages_of(asked)
     assert caught.value.feature == feature
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        request(Message.user("a"), tools=(FunctionTool("f"),)),
+        request(Message.user("a"), Message.assistant([ToolCallPart("1", "f", {})])),
+        request(Message.tool([ToolResultPart("1", (TextPart("a"),))])),
+    ],
+)
+def test_what_asks_for_native_tool_calling_is_told_of_the_adapters_that_write_text(asked: Request) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="adapter with use_native_function_calling=False"):
+        messages_of(asked)
 
 
 def test_the_prompt_ends_where_the_answer_begins() -> None:
