@@ -273,7 +273,7 @@ class BaseEngine:
         return policy_session(self, policy, lora, training, origin, parent)
 
     def trained_model(self, training: TrainingConfig) -> AbstractContextManager[Any]:
-        """The model that a policy session trains."""
+        """The model that a policy session trains; the same one for the whole block."""
         raise NotImplementedError
 
     def alone(self) -> AbstractContextManager[None]:
@@ -281,7 +281,8 @@ class BaseEngine:
         raise NotImplementedError
 
     def serve(self, training: PolicyTraining, round_number: int, folder: Path) -> str:
-        """Answer with the adapter of a policy session as it is now; returns its model name."""
+        """Answer with the adapter of a policy session as it is now; returns its model name. It may be written into a
+        folder in `folder`, which is there until another one is served."""
         raise NotImplementedError
 
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:

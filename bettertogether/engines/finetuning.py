@@ -7,10 +7,10 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,24 +25,12 @@ from ..training.precision import require_four_bit
 from ..training.progress import ProgressFunction
 from ..training.targets import check_targets
 from .loading import ModelCard, meta_model
-from .protocol import ChatMessage, FinetuneResult, TrainingRow, adapter_model_name, adapter_round
+from .protocol import FinetuneResult, TrainingRow, adapter_model_name, adapter_round
+
+if TYPE_CHECKING:
+    from .base_engine import BaseEngine
 
 logger = get_logger(__name__)
-
-
-class Tokenizing(Protocol):
-    """What this module asks of an engine."""
-
-    base_name: str
-    max_length: int
-
-    def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]: ...
-
-    def completion_tokens(self, completion: str) -> list[int]: ...
-
-    def completion_places(self, completion: str) -> list[tuple[int, int]]: ...
-
-    def forced_tokens(self, completion: str, response_format: Mapping[str, Any] | None) -> list[bool]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +57,7 @@ def check_training(card: ModelCard, device: torch.device, lora: LoRAConfig | Non
 
 
 def tokens_of(
-    engine: Tokenizing, rows: Sequence[TrainingRow], skipped: list[tuple[int, str]]
+    engine: BaseEngine, rows: Sequence[TrainingRow], skipped: list[tuple[int, str]]
 ) -> Iterator[TokenizedRow]:
     """Rows as tokens, one by one; those that are too long for the model are added to `skipped` as (index, reason). Of
     the others' forms those are left out that are too long."""
@@ -104,7 +92,7 @@ def tokens_of(
         )
 
 
-def _fields(engine: Tokenizing, row: TrainingRow) -> list[str]:
+def _fields(engine: BaseEngine, row: TrainingRow) -> list[str]:
     """The output field that each completion token has a character of, or ""."""
     if not row.fields:
         return []
@@ -115,7 +103,7 @@ def _fields(engine: Tokenizing, row: TrainingRow) -> list[str]:
 
 
 def prepare(
-    engine: Tokenizing,
+    engine: BaseEngine,
     rows: Sequence[TrainingRow],
     validation_rows: Sequence[TrainingRow],
     lora: LoRAConfig,
@@ -151,7 +139,7 @@ def prepare(
 
 
 def train(
-    engine: Tokenizing, job: TrainingJob, model: Any, source: str, on_progress: ProgressFunction | None
+    engine: BaseEngine, job: TrainingJob, model: Any, source: str, on_progress: ProgressFunction | None
 ) -> FinetuneResult:
     """Run a training. `model` is trained in this process; None trains `source` in processes of their own."""
     with working_folder(job.parent, f"training-{_digest(job, engine.base_name)}") as folder:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..files import new_folder
@@ -25,36 +21,11 @@ from ..training.lending import ModelState, lent_out
 from ..training.policy import PolicyRow, PolicyTraining
 from ..training.progress import PolicyUpdate
 from ..training.stepper import ready_to_step
-from .answers import SampledAnswer
 from .finetuning import move_by_content
 from .protocol import RewardedAnswer, adapter_model_name, adapter_round
 
-
-class PolicyHost(Protocol):
-    """What this module asks of an engine."""
-
-    base_name: str
-    max_length: int
-    in_sessions: Counter[str]
-
-    def choices(self, answer: SampledAnswer) -> list[NDArray[np.uint32] | None]: ...
-
-    def trained_model(self, training: TrainingConfig) -> AbstractContextManager[Any]:
-        """The model to train; the same one for the whole block."""
-        ...
-
-    def alone(self) -> AbstractContextManager[None]:
-        """Nothing is answered inside the block."""
-        ...
-
-    def serve(self, training: PolicyTraining, round_number: int, folder: Path) -> str:
-        """Answer with an adapter as it is now; returns its model name. It may be written into a folder in `folder`,
-        which is there until another one is served."""
-        ...
-
-    def remove_adapter(self, model: str) -> None: ...
-
-    def add_adapter(self, folder: Path) -> str: ...
+if TYPE_CHECKING:
+    from .base_engine import BaseEngine
 
 
 class Session:
@@ -62,7 +33,7 @@ class Session:
 
     def __init__(
         self,
-        host: PolicyHost,
+        host: BaseEngine,
         model: Any,
         within: ModelState,
         training: PolicyTraining,
@@ -152,7 +123,7 @@ class Session:
 
 @contextmanager
 def policy_session(
-    host: PolicyHost,
+    host: BaseEngine,
     policy: PolicyConfig,
     lora: LoRAConfig,
     training: TrainingConfig,

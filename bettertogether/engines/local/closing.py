@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Protocol
-
-from .decoder import TokenConstraint
+from typing import TYPE_CHECKING
 
 LOOKAHEAD = 512
 """Tokens before the last one at which an answer's end comes into view."""
@@ -13,21 +11,8 @@ SLACK = 24
 """So many tokens before the last chance a token is taken only where the end stays within reach after it."""
 
 
-class Closable(TokenConstraint, Protocol):
-    """A grammar that knows its way to the end."""
-
-    def closer(self, instead_of: int | None = None) -> int | None:
-        """The token that ends a text, mapping or list that is open here, or that opens none where `instead_of` does;
-        None where none may."""
-        ...
-
-    def opens(self, token_id: int) -> bool:
-        """Whether more may have to follow after this token than before it."""
-        ...
-
-    def tokens_to_end(self, most: int, after: int | None = None) -> int:
-        """About how many tokens end the answer soonest (after one more token), counted up to `most`."""
-        ...
+if TYPE_CHECKING:
+    from ..structured import GrammarConstraint
 
 
 class ClosingConstraint:
@@ -37,7 +22,7 @@ class ClosingConstraint:
     An answer that does not fit however short it is made is cut as one without a grammar is.
     """
 
-    def __init__(self, grammar: Closable, room: int) -> None:
+    def __init__(self, grammar: GrammarConstraint, room: int) -> None:
         self._grammar = grammar
         self._left = room
         self._next_look = LOOKAHEAD
