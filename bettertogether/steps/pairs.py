@@ -17,24 +17,18 @@ from ..rollouts.failures import advice, commonest, count_failures
 from ..rollouts.traces import TraceSet
 from .data_card import make_data_card
 from .rows import Row
-from .rows_from_traces import Collected, Dropped, Trainable, longer_answers, own_demos, rows_of_call
+from .rows_from_traces import Collected, Dropped, Runs, Trainable, longer_answers, own_demos, rows_of_call
 from .select_traces import unseen_calls
 
 STRAYED = "the program asked something else when it was run again"
 RAISED = "its run raised, or the metric did, which says nothing of the answer"
 
 
-def pairs_from_traces(
-    student: dspy.Module,
-    examples: int,
-    traces: TraceSet,
-    trainable: Trainable,
-    max_pairs: int,
-    held_out: TraceSet | None,
-) -> Collected:
+def pairs_from_traces(student: dspy.Module, runs: Runs, trainable: Trainable, max_pairs: int) -> Collected:
     """The pairs of the calls that were answered anew, at most `max_pairs` of an example and predictor; those of
     `held_out`, whose examples come after the others, apart. Raises NoTrainingDataError with the counts when there are
     none."""
+    examples, traces, held_out = len(runs.trainset), runs.traces, runs.held_out
     dropped: Dropped = Counter()
     rows = _pairs(student, traces, trainable, max_pairs, dropped)
     reasons = +dropped

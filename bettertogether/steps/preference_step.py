@@ -16,12 +16,11 @@ import dspy
 
 from ..checks import require_whole
 from ..rollouts.metrics import Metric, require_metric
-from ..rollouts.traces import TraceSet
 from ..rollouts.tries import TEMPERATURES, Sampling
 from ..training.config import LoRAConfig, TrainingConfig
 from .pairs import pairs_from_traces
 from .rows import Row
-from .rows_from_traces import Collected, RowOptions, Trainable, rows_from_traces
+from .rows_from_traces import Collected, RowOptions, Runs, Trainable, rows_from_traces
 from .step import StepContext, StepResult
 from .training_step import TrainingStep
 from .work import Outlook, Work
@@ -95,26 +94,13 @@ class PreferenceFinetune(TrainingStep):
         """The runs for pairs and the training on them, as the outlook has them."""
         return super().work(student, replace(context, teachers=()), outlook)
 
-    def rows_of(
-        self,
-        student: dspy.Module,
-        trainset: Sequence[dspy.Example],
-        traces: TraceSet,
-        trainable: Trainable,
-        *,
-        valset: Sequence[dspy.Example],
-        held_out: TraceSet | None,
-        earlier: Sequence[dspy.Module],
-        seed: int,
-    ) -> Collected:
+    def rows_of(self, student: dspy.Module, runs: Runs, trainable: Trainable) -> Collected:
         """The pairs of the calls that were answered anew. Raises NoTrainingDataError with the counts when there are
         none."""
-        return pairs_from_traces(student, len(trainset), traces, trainable, self.rows_per_call, held_out)
+        return pairs_from_traces(student, runs, trainable, self.rows_per_call)
 
-    def probe_rows(
-        self, student: dspy.Module, examples: Sequence[dspy.Example], traces: TraceSet, trainable: Trainable
-    ) -> Sequence[Row]:
+    def probe_rows(self, student: dspy.Module, runs: Runs, trainable: Trainable) -> Sequence[Row]:
         """Each row with the answer of another."""
         options = RowOptions(train_prompt="optimized", balance=False)
-        rows = rows_from_traces(student, examples, traces, trainable, options).rows
+        rows = rows_from_traces(student, runs, trainable, options).rows
         return [replace(row, rejected=rows[place - 1].completion) for place, row in enumerate(rows)]

@@ -114,27 +114,37 @@ class RowOptions:
         require(isinstance(field_name, str | None), "label_field", field_name, "a field's name, or None")
 
 
-def rows_from_traces(
-    student: dspy.Module,
-    trainset: Sequence[dspy.Example],
-    traces: TraceSet,
-    trainable: Trainable,
-    options: RowOptions,
-    *,
-    valset: Sequence[dspy.Example] = (),
-    held_out: TraceSet | None = None,
-    earlier: Sequence[dspy.Module] = (),
-    seed: int = 0,
-) -> Collected:
-    """The rows of the passing traces; those of `held_out`, the traces of `valset`, apart, with demos of the trainset
-    too. `earlier` are programs whose prompts "varied" rows are shown too, and `seed` draws the demos. Raises
-    NoTrainingDataError with the counts when there are none."""
+@dataclass(frozen=True)
+class Runs:
+    """The runs that rows are made of."""
+
+    trainset: Sequence[dspy.Example]
+    traces: TraceSet
+    valset: Sequence[dspy.Example] = ()
+    held_out: TraceSet | None = None
+    """Of the valset, whose rows are kept apart."""
+    earlier: Sequence[dspy.Module] = ()
+    """Programs whose prompts "varied" rows are shown too."""
+    seed: int = 0
+    """Draws the demos."""
+
+
+def rows_from_traces(student: dspy.Module, runs: Runs, trainable: Trainable, options: RowOptions) -> Collected:
+    """The rows of the passing traces; those held out with demos of the trainset too. Raises NoTrainingDataError with
+    the counts when there are none."""
+    trainset, traces, held_out = runs.trainset, runs.traces, runs.held_out
     dropped: Dropped = Counter()
     chosen = _chosen(traces, options, dropped)
     forms = None
     if options.train_prompt == "varied":
         forms = PromptForms(
-            student, trainset, chosen, valset=valset, earlier=earlier, max_demos=options.max_demos, seed=seed
+            student,
+            trainset,
+            chosen,
+            valset=runs.valset,
+            earlier=runs.earlier,
+            max_demos=options.max_demos,
+            seed=runs.seed,
         )
     rows_of = partial(_rows_of, predictors_of(student), trainable, options, forms)
     labels = labels_of(trainset, options.label_field, output_names(student))
@@ -142,7 +152,7 @@ def rows_from_traces(
     rows = _balanced(by_trace, labels, dropped) if options.balance else [row for _, rows in by_trace for row in rows]
     reasons = +dropped
     if not rows:
-        prompted = bool(earlier) or any(predictor.demos for predictor in student.predictors())
+        prompted = bool(runs.earlier) or any(predictor.demos for predictor in student.predictors())
         raise NoTrainingDataError(_no_rows(traces, reasons, prompted=prompted))
     warnings = [
         *_strangers(reasons[WHOLE_TRACE, STRANGER]),

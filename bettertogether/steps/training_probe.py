@@ -15,6 +15,7 @@ from ..rollouts.metrics import FULL_MARK, Verdict
 from ..rollouts.traces import TraceSet
 from ..training.progress import TrainingProgress
 from .adapter_rows import adapter_key, rows_by_adapter
+from .rows_from_traces import Runs
 from .training_step import TrainingStep
 
 
@@ -42,7 +43,7 @@ def time_training(
     started, lines = time.monotonic(), list[tuple[float, TrainingProgress]]()
     taken = replace(traces, traces=tuple(replace(each, verdict=Verdict(FULL_MARK, True)) for each in traces.traces))
     trainable = step.trainable(student)
-    rows = step.probe_rows(student, examples, taken, trainable)
+    rows = step.probe_rows(student, Runs(examples, taken), trainable)
     key, group = max(rows_by_adapter(rows, trainable, step.multitask).items(), key=lambda item: len(item[1]))
     engine = next(each.engine for name, each in trainable.items() if adapter_key(name, each.lm, step.multitask) == key)
     batch = [row.training_row for row in group[: step.training.batch_size]]

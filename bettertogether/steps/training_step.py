@@ -35,7 +35,7 @@ from .data_card import make_data_card
 from .finished_trainings import asked_for, finished_trainings
 from .given_rows import given_rows
 from .rows import Row, write_rows
-from .rows_from_traces import Collected, Trainable
+from .rows_from_traces import Collected, Runs, Trainable
 from .step import StepContext, StepResult
 from .training_details import fall_held_out, held_out_file, rows_file, weight_details
 from .training_work import training_work
@@ -143,9 +143,7 @@ class TrainingStep(AdapterStep):
         measured = self.measured(trainset, valset or (), seed)
         traces = traces_of(trainset, "collect training data")
         held_out = traces_of(measured, "collect held-out data") if measured else None
-        collected = self.rows_of(
-            student, trainset, traces, trainable, valset=measured, held_out=held_out, earlier=earlier, seed=seed
-        )
+        collected = self.rows_of(student, Runs(trainset, traces, measured, held_out, earlier, seed), trainable)
         # Those that ask the same are one example, so that none is held out while another is trained on.
         first = first_alike(trainset)
         rows = (
@@ -159,19 +157,8 @@ class TrainingStep(AdapterStep):
         return training_work(self, student, context, outlook)
 
     @abstractmethod
-    def rows_of(
-        self,
-        student: dspy.Module,
-        trainset: Sequence[dspy.Example],
-        traces: TraceSet,
-        trainable: Trainable,
-        *,
-        valset: Sequence[dspy.Example],
-        held_out: TraceSet | None,
-        earlier: Sequence[dspy.Module],
-        seed: int,
-    ) -> Collected:
-        """The rows of these runs, and apart those of `held_out`, the runs on `valset`. Raises as `collect` does."""
+    def rows_of(self, student: dspy.Module, runs: Runs, trainable: Trainable) -> Collected:
+        """The rows of these runs, and apart those that are held out. Raises as `collect` does."""
 
     @property
     def timed(self) -> TrainingStep:
@@ -179,9 +166,7 @@ class TrainingStep(AdapterStep):
         return self
 
     @abstractmethod
-    def probe_rows(
-        self, student: dspy.Module, examples: Sequence[dspy.Example], traces: TraceSet, trainable: Trainable
-    ) -> Sequence[Row]:
+    def probe_rows(self, student: dspy.Module, runs: Runs, trainable: Trainable) -> Sequence[Row]:
         """Rows as the step trains on, of runs that all pass, to time a training."""
 
     @property

@@ -14,11 +14,10 @@ from typing import Any, Literal, Self
 import dspy
 
 from ..rollouts.metrics import Metric
-from ..rollouts.traces import TraceSet
 from ..rollouts.tries import TEMPERATURES, Sampling
 from ..training.config import LoRAConfig, TrainingConfig
 from .rows import Row
-from .rows_from_traces import Collected, Reasoning, RowOptions, Trainable, TrainPrompt, rows_from_traces
+from .rows_from_traces import Collected, Reasoning, RowOptions, Runs, Trainable, TrainPrompt, rows_from_traces
 from .training_step import TrainingStep
 
 ENOUGH_SOLVED = 16
@@ -151,33 +150,10 @@ class LoRAFinetune(TrainingStep):
         }
         return cls(metric, **(paper | options))
 
-    def probe_rows(
-        self, student: dspy.Module, examples: Sequence[dspy.Example], traces: TraceSet, trainable: Trainable
-    ) -> Sequence[Row]:
+    def probe_rows(self, student: dspy.Module, runs: Runs, trainable: Trainable) -> Sequence[Row]:
         """The rows of these runs."""
-        return rows_from_traces(student, examples, traces, trainable, replace(self.rows, balance=False)).rows
+        return rows_from_traces(student, runs, trainable, replace(self.rows, balance=False)).rows
 
-    def rows_of(
-        self,
-        student: dspy.Module,
-        trainset: Sequence[dspy.Example],
-        traces: TraceSet,
-        trainable: Trainable,
-        *,
-        valset: Sequence[dspy.Example],
-        held_out: TraceSet | None,
-        earlier: Sequence[dspy.Module],
-        seed: int,
-    ) -> Collected:
+    def rows_of(self, student: dspy.Module, runs: Runs, trainable: Trainable) -> Collected:
         """The rows of the passing runs. Raises NoTrainingDataError with the counts when there are none."""
-        return rows_from_traces(
-            student,
-            trainset,
-            traces,
-            trainable,
-            self.rows,
-            valset=valset,
-            held_out=held_out,
-            earlier=earlier,
-            seed=seed,
-        )
+        return rows_from_traces(student, runs, trainable, self.rows)
