@@ -109,7 +109,7 @@ class Evaluator:
 
     def __init__(self, metric: Metric, settings: RunSettings) -> None:
         require_metric(metric)
-        self._pass = ExamplePass(metric, settings=settings, judge_with_trace=False, needs_verdict=False)
+        self._pass = ExamplePass(metric, settings=settings, scores_only=True)
 
     def evaluate(
         self,

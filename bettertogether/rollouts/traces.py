@@ -108,10 +108,8 @@ class ExamplePass:
     threshold: float | None = None
     settings: RunSettings = field(default_factory=RunSettings)
     phase: str = "run"
-    judge_with_trace: bool = True
-    """Give the metric the trace (bootstrapping) or None (evaluation), as DSPy does."""
-    needs_verdict: bool = True
-    """Evaluation needs only the score."""
+    scores_only: bool = False
+    """Evaluation: the metric is given None for the trace, as DSPy does, and no verdict is needed."""
     _asked: Metric | None = field(default=None, init=False, repr=False, compare=False)
     """The metric as it is called."""
     _runners: dict[int, Runner] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -214,9 +212,9 @@ class ExamplePass:
             return Verdict(0.0, False, "parse failure"), False
         if run.error is not None:
             return Verdict(0.0, False, f"{run.failure}: {error_text(run.error)}"), True
-        threshold = self.threshold if self.needs_verdict else float("-inf")
+        threshold = float("-inf") if self.scores_only else self.threshold
         try:
-            trace = list(run.raw_trace) if self.judge_with_trace else None
+            trace = None if self.scores_only else list(run.raw_trace)
             return judge(self._asked, example, prediction, trace, threshold), False
         except BetterTogetherError:
             raise

@@ -132,8 +132,7 @@ class PolicyRun:
             self.metric,
             settings=replace(self.settings, store=None),
             phase=f"step {self.state.step} of {policy.steps}",
-            judge_with_trace=False,
-            needs_verdict=False,
+            scores_only=True,
         )
         groups = compared(runs, self.adapters, policy)
         while (missing := min(policy.examples_per_step - len(groups.examples), most - len(drawn))) > 0:
