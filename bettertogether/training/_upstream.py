@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -29,7 +29,7 @@ def name_attention(model: PreTrainedModel, name: str) -> None:
     model.config._attn_implementation = name
 
 
-def attention_names(model: PreTrainedModel) -> AttentionNames:
+def attention_names(model: nn.Module) -> AttentionNames:
     """The attention of a model and all its parts, for `restore_attention`."""
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     configs += [part for config in configs for key in config.sub_configs if (part := getattr(config, key, None))]

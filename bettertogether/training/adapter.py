@@ -26,6 +26,7 @@ from ._upstream import plain_name
 from .adapter_folder import WEIGHTS_FILE, read_adapter_config, read_tensors
 from .adapter_settings import CONFIG_FILE
 from .config import LoRAConfig
+from .lending import ModelState
 from .sharing import all_whole, like
 from .targets import chosen_layers
 
@@ -129,7 +130,7 @@ def training_adapter(
             lora.rank,
         )
     config = _peft_config(lora, base, chosen_layers(base, lora.target_modules)) if loaded is None else loaded[0]
-    snapshot = _Snapshot.take(model, base)
+    snapshot = _Snapshot.take(model)
     try:
         _add(model, base, config, seed)
         adapter = TrainableAdapter(base, config)
@@ -208,32 +209,22 @@ def _short_names(base: PreTrainedModel, targets: Any) -> Any:
     return short if alike == adapted else targets
 
 
-_REMOVABLE = ("gradient_checkpointing", "_gradient_checkpointing_func", "forward", "peft_config")
-"""Attributes that training may add to a module which had none of its own."""
-
-
 @dataclass(frozen=True)
 class _Snapshot:
     """Everything about a model that training changes, but for the weights, which it does not change."""
 
     model: PreTrainedModel | PeftModel
-    base: PreTrainedModel
-    children: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
-    flags: tuple[tuple[nn.Module, dict[str, Any]], ...]
+    state: ModelState
     requires_grad: tuple[tuple[nn.Parameter, bool], ...]
     active: tuple[tuple[Any, Any], ...]
 
     @classmethod
-    def take(cls, model: PreTrainedModel | PeftModel, base: PreTrainedModel) -> _Snapshot:
+    def take(cls, model: PreTrainedModel | PeftModel) -> _Snapshot:
         """Note the state of the model."""
-        names = ("training", "_active_adapter", "_disable_adapters", *_REMOVABLE)
-        modules = list(model.modules())
         holders = [model, model.base_model] if isinstance(model, PeftModel) else []
         return cls(
             model,
-            base,
-            tuple((module, dict(module._modules)) for module in modules),
-            tuple((module, {n: module.__dict__[n] for n in names if n in module.__dict__}) for module in modules),
+            ModelState.of(model),
             tuple((parameter, parameter.requires_grad) for parameter in model.parameters()),
             tuple((holder, holder.active_adapter) for holder in holders),
         )
@@ -242,18 +233,11 @@ class _Snapshot:
         """Bring the model back to it."""
         if isinstance(self.model, PeftModel):
             self.model.peft_config.pop(ADAPTER_NAME, None)
-        for module, flags in self.flags:
-            for name in _REMOVABLE:
-                if name not in flags:
-                    module.__dict__.pop(name, None)
-            module.__dict__.update(flags)
-        for layer in self.base.modules():
+        self.state.restore()
+        for layer in self.model.modules():
             # Not active any more, so that deleting it picks no other adapter and warns of nothing.
             if isinstance(layer, LoraLayer) and ADAPTER_NAME in layer.r and ADAPTER_NAME not in layer.active_adapters:
                 layer.delete_adapter(ADAPTER_NAME)
-        for module, children in self.children:
-            module._modules.clear()
-            module._modules.update(children)
         for parameter, requires_grad in self.requires_grad:
             parameter.requires_grad_(requires_grad)
         for holder, active in self.active:

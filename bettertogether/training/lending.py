@@ -12,7 +12,10 @@ from transformers import PreTrainedModel
 
 from ._upstream import AttentionNames, attention_names, restore_attention
 
-SWITCHES = ("training", "forward", "gradient_checkpointing", "_gradient_checkpointing_func", "peft_config")
+SWITCHES = (
+    "training", "forward", "gradient_checkpointing", "_gradient_checkpointing_func", "peft_config", "_active_adapter",
+    "_disable_adapters",
+)  # fmt: skip
 """Attributes of modules that a training changes."""
 
 
@@ -25,7 +28,7 @@ class ModelState:
     attention: AttentionNames
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> ModelState:
+    def of(cls, model: nn.Module) -> ModelState:
         """The state that a model is in."""
         modules = list(model.modules())
         return cls(
