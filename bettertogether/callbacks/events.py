@@ -225,6 +225,14 @@ def warn(text: str) -> None:
     emit("warning", {"text": text})
 
 
+def told(*warnings: str | None) -> tuple[str, ...]:
+    """`warn` of those that there are; returns them."""
+    given = tuple(warning for warning in warnings if warning is not None)
+    for warning in given:
+        warn(warning)
+    return given
+
+
 def _only_run() -> _Listeners | None:
     with _active_lock:
         roots = {id(listeners.blocks[0]) for listeners in _active}

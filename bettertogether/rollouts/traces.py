@@ -267,8 +267,7 @@ def _graded(traces: TraceSet, enough: int, phase: str) -> TraceSet:
         f"{phase}: {solved} of {traces.examples} examples reach the full mark, 1.0, so the best runs from "
         f"{score_text(better.mark)} on, what the first ones score, count too. threshold= gives another mark."
     )
-    events.warn(warning)
-    return replace(better, warnings=(*traces.warnings, warning))
+    return replace(better, warnings=(*traces.warnings, *events.told(warning)))
 
 
 @dataclass
@@ -293,10 +292,8 @@ class _Tries:
         for program in self.teachers or (self.program,):
             attempt = Attempt("teacher" if self.teachers else "student")
             self._add(program, dict.fromkeys(range(len(self.examples)), attempt))
-        warning = failure_warning(count_failures(self.traces), len(self.traces), self.options.phase, "runs")
-        if warning:
-            events.warn(warning)
-            self.warnings = (warning,)
+        failures = count_failures(self.traces)
+        self.warnings = events.told(failure_warning(failures, len(self.traces), self.options.phase, "runs"))
 
     def sample(self, number: int, temperature: float, *, everyone: bool = False) -> None:
         again = range(len(self.examples)) if everyone else self._unsolved()

@@ -29,26 +29,19 @@ def with_scores(
         failures=scored.failures if scored else (),
         scored_example=scored_example(scored.traces) if scored and len(set(scored.scores)) == 1 else None,
         ledger=ledger.with_seconds(time.monotonic() - started),
-        score_warnings=(*warnings, *_cut_answers(record.name, scored), *_cell_warnings(cells)),
+        score_warnings=(*warnings, *events.told(_cut_answers(record.name, scored), _cell_warning(cells))),
         two_by_two={cell: evaluation.scores for cell, evaluation in cells.items()} or None,
     )
 
 
-def _cut_answers(name: str, scored: Evaluation | None) -> list[str]:
-    """What to say of a round in which answers were cut; said at once."""
+def _cut_answers(name: str, scored: Evaluation | None) -> str | None:
+    """What to say of a round in which answers were cut."""
     warning = cut_warning(scored.traces) if scored else None
-    if warning is None:
-        return []
-    events.warn(f"{name}: {warning}")
-    return [warning]
+    return warning and f"{name}: {warning}"
 
 
-def _cell_warnings(scored: Mapping[str, Evaluation]) -> list[str]:
-    """What to say of the cells of a 2x2 in which most examples failed; said at once."""
+def _cell_warning(scored: Mapping[str, Evaluation]) -> str | None:
+    """What to say of the cells of a 2x2 in which most examples failed."""
     failing = {c: e for c, e in scored.items() if failure_warning(e.failures, len(e.scores), c)}
     traces = [trace for evaluation in failing.values() for trace in evaluation.traces]
-    warning = failure_warning(count_failures(traces), len(traces), f"2x2 ({', '.join(failing)})", "runs")
-    if warning is None:
-        return []
-    events.warn(warning)
-    return [warning]
+    return failure_warning(count_failures(traces), len(traces), f"2x2 ({', '.join(failing)})", "runs")

@@ -39,8 +39,7 @@ def carry_out(plan: Plan, directory: RunDirectory, asked: Mapping[str, Any], bud
         },
     )
     with events.run_end_on_error():
-        for warning in plan.warnings:
-            events.warn(warning)
+        events.told(*plan.warnings)
         noted = [*finished, *([directory.unscored] if directory.unscored else [])]
         meter = budget.start(directory.spent or Ledger.total(record.ledger for record in noted))
         loop = Loop(plan, directory, meter)

@@ -94,9 +94,8 @@ class CandidateScores:
     def _check(self, results: Sequence[Evaluation]) -> None:
         traces = [trace for result in results for trace in result.traces]
         warning = failure_warning(count_failures(traces), len(traces), "candidates", "runs")
-        if warning and not self.warnings:
-            self.warnings.append(warning)
-            events.warn(warning)
+        if not self.warnings:
+            self.warnings += events.told(warning)
 
 
 def all_equal(candidates: Sequence[Candidate], threshold: float | None) -> str | None:

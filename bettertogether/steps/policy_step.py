@@ -163,9 +163,7 @@ class PolicyFinetune(AdapterStep):
                 state = run.run()
                 written = {key: session.finish() for key, session in sessions.items()} if state.best_step else {}
             shutil.rmtree(work)
-        warnings = () if written else (_unchanged(state),)
-        for warning in warnings:
-            events.warn(warning)
+        warnings = () if written else events.told(_unchanged(state))
         program = self._tuned(student, trainable, {key: model for key, (model, _) in written.items()})
         if self.policy.fade_demos and written:
             for name in trainable:

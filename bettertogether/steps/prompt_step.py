@@ -177,16 +177,16 @@ class BootstrapFewShotRS(Step, Teleprompter):
         start = self._start(student, context.original)
         options = ExamplePass(self.metric, self.threshold, settings, phase="bootstrap demos")
         traces = collect_traces(start, train, options, sampling=self.sampling, teachers=context.teachers)
-        warnings = [*traces.warnings, *_said(*self._no_demos(traces))]
+        warnings = [*traces.warnings, *events.told(*self._no_demos(traces))]
         chosen = select_traces(traces.traces, near_misses=traces.mark is not None)
         sets = DemoSets(start, chosen, train)
         candidates = self._candidates(student, start, context.earlier, sets, seed)
         scoring = CandidateScores(candidates, validation, self.metric, settings)
         candidates, race = self._race(candidates, len(validation), scoring, context)
         warnings += scoring.broken
-        warnings += scoring.warnings or _said(all_equal(candidates, self.threshold))
+        warnings += scoring.warnings or events.told(all_equal(candidates, self.threshold))
         outcome = Outcome(candidates, len(validation))
-        warnings += _said(*_left_out(sets))
+        warnings += events.told(*_left_out(sets))
         return StepResult(
             outcome.program(),
             (traces.ledger + scoring.ledger).with_seconds(time.monotonic() - started),
@@ -327,14 +327,6 @@ def _surely_known(part: int, share: float, whole: int) -> float:
 def adapters_folder(context: StepContext) -> Path:
     """Where the adapters go that the step makes."""
     return adapters_cache() if context.folder is None else Path(context.folder)
-
-
-def _said(*warnings: str | None) -> list[str]:
-    """Those that are warnings, told to who watches."""
-    given = [warning for warning in warnings if warning is not None]
-    for warning in given:
-        events.warn(warning)
-    return given
 
 
 def _left_out(sets: DemoSets) -> Iterator[str]:

@@ -99,8 +99,7 @@ class TrainingStep(AdapterStep):
             )
         else:
             collected = self._given(student, context.rows, trainable)
-        for warning in collected.card.warnings:
-            events.warn(warning)
+        events.told(*collected.card.warnings)
         folder = self._folder(context)
         starts = self._starts(trainable)
         results = self._train(collected, trainable, context.settings.seed, folder)
