@@ -7,21 +7,21 @@ an adapter, so that requests for the base and for any number of adapters share o
 from __future__ import annotations
 
 import math
-import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ModelError, UnknownAdapterError
+from ..errors import ModelError
 from ..training.adapter_folder import WEIGHTS_FILE, content_hash, read_adapter_config, read_tensors, round_of
 from ..training.layers import linear_shape
-from .protocol import MODEL_PREFIX, adapter_model_name, first_there, with_folder
+from .held_adapters import HeldAdapters
+from .protocol import adapter_model_name
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,15 @@ class _ActiveSpan:
         return self.places[rows]
 
 
-@dataclass(frozen=True)
-class _Adapter:
-    folders: tuple[Path, ...]
-    """Of this content; (): it is in memory alone."""
-    weights: dict[str, tuple[Tensor, Tensor]]
-    """Layer name to (A as [in, rank], scaled B as [rank, out])."""
-
-
-class AdapterBank:
+class AdapterBank(HeldAdapters):
     """The adapters that an engine serves. Methods may be called from many threads; passes run on one."""
 
     def __init__(self, base_name: str, layer_shapes: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
         """`layer_shapes` gives (in, out) of each linear layer of the base by name; called when first needed."""
-        self._base_name = base_name
+        super().__init__(base_name)
         self._layer_shapes = layer_shapes
-        self._adapters: dict[str, _Adapter] = {}
-        self._lock = threading.RLock()
+        self._weights: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        """By adapter, and layer name: (A as [in, rank], scaled B as [rank, out])."""
         self._model: Any = None
         self._modules: dict[str, nn.Module] = {}
         """Of the model, as it was attached: a training wraps some for its time."""
@@ -78,51 +70,24 @@ class AdapterBank:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
         name = adapter_name(self._base_name, folder)
         with self._lock:
-            held = self._adapters.get(name)
-            if held is None:
-                weights = read_weights(folder, read_adapter_config(folder), self._layer_shapes())
-                self._adapters[name] = _Adapter((folder,), weights)
+            if name not in self._weights:
+                self._weights[name] = read_weights(folder, read_adapter_config(folder), self._layer_shapes())
                 self._attach()
-            else:
-                self._adapters[name] = replace(held, folders=with_folder(held.folders, folder))
+            self.hold(name, folder)
         return name
 
     def put(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Serve an adapter that is in memory alone, under a name: the config and the weights of a PEFT folder."""
         weights = layer_weights(tensors, config, self._layer_shapes(), name)
         with self._lock:
-            self._adapters[name] = _Adapter((), weights)
+            self._weights[name], self._folders[name] = weights, ()
             self._attach()
 
     def remove(self, model: str) -> None:
         """Serve an adapter no more."""
         with self._lock:
-            self._adapters.pop(model, None)
-
-    def folder(self, model: str) -> Path | None:
-        """Folder of the adapter a model name stands for; None for the base, and for one in memory. Raises
-        UnknownAdapterError."""
-        if model == MODEL_PREFIX + self._base_name:
-            return None
-        with self._lock:
-            return first_there(self._held(model).folders)
-
-    def check(self, model: str) -> None:
-        """Raise UnknownAdapterError for what is neither the base nor an adapter that is served; looks at no folder."""
-        if model != MODEL_PREFIX + self._base_name:
-            with self._lock:
-                self._held(model)
-
-    def _held(self, model: str) -> _Adapter:
-        if model not in self._adapters:
-            raise unknown_adapter(model, self._base_name, self._adapters)
-        return self._adapters[model]
-
-    def folders(self) -> list[Path]:
-        """Folders of all adapters that have one, in the order they were added."""
-        with self._lock:
-            found = [first_there(adapter.folders) for adapter in self._adapters.values()]
-            return [folder for folder in found if folder is not None]
+            super().remove(model)
+            self._weights.pop(model, None)
 
     def attach(self, model: nn.Module | None) -> None:
         """Serve the adapters on this model from now on; None frees them from it."""
@@ -138,7 +103,7 @@ class AdapterBank:
         """Free the model and all weights, for good; names and folders stay known."""
         with self._lock:
             self.attach(None)
-            self._adapters = {name: replace(adapter, weights={}) for name, adapter in self._adapters.items()}
+            self._weights = {name: {} for name in self._weights}
 
     @contextmanager
     def active(self, spans: Sequence[AdaptedSpan], kept: Sequence[int] = ()) -> Iterator[None]:
@@ -149,7 +114,7 @@ class AdapterBank:
         """
         with self._lock:
             self._active = [
-                _ActiveSpan(self._held(span.adapter).weights, _places(span, spans[-1].stop, kept))
+                _ActiveSpan(self._held(span.adapter), _places(span, spans[-1].stop, kept))
                 for span in spans
                 if span.adapter
             ]
@@ -158,18 +123,22 @@ class AdapterBank:
         finally:
             self._active = []
 
+    def _held(self, model: str) -> dict[str, tuple[Tensor, Tensor]]:
+        self.check(model)
+        return self._weights[model]
+
     def _attach(self) -> None:
         """Hook the layers that some adapter changes, and bring the adapters to the model's device and precision."""
         if not self._modules:
             return
-        for adapter in self._adapters.values():
-            for name, (a, b) in adapter.weights.items():
+        for weights in self._weights.values():
+            for name, (a, b) in weights.items():
                 layer = self._modules[name]
                 held = next(chain(layer.parameters(), layer.buffers()))
                 # A quantized layer holds integers or 8-bit floats; gptqmodel's has them in buffers.
                 exact = held.is_floating_point() and held.dtype.itemsize > 1
                 dtype = held.dtype if exact else self._model.dtype
-                adapter.weights[name] = (a.to(held.device, dtype), b.to(held.device, dtype))
+                weights[name] = (a.to(held.device, dtype), b.to(held.device, dtype))
                 if name not in self._hooks:
                     self._hooks[name] = layer.register_forward_hook(self._hook(name))
 
@@ -200,15 +169,6 @@ def _places(span: AdaptedSpan, total: int | None, kept: Sequence[int]) -> dict[i
 def adapter_name(base_name: str, folder: Path) -> str:
     """Model name of the adapter in a PEFT folder: its round and a hash of its content. Raises ModelError."""
     return adapter_model_name(base_name, round_of(folder), content_hash(folder))
-
-
-def unknown_adapter(model: str, base_name: str, adapters: Iterable[str]) -> UnknownAdapterError:
-    """The error for a model name that is neither the base's nor an adapter's."""
-    held = ", ".join([MODEL_PREFIX + base_name, *adapters])
-    return UnknownAdapterError(
-        f"{model!r} is not served by this engine. Held: {held}. Add the adapter's folder with "
-        "engine.add_adapter(folder)."
-    )
 
 
 def read_weights(

@@ -26,6 +26,7 @@ from ._upstream import StreamEvent
 from .answers import SampledAnswer, SamplingOptions
 from .finetuning import TrainingJob, prepare
 from .fingerprint import model_hash, short_hash, short_name
+from .held_adapters import HeldAdapters
 from .loading import located, read_card, readable
 from .options import EngineOptions, plain
 from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, PolicySession, TrainingRow, require_adapter
@@ -54,6 +55,7 @@ class BaseEngine:
     options_class: type[EngineOptions] = EngineOptions
     supports_function_calling = False
     supports_reasoning = False
+    _adapters: HeldAdapters
 
     def __init__(self, model: str | Path, options: EngineOptions) -> None:
         model = located(model)
@@ -105,11 +107,11 @@ class BaseEngine:
 
     def adapter_folder(self, model: str) -> Path | None:
         """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
-        raise NotImplementedError
+        return self._adapters.folder(self.canonical(model))
 
     def adapter_folders(self) -> list[Path]:
         """Folders of all adapters, in the order they were added."""
-        raise NotImplementedError
+        return self._adapters.folders()
 
     def scaled(self, model: str, strength: float, folder: Path | None = None) -> str:
         """Serve an adapter at another strength; see `LocalEngine.scaled`."""

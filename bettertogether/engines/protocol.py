@@ -274,16 +274,6 @@ def require_adapter(model: str, folder: Path | None) -> Path:
     return folder
 
 
-def with_folder(folders: Sequence[Path], folder: Path) -> tuple[Path, ...]:
-    """Those folders of an adapter that are still there, in the order they were added, and another of its content."""
-    return tuple(dict.fromkeys([*(each for each in folders if each.exists()), folder]))
-
-
-def first_there(folders: Sequence[Path]) -> Path | None:
-    """The first of an adapter's folders that is still there; where none is, the last. None: it has none."""
-    return next((each for each in folders if each.exists()), folders[-1] if folders else None)
-
-
 def adapter_model_name(base_name: str, round_number: int, content_hash: str) -> str:
     """ "local/BASE@rN-HASH": a name that changes whenever the weights do, so no cache can answer for old ones."""
     return f"{MODEL_PREFIX}{base_name}@r{round_number}-{content_hash[:8]}"

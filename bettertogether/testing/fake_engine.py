@@ -32,6 +32,7 @@ from dspy.lm15 import (
 
 from ..checks import require_strength
 from ..engines._upstream import StreamEvent
+from ..engines.held_adapters import HeldAdapters
 from ..engines.protocol import (
     MODEL_PREFIX,
     ChatMessage,
@@ -39,12 +40,10 @@ from ..engines.protocol import (
     TrainingRow,
     adapter_model_name,
     adapter_round,
-    first_there,
     require_adapter,
-    with_folder,
 )
 from ..engines.rendering import messages_of
-from ..errors import DataError, NoTrainingDataError, UnknownAdapterError
+from ..errors import DataError, NoTrainingDataError
 from ..training.auto import resolved
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.progress import ProgressFunction, TrainingProgress
@@ -124,7 +123,8 @@ class FakeEngine:
         """Every request that reached the engine, in order of arrival."""
         self.trainings: list[tuple[TrainingRow, ...]] = []
         """The rows of every training, in order."""
-        self._adapters: dict[str, tuple[tuple[Path, ...], _FakeAdapter]] = {}
+        self._held = HeldAdapters(base_name)
+        self._adapters: dict[str, _FakeAdapter] = {}
         self._counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self._lock = threading.Lock()
         self._number = next(_NUMBERS)
@@ -253,22 +253,17 @@ class FakeEngine:
         """Serve the adapter that `finetune` wrote into this folder."""
         adapter = _FakeAdapter.read(folder)
         model = adapter.name(self.base_name)
-        with self._lock:
-            held, _ = self._adapters.get(model, ((), adapter))
-            self._adapters[model] = (with_folder(held, folder), adapter)
+        self._adapters[model] = adapter
+        self._held.hold(model, folder)
         return model
 
     def remove_adapter(self, model: str) -> None:
         """Forget an adapter."""
-        with self._lock:
-            self._adapters.pop(model, None)
+        self._held.remove(model)
 
     def adapter_folder(self, model: str) -> Path | None:
         """Where an adapter lies; None for the base."""
-        if model == MODEL_PREFIX + self.base_name:
-            return None
-        self._adapter(model)
-        return first_there(self._adapters[model][0])
+        return self._held.folder(model)
 
     def scaled(self, model: str, strength: float, folder: Path | None = None) -> str:
         """The same memory at another strength, which the answer function is told."""
@@ -287,7 +282,7 @@ class FakeEngine:
         """A fake engine is found again by its number, in this process and while it lives."""
         return {
             "number": self._number,
-            "adapters": [str(first_there(folders)) for folders, _ in self._adapters.values()],
+            "adapters": [str(folder) for folder in self._held.folders()],
         }
 
     @classmethod
@@ -302,12 +297,8 @@ class FakeEngine:
         """Nothing to free."""
 
     def _adapter(self, model: str) -> _FakeAdapter:
-        if model == MODEL_PREFIX + self.base_name:
-            return _BASE
-        with self._lock:
-            if model not in self._adapters:
-                raise UnknownAdapterError(f"{model!r} is not held here; held: {sorted(self._adapters)}")
-            return self._adapters[model][1]
+        self._held.check(model)
+        return self._adapters.get(model, _BASE)
 
 
 @dataclass(frozen=True)

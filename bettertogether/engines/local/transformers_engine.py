@@ -69,6 +69,7 @@ class TransformersEngine(BaseEngine):
 
     options_class = TransformersOptions
     options: TransformersOptions
+    _adapters: AdapterBank
 
     def __init__(self, model: str | Path, *, adapters: Sequence[str | Path] = (), **options: Any) -> None:
         super().__init__(model, TransformersOptions.of(options))
@@ -193,14 +194,6 @@ class TransformersEngine(BaseEngine):
     def remove_adapter(self, model: str) -> None:
         """Serve an adapter no more."""
         self._adapters.remove(self.canonical(model))
-
-    def adapter_folder(self, model: str) -> Path | None:
-        """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
-        return self._adapters.folder(self.canonical(model))
-
-    def adapter_folders(self) -> list[Path]:
-        """Folders of all adapters, in the order they were added."""
-        return self._adapters.folders()
 
     def check_training(self, lora: LoRAConfig | None, training: TrainingConfig) -> None:
         """Refuse a training before there are rows for it; see `CheckingEngine.check_training`."""

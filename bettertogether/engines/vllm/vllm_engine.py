@@ -27,13 +27,14 @@ from ...training.adapter_folder import read_adapter_config, write_round
 from ...training.config import LoRAConfig, TrainingConfig
 from ...training.progress import ProgressFunction
 from .._upstream import StreamEvent
-from ..adapters import adapter_name, unknown_adapter
+from ..adapters import adapter_name
 from ..answers import FinishedAnswer
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
 from ..finetuning import TrainingJob, check_training, train
+from ..held_adapters import HeldAdapters
 from ..loading import model_to_train, pick_device, pick_dtype
 from ..memory_plan import announce_memory
-from ..protocol import MODEL_PREFIX, FinetuneResult, first_there, with_folder
+from ..protocol import MODEL_PREFIX, FinetuneResult
 from ..responses import ResponseWriter
 from ..structured import after_thoughts, answer_grammar
 from .api import Piece, answer_of, pieces_of, sampled_of, sampling_fields
@@ -101,7 +102,7 @@ class VLLMEngine(BaseEngine):
             self._mixed_batches = not self.server.ours or torch.cuda.is_available()
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
-        self._adapters: dict[str, tuple[Path, ...]] = {}
+        self._adapters = HeldAdapters(self.base_name)
         if self.server.ours:
             self.max_length = min(self.max_length, int(server_options.get("max_model_len") or self.max_length))
         else:
@@ -273,8 +274,7 @@ class VLLMEngine(BaseEngine):
         folder = Path(folder).expanduser().absolute()
         self._check_rank(int(read_adapter_config(folder)["r"]), f"The adapter in {folder}", ModelError)
         name = adapter_name(self.base_name, folder)
-        with self._lock:
-            self._adapters[name] = with_folder(self._adapters.get(name, ()), folder)
+        self._adapters.hold(name, folder)
         return name
 
     def _check_rank(self, rank: int, what: str, error: type[Exception]) -> None:
@@ -288,26 +288,9 @@ class VLLMEngine(BaseEngine):
     def remove_adapter(self, model: str) -> None:
         """Serve an adapter no more; the servers unload it."""
         model = self.canonical(model)
-        with self._lock:
-            self._adapters.pop(model, None)
+        self._adapters.remove(model)
         for member in self.fleet.members:
             member.forget(model)
-
-    def adapter_folder(self, model: str) -> Path | None:
-        """Folder of the adapter a model name stands for; None for the base. Raises UnknownAdapterError."""
-        model = self.canonical(model)
-        if model == self._base_model:
-            return None
-        with self._lock:
-            if model not in self._adapters:
-                raise unknown_adapter(model, self.base_name, self._adapters)
-            return first_there(self._adapters[model])
-
-    def adapter_folders(self) -> list[Path]:
-        """Folders of all adapters, in the order they were added."""
-        with self._lock:
-            found = map(first_there, self._adapters.values())
-            return [folder for folder in found if folder is not None]
 
     @property
     def _stops_for_training(self) -> bool:

@@ -357,7 +357,7 @@ def test_a_closed_engine_frees_all_weights_and_knows_its_adapters_still(folder: 
     engine = TransformersEngine(folder, adapters=[where])
     lm = engine_lm(engine, engine.add_adapter(where), cache=False, max_tokens=2)
     lm("Hello")
-    matrices = [each for pair in engine._adapters._adapters[lm.model].weights.values() for each in pair]
+    matrices = [each for pair in engine._adapters._weights[lm.model].values() for each in pair]
     held = [weakref.ref(each) for each in (engine._model, *matrices)]
     del matrices
     engine.close()
