@@ -130,9 +130,9 @@ def _curve(curve: Curve, points: Sequence[Point]) -> str:
     return line + dots
 
 
-def bars(values: Mapping[str, float], total: float | None = None) -> str:
-    """Named counts as horizontal bars, in the order given; each as a share of `total` (None: the largest)."""
-    whole = max(total or 0, *values.values(), 1)
+def bars(values: Mapping[str, float]) -> str:
+    """Named counts as horizontal bars, in the order given; each as a share of the largest."""
+    whole = max([*values.values(), 1])
     rows = "".join(
         f'<div class="name">{escaped(name) or "(none)"}</div>'
         f'<div class="bar"><i style="width:{100 * value / whole:.1f}%"></i></div><div class="value">{value:,g}</div>'

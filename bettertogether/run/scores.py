@@ -29,15 +29,18 @@ def with_scores(
         failures=scored.failures if scored else (),
         scored_example=scored_example(scored.traces) if scored and len(set(scored.scores)) == 1 else None,
         ledger=ledger.with_seconds(time.monotonic() - started),
-        score_warnings=(*warnings, *events.told(_cut_answers(record.name, scored), _cell_warning(cells))),
+        score_warnings=(*warnings, *_cut_answers(record.name, scored), *events.told(_cell_warning(cells))),
         two_by_two={cell: evaluation.scores for cell, evaluation in cells.items()} or None,
     )
 
 
-def _cut_answers(name: str, scored: Evaluation | None) -> str | None:
-    """What to say of a round in which answers were cut."""
+def _cut_answers(name: str, scored: Evaluation | None) -> list[str]:
+    """What to say of a round in which answers were cut; said at once."""
     warning = cut_warning(scored.traces) if scored else None
-    return warning and f"{name}: {warning}"
+    if warning is None:
+        return []
+    events.warn(f"{name}: {warning}")
+    return [warning]
 
 
 def _cell_warning(scored: Mapping[str, Evaluation]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import dspy
@@ -17,7 +18,7 @@ from bettertogether.rollouts.runner import Runner
 from bettertogether.rollouts.traces import ExamplePass, Trace, collect_traces
 from bettertogether.rollouts.tries import Sampling
 from bettertogether.steps.demo_sets import demos_of
-from bettertogether.steps.rows_from_traces import rows_from_traces, rows_of_call
+from bettertogether.steps.rows_from_traces import Runs, rows_from_traces, rows_of_call
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeEngine
 
@@ -123,9 +124,8 @@ def test_a_trace_of_cut_answers_alone_says_so() -> None:
     program = parity_program(engine)
     call = Call("self", {"number": 0}, {"parity": "even"}, cut=True)
     trace = Trace(0, numbers(1)[0], None, (call,), Verdict(1.0, True), "student")
-    traces = collect_traces(program, [], ExamplePass(parity_match))
+    none = collect_traces(program, [], ExamplePass(parity_match))
+    runs = Runs(numbers(1), replace(none, traces=(trace,), examples=1))
     optimizer = LoRAFinetune(parity_match)
     with pytest.raises(NoTrainingDataError, match="1 x cut at max_tokens"):
-        rows_from_traces(
-            program, numbers(1), type(traces)((trace,), traces.ledger, 1), optimizer.trainable(program), optimizer.rows
-        )
+        rows_from_traces(program, runs, optimizer.trainable(program), optimizer.rows)

@@ -71,7 +71,7 @@ class VLLMServer:
         self._asleep = self._closed = False
         self._failure: BetterTogetherError | None = None
         self._failures = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def address(self) -> tuple[str, int]:
         """Its URL, and a number that changes whenever a new server stands there. Starts ours where it is not running.
@@ -132,10 +132,8 @@ class VLLMServer:
         with self._lock:
             if self.process is not None and self.options.get("enable_sleep_mode"):
                 self._asleep = self._told("/sleep?level=1")
-            if self._asleep or self.process is None:
-                return
-            self.process.stop()
-            self.process = None
+            if not self._asleep:
+                self.stop()
 
     def resume(self) -> None:
         """Wake our server where it sleeps; one that does not wake is stopped, so that `address()` starts another."""
@@ -144,8 +142,7 @@ class VLLMServer:
                 return
             self._asleep = False
             if not self._told("/wake_up"):
-                self.process.stop()
-                self.process = None
+                self.stop()
 
     def _told(self, path: str) -> bool:
         """Whether our server did what a POST to `path` tells it."""
