@@ -30,8 +30,9 @@ _CHUNK = 4_000_000
 def mean_interval(
     scores: Sequence[float], *, confidence: float = 0.95, seed: int = 0, resamples: int = 2000
 ) -> Interval:
-    """Bootstrap interval of the mean of per-example scores. See `paired_interval`."""
-    return _bootstrap(_vector(scores, "scores"), confidence, seed, resamples)
+    """Bootstrap interval of the mean of per-example scores. See `paired_interval`. Where all are 0 or all
+    are 1 it is Clopper and Pearson's: [0.735, 1] of twelve."""
+    return _bootstrap(_vector(scores, "scores"), confidence, seed, resamples, lowest=0.0)
 
 
 def paired_interval(
@@ -45,7 +46,8 @@ def paired_interval(
     """Bootstrap interval of the mean gain over a baseline on the same examples, in the same order.
 
     Examples are resampled, each with its own difference, so what makes an example hard for both programs cancels
-    out. All differences equal gives an interval without width; fewer than two examples gives (nan, nan).
+    out. Where all gain 1 or all lose 1 it says how many others there may be of which none shows; any other difference
+    that all have gives an interval without width, and fewer than two examples give (nan, nan).
     Raises DataError when the lengths differ or a score is not finite.
     """
     new, old = _vector(scores, "scores"), _vector(baseline_scores, "baseline_scores")
@@ -134,9 +136,12 @@ def _vector(scores: Sequence[float], name: str) -> np.ndarray[Any, Any]:
     return values
 
 
-def _bootstrap(values: np.ndarray[Any, Any], confidence: float, seed: int, resamples: int) -> Interval:
+def _bootstrap(
+    values: np.ndarray[Any, Any], confidence: float, seed: int, resamples: int, lowest: float = -1.0
+) -> Interval:
     """Percentile bootstrap of the mean, widened as Student's t is over the normal ("expanded percentile interval",
-    Hesterberg 2015, arXiv:1411.5279, section 5.3), without which intervals over few examples are too narrow."""
+    Hesterberg 2015, arXiv:1411.5279, section 5.3), without which intervals over few examples are too narrow. `lowest`
+    is the least value that a metric of right and wrong has here; 1 is its greatest."""
     import numpy as np
 
     is_share = is_number(confidence) and 0 < confidence < 1
@@ -147,10 +152,20 @@ def _bootstrap(values: np.ndarray[Any, Any], confidence: float, seed: int, resam
     if count < 2:
         return UNKNOWN
     if np.all(values == values[0]):
-        return float(values[0]), float(values[0])
+        return _of_equal_values(float(values[0]), count, confidence, lowest)
     tail = _expanded_tail((1 - confidence) / 2, count)
     low, high = np.quantile(_resampled_means(values, seed, resamples), (tail, 1 - tail))
     return float(low), float(high)
+
+
+def _of_equal_values(value: float, count: int, confidence: float, lowest: float) -> Interval:
+    """A bootstrap would be certain of them. Where all are the least or the greatest that there is, the share of others
+    may be so large that none shows among `count` (Clopper and Pearson). Gains of 0 stay: one program may be the
+    other."""
+    if value not in (lowest, 1.0):
+        return value, value
+    others = (1 - lowest) * (1 - ((1 - confidence) / 2) ** (1 / count))
+    return (value - others, value) if value == 1 else (value, value + others)
 
 
 def _expanded_tail(tail: float, count: int) -> float:

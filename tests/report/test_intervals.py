@@ -70,8 +70,19 @@ def test_fewer_than_two_examples_have_an_unknown_interval(scores: list[float]) -
     assert math.isnan(high)
 
 
-def test_equal_differences_give_an_interval_without_width() -> None:
-    assert paired_interval([1, 2, 3], [0, 1, 2]) == (1.0, 1.0)
+def test_of_scores_that_are_all_right_or_all_wrong_so_many_others_may_be_unseen_as_clopper_and_pearson_say() -> None:
+    assert mean_interval([1.0] * 12) == (pytest.approx(0.7354, abs=1e-4), 1.0)
+    assert mean_interval([0.0] * 12) == (0.0, pytest.approx(0.2646, abs=1e-4))
+
+
+def test_that_few_examples_all_gain_is_no_certain_gain() -> None:
+    assert paired_interval([1] * 4, [0] * 4) == (pytest.approx(1 - 2 * 0.6024, abs=1e-4), 1.0)
+    assert paired_interval([0] * 40, [1] * 40) == (-1.0, pytest.approx(2 * 0.0881 - 1, abs=1e-4))
+
+
+@pytest.mark.parametrize("gain", [0, 0.25, 35])
+def test_other_differences_that_all_have_give_an_interval_without_width(gain: float) -> None:
+    assert paired_interval([50 + gain, 60 + gain, 60 + gain], [50, 60, 60]) == (gain, gain)
 
 
 def test_a_paired_gain_is_surer_than_the_two_means_apart() -> None:

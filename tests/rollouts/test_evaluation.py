@@ -95,7 +95,7 @@ def test_a_comparison_shows_means_intervals_and_paired_gains() -> None:
     text = compare({"base": Evaluation((0.0, 1.0, 0.0, 1.0), Ledger()), "new": Evaluation((1.0,) * 4, Ledger())})
     first, second = text.splitlines()
     assert first.startswith("base  0.500 [")
-    assert second.startswith("new   1.000 [1.000, 1.000]   gain +0.500 [")
+    assert second.startswith("new   1.000 [0.398, 1.000]   gain +0.500 [")
 
 
 def test_a_comparison_has_decimals_that_fit_the_largest_mean() -> None:

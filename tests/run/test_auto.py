@@ -107,7 +107,7 @@ def test_after_a_weight_step_comes_a_prompt_step_where_the_2x2_says_that_prompts
     cells = {"base_old": (0.0,) * 10, "base_new": (1.0,) * 10, "tuned_old": (1.0,) * 10, "tuned_new": (0.0,) * 10}
     record = weights(8, covered=2, two_by_two=cells)
     assert next_of([*rounds(("", 2)), record]) == (
-        "p next: under the tuned weights the prompts so far are worth -1.00 [68%: -1.00, -1.00]"
+        "p next: under the tuned weights the prompts so far are worth -1.00 [68%: -1.00, -0.67]"
     )
 
 
