@@ -34,6 +34,11 @@ def wrong(number: int) -> str:
     return right(number + 1)
 
 
+def placeless(text: object) -> str:
+    """What is said of errors, without the places in the tests that raised them."""
+    return re.sub(r" \(test_\w+\.py:\d+ in \w+\)", "", str(text))
+
+
 def numbers(count: int, start: int = 0) -> list[dspy.Example]:
     """Examples `start` .. `start + count - 1`: as many even as odd."""
     return [dspy.Example(number=n, parity=right(n)).with_inputs("number") for n in range(start, start + count)]
@@ -96,8 +101,12 @@ def plain_lm(engine: FakeEngine, model: str | None = None, **options: Any) -> Lo
 
 
 def parity_program(engine: FakeEngine, **options: Any) -> dspy.Predict:
+    return with_lm(plain_lm(engine, **options))
+
+
+def with_lm(lm: Any) -> dspy.Predict:
     program = dspy.Predict(Parity)
-    program.set_lm(plain_lm(engine, **options))
+    program.set_lm(lm)
     return program
 
 

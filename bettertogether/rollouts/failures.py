@@ -17,12 +17,17 @@ The full mark is 1, or the highest threshold of a step where that is higher.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import reprlib
+import sysconfig
+import traceback
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dspy
 from dspy.utils.exceptions import AdapterParseError
 
 from ..records import Failure, StepRecord, failure_reason
@@ -37,6 +42,7 @@ ENDS_ONE_RUN = (Exception, SystemExit, asyncio.CancelledError)
 all."""
 
 _LONGEST = 200
+_PATHS = ("stdlib", "platstdlib", "purelib", "platlib")
 NOT_RAISED = frozenset({"parse failure", "prompt too long"})
 """Kinds of failures that are of the answers, not of the program or the metric."""
 _ADVICE = {
@@ -56,15 +62,30 @@ _REFUSED_ADVICE = (
     "the validator, or take a larger model."
 )
 
+_LIBRARIES = tuple(
+    f"{folder}{os.sep}"
+    for folder in (Path(__file__).parents[1], Path(dspy.__file__).parents[1], *map(sysconfig.get_path, _PATHS))
+)
+"""Where code lies that is none of the user's."""
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
 
 def error_text(error: BaseException) -> str:
-    """The error in one line, without secrets; of an answer that can't be parsed, what is wrong, and the answer."""
+    """The error in one line, without secrets, and where the user's own code raised it; of an answer that can't be
+    parsed, what is wrong, and the answer."""
     if isinstance(error, AdapterParseError):
         return f"{_why_unread(error)} in the answer {_short.repr(error.lm_response)}"
-    return _cut(_line(f"{type(error).__name__}: {error}"))
+    return _cut(_line(f"{type(error).__name__}: {error}")) + _place_of(error)
+
+
+def _place_of(error: BaseException) -> str:
+    """The innermost line that is of no library: " (program.py:12 in forward)"."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((*_LIBRARIES, "<frozen")):
+            return f" ({Path(frame.filename).name}:{frame.lineno} in {frame.name})"
+    return ""
 
 
 def _why_unread(error: AdapterParseError) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import dspy
 import pytest
-from fakes import TwoSteps, numbers, parity_engine, parity_match, parity_program, plain_lm, two_step_engine
+from fakes import TwoSteps, numbers, parity_engine, parity_match, parity_program, placeless, plain_lm, two_step_engine
 from tries import NO_MORE, at_most, attempts, collect, sampled_only
 
 from bettertogether.callbacks import Callback, ProgressEvent, listening
@@ -63,7 +63,7 @@ def raising_program() -> Raises:
 
 def test_a_raise_in_the_program_is_a_dropped_trace_with_its_reason() -> None:
     traces = collect_traces(raising_program(), numbers(5), ExamplePass(parity_match), sampling=NO_MORE)
-    assert [trace.reason for trace in traces.traces] == [
+    assert [trace.reason and placeless(trace.reason) for trace in traces.traces] == [
         "program error: ValueError: can't do 0 second line",
         None,
         None,
@@ -79,7 +79,8 @@ def test_a_raise_in_the_metric_is_a_dropped_trace_with_its_reason() -> None:
         return True
 
     traces = collect(parity_engine(lambda *_: True), 3, metric=metric)
-    assert [trace.reason for trace in traces.traces] == [None, "metric error: KeyError: 'unit'", None]
+    reasons = [trace.reason and placeless(trace.reason) for trace in traces.traces]
+    assert reasons == [None, "metric error: KeyError: 'unit'", None]
     assert [trace.failed for trace in traces.traces] == [False, True, False]
 
 
@@ -94,7 +95,7 @@ def test_a_timeout_is_a_dropped_trace() -> None:
             raise TimeoutError("60 s")
 
     traces = collect_traces(Slow(), numbers(1), ExamplePass(parity_match), sampling=NO_MORE)
-    assert traces.reasons() == {"timeout: TimeoutError: 60 s": 1}
+    assert [*map(placeless, traces.reasons())] == ["timeout: TimeoutError: 60 s"]
 
 
 def test_as_many_examples_as_max_errors_may_raise() -> None:
@@ -115,7 +116,9 @@ def test_without_max_errors_dspys_setting_holds() -> None:
 def test_an_example_that_raises_on_every_try_counts_once_for_max_errors() -> None:
     sampling = Sampling(num_samples=4)
     traces = collect_traces(raising_program(), numbers(3), at_most(1), sampling=sampling)
-    assert traces.reasons() == {"program error: ValueError: can't do 0 second line": 7}
+    assert {placeless(reason): count for reason, count in traces.reasons().items()} == {
+        "program error: ValueError: can't do 0 second line": 7
+    }
     at_once = [(0, Attempt("sample", number, 1.0)) for number in (1, 2, 3)]
     assert [trace.failed for trace in at_most(1).over(raising_program(), numbers(1), at_once)] == [True] * 3
 
