@@ -45,7 +45,8 @@ class BetterTogether(Teleprompter):
         require_metric(metric)
         for key, optimizer in optimizers.items():
             if not isinstance(optimizer, Teleprompter):
-                raise TypeError(f"Optimizer '{key}' must be a Teleprompter, got {type(optimizer).__name__}")
+                given = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
+                raise TypeError(f"Optimizer '{key}' must be a Teleprompter, got {given}")
         self.metric = metric
         self.optimizers: dict[str, Teleprompter] = dict(optimizers) or {
             "p": BootstrapFewShotRS(metric),

@@ -19,6 +19,7 @@ from fakes import (
     parity_program,
     two_step_engine,
     two_step_program,
+    with_lm,
 )
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
@@ -66,6 +67,12 @@ def engine() -> FakeEngine:
         ({"valset": [dspy.Example(number=1)]}, DataError, r"valset\[0\] does not say"),
         ({"valset_ratio": 2}, DataError, "valset_ratio must be in range"),
         ({"student": TwoSteps()}, ProgramError, r"these have none: \['remark', 'decide'\]"),
+        (
+            {"student": with_lm("openai/gpt-4o")},
+            ProgramError,
+            "Predictor 'self' of the student has a str",
+        ),
+        ({"student": with_lm(parity_engine(learner))}, ProgramError, "has a FakeEngine for its language model"),
         ({"teacher": TwoSteps()}, ProgramError, "teacher program must have a language model"),
         ({"on_step_error": "ignore"}, ConfigError, 'give "return" or "raise"'),
         ({"max_rounds": 0}, ConfigError, "give a whole number, 1 or more"),
@@ -98,6 +105,15 @@ def test_an_lm_that_cannot_be_trained_is_an_error_before_any_work(step: Teleprom
     with pytest.raises(NotTrainableError, match=r"local/api"):
         compile_(parity_engine(learner), {"s": step}, student=program)
     assert lm.engine.fake.requests == []
+
+
+def test_dspys_finetuning_under_a_json_adapter_is_an_error_before_any_work(engine: FakeEngine) -> None:
+    with (
+        dspy.context(adapter=dspy.JSONAdapter()),
+        pytest.raises(NotTrainableError, match=r"no training data under a JSONAdapter .*adapter=dspy\.ChatAdapter"),
+    ):
+        compile_(engine, {"s": dspy.BootstrapFinetune(metric=parity_match)})
+    assert engine.requests == []
 
 
 def test_an_unused_optimizer_is_not_checked(engine: FakeEngine) -> None:

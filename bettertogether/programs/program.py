@@ -104,7 +104,19 @@ def require_program(program: object, role: str = "student") -> dspy.Module:
             f"The {role} program must have a language model set on every predictor, but these have none: {missing}. "
             f"`{role}.set_lm(lm)` sets them all, for example with lm = bettertogether.local_lm(folder_or_hub_id)."
         )
+    require_lms(program, role)
     return program
+
+
+def require_lms(program: dspy.Module, role: str = "program") -> None:
+    """Check that what predictors have for a language model is one. Raises ProgramError."""
+    for name, predictor in predictors_of(program).items():
+        if not isinstance(predictor.lm, dspy.BaseLM | None):
+            raise ProgramError(
+                f"Predictor {name!r} of the {role} has a {type(predictor.lm).__name__} for its language model, "
+                f"{predictor.lm!r:.60}: give `set_lm` a dspy.LM, such as bettertogether.local_lm(folder_or_hub_id) or "
+                'dspy.LM("openai/gpt-4o-mini").'
+            )
 
 
 def as_programs(programs: dspy.Module | Iterable[dspy.Module] | None) -> list[dspy.Module]:

@@ -17,6 +17,7 @@ from ..checks import require_switch
 from ..errors import ConfigError, DataError, ProgramError
 from ..printable import printable
 from ..programs.content import dataset_hash
+from ..programs.program import require_lms
 from ..records import Failure, Ledger, failure_reason, failure_text, score_text
 from ..report.intervals import Interval, mean_interval, paired_interval
 from .examples import check_examples
@@ -123,6 +124,7 @@ class Evaluator:
         for program in programs:
             if not isinstance(program, dspy.Module):
                 raise ProgramError(f"program={program!r:.100} is not allowed: give a dspy.Module.")
+            require_lms(program)
         examples = check_examples(examples, "examples")
         self._pass.phase = phase
         seen = _Evaluate(self._pass, examples)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import dspy
 import numpy as np
 
-from ..checks import plain
+from ..checks import plain, require_whole
 from ..errors import ConfigError
 from .examples import first_alike, refuse_dataset
 
@@ -82,9 +82,11 @@ def stratified_order(items: Sequence[T], labels: Sequence[str | None], seed: int
 def stratified_split(
     examples: Sequence[dspy.Example], first_size: int, seed: int, label_field: str | None = None
 ) -> tuple[list[dspy.Example], list[dspy.Example]]:
-    """Two disjoint parts, the first with `first_size` examples, each in a seeded random order and, where labels repeat,
-    with the same shares of them. `label_field` holds the label; None finds it."""
+    """Two disjoint parts, the first with `first_size` examples (all, where there are no more), each in a seeded random
+    order and, where labels repeat, with the same shares of them. `label_field` holds the label; None finds it. Raises
+    DataError and ConfigError."""
     refuse_dataset(examples, "examples")
+    require_whole("first_size", first_size, 0, meaning="a number of examples, such as 100")
     order = stratified_order(list(range(len(examples))), labels_of(examples, label_field), seed)
     return [examples[i] for i in order[:first_size]], [examples[i] for i in order[first_size:]]
 

@@ -47,7 +47,10 @@ DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSErr
 UNSCORED = "unscored.json"
 """What a step gave whose round is being scored."""
 
-_FAILS_AGAIN = (ConfigError, DataError, NoTrainingDataError, NotTrainableError, ProgramError)
+_FAILS_AGAIN = (
+    ConfigError, DataError, NoTrainingDataError, NotTrainableError, ProgramError, NotImplementedError, TypeError,
+    AttributeError,
+)  # fmt: skip
 """What ends a run for a reason that the same call would meet again."""
 
 _LOCKS = ("lock", "lock.owner")

@@ -141,7 +141,13 @@ class Plan:
             compile_args=compile_args,
             on_step_error=on_step_error,
             two_by_two=two_by_two,
-            warnings=(*warnings, *_unfound(student), *_own_report(student), *_unasked(teachers, used)),
+            warnings=(
+                *warnings,
+                *_unfound(student),
+                *_unasked_inputs(student, train),
+                *_own_report(student),
+                *_unasked(teachers, used),
+            ),
         )
 
 
@@ -171,6 +177,21 @@ def _unfound(student: dspy.Module) -> list[str]:
         f"DSPy doesn't find the student's predictors {names}: it looks into a list or dict of a module, but not into "
         "one within that. set_lm gives them no LM, and no step changes them. Keep each as an attribute of a module, or "
         "in a list or dict that is one."
+    ]
+
+
+def _unasked_inputs(student: dspy.Module, trainset: Sequence[dspy.Example]) -> list[str]:
+    """What to say of examples without an input that the student's signature has, where it is given them as they are."""
+    if not isinstance(student, dspy.Predict | dspy.ChainOfThought):
+        return []
+    asked = student.predictors()[0].signature.input_fields
+    missing = [name for name in asked if not any(name in example.inputs() for example in trainset)]
+    if not missing:
+        return []
+    return [
+        f"No example of the trainset has the student's input fields {missing}, so its prompts lack them: their inputs "
+        f"are {sorted({name for example in trainset for name in example.inputs()})}. Name the fields alike, and in "
+        "with_inputs(...)."
     ]
 
 
@@ -215,15 +236,22 @@ def _check_trainable(
         if isinstance(optimizer, AdapterStep):
             optimizer.trainable(student)
         elif isinstance(optimizer, dspy.BootstrapFinetune):
-            _check_provider(key, student)
+            _check_provider(key, optimizer, student)
         elif isinstance(optimizer, dspy.GEPA) and teachers:
             raise ConfigError(
                 f"GEPA does not accept a teacher argument. Please remove the teacher argument, or step {key!r}."
             )
 
 
-def _check_provider(key: str, student: dspy.Module) -> None:
+def _check_provider(key: str, optimizer: dspy.BootstrapFinetune, student: dspy.Module) -> None:
     for name, predictor in predictors_of(student).items():
+        adapter = optimizer.adapter[predictor.lm] or dspy.settings.adapter
+        if getattr(type(adapter), "format_finetune_data", None) is dspy.JSONAdapter.format_finetune_data:
+            raise NotTrainableError(
+                f"Step {key!r} is a dspy.BootstrapFinetune, which writes no training data under a "
+                f"{type(adapter).__name__} (DSPy 3.4): give it adapter=dspy.ChatAdapter(), or take "
+                "bettertogether.LoRAFinetune(metric)."
+            )
         provider = getattr(predictor.lm, "provider", None)
         if not getattr(provider, "finetunable", False):
             raise NotTrainableError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import dspy
 import pytest
-from fakes import numbers, parity_engine, parity_match, parity_program, right
+from fakes import numbers, parity_engine, parity_match, parity_program, right, with_lm
 
 from bettertogether.errors import ConfigError, DataError, ProgramError, TooManyErrors
 from bettertogether.records import Ledger
@@ -148,6 +148,7 @@ def test_no_examples_are_no_scores() -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
+        ({"program": with_lm("openai/gpt-4o")}, ProgramError, "Predictor 'self' of the program has a str for its"),
         ({"program": 5}, ProgramError, "program=5 is not allowed: give a dspy.Module"),
         ({"program": dspy.Predict}, ProgramError, "is not allowed: give a dspy.Module"),
         ({"examples": 5}, DataError, "examples must be a list of dspy.Example, got int"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import dspy
 import numpy as np
 import pytest
 
+from bettertogether.errors import ConfigError
 from bettertogether.rollouts.labels import label_fields, labels_of, split_apart, stratified_order, stratified_split
 
 
@@ -119,3 +121,9 @@ def test_a_split_is_disjoint_and_complete() -> None:
     first, second = stratified_split(data, 6, seed=0)
     assert sorted(example.q for example in [*first, *second]) == list(range(20))
     assert Counter(example.answer for example in first) == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize("size", [0.25, -3])
+def test_the_size_of_a_split_is_a_number_of_examples(size: Any) -> None:
+    with pytest.raises(ConfigError, match=f"first_size={size} is not allowed: give a number of examples"):
+        stratified_split(examples(["a"] * 10), size, seed=0)

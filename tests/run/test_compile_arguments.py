@@ -72,6 +72,11 @@ def test_what_is_no_optimizer_is_an_error(optimizer: Any) -> None:
         BetterTogether(parity_match, p=optimizer)
 
 
+def test_a_class_in_place_of_an_optimizer_is_told_by_its_name() -> None:
+    with pytest.raises(TypeError, match="must be a Teleprompter, got the class BootstrapFewShotRS"):
+        BetterTogether(parity_match, p=BootstrapFewShotRS)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", ["x", -1, 0, True, float("nan"), [1]])
 @pytest.mark.parametrize("name", ["minutes", "metric_calls", "tokens"])
 def test_a_wrong_limit_of_a_budget_is_an_error(name: str, value: Any) -> None:

@@ -182,6 +182,16 @@ def test_a_predictor_that_dspy_does_not_find_is_told(engine: FakeEngine) -> None
     ]
 
 
+def test_examples_without_an_input_of_the_student_are_told(engine: FakeEngine) -> None:
+    train = [dspy.Example(n=n, number=n, parity="odd").with_inputs("n") for n in range(4)]
+    optimizer = BetterTogether(parity_match, i=Step())
+    compiled = optimizer.compile(parity_program(engine), trainset=train, valset=VAL, strategy="i", progress=False)
+    assert compiled.report.warnings[0] == (
+        "No example of the trainset has the student's input fields ['number'], so its prompts lack them: their inputs "
+        "are ['n']. Name the fields alike, and in with_inputs(...)."
+    )
+
+
 def test_a_failing_step_ends_the_run_with_the_best_so_far(engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> None:
     optimizers = steps(x=Step(raises=[OSError("disk gone")]))
     with caplog.at_level(logging.ERROR, logger="bettertogether"):
