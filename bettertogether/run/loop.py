@@ -145,7 +145,7 @@ class Loop:
         name, parent = strategy.join(steps), self.programs[strategy.join(steps[:-1])]
         done = self._unscored(name)
         if done is None:
-            result = self._step(index, steps, parent, charge)
+            result = self._step(steps, parent, charge)
             record, program = self._record(index, steps, result, started), result.program
             self.directory.note_spent(self.meter.used)
             self.directory.set_aside(record)
@@ -190,11 +190,11 @@ class Loop:
         logger.info("Step %r was done; its round is scored now.", name)
         return record, program
 
-    def _step(self, index: int, steps: Steps, parent: dspy.Module, charge: Callable[[Ledger], None]) -> StepResult:
+    def _step(self, steps: Steps, parent: dspy.Module, charge: Callable[[Ledger], None]) -> StepResult:
         plan, key = self.plan, steps[-1]
         optimizer, given = plan.optimizers[key], plan.compile_args.get(key, {})
         context = StepContext(
-            trainset=self._trainset(index),
+            trainset=self._trainset(steps),
             # A list of its own, as the trainset: one that a step shuffled would be scored in another order.
             valset=list(plan.valset) or None,
             teachers=plan.teachers,
@@ -216,10 +216,11 @@ class Loop:
         before = [strategy.join(steps[:length]) for length in range(1, len(steps))]
         return [record for record in self.records if record.strategy in before]
 
-    def _trainset(self, index: int) -> list[dspy.Example]:
+    def _trainset(self, steps: Steps) -> list[dspy.Example]:
         trainset = list(self.plan.trainset)
         if self.plan.shuffle:
-            random.Random(stable_seed(self.plan.seed, "shuffle", index)).shuffle(trainset)
+            # By the place in its own strategy, so that a step does the same whatever other strategies are asked for.
+            random.Random(stable_seed(self.plan.seed, "shuffle", len(steps))).shuffle(trainset)
         return trainset
 
     def _evaluate(self, program: dspy.Module, phase: str) -> Evaluation | None:

@@ -134,20 +134,33 @@ def test_the_2x2_is_left_out_where_prompts_did_not_change_and_where_it_is_turned
     assert set(CELLS) == set(compile_(engine, "p -> w").report.two_by_two or ())
 
 
-def test_each_step_gets_the_trainset_in_another_order(engine: FakeEngine) -> None:
-    orders: list[list[int]] = []
+class Orders(Teleprompter):
+    """Notes the order in which it is given the trainset."""
 
-    class Notes(Teleprompter):
-        def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
-            orders.append([example.number for example in trainset])
-            return student
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
 
-    compile_(engine, "n -> n", optimizers={"n": Notes()})
-    assert orders[0] != orders[1]
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40, 80))
-    orders.clear()
-    compile_(engine, "n -> n", optimizers={"n": Notes()}, shuffle_trainset_between_steps=False)
-    assert orders == [list(range(40, 80))] * 2
+    def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+        self.seen.append([example.number for example in trainset])
+        return student
+
+
+def orders(strategy: Any, **options: Any) -> list[list[int]]:
+    """The orders in which "n" is given the trainset."""
+    noting = Orders()
+    compile_(parity_engine(learner), strategy, optimizers={"n": noting, "o": Step()}, **options)
+    return noting.seen
+
+
+def test_each_step_gets_the_trainset_in_another_order() -> None:
+    first, second = orders("n -> n")
+    assert first != second
+    assert sorted(first) == sorted(second) == list(range(40, 80))
+    assert orders("n -> n", shuffle_trainset_between_steps=False) == [list(range(40, 80))] * 2
+
+
+def test_other_strategies_of_a_list_do_not_change_the_order_of_the_trainset() -> None:
+    assert orders(["o -> o", "n -> n"]) == orders("n -> n")
 
 
 def test_prompts_are_chosen_on_the_valset_and_on_a_small_one_only_for_weights_that_were_tuned(
