@@ -130,8 +130,8 @@ class EngineBusyError(BetterTogetherError, RuntimeError):
 class RunDirectoryError(BetterTogetherError, RuntimeError):
     """A run directory that is damaged, foreign, or belongs to another run.
 
-    The message has what differs from the run that is there. Give the same call to go on, or another `run_dir` to start
-    again; what was written stays.
+    The message has what differs from the run that is there. Give the same call to go on, with another strategy if you
+    like, or another `run_dir` to start again; what was written stays.
     """
 
 

@@ -96,9 +96,10 @@ class BetterTogether(Teleprompter):
                 `max_rounds` at most.
             optimizer_compile_args: Key to further arguments of that optimizer's `compile`, which win.
             run_dir: Where records, adapters and the report go; the same call on the same directory goes on after the
-                last finished step, and another call (other data, options, code of the program or of the metric) is
-                refused with the difference, other than in optimizers of which no step has finished. None: a new run in
-                a directory of its own under the cache, which the log names.
+                last finished step. With another strategy, neither being "auto", it takes the rounds that are done, and
+                reports on and returns those of its own. Another call (other data, options, code of the program or of
+                the metric) is refused with the difference, other than in optimizers of which no step has finished.
+                None: a new run in a directory of its own under the cache, which the log names.
             callbacks, progress: Who watches; the progress display unless `progress=False`.
             budget: Stops between units of work, with the best so far.
             on_step_error: "return": a failing step ends the run with the best program so far, and

@@ -161,7 +161,7 @@ def test_a_budget_that_ends_while_the_student_is_scored_returns_the_student(engi
     ("change", "named"),
     [
         ({"seed": 1}, "seed"),
-        ({"strategy": "s -> s"}, "strategy"),
+        ({"strategy": "auto"}, "strategy"),
         ({"trainset": numbers(24, start=41)}, "trainset"),
         ({"valset": numbers(9)}, "valset"),
         ({"optimizers": {"s": Same(option=2)}}, "optimizers.s.option"),

@@ -41,7 +41,7 @@ class RunStartEvent(TypedDict):
     """The strategy prefix of every round, in order; "" is the untouched student, and all that is known of
     strategy="auto", which chooses its rounds one by one."""
     finished: NotRequired[Sequence[StepRecord]]
-    """Records of an earlier run of the same directory; empty for a new run."""
+    """Records of these rounds that the directory has; empty for a new run."""
     run_dir: NotRequired[str]
     params: NotRequired[Mapping[str, Any]]
     """What was asked, as in run.json: seeds, options, hashes, versions."""

@@ -40,7 +40,7 @@ from ..programs.program import model_names, modules_of, predictors_of
 from ..redaction import is_secret, is_secret_name, masked, split_secrets
 from ..versions import versions
 from .plan import Plan
-from .same_call import WHOLE
+from .same_call import WHOLE, with_other_steps
 
 FORM = 2
 """Of what is noted here. Other forms can't be compared."""
@@ -55,7 +55,8 @@ Noted = dict[str, Any]
 
 
 _LEFT: dict[Path, tuple[Noted, Noted]] = {}
-"""Run directory to what was asked there, before the latest run of this process and after it."""
+"""Run directory to what was asked there, before the latest run of this process and after it; of a step that this run
+did not have, before and after the latest that had it."""
 
 
 @contextlib.contextmanager
@@ -63,11 +64,12 @@ def asking(plan: Plan, run_dir: Path) -> Iterator[Noted]:
     """What a call asks for. What the run itself changes (a counter of the metric, notes of an optimizer) makes the
     next call of this process no other one."""
     now = asked_of(plan)
-    asked = as_before(now, *_LEFT[run_dir]) if run_dir in _LEFT else now
+    before, after = _LEFT.get(run_dir, ({}, {}))
+    asked = as_before(now, before, after) if after else now
     try:
         yield asked
     finally:
-        _LEFT[run_dir] = asked, asked_of(plan)
+        _LEFT[run_dir] = with_other_steps(asked, before), with_other_steps(asked_of(plan), after)
 
 
 def asked_of(plan: Plan) -> Noted:

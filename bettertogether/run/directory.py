@@ -107,8 +107,9 @@ class RunDirectory:
 
         `run` says what was asked (strategy, seeds, student, datasets, options, versions, ...), as JSON. A run is the
         same when all of it is equal but the keys of `INFORMATIVE`, and `PER_STEP` of the steps that never finished:
-        those have decided nothing yet, and are noted anew. Raises RunDirectoryError when the directory belongs to
-        another run, to something else, to another process, to a newer version, or is damaged.
+        those have decided nothing yet, and are noted anew. So is the strategy: the records of rounds that it does not
+        have stay, and it may be any other, unless one of the two is "auto". Raises RunDirectoryError when the directory
+        belongs to another run, to something else, to another process, to a newer version, or is damaged.
         """
         folder = checked_folder(path)
         asked = _as_json(run)
@@ -126,13 +127,14 @@ class RunDirectory:
                 header = {"schema": SCHEMA, "created": now(), "finished": None, "run": asked}
                 atomic_write(folder / "run.json", _pretty(header))
             records = _read_records(folder / "records.jsonl")
+            unscored = _read_unscored(folder / UNSCORED, records)
             noted = going_on(folder, header["run"], asked, records)
             if noted != header["run"]:
-                # What a step gave that may have had other options.
-                (folder / UNSCORED).unlink(missing_ok=True)
-                header = {**header, "run": noted}
+                if unscored and _of_step(noted, unscored.step) != _of_step(header["run"], unscored.step):
+                    (folder / UNSCORED).unlink(missing_ok=True)
+                    unscored = None
+                header = {**header, "finished": None, "run": noted}
                 atomic_write(folder / "run.json", _pretty(header))
-            unscored = _read_unscored(folder / UNSCORED, records)
             _remove_temporary(folder)
             with disk_errors(folder):
                 (folder / "adapters").mkdir(exist_ok=True)
@@ -246,6 +248,11 @@ def _as_json(run: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise RunDirectoryError(f"run is not JSON: {error}. Give numbers, text, lists and dicts only.") from error
     return plain
+
+
+def _of_step(run: Mapping[str, Any], step: str) -> list[Any]:
+    """What is noted of a step alone."""
+    return [run.get(key, {}).get(step) for key in sorted(PER_STEP)]
 
 
 def _refuse_foreign(folder: Path) -> None:

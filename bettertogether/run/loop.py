@@ -341,7 +341,7 @@ class Loop:
         except DAMAGE as error:
             path = self.directory.path / "records.jsonl"
             raise RunDirectoryError(
-                f"{path}: the program of step {record.index} is damaged ({error!r}): restore the file, or give "
+                f"{path}: the program of {record.name!r} is damaged ({error!r}): restore the file, or give "
                 "another run_dir."
             ) from error
 

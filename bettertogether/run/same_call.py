@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import RunDirectoryError
 from ..printable import get_logger
 from ..records import StepRecord
+from .strategy import AUTO
 
 logger = get_logger(__name__)
 
@@ -35,6 +36,10 @@ def going_on(
             f"{folder} was made by another version of bettertogether, which noted other things about what was asked: "
             "whether this is the same call can't be told. Give another run_dir, or go on with that version."
         )
+    # What "auto" chose depends on all steps that there are, and its records say why.
+    if AUTO not in (stored.get("strategy"), asked.get("strategy")):
+        stored = with_other_steps(stored, asked) | {"strategy": asked.get("strategy")}
+        asked = with_other_steps(asked, stored)
     noted = _noted(stored, asked, records)
     # Those of the call itself before those within a step, of which a line may be left out.
     differences = sorted(_differences(noted, asked), key=lambda difference: difference[0].count("."))
@@ -50,6 +55,15 @@ def going_on(
             "Make the call as it was to go on with that run, or give another run_dir (or delete this one) to start."
         )
     return noted
+
+
+def with_other_steps(run: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked, with what another call asked of the steps that this one does not have."""
+    lacking = other.get("optimizers", {}).keys() - run.get("optimizers", {}).keys()
+    joined = dict(run)
+    for key in PER_STEP & other.keys():
+        joined[key] = run.get(key, {}) | {step: entry for step, entry in other[key].items() if step in lacking}
+    return joined
 
 
 def _noted(stored: dict[str, Any], asked: Mapping[str, Any], records: Sequence[StepRecord]) -> dict[str, Any]:

@@ -27,20 +27,20 @@ from .selection import rank, select
 def carry_out(plan: Plan, directory: RunDirectory, asked: Mapping[str, Any], budget: Budget) -> dspy.Module:
     """Run what is left to do of a plan, report on it in the directory, and return the best program. `asked` is the
     plan as the directory notes it."""
-    finished = list(directory.rounds().values())
+    rounds, earlier = ["", *map(strategy.join, strategy.prefixes(plan.strategies))], directory.rounds()
     events.emit(
         "run_start",
         {
             "strategy": plan.strategy,
-            "rounds": ["", *map(strategy.join, strategy.prefixes(plan.strategies))],
-            "finished": finished,
+            "rounds": rounds,
+            "finished": [record for name, record in earlier.items() if plan.auto or name in rounds],
             "run_dir": str(directory.path),
             "params": asked,
         },
     )
     with events.run_end_on_error():
         events.told(*plan.warnings)
-        noted = [*finished, *([directory.unscored] if directory.unscored else [])]
+        noted = [*earlier.values(), *([directory.unscored] if directory.unscored else [])]
         meter = budget.start(directory.spent or Ledger.total(record.ledger for record in noted))
         loop = Loop(plan, directory, meter)
         try:

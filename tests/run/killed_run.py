@@ -67,7 +67,7 @@ def tell(compiled: dspy.Module, run_dir: Path) -> None:
     Path(f"{run_dir}.json").write_text(json.dumps(outcome))
 
 
-def run(run_dir: Path) -> None:
+def run(run_dir: Path, strategy: str = "p -> w -> p") -> None:
     """Says "started" when its work begins; when it is done, what it ended with is in RUN_DIR.json."""
     be_alone()
     os.fsync = slow_fsync
@@ -81,7 +81,7 @@ def run(run_dir: Path) -> None:
         parity_program(engine),
         trainset=numbers(24, start=40),
         valset=numbers(10),
-        strategy="p -> w -> p",
+        strategy=strategy,
         num_threads=8,
         run_dir=run_dir,
         callbacks=[Started()],

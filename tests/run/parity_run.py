@@ -11,6 +11,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from fakes import numbers, parity_match, parity_program
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
+from bettertogether.callbacks import Callback
 from bettertogether.report import CompileReport
 from bettertogether.testing import FakeEngine
 
@@ -33,6 +34,17 @@ class Step(Teleprompter):
         if self.instructions:
             student.signature = student.signature.with_instructions(self.instructions)
         return student
+
+
+class CutOff(Callback):
+    """Interrupts the scoring of a round."""
+
+    def __init__(self, phase: str) -> None:
+        self.phase = phase
+
+    def on_progress(self, event: Any) -> None:
+        if event["phase"] == self.phase and event["done"] == 5:
+            raise KeyboardInterrupt
 
 
 def steps(**more: Teleprompter) -> dict[str, Teleprompter]:

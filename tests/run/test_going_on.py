@@ -10,7 +10,7 @@ import dspy
 import pytest
 from dspy.teleprompt.teleprompt import Teleprompter
 from fakes import learner, models, parity_engine, parity_match, parity_program, two_step_engine, two_step_program
-from parity_run import TRAIN, VAL, Step, comparable, compile_, rounds, steps
+from parity_run import TRAIN, VAL, CutOff, Step, comparable, compile_, rounds, steps
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
 from bettertogether.callbacks import Callback
@@ -112,17 +112,6 @@ def test_an_adapter_of_a_record_that_was_changed_since_is_not_taken(tmp_path: Pa
     saved.write_text(json.dumps({**content, "memory": {}}))
     with pytest.raises(RunDirectoryError, match=rf"{saved.parent} does not hold the adapter .*damaged or changed"):
         compile_(parity_engine(learner), strategy="w", run_dir=tmp_path / "run")
-
-
-class CutOff(Callback):
-    """Interrupts the scoring of a round."""
-
-    def __init__(self, phase: str) -> None:
-        self.phase = phase
-
-    def on_progress(self, event: Any) -> None:
-        if event["phase"] == self.phase and event["done"] == 5:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("phase", "status"), [("score p -> w", "skipped"), ("score the 2x2", "complete")])

@@ -30,16 +30,17 @@ def trainings() -> Iterator[Programs]:
         yield running
 
 
-def start(programs: Programs, run_dir: Path) -> int:
+def start(programs: Programs, run_dir: Path, strategy: str = "p -> w -> p") -> int:
     """The number of the process of a run, at the moment when its work begins."""
-    number = programs.start(f"import pathlib, killed_run; killed_run.run(pathlib.Path({str(run_dir)!r}))")
+    arguments = f"pathlib.Path({str(run_dir)!r}), {strategy!r}"
+    number = programs.start(f"import pathlib, killed_run; killed_run.run({arguments})")
     assert programs.line() == "started"
     return number
 
 
-def whole(programs: Programs, run_dir: Path) -> Any:
+def whole(programs: Programs, run_dir: Path, strategy: str = "p -> w -> p") -> Any:
     """What a run ends with that nobody kills."""
-    start(programs, run_dir)
+    start(programs, run_dir, strategy)
     assert programs.exit_code() == 0
     return ended(run_dir)
 
@@ -74,6 +75,17 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_report_of_an_uninterru
             assert ended(run_dir) == expected
             done += 1
     assert whole(programs, tmp_path / f"run {done}") == expected
+
+
+def test_a_run_that_is_killed_with_a_longer_strategy_goes_on_and_so_does_the_shorter_one(
+    programs: Programs, tmp_path: Path
+) -> None:
+    expected, shorter = whole(programs, tmp_path / "whole"), whole(programs, tmp_path / "run", "p")
+    for after_s in (0.1, 0.5):
+        assert killed(programs, tmp_path / "run", after_s)
+        assert whole(programs, tmp_path / "run", "p") == shorter
+    assert whole(programs, tmp_path / "run") == expected
+    assert whole(programs, tmp_path / "run", "p") == shorter
 
 
 @pytest.mark.parametrize(("kind", "last_step", "saved"), [("policy", 1, "step-1"), ("preference", 2, "epoch-1")])
