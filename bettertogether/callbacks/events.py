@@ -45,6 +45,8 @@ class RunStartEvent(TypedDict):
     run_dir: NotRequired[str]
     params: NotRequired[Mapping[str, Any]]
     """What was asked, as in run.json: seeds, options, hashes, versions."""
+    left_s: NotRequired[float | None]
+    """Seconds until `Budget.minutes` are over; None without them."""
 
 
 class StepStartEvent(TypedDict):
@@ -96,6 +98,10 @@ class TrainingEvent(TypedDict):
     learns from rewards, all adapters at once."""
     rewards: NotRequired[RewardLine]
     """What the step's runs earned, where it learned from rewards."""
+    left_s: NotRequired[float | None]
+    """Seconds until `TrainingConfig.max_minutes` are over; None without them."""
+    may_end_early: NotRequired[bool]
+    """Whether it ends before its last epoch where the rows held out are answered no better."""
 
 
 class WarningEvent(TypedDict):

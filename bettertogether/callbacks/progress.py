@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -33,6 +34,11 @@ def time_text(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def _after(now_s: float, left_s: float | None) -> float:
+    """When the time left is over; never where it isn't limited."""
+    return math.inf if left_s is None else now_s + left_s
+
+
 class ProgressState:
     """What is going on, from the events. The view is drawn in a thread of its own, hence the lock."""
 
@@ -45,6 +51,8 @@ class ProgressState:
         self._finished: list[StepRecord] = []
         self._current: StepStartEvent | None = None
         self._warnings: list[str] = []
+        self._run_ends_s = math.inf
+        """When the budget's minutes are over."""
         self._clear_step()
 
     def _clear_step(self) -> None:
@@ -58,6 +66,8 @@ class ProgressState:
         self._done = self._total = self._tokens = self._at_once = 0
         self._done_before = self._tokens_before = 0
         """What an earlier sitting did of it."""
+        self._ends_s, self._may_end_early = math.inf, False
+        """When it ends at the latest, and whether it may have enough before."""
 
     @property
     def elapsed_s(self) -> float:
@@ -67,6 +77,7 @@ class ProgressState:
         with self._lock:
             self._started_s = self._event_s = self._clock()
             self._strategy, rounds = event["strategy"], list(event["rounds"])
+            self._run_ends_s = _after(self._started_s, event.get("left_s"))
             # The student's alone: "auto", which chooses the others one by one.
             self._rounds = rounds if len(rounds) > 1 else []
             self._finished, self._current, self._warnings = [], None, []
@@ -100,6 +111,8 @@ class ProgressState:
                 self._phase_started_s = self._event_s
                 self._done_before, self._tokens_before = line.step, line.tokens
             self._tokens = line.tokens
+            self._ends_s = _after(self._event_s, event.get("left_s"))
+            self._may_end_early = event.get("may_end_early", False)
 
     def _advance(self, phase: str, done: int, total: int) -> bool:
         """Take what is done of a phase, and tell whether it is one that begins."""
@@ -144,8 +157,15 @@ class ProgressState:
             texts.append(f"{tokens / spent_s:,.0f} tokens/s")
         # Of what runs at the same time, the first to end says nothing of how long the others take.
         if done >= max(1, self._at_once) and self._done < self._total:
-            texts.append(f"about {time_text(spent_s / done * (self._total - self._done))} left in this phase")
+            left_s, ends_s = spent_s / done * (self._total - self._done), min(self._ends_s, self._run_ends_s)
+            texts.append(f"{self._left_text(left_s, ends_s, self._may_end_early)} in this phase")
         return texts + self._run_left_texts()
+
+    def _left_text(self, left_s: float, ends_s: float, may_end_early: bool = False) -> str:
+        """The time left by what was timed, and by when it ends at the latest."""
+        most_s = max(0.0, ends_s - self._event_s)
+        is_most = may_end_early or most_s < left_s
+        return f"{'at most' if is_most else 'about'} {time_text(min(left_s, most_s))} left"
 
     def _run_left_texts(self) -> list[str]:
         """Time left in the run, once a step of every kind that is still to come has been timed."""
@@ -160,7 +180,7 @@ class ProgressState:
             return []
         means = {step: sum(seconds) / len(seconds) for step, seconds in timed.items()}
         left_s = max(0.0, means[current] - (self._clock() - self._step_started_s)) + sum(means[s] for s in later)
-        return [f"about {time_text(left_s)} left in all"]
+        return [f"{self._left_text(left_s, self._run_ends_s)} in all"]
 
     def _detail_texts(self) -> list[str]:
         texts = []

@@ -159,6 +159,7 @@ def train(
         base_validation_loss=trained.base_validation_loss,
         validation_loss=trained.validation_loss,
         skipped_rows=job.skipped_rows,
+        out_of_time=trained.out_of_time,
         **_other_losses(trained.base, trained.best),
     )
 

@@ -87,6 +87,8 @@ class FinetuneResult:
     pairs."""
     field_losses: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
     """By output field: the held-out loss of the free tokens of its values, before training and of the weights kept."""
+    out_of_time: bool = False
+    """Whether `TrainingConfig.max_minutes` ended it before its last step."""
 
 
 @runtime_checkable

@@ -73,6 +73,11 @@ class BudgetMeter:
         with self._lock:
             return self._charged.with_seconds(self._clock() - self._started_s)
 
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the budget's minutes are over; None where they aren't limited."""
+        return None if self.budget.minutes is None else max(0.0, 60 * self.budget.minutes - self.used.seconds)
+
     def check(self) -> None:
         """Raise BudgetExceeded when a limit is reached; the message has what was used and the limits. Raise ConfigError
         where the cost is limited and not known."""

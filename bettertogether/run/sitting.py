@@ -28,6 +28,8 @@ def carry_out(plan: Plan, directory: RunDirectory, asked: Mapping[str, Any], bud
     """Run what is left to do of a plan, report on it in the directory, and return the best program. `asked` is the
     plan as the directory notes it."""
     rounds, earlier = ["", *map(strategy.join, strategy.prefixes(plan.strategies))], directory.rounds()
+    noted = [*earlier.values(), *([directory.unscored] if directory.unscored else [])]
+    meter = budget.start(directory.spent or Ledger.total(record.ledger for record in noted))
     events.emit(
         "run_start",
         {
@@ -36,12 +38,11 @@ def carry_out(plan: Plan, directory: RunDirectory, asked: Mapping[str, Any], bud
             "finished": [record for name, record in earlier.items() if plan.auto or name in rounds],
             "run_dir": str(directory.path),
             "params": asked,
+            "left_s": meter.left_s,
         },
     )
     with events.run_end_on_error():
         events.told(*plan.warnings)
-        noted = [*earlier.values(), *([directory.unscored] if directory.unscored else [])]
-        meter = budget.start(directory.spent or Ledger.total(record.ledger for record in noted))
         loop = Loop(plan, directory, meter)
         try:
             loop.run()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -42,6 +42,18 @@ def weight_details(
     }
     history = tuple(LossLine(result.model, **asdict(line)) for result in results.values() for line in result.history)
     return WeightDetails(collected.card, adapters, history, collected.blame)
+
+
+def time_warnings(results: Collection[FinetuneResult], max_minutes: float | None) -> tuple[str, ...]:
+    """Of each training that `max_minutes` ended, how far it came."""
+    several, warnings = len(results) > 1, []
+    for result in results:
+        if result.out_of_time:
+            last, name = result.history[-1], f" of {result.model}" if several else ""
+            most = round(last.epoch * last.total_steps / last.step)
+            cut = f"ended by max_minutes={max_minutes:g} after {last.epoch:.3g} of up to {most} epochs."
+            warnings.append(f"Training{name} {cut}")
+    return tuple(warnings)
 
 
 def fall_held_out(results: Iterable[FinetuneResult]) -> float | None:

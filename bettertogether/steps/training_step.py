@@ -24,6 +24,8 @@ from ..rollouts.rollout import RolloutStore
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, TraceSet, collect_traces
 from ..rollouts.tries import Sampling
+from ..training.length import may_lose_patience
+from ..training.progress import ProgressFunction, TrainingProgress
 from .adapter_rows import (
     AdapterKey,
     enough_held_out,
@@ -37,7 +39,7 @@ from .given_rows import given_rows
 from .rows import Row, write_rows
 from .rows_from_traces import Collected, Runs, Trainable
 from .step import StepContext, StepResult
-from .training_details import fall_held_out, held_out_file, rows_file, weight_details
+from .training_details import fall_held_out, held_out_file, rows_file, time_warnings, weight_details
 from .training_work import training_work
 from .work import Outlook, Work
 
@@ -103,6 +105,7 @@ class TrainingStep(AdapterStep):
         folder = self._folder(context)
         starts = self._starts(trainable)
         results = self._train(collected, trainable, context.settings.seed, folder)
+        out_of_time = events.told(*time_warnings(results.values(), self.training.max_minutes))
         trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
         return StepResult(
             program=self._tuned(student, trainable, {key: result.model for key, result in results.items()}),
@@ -110,7 +113,7 @@ class TrainingStep(AdapterStep):
             details=weight_details(collected, results, starts),
             # From other weights than those before, the fall is no gain over the round before.
             step_gain=fall_held_out(result for key, result in results.items() if starts[key] == key.model),
-            warnings=(*collected.warnings, *collected.card.warnings),
+            warnings=(*collected.warnings, *collected.card.warnings, *out_of_time),
         )
 
     def collect(
@@ -205,7 +208,6 @@ class TrainingStep(AdapterStep):
                 engine = engines[key]
                 result = finished.find(asked.get(key), engine)
                 if result is None:
-                    adapter = f"adapter {number}/{len(groups)}"
                     result = engine.finetune(
                         [row.training_row for row in train_rows],
                         validation_rows=[row.training_row for row in validation_rows],
@@ -213,9 +215,7 @@ class TrainingStep(AdapterStep):
                         training=training,
                         start_from=starts[key] if starts[key] != MODEL_PREFIX + engine.base_name else None,
                         folder=folder,
-                        on_progress=lambda line, adapter=adapter: events.emit(  # type: ignore[misc]
-                            "training", {"adapter": adapter, "progress": line}
-                        ),
+                        on_progress=self._teller(f"adapter {number}/{len(groups)}", bool(validation_rows)),
                     )
                     write_rows(train_rows, rows_file(result))
                     if validation_rows:
@@ -223,6 +223,18 @@ class TrainingStep(AdapterStep):
                     finished.add(asked.get(key), result)
                 results[key] = result
         return results
+
+    def _teller(self, adapter: str, held_out: bool) -> ProgressFunction:
+        """What tells of the training that begins now."""
+        minutes, started = self.training.max_minutes, time.monotonic()
+        may_end_early = may_lose_patience(self.training, held_out)
+
+        def tell(line: TrainingProgress) -> None:
+            left_s = None if minutes is None else 60 * minutes - (time.monotonic() - started)
+            event: events.TrainingEvent = {"adapter": adapter, "progress": line}
+            events.emit("training", event | {"left_s": left_s, "may_end_early": may_end_early})
+
+        return tell
 
     def _split(self, rows: Sequence[Row], apart: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
         """Rows to train on, and rows held out: those that are `apart` already, or some of them, by example; none where

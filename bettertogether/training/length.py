@@ -60,6 +60,11 @@ def since_low(measured: Sequence[float]) -> list[float]:
     return since
 
 
+def may_lose_patience(asked: TrainingConfig, held_out: bool) -> bool:
+    """Whether a run may end before its last epoch because the rows held out are answered no better."""
+    return asked.epochs == "auto" and asked.keep_best and held_out
+
+
 class RunLength:
     """The bounds of a run. `asked` is the configuration as it was given, with "auto" in it; `epochs` the bound."""
 
@@ -70,7 +75,7 @@ class RunLength:
         self.held_out_seconds = 0.0
         """What measuring the held-out loss took."""
         self._rows, self._max_minutes = rows, asked.max_minutes
-        self._patience = asked.patience if asked.epochs == "auto" and asked.keep_best and held_out else None
+        self._patience = asked.patience if may_lose_patience(asked, held_out) else None
         self._steps: list[float] = []
 
     @property

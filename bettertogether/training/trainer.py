@@ -51,6 +51,8 @@ class TrainingResult:
     """Held-out losses before training; None without validation rows."""
     best: HeldOutLosses | None
     """Held-out losses of the weights kept."""
+    out_of_time: bool
+    """Whether `max_minutes` ended it before its last step."""
 
     @property
     def base_validation_loss(self) -> float | None:
@@ -173,6 +175,7 @@ class _Run:
             seconds=state.seconds,
             base=state.base,
             best=state.best,
+            out_of_time=state.step < self.total_steps and not self.length.lost_patience(self.history),
         )
 
     def _resume(self) -> None:

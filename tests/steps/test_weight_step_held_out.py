@@ -154,15 +154,39 @@ def test_the_ledger_counts_runs_and_trained_tokens() -> None:
     assert optimizer.ledger.metric_calls == 4
 
 
+class Watch(Callback):
+    def __init__(self) -> None:
+        self.events: list[TrainingEvent] = []
+
+    def on_training(self, event: TrainingEvent) -> None:
+        self.events.append(event)
+
+
 def test_training_events_name_the_adapter() -> None:
-    class Watch(Callback):
-        def __init__(self) -> None:
-            self.events: list[TrainingEvent] = []
-
-        def on_training(self, event: TrainingEvent) -> None:
-            self.events.append(event)
-
     watch = Watch()
     with listening([watch]):
         step(multitask=False).compile(two_step_program(two_step_engine(lambda *_: True)), trainset=numbers(3))
     assert [event["adapter"] for event in watch.events] == ["adapter 1/2", "adapter 2/2"]
+
+
+@pytest.mark.parametrize(("share", "minutes"), [(0.2, None), (0.0, 10)])
+def test_training_events_say_what_may_end_the_training_early(share: float, minutes: float | None) -> None:
+    watch = Watch()
+    with listening([watch]):
+        train = step(validation_share=share, training=TrainingConfig(max_minutes=minutes))
+        train.compile(parity_program(parity_engine(lambda *_: True)), trainset=numbers(40))
+    (event,) = watch.events
+    assert event["may_end_early"] == (share > 0)
+    assert event["left_s"] == (None if minutes is None else pytest.approx(60 * minutes, abs=30))
+
+
+def test_that_max_minutes_ended_a_training_is_a_warning() -> None:
+    class OutOfTime(FakeEngine):
+        def finetune(self, *args: Any, **options: Any) -> FinetuneResult:
+            result = super().finetune(*args, **options)
+            last = replace(result.history[-1], step=5, total_steps=200, epoch=1.0)
+            return replace(result, history=(last,), out_of_time=True)
+
+    optimizer = step(training=TrainingConfig(max_minutes=0.5))
+    optimizer.compile(parity_program(OutOfTime(parity_engine(lambda *_: True).answer)), trainset=numbers(40))
+    assert optimizer.warnings == ("Training ended by max_minutes=0.5 after 1 of up to 40 epochs.",)

@@ -211,6 +211,7 @@ def test_max_minutes_ends_the_run_before_the_epoch_that_would_pass_them(
     result = train(tmp_path, on_progress=a_minute, learning_rate=1e-3, epochs=3, max_minutes=minutes)
     assert result.history[-1].step == steps
     assert result.history[-1].validation_loss is not None
+    assert result.out_of_time == (steps < 9)
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
@@ -239,6 +240,7 @@ def test_the_bounds_are_said_before_and_the_time_after_the_first_steps(
 def test_why_a_run_ended_early_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "bettertogether"):
         result = train(tmp_path / "patience", **OVERFITTING, patience=1)
+        assert not result.out_of_time
         train(tmp_path / "minutes", **OVERFITTING, max_minutes=1e-9)
     ends = [record.getMessage() for record in caplog.records if "ends after" in record.getMessage()]
     step = result.history[-1].step
