@@ -75,7 +75,8 @@ class ProgressDisplay(Callback):
         """Open the view."""
         self._state.run_start(event)
         self._open()
-        self._line(f"start {event['strategy']}")
+        run_dir = f", run directory {event['run_dir']}" if "run_dir" in event else ""
+        self._line(f"start {event['strategy']}{run_dir}")
 
     def on_step_start(self, event: StepStartEvent) -> None:
         """A new step in the view."""

@@ -46,7 +46,7 @@ class ProgressState:
         self._clock = clock
         self._lock = threading.RLock()
         self._started_s = self._event_s = clock()
-        self._strategy = ""
+        self._strategy = self._run_dir = ""
         self._rounds: list[str] = []
         self._finished: list[StepRecord] = []
         self._current: StepStartEvent | None = None
@@ -77,6 +77,7 @@ class ProgressState:
         with self._lock:
             self._started_s = self._event_s = self._clock()
             self._strategy, rounds = event["strategy"], list(event["rounds"])
+            self._run_dir = event.get("run_dir", "")
             self._run_ends_s = _after(self._started_s, event.get("left_s"))
             # The student's alone: "auto", which chooses the others one by one.
             self._rounds = rounds if len(rounds) > 1 else []
@@ -216,6 +217,8 @@ class ProgressState:
             lines: list[RenderableType] = []
             if self._strategy:
                 lines.append(Text(f"{one_line(self._strategy)}   {time_text(self.elapsed_s)}", style="bold"))
+            if self._run_dir:
+                lines.append(Text(f"  run directory {one_line(self._run_dir)}", style="dim"))
             rounds = Table.grid(padding=(0, 2))
             shown = self._finished[-_SHOWN_ROUNDS:]
             largest = max((record.score for record in shown if record.score is not None), default=None)

@@ -149,6 +149,18 @@ def test_the_display_writes_to_stderr_not_stdout(capsys: pytest.CaptureFixture[s
     assert "start p -> w" in captured.err
 
 
+@pytest.mark.parametrize("term", ["dumb", "xterm-256color"])
+def test_the_start_names_the_directory_of_the_run(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", term)
+    file = io.StringIO() if term == "dumb" else Terminal()
+    with listening([ProgressDisplay(file=file, clock=lambda: 0.0)]):
+        emit("run_start", {"strategy": "p", "rounds": ["", "p"], "run_dir": "/runs/1"})
+    if term == "dumb":
+        assert file.getvalue() == "[bettertogether 0:00] start p, run directory /runs/1\n"
+    else:
+        assert "  run directory /runs/1" in file.getvalue()
+
+
 def test_the_time_left_of_the_run_is_told_once_every_kind_of_step_was_timed() -> None:
     clock, file = Clock(), io.StringIO()
     with listening([ProgressDisplay(file=file, interval_s=1, clock=clock)]):
