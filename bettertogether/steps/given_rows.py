@@ -14,8 +14,9 @@ import dspy
 from ..checks import require
 from ..errors import DataError, NoTrainingDataError
 from ..programs.program import predictors_of
+from .left_out import Dropped
 from .rows import NO_EXAMPLE, Row, read_rows
-from .rows_from_traces import Dropped, Trainable
+from .rows_from_traces import Trainable
 
 if TYPE_CHECKING:
     from .training_step import TrainingStep

@@ -16,8 +16,9 @@ from ..rollouts.branches import BranchPoint, blame
 from ..rollouts.failures import advice, commonest, count_failures
 from ..rollouts.traces import TraceSet
 from .data_card import make_data_card
+from .left_out import Dropped, longer_answers, own_demos
 from .rows import Row
-from .rows_from_traces import Collected, Dropped, Runs, Trainable, longer_answers, own_demos, rows_of_call
+from .rows_from_traces import Collected, Runs, Trainable, rows_of_call
 from .select_traces import unseen_calls
 
 STRAYED = "the program asked something else when it was run again"
@@ -124,8 +125,8 @@ def _no_pairs(traces: TraceSet, dropped: Dropped) -> str:
     same = f" The metric gave all of them the score {scores.pop():g}." if len(scores) == 1 else ""
     return (
         f"No pairs: {runs} runs on {traces.examples} examples, {passed} passed.{same} A pair has an answer whose run "
-        f"passed and one whose run failed. Dropped: {reasons or 'nothing'}.{unseen}{longer_answers(dropped)} "
-        + " ".join([*own_demos(dropped), _what_to_try(traces)])
+        f"passed and one whose run failed. Dropped: {reasons or 'nothing'}.{unseen} "
+        + " ".join([*longer_answers(traces), *own_demos(dropped), _what_to_try(traces)])
     )
 
 

@@ -21,19 +21,17 @@ from ..programs.program import predictors_of
 from ..records import Blame, DataCard, Ledger
 from ..rollouts.branches import blame
 from ..rollouts.examples import question_hash
-from ..rollouts.failures import NOT_RAISED, advice, commonest, count_failures
 from ..rollouts.labels import label_fields, labels_of, output_names
-from ..rollouts.metrics import BELOW_THRESHOLD
 from ..rollouts.rollout import Call
 from ..rollouts.traces import Trace, TraceSet
-from ..rollouts.tries import MOST_TRIES
 from .data_card import WHOLE_TRACE, make_data_card
 from .demo_examples import without_example
+from .left_out import CUT, OWN_DEMO, Dropped, more_rows, no_rows, own_demos
 from .prompt_capture import field_spans, render_completion, take_request
 from .prompt_forms import PromptForms
 from .rows import Messages, Row, balance_labels, write_rows
 from .schema_fit import schema_of
-from .select_traces import NO_CALLS, OVER_SHARE, select_traces, unseen_calls
+from .select_traces import select_traces
 
 DOMINANT_SHARE = 0.8
 """A label with more than this share of the rows gets a warning, unless the trainset is as skewed."""
@@ -54,13 +52,6 @@ class LocalModel(NamedTuple):
 
 Trainable = Mapping[str, LocalModel]
 """By predictor name."""
-
-CUT = "cut at max_tokens"
-
-OWN_DEMO = "the demos that the call was given show its own inputs"
-
-Dropped = Counter[tuple[str, str]]
-"""What was left out: (predictor, or `WHOLE_TRACE`; reason) to how often."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +144,11 @@ def rows_from_traces(student: dspy.Module, runs: Runs, trainable: Trainable, opt
     reasons = +dropped
     if not rows:
         prompted = bool(runs.earlier) or any(predictor.demos for predictor in student.predictors())
-        raise NoTrainingDataError(_no_rows(traces, reasons, prompted=prompted))
+        raise NoTrainingDataError(no_rows(traces, reasons, prompted=prompted))
     warnings = [
         *_strangers(reasons[WHOLE_TRACE, STRANGER]),
         *own_demos(reasons),
-        *_label_warnings(rows, labels),
+        *_label_warnings(rows, labels, more_rows(traces, reasons, balance=options.balance)),
         *_no_labels(trainset, output_names(student)),
         *_no_forms(forms),
     ]
@@ -319,21 +310,7 @@ def _strangers(calls: int) -> list[str]:
     ]
 
 
-def own_demos(dropped: Dropped) -> list[str]:
-    """What to do where no other reason left out more calls of the chosen traces."""
-    answers: Counter[str] = Counter()
-    for (name, reason), count in dropped.items():
-        if name != WHOLE_TRACE:
-            answers[reason] += count
-    if not answers[OWN_DEMO] or answers[OWN_DEMO] < max(answers.values()):
-        return []
-    return [
-        f"Nothing is learned from calls that were given their own example as a demo ({answers[OWN_DEMO]} answers): "
-        "leave the example itself out of the search (dspy.KNN), or let it search other data."
-    ]
-
-
-def _label_warnings(rows: Sequence[Row], wanted: Sequence[str | None]) -> list[str]:
+def _label_warnings(rows: Sequence[Row], wanted: Sequence[str | None], advice: str) -> list[str]:
     counts = Counter(row.label for row in rows if row.label is not None)
     labels = {label for label in wanted if label is not None}
     if not counts or len(labels) < 2:
@@ -347,8 +324,7 @@ def _label_warnings(rows: Sequence[Row], wanted: Sequence[str | None]) -> list[s
     share_wanted = wanted.count(label) / sum(each is not None for each in wanted)
     if most > DOMINANT_SHARE * total > share_wanted * total:
         warnings.append(
-            f"{most} of {total} rows have the label {label!r}: training on them teaches that answer. "
-            "Raise num_samples, or turn rescue and balance on."
+            f"{most} of {total} rows have the label {label!r}: training on them teaches that answer. {advice}"
         )
     return warnings
 
@@ -372,45 +348,3 @@ def _no_forms(forms: PromptForms | None) -> list[str]:
         f"{reasons or 'there is no example that can be one'}. Prompts with demos may suit the tuned model less. Give "
         "more examples, or train_prompt='vanilla'."
     ]
-
-
-def longer_answers(dropped: Dropped) -> str:
-    """What to do first where most of what was left out was cut."""
-    cut = sum(count for (_, reason), count in dropped.items() if reason == CUT)
-    return " Most answers were cut: give the LM a larger max_tokens first." if 2 * cut > dropped.total() else ""
-
-
-def _no_rows(traces: TraceSet, dropped: Dropped, *, prompted: bool) -> str:
-    others = {key: count for key, count in dropped.items() if key != (WHOLE_TRACE, NO_CALLS)}
-    reasons = "; ".join(f"{count} x {reason}" for (_, reason), count in others.items()) or NO_CALLS
-    runs = dropped.get((WHOLE_TRACE, NO_CALLS))
-    unseen = f" {unseen_calls(runs)}" if runs else ""
-    return (
-        f"No training rows: {len(traces.traces)} runs on {traces.examples} examples, {len(traces.passing)} passed. "
-        f"Dropped: {reasons}.{unseen}{longer_answers(dropped)} "
-        + " ".join([*own_demos(dropped), _what_to_try(traces, dropped, prompted=prompted)])
-    )
-
-
-def _what_to_try(traces: TraceSet, dropped: Dropped, *, prompted: bool) -> str:
-    """What was not done yet, and fits the reasons."""
-    most = commonest(count_failures(traces.traces), len(traces.traces))
-    if most is not None and most.kind not in NOT_RAISED:
-        return advice(most)
-    first = f"{advice(most)} " if most is not None else ""
-    reasons, sources = {reason for _, reason in dropped}, {trace.source for trace in traces.traces}
-    tried = max((trace.attempt for trace in traces.traces if trace.source == "sample"), default=0)
-    more = {
-        f"num_samples={MOST_TRIES}": tried < MOST_TRIES,
-        "rescue=True": "rescue" not in sources,
-        "max_rescue_share=1.0": OVER_SHARE in reasons,
-    }
-    options = ", ".join(option for option, fits in more.items() if fits)
-    things = {
-        "run a prompt step first (strategy 'p -> w')": not prompted,
-        f"let failing examples be tried again ({options})": bool(options),
-        "give a teacher program": "teacher" not in sources,
-        "give a lower threshold": BELOW_THRESHOLD in reasons,
-        "take a larger model": True,
-    }
-    return f"{first}Things to try: {'; '.join(thing for thing, fits in things.items() if fits)}."

@@ -26,8 +26,8 @@ from watched import ALWAYS, One, over, prompts, rows_of
 from bettertogether.errors import NoTrainingDataError
 from bettertogether.rollouts.rollout import Call
 from bettertogether.rollouts.runner import Runner
+from bettertogether.steps.left_out import OWN_DEMO, own_demos
 from bettertogether.steps.preference_step import PreferenceFinetune
-from bettertogether.steps.rows_from_traces import OWN_DEMO, own_demos
 from bettertogether.steps.training_step import TrainingStep
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeEngine

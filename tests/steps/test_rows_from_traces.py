@@ -26,9 +26,14 @@ from fakes import (
 )
 
 from bettertogether.errors import ConfigError, NoTrainingDataError
+from bettertogether.records import Ledger
+from bettertogether.rollouts.metrics import Verdict
+from bettertogether.rollouts.rollout import Call
+from bettertogether.rollouts.traces import Trace, TraceSet
+from bettertogether.steps.left_out import more_rows
 from bettertogether.steps.preference_step import PreferenceFinetune
 from bettertogether.steps.rows import read_rows
-from bettertogether.steps.rows_from_traces import CUT, RowOptions, longer_answers
+from bettertogether.steps.rows_from_traces import RowOptions
 from bettertogether.steps.training_step import TrainingStep
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeEngine, FakeRequest
@@ -68,9 +73,22 @@ def test_where_most_answers_were_cut_the_error_says_to_let_them_be_longer(step: 
         step.compile(parity_program(engine), trainset=numbers(9)[::3])
 
 
-@pytest.mark.parametrize(("others", "said"), [(1, True), (2, False)])
-def test_longer_answers_are_advised_where_more_than_half_were_cut(others: int, said: bool) -> None:
-    assert bool(longer_answers(Counter({("self", CUT): 2, ("self", "score below threshold"): others}))) is said
+@pytest.mark.parametrize(
+    ("whole", "balance", "advice"),
+    [
+        (2, True, "Most answers were cut: give the LM a larger max_tokens first."),
+        (2, False, "Most answers were cut: give the LM a larger max_tokens first. Try balance=True."),
+        (3, False, "Try balance=True."),
+        (3, True, "Give more examples."),
+    ],
+)
+def test_longer_answers_are_advised_where_more_than_half_were_cut(whole: int, balance: bool, advice: str) -> None:
+    def trace(index: int, cut: bool) -> Trace:
+        call = Call("self", {}, {}, cut=cut)
+        return Trace(index, numbers(1)[0], None, (call,), Verdict(1.0, passed=True), "student")
+
+    traces = tuple(trace(index, cut=index >= whole) for index in range(whole + 3))
+    assert more_rows(TraceSet(traces, Ledger(), len(traces)), Counter(), balance=balance) == advice
 
 
 def test_every_predictor_of_a_passing_trace_gives_a_row() -> None:
@@ -266,8 +284,20 @@ def test_a_label_without_rows_is_a_warning() -> None:
 def test_a_dominant_label_is_a_warning_that_says_what_to_do() -> None:
     card = collector().collect(parity_program(skewed_engine()), trainset=numbers(48)).card
     (warning,) = card.warnings
-    assert "24 of 28 rows have the label 'even'" in warning
-    assert "num_samples" in warning
+    assert warning == (
+        "24 of 28 rows have the label 'even': training on them teaches that answer. Try num_samples=8, rescue=True, "
+        "balance=True."
+    )
+
+
+def test_what_is_done_already_is_not_advised() -> None:
+    engine = parity_engine(lambda _, number: number % 2 == 0)
+    card = (
+        collector(num_samples=8, rescue=True, balance=True, threshold=0.5)
+        .collect(parity_program(engine), trainset=numbers(8))
+        .card
+    )
+    assert card.warnings[-1].endswith("training on them teaches that answer. Give more examples.")
 
 
 def test_a_label_that_dominates_the_trainset_as_well_is_no_warning() -> None:
