@@ -136,7 +136,10 @@ def test_an_unfinished_run_without_run_dir_goes_on_only_where_its_directory_is_n
         first = compile_(engine, {"s": BootstrapFewShotRS(parity_match)}, budget=Budget(metric_calls=15))
     (folder,) = (cache_folder() / "runs").iterdir()
     assert f"The same call with run_dir={str(folder)!r} goes on with this run." in caplog.text
-    assert first.report.warnings[-1].endswith(f"Make the same call with run_dir={str(folder)!r} to go on.")
+    used = "The budget is used up: 15 of 15 metric calls."
+    on = f"The same call with run_dir={str(folder)!r} and a larger budget goes on after the last finished step."
+    assert first.report.warnings[-1] == f"The run ended at 's': BudgetExceeded: {used} {on}"
+    assert first.report.rounds[-1].error == f"{used} {on}"
     scored = len(engine.requests)
     again = compile_(engine, {"s": BootstrapFewShotRS(parity_match)}, budget=Budget(metric_calls=15))
     assert again.report.rounds[0].ledger.lm_calls == len(VAL)

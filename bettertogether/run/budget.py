@@ -95,10 +95,7 @@ class BudgetMeter:
             for name, (unit, decimals) in _LIMITS.items()
             if name in limits
         ]
-        raise BudgetExceeded(
-            f"The budget is used up: {', '.join(parts)}. Give a larger Budget with the same run_dir to go on after "
-            "the last finished step."
-        )
+        raise BudgetExceeded(f"The budget is used up: {', '.join(parts)}.")
 
 
 def _known(cost: float | None, limit: float) -> float:

@@ -130,7 +130,7 @@ class Loop:
                 self._run(index, steps, started, watch.charge)
             return True
         except BudgetExceeded as error:
-            self._end(index, steps, error, "skipped", str(error), watch.spent)
+            self._end(index, steps, error, "skipped", f"{error} {self.directory.how_to_go_on(error)}", watch.spent)
         except KeyboardInterrupt as error:
             self._end(index, steps, error, "skipped", f"interrupted. {self.directory.how_to_go_on(error)}", watch.spent)
             if self.plan.on_step_error == "raise":

@@ -70,7 +70,7 @@ def test_a_resumed_run_starts_with_what_it_spent_before() -> None:
     assert meter.used == Ledger(metric_calls=40, seconds=100)
     assert (meter.left_s, Budget(metric_calls=100).start().left_s) == (20, None)
     clock.now_s += 20
-    with pytest.raises(BudgetExceeded, match=r"is used up: 2\.0 of 2 minutes, 40 of 100 metric calls\. "):
+    with pytest.raises(BudgetExceeded, match=r"is used up: 2\.0 of 2 minutes, 40 of 100 metric calls\.$"):
         meter.check()
 
 
