@@ -27,7 +27,7 @@ def split_valset(
     if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0 <= ratio < 1:
         raise DataError(f"valset_ratio must be in range [0, 1), got {ratio!r}. Give 0 for no valset.")
     held_out = check_examples(valset, "valset") if valset is not None else []
-    warnings = _overlap(train, held_out)
+    warnings, given = _overlap(train, held_out), bool(held_out)
     if not held_out and ratio:
         held_out, train = split_apart(train, math.ceil(ratio * len(train)), seed)
     if not held_out:
@@ -35,7 +35,7 @@ def split_valset(
     if len(held_out) < FEW_EXAMPLES:
         warnings.append(
             f"The valset has {len(held_out)} examples, so one of them is {100 / len(held_out):.0f}% of the score: "
-            "give a larger valset, or a higher valset_ratio."
+            f"give a larger valset{'' if given else ', or a higher valset_ratio'}."
         )
     return train, held_out, warnings
 

@@ -77,6 +77,8 @@ def test_a_small_valset_is_a_warning_that_says_how_coarse_scores_are() -> None:
     assert warnings == [
         "The valset has 5 examples, so one of them is 20% of the score: give a larger valset, or a higher valset_ratio."
     ]
+    _, _, warnings = split_valset(numbers(50), numbers(5, start=50), 0.1, 0)
+    assert warnings == ["The valset has 5 examples, so one of them is 20% of the score: give a larger valset."]
 
 
 def test_examples_in_both_sets_are_a_warning() -> None:
