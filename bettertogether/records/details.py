@@ -180,6 +180,8 @@ class TrainedAdapter(Saved):
     """Of all completion tokens; of pairs, of those of the chosen answers."""
     field_losses: Mapping[str, HeldOutLoss] = field(default_factory=dict)
     """Of the free tokens in the values of each output field."""
+    row_count: Count = 0
+    """Rows (or pairs) that it was trained on; 0 in records from before they were counted."""
 
 
 @dataclass(frozen=True)

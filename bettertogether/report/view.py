@@ -69,7 +69,8 @@ class RoundView:
     cost: str
     """In US dollars."""
     losses: tuple[str, ...]
-    """Of each adapter that it trained: the held-out losses. Where it learned from rewards, what became of those."""
+    """Of each adapter that it trained: on how many rows, and the held-out losses. Where it learned from rewards, what
+    became of those."""
     blame: tuple[BlameView, ...]
     """Of each predictor whose calls were answered anew, the one that most failures come from first."""
 
@@ -206,8 +207,14 @@ def _two_by_two(report: ReportData) -> TwoByTwoView | None:
 
 
 def loss_text(adapter: TrainedAdapter, pairs: bool = False) -> str:
-    """The held-out losses of an adapter, before and after its training, on pairs or on rows; "" where they were not
-    measured."""
+    """On how many rows (or pairs) an adapter was trained, and its held-out losses before and after, as far as they are
+    known."""
+    unit = "pair" if pairs else "row"
+    count = f"{adapter.row_count} {unit}{'' if adapter.row_count == 1 else 's'}" if adapter.row_count else ""
+    return "; ".join(filter(None, (count, _held_out_text(adapter, pairs))))
+
+
+def _held_out_text(adapter: TrainedAdapter, pairs: bool) -> str:
     free, everything = _fall(adapter.held_out_loss), _fall(adapter.all_tokens_loss)
     if pairs:
         return free and f"held-out loss of pairs {free}; of their chosen answers, per token, {everything}"

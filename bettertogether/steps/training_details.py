@@ -24,9 +24,12 @@ def held_out_file(result: FinetuneResult) -> Path:
 
 
 def weight_details(
-    collected: Collected, results: Mapping[AdapterKey, FinetuneResult], starts: Mapping[AdapterKey, str]
+    collected: Collected,
+    results: Mapping[AdapterKey, FinetuneResult],
+    starts: Mapping[AdapterKey, str],
+    given: Mapping[AdapterKey, int],
 ) -> WeightDetails:
-    """What is recorded of the step: its rows, and the adapters trained on them."""
+    """What is recorded of the step: its rows, and the adapters trained on as many of them as were `given`."""
     adapters = {
         result.model: TrainedAdapter(
             trained_from=f"{starts[key]} {key.predictor}".strip(),
@@ -37,6 +40,7 @@ def weight_details(
             skipped_rows=result.skipped_rows,
             all_tokens_loss=HeldOutLoss(*result.all_tokens_loss),
             field_losses={name: HeldOutLoss(*losses) for name, losses in result.field_losses.items()},
+            row_count=given[key] - len(result.skipped_rows),
         )
         for key, result in results.items()
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,13 +104,14 @@ class TrainingStep(AdapterStep):
         events.told(*collected.card.warnings)
         folder = self._folder(context)
         starts = self._starts(trainable)
-        results = self._train(collected, trainable, context.settings.seed, folder)
+        split = self._split_by_adapter(collected, trainable, context.settings.seed)
+        results = self._train(split, trainable, context.settings.seed, folder)
         out_of_time = events.told(*time_warnings(results.values(), self.training.max_minutes))
         trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
         return StepResult(
             program=self._tuned(student, trainable, {key: result.model for key, result in results.items()}),
             ledger=(collected.ledger + trained).with_seconds(time.monotonic() - started),
-            details=weight_details(collected, results, starts),
+            details=weight_details(collected, results, starts, {key: len(rows) for key, (rows, _) in split.items()}),
             # From other weights than those before, the fall is no gain over the round before.
             step_gain=fall_held_out(result for key, result in results.items() if starts[key] == key.model),
             warnings=(*collected.warnings, *collected.card.warnings, *out_of_time),
@@ -189,16 +190,13 @@ class TrainingStep(AdapterStep):
 
     def _train(
         self,
-        collected: Collected,
+        split: Mapping[AdapterKey, tuple[Sequence[Row], Sequence[Row]]],
         trainable: Trainable,
         seed: int | None,
         folder: Path | None,
     ) -> dict[AdapterKey, FinetuneResult]:
-        groups = rows_by_adapter(collected.rows, trainable, multitask=self.multitask)
-        apart = rows_by_adapter(collected.held_out, trainable, multitask=self.multitask)
         engines, starts = self._engines(trainable), self._starts(trainable)
         training = self._seeded(seed)
-        split = {key: self._split(group, apart.get(key, ()), training.seed) for key, group in groups.items()}
         # A single training has its own checkpoint, and hashing many rows takes time.
         several = split if len(split) > 1 else {}
         asked = {key: asked_for(engines[key], starts[key], self.lora, training, *rows) for key, rows in several.items()}
@@ -215,7 +213,7 @@ class TrainingStep(AdapterStep):
                         training=training,
                         start_from=starts[key] if starts[key] != MODEL_PREFIX + engine.base_name else None,
                         folder=folder,
-                        on_progress=self._teller(f"adapter {number}/{len(groups)}", bool(validation_rows)),
+                        on_progress=self._teller(f"adapter {number}/{len(split)}", bool(validation_rows)),
                     )
                     write_rows(train_rows, rows_file(result))
                     if validation_rows:
@@ -235,6 +233,15 @@ class TrainingStep(AdapterStep):
             events.emit("training", event | {"left_s": left_s, "may_end_early": may_end_early})
 
         return tell
+
+    def _split_by_adapter(
+        self, collected: Collected, trainable: Trainable, seed: int | None
+    ) -> dict[AdapterKey, tuple[list[Row], list[Row]]]:
+        """The rows of each adapter to train on, and those held out."""
+        groups = rows_by_adapter(collected.rows, trainable, multitask=self.multitask)
+        apart = rows_by_adapter(collected.held_out, trainable, multitask=self.multitask)
+        drawn = self._seeded(seed).seed
+        return {key: self._split(group, apart.get(key, ()), drawn) for key, group in groups.items()}
 
     def _split(self, rows: Sequence[Row], apart: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
         """Rows to train on, and rows held out: those that are `apart` already, or some of them, by example; none where

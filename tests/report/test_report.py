@@ -281,10 +281,10 @@ def test_the_error_that_chose_the_epoch_is_drawn_beside_the_losses() -> None:
 def test_the_held_out_losses_of_a_weight_step_are_under_the_table() -> None:
     details = full_report("t").rounds[2].details
     assert isinstance(details, WeightDetails)
-    adapter = TrainedAdapter("m", "f", "r", 1, HeldOutLoss(0.7, 0.12), (), HeldOutLoss(1.15, 0.11))
+    adapter = TrainedAdapter("m", "f", "r", 1, HeldOutLoss(0.7, 0.12), (), HeldOutLoss(1.15, 0.11), row_count=24)
     rounds = (record(0, "", (0.0,)), record(1, "w", (1.0,), details=replace(details, adapters={"a": adapter})))
     found = report(rounds=rounds, selected=1)
-    text = "held-out loss of the free tokens 0.70 -> 0.12; all tokens 1.15 -> 0.11"
+    text = "24 rows; held-out loss of the free tokens 0.70 -> 0.12; all tokens 1.15 -> 0.11"
     assert f"w: {text}" in str(found).splitlines()
 
 

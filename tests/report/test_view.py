@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,11 @@ def test_the_held_out_loss_says_of_which_tokens_it_is(
     assert loss_text(TrainedAdapter("m", "f", "r", 1, HeldOutLoss(0.7, 0.12), (), everything, fields)) == text
 
 
-def test_a_held_out_loss_that_was_not_measured_is_not_shown() -> None:
-    assert loss_text(TrainedAdapter("m", "f", "r", 1, HeldOutLoss(None, None), ())) == ""
+def test_rows_and_losses_are_shown_as_far_as_they_are_known() -> None:
+    adapter = TrainedAdapter("m", "f", "r", 1, HeldOutLoss(None, None), ())
+    assert loss_text(adapter) == ""
+    assert loss_text(replace(adapter, row_count=1)) == "1 row"
+    assert loss_text(replace(adapter, row_count=2), pairs=True) == "2 pairs"
 
 
 def test_a_cost_has_four_decimals_below_a_dollar() -> None:

@@ -316,8 +316,8 @@ def test_a_run_takes_what_was_estimated_and_the_report_says_what_became_of_pairs
     for name in ("lm_calls", "prompt_tokens", "trained_tokens"):
         least, taken, most = (getattr(each, name) for each in (said.low, report.rounds[1].ledger, said.high))
         assert least <= taken <= most, name
-    text = "r: held-out loss of pairs 2.00 -> 1.00; of their chosen answers, per token, 2.00 -> 1.00"
-    assert text in str(report).splitlines()
+    text = "r: 16 pairs; held-out loss of pairs 2.00 -> 1.00; of their chosen answers, per token, 2.00 -> 1.00"
+    assert text in " ".join(str(report).split())
     details = report.rounds[1].details
     assert isinstance(details, WeightDetails)
     assert details.data_card.pairs == len(engine.trainings[-1]) == 16

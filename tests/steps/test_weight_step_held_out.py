@@ -111,7 +111,7 @@ def test_the_details_hold_the_data_card_the_adapters_and_the_losses_as_json() ->
     details = json.loads(json.dumps(optimizer.details))
     assert details["data_card"]["examples"] == 40
     adapter = details["adapters"][compiled.lm.model]
-    assert adapter["trained_from"] == "local/fake"
+    assert (adapter["trained_from"], adapter["row_count"]) == ("local/fake", 32)
     assert adapter["held_out_loss"] == {"before": 2.0, "after": 1.0}
     assert Path(adapter["folder"]).is_dir()
     assert [line["adapter"] for line in details["history"]] == [compiled.lm.model]
