@@ -71,13 +71,13 @@ def test_fewer_than_two_examples_have_an_unknown_interval(scores: list[float]) -
 
 
 def test_of_scores_that_are_all_right_or_all_wrong_so_many_others_may_be_unseen_as_clopper_and_pearson_say() -> None:
-    assert mean_interval([1.0] * 12) == (pytest.approx(0.7354, abs=1e-4), 1.0)
-    assert mean_interval([0.0] * 12) == (0.0, pytest.approx(0.2646, abs=1e-4))
+    assert mean_interval([1.0] * 12) == pytest.approx((0.7354, 1.0), abs=1e-4)
+    assert mean_interval([0.0] * 12) == pytest.approx((0.0, 0.2646), abs=1e-4)
 
 
 def test_that_few_examples_all_gain_is_no_certain_gain() -> None:
-    assert paired_interval([1] * 4, [0] * 4) == (pytest.approx(1 - 2 * 0.6024, abs=1e-4), 1.0)
-    assert paired_interval([0] * 40, [1] * 40) == (-1.0, pytest.approx(2 * 0.0881 - 1, abs=1e-4))
+    assert paired_interval([1] * 4, [0] * 4) == pytest.approx((1 - 2 * 0.6024, 1.0), abs=1e-4)
+    assert paired_interval([0] * 40, [1] * 40) == pytest.approx((-1.0, 2 * 0.0881 - 1), abs=1e-4)
 
 
 @pytest.mark.parametrize("gain", [0, 0.25, 35])

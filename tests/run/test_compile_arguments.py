@@ -74,7 +74,7 @@ def test_what_is_no_optimizer_is_an_error(optimizer: Any) -> None:
 
 def test_a_class_in_place_of_an_optimizer_is_told_by_its_name() -> None:
     with pytest.raises(TypeError, match="must be a Teleprompter, got the class BootstrapFewShotRS"):
-        BetterTogether(parity_match, p=BootstrapFewShotRS)  # type: ignore[arg-type]
+        BetterTogether(parity_match, p=BootstrapFewShotRS)
 
 
 @pytest.mark.parametrize("value", ["x", -1, 0, True, float("nan"), [1]])
