@@ -99,7 +99,7 @@ class BetterTogether(Teleprompter):
                 last finished step. With another strategy, neither being "auto", it takes the rounds that are done, and
                 reports on and returns those of its own. Another call (other data, options, code of the program or of
                 the metric) is refused with the difference, other than in optimizers of which no step has finished.
-                None: a new run in a directory of its own under the cache, which the display names.
+                None: a new run in a directory of its own under the cache, which the display and the log name.
             callbacks, progress: Who watches; the progress display unless `progress=False`.
             budget: Stops between units of work, with the best so far.
             on_step_error: "return": a failing step ends the run with the best program so far, and

@@ -116,6 +116,12 @@ def test_dspys_finetuning_under_a_json_adapter_is_an_error_before_any_work(engin
     assert engine.requests == []
 
 
+def test_dspys_finetuning_without_an_adapter_for_an_lm_is_an_error_before_any_work(engine: FakeEngine) -> None:
+    step = dspy.BootstrapFinetune(metric=parity_match, adapter={parity_program(engine).lm: dspy.ChatAdapter()})
+    with pytest.raises(NotTrainableError, match="adapter= has none for the LM of predictor 'self'"):
+        compile_(engine, {"s": step})
+
+
 def test_an_unused_optimizer_is_not_checked(engine: FakeEngine) -> None:
     program = parity_program(engine)
     program.set_lm(api_lm(lambda _: "no"))

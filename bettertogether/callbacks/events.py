@@ -99,7 +99,7 @@ class TrainingEvent(TypedDict):
     rewards: NotRequired[RewardLine]
     """What the step's runs earned, where it learned from rewards."""
     left_s: NotRequired[float | None]
-    """Seconds until `TrainingConfig.max_minutes` are over; None without them."""
+    """Seconds until `TrainingConfig.max_minutes` are over, without those of an earlier sitting; None without them."""
     may_end_early: NotRequired[bool]
     """Whether it ends before its last epoch where the rows held out are answered no better."""
 
@@ -232,7 +232,7 @@ def warn(text: str) -> None:
 
 
 def told(*warnings: str | None) -> tuple[str, ...]:
-    """`warn` of those that there are; returns them."""
+    """Warn of each that is not None, and return those."""
     given = tuple(warning for warning in warnings if warning is not None)
     for warning in given:
         warn(warning)

@@ -31,8 +31,10 @@ class HeldAdapters:
 
     def check(self, model: str) -> None:
         """Raise UnknownAdapterError for what is neither the base nor an adapter that is served; looks at no folder."""
+        if model == MODEL_PREFIX + self._base_name:
+            return  # Without the lock, which is held while an adapter is read.
         with self._lock:
-            if model != MODEL_PREFIX + self._base_name and model not in self._folders:
+            if model not in self._folders:
                 held = ", ".join([MODEL_PREFIX + self._base_name, *self._folders])
                 raise UnknownAdapterError(
                     f"{model!r} is not served by this engine. Held: {held}. Add the adapter's folder with "

@@ -44,7 +44,7 @@ _PLAIN_TEMPLATE = (
     "### {{ message['role'] | capitalize }}:\n{% endif %}{{ message['content'] }}\n\n{% endfor %}"
     "### Assistant:{{ '\\n' }}"
 )
-TOOLS_AS_TEXT = "Use an adapter with use_native_function_calling=False, which writes tools as text."
+_TOOLS_AS_TEXT = "Use an adapter with use_native_function_calling=False, which writes tools as text."
 PROBES = ("probe-system-a1", "probe-user-b2", "probe-assistant-c3", "probe-user-d4")
 
 
@@ -57,7 +57,7 @@ def messages_of(request: Request) -> tuple[ChatMessage, ...]:
     if request.tools:
         raise UnsupportedFeatureError(
             f"{len(request.tools)} tools came with the request; the local engine has no native tool calling. "
-            f"{TOOLS_AS_TEXT}",
+            f"{_TOOLS_AS_TEXT}",
             feature="tools",
         )
     system: list[str] = []
@@ -84,7 +84,7 @@ def _text(parts: Sequence[Any], where: str) -> str:
             kind = "data" if isinstance(part, DataPart) else getattr(part, "type", type(part).__name__)
             raise UnsupportedFeatureError(
                 f"{where} holds a part of type {kind!r}; the local engine takes text only."
-                + f" {TOOLS_AS_TEXT}" * isinstance(part, ToolCallPart | ToolResultPart),
+                + f" {_TOOLS_AS_TEXT}" * isinstance(part, ToolCallPart | ToolResultPart),
                 feature=f"{where}.parts[{index}]",
             )
     return "".join(texts)

@@ -46,7 +46,7 @@ def paired_interval(
     """Bootstrap interval of the mean gain over a baseline on the same examples, in the same order.
 
     Examples are resampled, each with its own difference, so what makes an example hard for both programs cancels
-    out. Where all gain 1 or all lose 1 it says how many others there may be of which none shows; any other difference
+    out. Where all gain 1 or all lose 1, of 1, it says how many others there may be of which none shows; any other difference
     that all have gives an interval without width, and fewer than two examples give (nan, nan).
     Raises DataError when the lengths differ or a score is not finite.
     """
@@ -56,7 +56,7 @@ def paired_interval(
             f"paired_interval got {len(new)} scores and {len(old)} baseline scores: give the scores of both programs "
             "on the same examples, in the same order."
         )
-    return _bootstrap(new - old, confidence, seed, resamples)
+    return _bootstrap(new - old, confidence, seed, resamples, _lowest_gain(new, old))
 
 
 def share_interval(count: int, total: int, *, confidence: float = 0.95) -> Interval:
@@ -109,9 +109,10 @@ def attribution(
         raise DataError(
             f"two_by_two has cells of {sorted(lengths)} scores: score all four programs on the same examples."
         )
+    lowest = _lowest_gain(base_old, base_new, tuned_old, tuned_new)
 
     def effect(differences: np.ndarray[Any, Any]) -> Effect:
-        return Effect(float(differences.mean()), *_bootstrap(differences, confidence, seed, resamples))
+        return Effect(float(differences.mean()), *_bootstrap(differences, confidence, seed, resamples, lowest))
 
     return Attribution(
         weights=effect(tuned_old - base_old),
@@ -136,12 +137,16 @@ def _vector(scores: Sequence[float], name: str) -> np.ndarray[Any, Any]:
     return values
 
 
+def _lowest_gain(*scores: np.ndarray[Any, Any]) -> float | None:
+    return -1.0 if all(0 <= score <= 1 for each in scores for score in each) else None
+
+
 def _bootstrap(
-    values: np.ndarray[Any, Any], confidence: float, seed: int, resamples: int, lowest: float = -1.0
+    values: np.ndarray[Any, Any], confidence: float, seed: int, resamples: int, lowest: float | None = None
 ) -> Interval:
     """Percentile bootstrap of the mean, widened as Student's t is over the normal ("expanded percentile interval",
     Hesterberg 2015, arXiv:1411.5279, section 5.3), without which intervals over few examples are too narrow. `lowest`
-    is the least value that a metric of right and wrong has here; 1 is its greatest."""
+    is the least value of a metric whose greatest is 1; None of another."""
     import numpy as np
 
     is_share = is_number(confidence) and 0 < confidence < 1
@@ -152,7 +157,8 @@ def _bootstrap(
     if count < 2:
         return UNKNOWN
     if np.all(values == values[0]):
-        return _of_equal_values(float(values[0]), count, confidence, lowest)
+        value = float(values[0])
+        return (value, value) if lowest is None else _of_equal_values(value, count, confidence, lowest)
     tail = _expanded_tail((1 - confidence) / 2, count)
     low, high = np.quantile(_resampled_means(values, seed, resamples), (tail, 1 - tail))
     return float(low), float(high)

@@ -118,7 +118,8 @@ class _Copy:
         self._watch = Watch()
         self._watch.attach(module for module, _ in pairs)
         self._modules = [module for module, _ in pairs]
-        self._by_name = {n: p for n, p in predictors_of(self._program).items() if n in predictors_of(program)}
+        names = predictors_of(program).keys()
+        self._by_name = {name: p for name, p in predictors_of(self._program).items() if name in names}
         self._basis: dict[str, _Basis] = {}
         self._lms: dict[int, tuple[Any, Any]] = {}
         """LMs of the program and their watched copies, by id."""

@@ -150,7 +150,7 @@ class Loop:
             self.directory.note_spent(self.meter.used)
             self.directory.set_aside(record)
         else:
-            record, program = done
+            record, program = replace(done[0], index=index), done[1]
             started -= record.ledger.seconds
         record, ended = self._scored(record, parent, program, started)
         self.programs[name] = program

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,16 +183,16 @@ def _unfound(student: dspy.Module) -> list[str]:
 
 def _unasked_inputs(student: dspy.Module, trainset: Sequence[dspy.Example]) -> list[str]:
     """What to say of examples without an input that the student's signature has, where it is given them as they are."""
-    if not isinstance(student, dspy.Predict | dspy.ChainOfThought):
+    if type(student) not in (dspy.Predict, dspy.ChainOfThought):
         return []
     asked = student.predictors()[0].signature.input_fields
-    missing = [name for name in asked if not any(name in example.inputs() for example in trainset)]
+    given = {name for example in trainset for name in example.inputs()}
+    missing = [name for name, field in asked.items() if field.is_required() and name not in given]
     if not missing:
         return []
     return [
         f"No example of the trainset has the student's input fields {missing}, so its prompts lack them: their inputs "
-        f"are {sorted({name for example in trainset for name in example.inputs()})}. Name the fields alike, and in "
-        "with_inputs(...)."
+        f"are {sorted(given)}. Name the fields alike, and in with_inputs(...)."
     ]
 
 
@@ -245,7 +246,12 @@ def _check_trainable(
 
 def _check_provider(key: str, optimizer: dspy.BootstrapFinetune, student: dspy.Module) -> None:
     for name, predictor in predictors_of(student).items():
-        adapter = optimizer.adapter[predictor.lm] or dspy.settings.adapter
+        try:
+            adapter = copy.copy(optimizer.adapter)[predictor.lm] or dspy.settings.adapter
+        except KeyError as error:
+            raise NotTrainableError(
+                f"Step {key!r}: its adapter= has none for the LM of predictor {name!r}: give one for each LM."
+            ) from error
         if getattr(type(adapter), "format_finetune_data", None) is dspy.JSONAdapter.format_finetune_data:
             raise NotTrainableError(
                 f"Step {key!r} is a dspy.BootstrapFinetune, which writes no training data under a "

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
@@ -181,6 +182,12 @@ class PolicyRun:
         first = (self.state.step - 1) * self.policy.group_size + 1
         return Attempt("sample", first + number, self.policy.temperature)
 
+    @cached_property
+    def _fades(self) -> bool:
+        """Whether there are demos to fade."""
+        program = self.program({key: session.model for key, session in self.sessions.items()})
+        return self.policy.fade_demos and any(predictors_of(program)[name].demos for name in self.adapters)
+
     @property
     def _demo_share(self) -> float:
         """The share of examples whose runs show the program's demos."""
@@ -221,7 +228,7 @@ class PolicyRun:
     def _is_idle(self, groups: Groups, traces: Sequence[Trace]) -> bool:
         """Whether no runs of an example differ in reward; or, where the examples held out have the full mark, those of
         hardly any example. Never while demos fade: what is solved with them may not be without."""
-        if self._demo_share and self.policy.fade_demos:
+        if self._demo_share and self._fades:
             return False
         scores = [self.state.best_score or 0.0, *(trace.score for trace in traces)]
         solved = reaches(scores[0], FULL_MARK) and not any(map(is_above_one, scores))
@@ -236,7 +243,7 @@ class PolicyRun:
         if not any(call.sampled for call in calls):
             raise NoTrainingDataError(f"There is nothing to learn from. {unseen_calls(len(traces))}")
         rewards = sorted({round(reward_of(trace, self.policy), 6) for trace in traces})
-        if self.policy.fade_demos and reaches(rewards[0], FULL_MARK):
+        if self._fades and reaches(rewards[0], FULL_MARK):
             return  # What is solved with demos may not be without.
         examples, size = len({trace.index for trace in traces}), self.policy.group_size
         alike = f"{size} of each, and all of an example"

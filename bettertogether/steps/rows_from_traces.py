@@ -121,8 +121,8 @@ class Runs:
 
 
 def rows_from_traces(student: dspy.Module, runs: Runs, trainable: Trainable, options: RowOptions) -> Collected:
-    """The rows of the passing traces; those held out with demos of the trainset too. Raises NoTrainingDataError with
-    the counts when there are none."""
+    """The rows of the passing traces; those held out apart, also shown with demos of the trainset. Raises
+    NoTrainingDataError with the counts when there are none."""
     trainset, traces, held_out = runs.trainset, runs.traces, runs.held_out
     dropped: Dropped = Counter()
     chosen = _chosen(traces, options, dropped)

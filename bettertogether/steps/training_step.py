@@ -223,14 +223,19 @@ class TrainingStep(AdapterStep):
         return results
 
     def _teller(self, adapter: str, held_out: bool) -> ProgressFunction:
-        """What tells of the training that begins now."""
-        minutes, started = self.training.max_minutes, time.monotonic()
+        """What tells of a training, whose minutes count from its first line."""
+        minutes, ends_s = self.training.max_minutes, None
         may_end_early = may_lose_patience(self.training, held_out)
 
         def tell(line: TrainingProgress) -> None:
-            left_s = None if minutes is None else 60 * minutes - (time.monotonic() - started)
-            event: events.TrainingEvent = {"adapter": adapter, "progress": line}
-            events.emit("training", event | {"left_s": left_s, "may_end_early": may_end_early})
+            nonlocal ends_s
+            if minutes is not None and ends_s is None:
+                ends_s = time.monotonic() + 60 * minutes
+            left_s = None if ends_s is None else ends_s - time.monotonic()
+            events.emit(
+                "training",
+                {"adapter": adapter, "progress": line, "left_s": left_s, "may_end_early": may_end_early},
+            )
 
         return tell
 

@@ -80,7 +80,7 @@ def test_that_few_examples_all_gain_is_no_certain_gain() -> None:
     assert paired_interval([0] * 40, [1] * 40) == pytest.approx((-1.0, 2 * 0.0881 - 1), abs=1e-4)
 
 
-@pytest.mark.parametrize("gain", [0, 0.25, 35])
+@pytest.mark.parametrize("gain", [0, 0.25, 1, 35])
 def test_other_differences_that_all_have_give_an_interval_without_width(gain: float) -> None:
     assert paired_interval([50 + gain, 60 + gain, 60 + gain], [50, 60, 60]) == (gain, gain)
 

@@ -95,11 +95,23 @@ def test_a_longer_run_that_was_cut_off_goes_on_and_lets_the_shorter_one_be_asked
 def test_a_step_that_was_left_out_meanwhile_and_has_other_options_now_is_not_taken_unscored(
     engine: FakeEngine, tmp_path: Path
 ) -> None:
+    compile_(engine, "p", run_dir=tmp_path)
     compile_(engine, "w", run_dir=tmp_path, callbacks=[CutOff("score w")])
     compile_(engine, "p", run_dir=tmp_path)
     other = steps(w=LoRAFinetune(parity_match, num_samples=1, rescue=False))
     compile_(engine, "w", run_dir=tmp_path, optimizers=other)
     assert len(engine.trainings) == 2
+
+
+@pytest.mark.parametrize(("cut", "now"), [("p -> w", ["w", "p -> w"]), (["w", "p -> w"], "p -> w")])
+def test_a_round_that_was_cut_off_has_its_place_in_the_strategy_asked_for_now(
+    engine: FakeEngine, tmp_path: Path, cut: str | list[str], now: str | list[str]
+) -> None:
+    compile_(engine, "w", run_dir=tmp_path / "run")
+    compile_(engine, cut, run_dir=tmp_path / "run", callbacks=[CutOff("score p -> w")])
+    again = compile_(engine, now, run_dir=tmp_path / "run")
+    fresh = compile_(parity_engine(learner), now, run_dir=tmp_path / "fresh")
+    assert comparable(again.report, tmp_path / "run") == comparable(fresh.report, tmp_path / "fresh")
 
 
 @pytest.mark.parametrize(("before", "now"), [("auto", "w"), ("w", "auto")])

@@ -10,7 +10,7 @@ from typing import Any
 import dspy
 import pytest
 from dspy.teleprompt.teleprompt import Teleprompter
-from fakes import learner, number_of, parity_engine, parity_match, parity_program
+from fakes import Parity, learner, number_of, parity_engine, parity_match, parity_program
 from parity_run import TRAIN, VAL, Step, comparable, compile_, rounds, steps
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
@@ -203,6 +203,30 @@ def test_examples_without_an_input_of_the_student_are_told(engine: FakeEngine) -
         "No example of the trainset has the student's input fields ['number'], so its prompts lack them: their inputs "
         "are ['n']. Name the fields alike, and in with_inputs(...)."
     )
+
+
+class Asks(dspy.ChainOfThought):
+    def forward(self, n: int) -> Any:
+        return super().forward(number=n)
+
+
+class WithDefault(Parity):
+    style: str = dspy.InputField(default="brief")
+
+
+@pytest.mark.parametrize("student", [Asks(Parity), dspy.Predict(WithDefault)])
+def test_inputs_that_forward_or_a_default_gives_are_not_missed(engine: FakeEngine, student: Any) -> None:
+    student.set_lm(parity_program(engine).lm)
+    key = "n" if isinstance(student, Asks) else "number"
+    train = [dspy.Example({key: n, "parity": "odd"}).with_inputs(key) for n in range(4)]
+    optimizer = BetterTogether(parity_match, i=Step())
+    compiled = optimizer.compile(student, trainset=train, valset=train, strategy="i", progress=False)
+    assert not [warning for warning in compiled.report.warnings if "input fields" in warning]
+
+
+def test_a_failing_step_that_would_fail_again_is_not_told_to_go_on(engine: FakeEngine) -> None:
+    compiled = compile_(engine, "x", optimizers=steps(x=Step(raises=[TypeError("no such option")])))
+    assert "The same call would fail again" in compiled.report.warnings[-1]
 
 
 def test_a_failing_step_ends_the_run_with_the_best_so_far(engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,6 +17,7 @@ from small_models import save_adapter
 from bettertogether import BetterTogether, Budget, PolicyConfig, PolicyFinetune
 from bettertogether.callbacks import Callback, events
 from bettertogether.engines import TransformersEngine
+from bettertogether.errors import NoTrainingDataError
 from bettertogether.programs.program import model_names
 from bettertogether.rollouts.metrics import Verdict
 from bettertogether.rollouts.settings import RunSettings
@@ -238,6 +239,15 @@ def test_what_is_solved_with_demos_is_learned_as_they_fade(engine: TransformersE
     assert model_names(program) != model_names(student)
 
 
+def test_where_no_demos_fade_a_first_step_without_differences_is_an_error(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    fading = PolicyConfig(**{**POLICY, "fade_demos": True})
+    step = PolicyFinetune(lambda e, p, trace=None: 1.0, folder=tmp_path, **{**QUICK, "policy": fading})
+    with pytest.raises(NoTrainingDataError, match="There is nothing to learn from"):
+        tuned(step, program_of(engine))
+
+
 def test_examples_whose_runs_are_alike_are_replaced_by_others(engine: TransformersEngine, tmp_path: Path) -> None:
     def only_w1(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
         return float(example.word != "w1" or prediction.letter == "a")
@@ -306,6 +316,7 @@ def test_where_the_examples_held_out_are_solved_it_ends_when_runs_of_hardly_any_
 ) -> None:
     policy = PolicyConfig(steps=9, score_every=1, fade_demos=fade)
     run = PolicyRun(lambda _: dspy.Module(), {}, {}, words(1), [], is_a, policy, RunSettings(), tmp_path, "run")
+    vars(run)["_fades"] = fade
     traces = [Trace(i, dspy.Example(), None, (), Verdict(score, True), "sample") for i in range(5)]
     differ = iter([{0, 1}, {0}, {0}, {0}, *[{0}] * 5])
     monkeypatch.setattr(run, "_runs", lambda: (traces, Groups({}, 1, 4, frozenset(next(differ)))))

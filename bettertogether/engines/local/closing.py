@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from ..structured import GrammarConstraint
+
 LOOKAHEAD = 512
 """Tokens before the last one at which an answer's end comes into view."""
 SLACK = 24
 """So many tokens before the last chance a token is taken only where the end stays within reach after it."""
-
-
-if TYPE_CHECKING:
-    from ..structured import GrammarConstraint
 
 
 class ClosingConstraint:
