@@ -46,8 +46,9 @@ def paired_interval(
     """Bootstrap interval of the mean gain over a baseline on the same examples, in the same order.
 
     Examples are resampled, each with its own difference, so what makes an example hard for both programs cancels
-    out. Where all gain 1 or all lose 1, of 1, it says how many others there may be of which none shows; any other difference
-    that all have gives an interval without width, and fewer than two examples give (nan, nan).
+    out. Where all gain 1 or all lose 1, of scores from 0 to 1, it says how many others there may be of which none
+    shows; any other difference that all have gives an interval without width, and fewer than two examples give
+    (nan, nan).
     Raises DataError when the lengths differ or a score is not finite.
     """
     new, old = _vector(scores, "scores"), _vector(baseline_scores, "baseline_scores")
