@@ -177,9 +177,14 @@ def advice(failure: Failure) -> str:
     return _REFUSED_ADVICE if failure.reason.startswith(_REFUSED) else _ADVICE.get(failure.kind, _METRIC_ADVICE)
 
 
+def cuts(traces: Sequence[Trace]) -> list[bool]:
+    """Of every answer, whether it ended at max_tokens."""
+    return [call.cut for trace in traces for call, _ in trace.every_call()]
+
+
 def cut_warning(traces: Sequence[Trace]) -> str | None:
     """How many answers of a pass ended at max_tokens, which a grammar may have closed; None where none did."""
-    cut = [call.cut for trace in traces for call, _ in trace.every_call()]
+    cut = cuts(traces)
     if not any(cut):
         return None
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..rollouts.failures import NOT_RAISED, advice, commonest, count_failures
+from ..rollouts.failures import NOT_RAISED, advice, commonest, count_failures, cuts
 from ..rollouts.metrics import BELOW_THRESHOLD
 from ..rollouts.traces import TraceSet
 from ..rollouts.tries import MOST_TRIES
@@ -35,7 +35,7 @@ def own_demos(dropped: Dropped) -> list[str]:
 
 def longer_answers(traces: TraceSet) -> list[str]:
     """What to do first where most answers were cut."""
-    cut = [call.cut for trace in traces.traces for call, _ in trace.every_call()]
+    cut = cuts(traces.traces)
     return ["Most answers were cut: give the LM a larger max_tokens first."] if 2 * sum(cut) > len(cut) else []
 
 
