@@ -13,7 +13,7 @@ class HeldAdapters:
     """The adapters over one base, by model name. Methods may be called from many threads."""
 
     def __init__(self, base_name: str) -> None:
-        self._base_name = base_name
+        self._base_name, self._base_model = base_name, MODEL_PREFIX + base_name
         self._folders: dict[str, tuple[Path, ...]] = {}
         """Those of an adapter's content; (): it is in memory alone."""
         self._lock = threading.RLock()
@@ -31,11 +31,11 @@ class HeldAdapters:
 
     def check(self, model: str) -> None:
         """Raise UnknownAdapterError for what is neither the base nor an adapter that is served; looks at no folder."""
-        if model == MODEL_PREFIX + self._base_name:
+        if model == self._base_model:
             return  # Without the lock, which is held while an adapter is read.
         with self._lock:
             if model not in self._folders:
-                held = ", ".join([MODEL_PREFIX + self._base_name, *self._folders])
+                held = ", ".join([self._base_model, *self._folders])
                 raise UnknownAdapterError(
                     f"{model!r} is not served by this engine. Held: {held}. Add the adapter's folder with "
                     "engine.add_adapter(folder)."
@@ -44,6 +44,8 @@ class HeldAdapters:
     def folder(self, model: str) -> Path | None:
         """Folder of the adapter a model name stands for, where none is still there the last; None for the base, and for
         one in memory. Raises UnknownAdapterError."""
+        if model == self._base_model:
+            return None
         with self._lock:
             self.check(model)
             folders = self._folders.get(model, ())

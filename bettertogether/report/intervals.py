@@ -139,7 +139,7 @@ def _vector(scores: Sequence[float], name: str) -> np.ndarray[Any, Any]:
 
 
 def _lowest_gain(*scores: np.ndarray[Any, Any]) -> float | None:
-    return -1.0 if all(0 <= score <= 1 for each in scores for score in each) else None
+    return -1.0 if all(each.min(initial=0) >= 0 and each.max(initial=1) <= 1 for each in scores) else None
 
 
 def _bootstrap(
@@ -158,18 +158,17 @@ def _bootstrap(
     if count < 2:
         return UNKNOWN
     if np.all(values == values[0]):
-        value = float(values[0])
-        return (value, value) if lowest is None else _of_equal_values(value, count, confidence, lowest)
+        return _of_equal_values(float(values[0]), count, confidence, lowest)
     tail = _expanded_tail((1 - confidence) / 2, count)
     low, high = np.quantile(_resampled_means(values, seed, resamples), (tail, 1 - tail))
     return float(low), float(high)
 
 
-def _of_equal_values(value: float, count: int, confidence: float, lowest: float) -> Interval:
+def _of_equal_values(value: float, count: int, confidence: float, lowest: float | None) -> Interval:
     """A bootstrap would be certain of them. Where all are the least or the greatest that there is, the share of others
     may be so large that none shows among `count` (Clopper and Pearson). Gains of 0 stay: one program may be the
     other."""
-    if value not in (lowest, 1.0):
+    if lowest is None or value not in (lowest, 1.0):
         return value, value
     others = (1 - lowest) * (1 - ((1 - confidence) / 2) ** (1 / count))
     return (value - others, value) if value == 1 else (value, value + others)

@@ -185,8 +185,8 @@ class PolicyRun:
     @cached_property
     def _fades(self) -> bool:
         """Whether there are demos to fade."""
-        program = self.program({key: session.model for key, session in self.sessions.items()})
-        return self.policy.fade_demos and any(predictors_of(program)[name].demos for name in self.adapters)
+        predictors = predictors_of(self._program(with_demos=True, sampled=False))
+        return self.policy.fade_demos and any(predictors[name].demos for name in self.adapters)
 
     @property
     def _demo_share(self) -> float:

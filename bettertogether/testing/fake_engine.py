@@ -280,10 +280,7 @@ class FakeEngine:
 
     def dump_state(self) -> dict[str, Any]:
         """A fake engine is found again by its number, in this process and while it lives."""
-        return {
-            "number": self._number,
-            "adapters": [str(folder) for folder in self._held.folders()],
-        }
+        return {"number": self._number, "adapters": [str(folder) for folder in self._held.folders()]}
 
     @classmethod
     def load_state(cls, state: dict[str, Any]) -> FakeEngine:
