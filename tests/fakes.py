@@ -13,6 +13,7 @@ from typing import Any, Literal
 import dspy
 from dspy.lm15 import Request, Response
 
+from bettertogether.callbacks import Callback, TrainingEvent
 from bettertogether.lm import LocalLM, engine_lm
 from bettertogether.records import PromptDetails, StepRecord
 from bettertogether.steps.step import StepResult
@@ -264,3 +265,13 @@ class FakeMLflow(types.ModuleType):
             self.calls.append((name, *arguments, *options.values()))
 
         return call
+
+
+class TrainingWatch(Callback):
+    """Keeps what is told of a training."""
+
+    def __init__(self) -> None:
+        self.events: list[TrainingEvent] = []
+
+    def on_training(self, event: TrainingEvent) -> None:
+        self.events.append(event)

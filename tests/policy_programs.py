@@ -19,6 +19,7 @@ QUICK: dict[str, Any] = {
     "lora": LoRAConfig(rank=4),
     "training": TrainingConfig(learning_rate=0.01, warmup_ratio=0.0, dtype="float32"),
 }
+FADING = {**QUICK, "policy": PolicyConfig(**{**POLICY, "fade_demos": True})}
 SHORT = {**QUICK, "policy": PolicyConfig(**{**POLICY, "steps": 2})}
 
 
@@ -27,6 +28,14 @@ class Pick(dspy.Signature):
 
     word: str = dspy.InputField()
     letter: Literal["a", "b", "c", "d"] = dspy.OutputField()
+
+
+class Picks(dspy.Module):
+    """Has a predictor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pick = dspy.Predict(Pick)
 
 
 class Twice(dspy.Module):

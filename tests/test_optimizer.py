@@ -67,11 +67,7 @@ def engine() -> FakeEngine:
         ({"valset": [dspy.Example(number=1)]}, DataError, r"valset\[0\] does not say"),
         ({"valset_ratio": 2}, DataError, "valset_ratio must be in range"),
         ({"student": TwoSteps()}, ProgramError, r"these have none: \['remark', 'decide'\]"),
-        (
-            {"student": with_lm("openai/gpt-4o")},
-            ProgramError,
-            "Predictor 'self' of the student has a str",
-        ),
+        ({"student": with_lm("openai/gpt-4o")}, ProgramError, "Predictor 'self' of the student has a str"),
         ({"student": with_lm(parity_engine(learner))}, ProgramError, "has a FakeEngine for its language model"),
         ({"teacher": TwoSteps()}, ProgramError, "teacher program must have a language model"),
         ({"on_step_error": "ignore"}, ConfigError, 'give "return" or "raise"'),

@@ -10,7 +10,21 @@ from typing import Any
 
 import dspy
 import pytest
-from policy_programs import POLICY, QUICK, SHORT, Pick, Twice, details_of, is_a, program_of, rewards_of, tuned, words
+from fakes import TrainingWatch
+from policy_programs import (
+    FADING,
+    POLICY,
+    QUICK,
+    SHORT,
+    Picks,
+    Twice,
+    details_of,
+    is_a,
+    program_of,
+    rewards_of,
+    tuned,
+    words,
+)
 from safetensors.torch import load_file
 from small_models import save_adapter
 
@@ -28,18 +42,8 @@ from bettertogether.steps.step import StepContext
 from bettertogether.steps.work import Outlook
 
 
-class Watcher(Callback):
-    """Keeps what is told of a training."""
-
-    def __init__(self) -> None:
-        self.told: list[events.TrainingEvent] = []
-
-    def on_training(self, event: events.TrainingEvent) -> None:
-        self.told.append(event)
-
-
 def test_a_program_learns_the_letter_that_is_rewarded(engine: TransformersEngine, tmp_path: Path) -> None:
-    step, student, watcher = PolicyFinetune(is_a, folder=tmp_path, **QUICK), program_of(engine), Watcher()
+    step, student, watcher = PolicyFinetune(is_a, folder=tmp_path, **QUICK), program_of(engine), TrainingWatch()
     assert student(word="w9").letter != "a"
     with events.listening([watcher]):
         program = tuned(step, student)
@@ -53,8 +57,8 @@ def test_a_program_learns_the_letter_that_is_rewarded(engine: TransformersEngine
     details = details_of(step)
     assert [line.held_out_score for line in details.history] == [0.0, None, None, 1.0]
     assert (details.best_step, details.held_out_examples, list(details.adapters)) == (3, 4, [program.lm.model])
-    assert [event["rewards"] for event in watcher.told] == list(details.history[1:])
-    assert watcher.told[-1]["progress"].tokens == step.ledger.trained_tokens > 0
+    assert [event["rewards"] for event in watcher.events] == list(details.history[1:])
+    assert watcher.events[-1]["progress"].tokens == step.ledger.trained_tokens > 0
     assert (step.ledger.program_calls, step.step_gain) == (3 * 12 + 2 * 4, None)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [program.lm.model.partition("/")[2]]
 
@@ -188,8 +192,7 @@ def test_demos_fade_from_all_runs_to_none_and_the_tuned_program_has_none(
     monkeypatch.setattr(engine, "complete", noted)
     student = program_of(engine)
     student.demos = [dspy.Example(word="x", letter="a").with_inputs("word")]
-    fading = PolicyConfig(**{**POLICY, "fade_demos": True})
-    step = PolicyFinetune(is_a, folder=tmp_path, validation_share=0, **{**QUICK, "policy": fading})
+    step = PolicyFinetune(is_a, folder=tmp_path, validation_share=0, **FADING)
     program = tuned(step, student)
     demos = [demos for _, demos in asked]
     assert [sum(demos[start : start + 12]) for start in (0, 12, 24)] == [12, 6, 0]
@@ -198,11 +201,7 @@ def test_demos_fade_from_all_runs_to_none_and_the_tuned_program_has_none(
 
 
 def test_fading_demos_that_are_worth_more_than_the_training_stay(engine: TransformersEngine, tmp_path: Path) -> None:
-    class Shown(dspy.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.pick = dspy.Predict(Pick)
-
+    class Shown(Picks):
         def forward(self, word: str) -> dspy.Prediction:
             return dspy.Prediction(letter=self.pick(word=word).letter, demos=len(self.pick.demos))
 
@@ -211,8 +210,7 @@ def test_fading_demos_that_are_worth_more_than_the_training_stay(engine: Transfo
 
     student = program_of(engine, Shown)
     student.pick.demos = [dspy.Example(word="x", letter="b").with_inputs("word")]
-    fading = PolicyConfig(**{**POLICY, "fade_demos": True})
-    step = PolicyFinetune(by_demos, folder=tmp_path, **{**QUICK, "policy": fading})
+    step = PolicyFinetune(by_demos, folder=tmp_path, **FADING)
     program = tuned(step, student)
     assert [line.held_out_score for line in details_of(step).history] == [0.5, None, None, 0.25]
     assert program.pick.demos == student.pick.demos
@@ -220,19 +218,14 @@ def test_fading_demos_that_are_worth_more_than_the_training_stay(engine: Transfo
 
 
 def test_what_is_solved_with_demos_is_learned_as_they_fade(engine: TransformersEngine, tmp_path: Path) -> None:
-    class Helped(dspy.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.pick = dspy.Predict(Pick)
-
+    class Helped(Picks):
         def forward(self, word: str) -> dspy.Prediction:
             letter = self.pick(word=word).letter
             return dspy.Prediction(letter="a" if self.pick.demos else letter)
 
     student = program_of(engine, Helped)
     student.pick.demos = [dspy.Example(word="x", letter="a").with_inputs("word")]
-    fading = PolicyConfig(**{**POLICY, "fade_demos": True})
-    step = PolicyFinetune(is_a, folder=tmp_path, validation_share=0, **{**QUICK, "policy": fading})
+    step = PolicyFinetune(is_a, folder=tmp_path, validation_share=0, **FADING)
     program = tuned(step, student)
     assert [line.kept_groups > 0 for line in details_of(step).history[1:]] == [False, True, True]
     assert program.pick.demos == []
@@ -242,8 +235,7 @@ def test_what_is_solved_with_demos_is_learned_as_they_fade(engine: TransformersE
 def test_where_no_demos_fade_a_first_step_without_differences_is_an_error(
     engine: TransformersEngine, tmp_path: Path
 ) -> None:
-    fading = PolicyConfig(**{**POLICY, "fade_demos": True})
-    step = PolicyFinetune(lambda e, p, trace=None: 1.0, folder=tmp_path, **{**QUICK, "policy": fading})
+    step = PolicyFinetune(lambda e, p, trace=None: 1.0, folder=tmp_path, **FADING)
     with pytest.raises(NoTrainingDataError, match="There is nothing to learn from"):
         tuned(step, program_of(engine))
 
@@ -267,9 +259,7 @@ def test_what_does_worse_than_before_is_not_taken_and_adapter_and_demos_stay_as_
     student = program_of(engine)
     student.lm.model = engine.add_adapter(save_adapter(tmp_path / "before", seed=0))
     student.demos = [dspy.Example(word="x", letter="a").with_inputs("word")]
-    policy = PolicyConfig(**{**POLICY, "fade_demos": True})
-    options = {**QUICK, "policy": policy, "start_from": "base"}
-    step = PolicyFinetune(is_d_when_scored, folder=tmp_path / "after", **options)
+    step = PolicyFinetune(is_d_when_scored, folder=tmp_path / "after", start_from="base", **FADING)
     program = tuned(step, student)
     assert (program.lm.model, program.demos) == (student.lm.model, student.demos)
     assert details_of(step).best_step == 0

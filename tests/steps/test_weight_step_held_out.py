@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import numbers, parity_engine, parity_program, two_step_engine, two_step_program
+from fakes import TrainingWatch, numbers, parity_engine, parity_program, two_step_engine, two_step_program
 from parity_step import step
 
-from bettertogether.callbacks import Callback, TrainingEvent, listening
+from bettertogether.callbacks import listening
 from bettertogether.engines.protocol import FinetuneResult
 from bettertogether.records import WeightDetails
 from bettertogether.steps.adapter_rows import hold_out
@@ -154,16 +154,8 @@ def test_the_ledger_counts_runs_and_trained_tokens() -> None:
     assert optimizer.ledger.metric_calls == 4
 
 
-class Watch(Callback):
-    def __init__(self) -> None:
-        self.events: list[TrainingEvent] = []
-
-    def on_training(self, event: TrainingEvent) -> None:
-        self.events.append(event)
-
-
 def test_training_events_name_the_adapter() -> None:
-    watch = Watch()
+    watch = TrainingWatch()
     with listening([watch]):
         step(multitask=False).compile(two_step_program(two_step_engine(lambda *_: True)), trainset=numbers(3))
     assert [event["adapter"] for event in watch.events] == ["adapter 1/2", "adapter 2/2"]
@@ -171,7 +163,7 @@ def test_training_events_name_the_adapter() -> None:
 
 @pytest.mark.parametrize(("share", "minutes"), [(0.2, None), (0.0, 10)])
 def test_training_events_say_what_may_end_the_training_early(share: float, minutes: float | None) -> None:
-    watch = Watch()
+    watch = TrainingWatch()
     with listening([watch]):
         train = step(validation_share=share, training=TrainingConfig(max_minutes=minutes))
         train.compile(parity_program(parity_engine(lambda *_: True)), trainset=numbers(40))
