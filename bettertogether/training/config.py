@@ -82,7 +82,8 @@ class TrainingConfig:
     the rows held out are answered no better (see `patience`). The best of them is kept, see `keep_best`."""
     patience: int = 3
     """With epochs="auto", `keep_best` and validation rows: epochs without a lower held-out loss or error after which to
-    stop, if both rose since, as rows were learned by heart, or are nearly 0; else more, see `training/length.py`."""
+    stop, if both rose since, as rows were learned by heart, or have little left to fall by; else more, see
+    `training/length.py`."""
     max_minutes: float | None = None
     """Stop at the end of the epoch after which the next would take longer than this (within the first epoch: after the
     step that does). None: no limit."""

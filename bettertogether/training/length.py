@@ -16,8 +16,9 @@ TIMED_STEPS = 4
 FALL = 0.01
 """What is measured of the rows held out is lower when it fell by this share of what it was before training. Less says
 nothing: where all of them are answered right, it goes on falling towards 0 for ever."""
-NEARLY_ZERO = 0.04
-"""Below this share of what it was before training it has hardly anything left to fall by."""
+LITTLE_LEFT = 0.15
+"""Below this share of what it was before training it has little left to fall by: the labels are told apart. Where they
+are not yet (three of them at chance after an answer's form was learned) it is at 0.3 or more."""
 
 BY_HEART = 0.25
 """Rows are learned by heart when the training loss is below this share of the lowest held-out one. Less of a gap is no
@@ -38,14 +39,14 @@ def told_held_out(history: Sequence[TrainingProgress]) -> list[list[float]]:
 
 def has_settled(measured: Sequence[float], by_heart: bool, steps_per_epoch: int, patience: int) -> bool:
     """Whether more epochs won't lower what is measured of the rows held out: `patience` of them brought no fall, and it
-    rose in all of them as rows are learned `by_heart`, or it has hardly anything left to fall by, or there was none for
+    rose in all of them as rows are learned `by_heart`, or it has little left to fall by, or there was none for
     `PLATEAU_STEPS`. Where nothing is learned by heart yet, a rise is the noise of a plateau."""
     since = since_low(measured)
     if len(since) < patience:
         return False
     low, least = min(measured[1:]), FALL * measured[0]
     rose = by_heart and min(since[-patience:]) > low + least
-    return rose or low < NEARLY_ZERO * measured[0] or len(since) * steps_per_epoch >= PLATEAU_STEPS
+    return rose or low < LITTLE_LEFT * measured[0] or len(since) * steps_per_epoch >= PLATEAU_STEPS
 
 
 def since_low(measured: Sequence[float]) -> list[float]:

@@ -123,11 +123,12 @@ def test_a_loss_is_lower_when_it_fell_by_a_share_of_what_it_was_before(losses: l
         ([4.0, 2.0, *[2.0] * 9, 1.5], False),
         ([4.0, 2.0, 2.5, 2.0, 2.5], False),
         ([4.0, 2.0, 2.5, 2.0, 2.5, 2.5], True),
-        ([4.0, 0.1, 0.1, 0.1], True),
+        ([4.0, 0.59, 0.59, 0.59], True),
+        ([4.0, 0.61, 0.61, 0.61], False),
         ([4.0, 0.1, 0.1], False),
     ],
 )
-def test_a_loss_that_has_risen_or_is_nearly_zero_ends_a_run_sooner_than_one_that_stays(
+def test_a_loss_that_has_risen_or_has_little_left_to_fall_by_ends_a_run_sooner_than_one_that_stays(
     losses: list[float], settled: bool
 ) -> None:
     assert has_settled(losses, True, steps_per_epoch=6, patience=2) is settled
