@@ -18,6 +18,7 @@ from ..checks import require
 from ..engines.protocol import MODEL_PREFIX, PolicyEngine
 from ..errors import ConfigError, NotTrainableError
 from ..files import adapters_cache, working_folder
+from ..other_names import knows
 from ..programs.behaviour import BehaviourWalk
 from ..programs.content import dataset_hash
 from ..programs.program import predictors_of, require_program, require_reachable
@@ -37,6 +38,7 @@ from .weight_step import LoRAFinetune
 from .work import Outlook, Work
 
 
+@knows(adapter="dspy.configure(adapter=...)", train_kwargs="training=TrainingConfig(...) and lora=LoRAConfig(...)")
 class PolicyFinetune(AdapterStep):
     """Train a program's local LMs by the rewards of its own runs.
 

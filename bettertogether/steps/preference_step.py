@@ -15,6 +15,7 @@ from typing import Literal
 import dspy
 
 from ..checks import require_whole
+from ..other_names import knows
 from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.tries import TEMPERATURES, Sampling
 from ..training.config import LoRAConfig, TrainingConfig
@@ -26,6 +27,7 @@ from .training_step import TrainingStep
 from .work import Outlook, Work
 
 
+@knows()
 class PreferenceFinetune(TrainingStep):
     """Fine-tune a program's local LMs to prefer the answers that made its runs pass to those that made them fail.
 

@@ -21,6 +21,7 @@ from ..callbacks import events
 from ..checks import require_pass_options, require_switch, require_threshold, require_whole
 from ..errors import DataError
 from ..files import adapters_cache
+from ..other_names import knows
 from ..programs.program import as_programs, copy_for_step, require_program, with_prompts
 from ..records import RaceResult
 from ..rollouts.examples import check_examples
@@ -53,6 +54,12 @@ SAMPLING_TRIES = 5
 """How often a demo set that was sampled before is sampled again."""
 
 
+@knows(
+    num_candidate_programs="num_candidates=...",
+    max_rounds="num_samples=...",
+    metric_threshold="threshold=...",
+    teacher_settings="compile(teacher=...), a program with LMs of its own",
+)
 class BootstrapFewShotRS(Step, Teleprompter):
     """Few-shot demos from the program's own successful runs, chosen by score.
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 import dspy
 
+from ..other_names import knows
 from ..rollouts.metrics import Metric
 from ..rollouts.tries import TEMPERATURES, Sampling
 from ..training.config import LoRAConfig, TrainingConfig
@@ -24,6 +25,13 @@ ENOUGH_SOLVED = 16
 """Examples solved from which on those that failed are not tried more often than asked for."""
 
 
+@knows(
+    train_kwargs="training=TrainingConfig(...) and lora=LoRAConfig(...)",
+    exclude_demos='train_prompt="vanilla"',
+    adapter="dspy.configure(adapter=...)",
+    metric_threshold="threshold=...",
+    teacher_settings="compile(teacher=...), a program with LMs of its own",
+)
 class LoRAFinetune(TrainingStep):
     """Fine-tune a program's local LMs on the program's own successful runs.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from ..checks import is_number, require, require_one_of, require_switch, require_whole, with_plain_numbers
+from ..other_names import knows
 
 GroupBy = Literal["call", "branch"]
 ALL_LINEAR = "all-linear"
@@ -30,6 +31,7 @@ def _is_pattern(text: str) -> bool:
     return True
 
 
+@knows(r="rank=...", lora_alpha="alpha=...", lora_dropout="dropout=...")
 @dataclass(frozen=True)
 class LoRAConfig:
     """The adapter's shape (peft's `LoraConfig`, by the names of the paper)."""
@@ -71,6 +73,21 @@ class LoRAConfig:
         return asdict(self)
 
 
+@knows(
+    lr="learning_rate=...",
+    num_train_epochs="epochs=...",
+    num_epochs="epochs=...",
+    max_steps='epochs=..., or "auto" with max_minutes=...',
+    per_device_train_batch_size="batch_size=... (of an optimizer step) or max_tokens_per_batch=... (of a pass)",
+    gradient_accumulation_steps="batch_size=..., the rows of an optimizer step",
+    max_length="max_tokens_per_batch=...",
+    max_seq_length="max_tokens_per_batch=...",
+    lr_scheduler_type="scheduler=...",
+    warmup_steps="warmup_ratio=...",
+    load_best_model_at_end="keep_best=...",
+    bf16='dtype="bfloat16"',
+    load_in_4bit='quantize_base="4bit"',
+)
 @dataclass(frozen=True)
 class TrainingConfig:
     """How to train. Defaults follow "LoRA Without Regret"; `paper()` gives the paper's."""
@@ -214,6 +231,18 @@ class TrainingConfig:
         return asdict(self)
 
 
+@knows(
+    num_generations="group_size=...",
+    num_iterations="updates=...",
+    max_steps="steps=...",
+    num_train_steps="steps=...",
+    num_dspy_examples_per_grpo_step="examples_per_step=...",
+    num_rollouts_per_grpo_step="group_size=...",
+    num_steps_for_val="score_every=...",
+    epsilon="clip=...",
+    beta="kl_weight=...",
+    scale_rewards="divide_by_deviation=...",
+)
 @dataclass(frozen=True)
 class PolicyConfig:
     """How to learn from rewards (GRPO); the defaults are on-policy, without a reference.
