@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -169,4 +170,6 @@ def _bm25s() -> Any:
         raise SystemExit(
             "Searching a collection needs bm25s, which is not installed: pip install 'bettertogether[examples]'."
         ) from error
+    # It would tell of each query that has no word of the collection.
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     return bm25s
