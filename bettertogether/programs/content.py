@@ -48,8 +48,8 @@ def dataset_hash(examples: Iterable[dspy.Example]) -> str:
 
 
 def _fields(example: dspy.Example) -> tuple[list[Any], list[Any]]:
-    fields = dict(example.items())
-    return [[name, fields[name]] for name in sorted(fields, key=str)], sorted(example._input_keys or (), key=str)
+    fields, inputs = dict(example.items()), getattr(example, "_input_keys", None)  # Predictions have none.
+    return [[name, fields[name]] for name in sorted(fields, key=str)], sorted(inputs or (), key=str)
 
 
 class Walk:

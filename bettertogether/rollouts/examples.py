@@ -16,7 +16,7 @@ def check_examples(examples: object, name: str) -> list[dspy.Example]:
     if not isinstance(examples, Sequence) or isinstance(examples, str | bytes | Mapping):
         raise DataError(f"{name} must be a list of dspy.Example, got {type(examples).__name__}.")
     for position, example in enumerate(examples):
-        if not isinstance(example, dspy.Example):
+        if not isinstance(example, dspy.Example) or isinstance(example, dspy.Prediction):
             raise DataError(f"{name}[{position}] is a {type(example).__name__}: give a dspy.Example.")
         if not example._input_keys:
             raise DataError(

@@ -22,7 +22,8 @@ def examples_from(
         columns: Fields that have another name than their column, field to column: `{"question": "query"}`.
         split: Which split of a `DatasetDict`.
 
-    A column of class labels (`datasets.ClassLabel`) gives their names, not their numbers; None where a row has none.
+    Class labels (`datasets.ClassLabel`, also in lists and structs) give their names, not their numbers; None where
+    there is none.
 
     Raises DataError for what is no dataset, a split or column that is not there, and a name that two columns would
     have.
@@ -34,16 +35,23 @@ def examples_from(
     rows = _one_split(dataset, split)
     source = _columns_of_fields(rows.column_names, columns)
     inputs = _checked_inputs(inputs, source)
-    names = {field: getattr(rows.features[column], "names", None) for field, column in source.items()}
-
-    def value(field: str, found: Any) -> Any:
-        known = names[field]
-        return found if known is None else known[found] if found is not None and found >= 0 else None
-
     return [
-        dspy.Example({field: value(field, row[column]) for field, column in source.items()}).with_inputs(*inputs)
+        dspy.Example(
+            {field: _named(row[column], rows.features[column]) for field, column in source.items()}
+        ).with_inputs(*inputs)
         for row in rows.with_format(None)
     ]
+
+
+def _named(value: Any, feature: Any) -> Any:
+    """A value with the names of its class labels."""
+    if names := getattr(feature, "names", None):
+        return names[value] if value is not None and value >= 0 else None
+    if isinstance(value, list) and (of_each := getattr(feature, "feature", None)):
+        return [_named(each, of_each) for each in value]
+    if isinstance(value, Mapping) and isinstance(feature, Mapping):
+        return {key: _named(each, feature[key]) for key, each in value.items()}
+    return value
 
 
 def _one_split(dataset: Any, split: str | None) -> Any:

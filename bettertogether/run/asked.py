@@ -26,6 +26,7 @@ import dspy
 from dspy.clients.base_lm import BaseLM
 from dspy.teleprompt.teleprompt import Teleprompter
 
+from ..printable import get_logger
 from ..programs.behaviour import (
     NOISE,
     BehaviourWalk,
@@ -41,6 +42,8 @@ from ..redaction import is_secret, is_secret_name, masked, split_secrets
 from ..versions import versions
 from .plan import Plan
 from .same_call import WHOLE, with_other_steps
+
+logger = get_logger(__name__)
 
 FORM = 2
 """Of what is noted here. Other forms can't be compared."""
@@ -69,7 +72,17 @@ def asking(plan: Plan, run_dir: Path) -> Iterator[Noted]:
     try:
         yield asked
     finally:
-        _LEFT[run_dir] = with_other_steps(asked, before), with_other_steps(asked_of(plan), after)
+        _LEFT.pop(run_dir, None)
+        try:
+            _LEFT[run_dir] = with_other_steps(asked, before), with_other_steps(asked_of(plan), after)
+        except Exception as error:
+            logger.warning(
+                "What the run changed in the metric, the program or the optimizers can't be told (%s: %s). If the same "
+                "call is refused in %s, make it in a new process.",
+                type(error).__name__,
+                error,
+                run_dir,
+            )
 
 
 def asked_of(plan: Plan) -> Noted:
@@ -219,11 +232,13 @@ def _content_of(rows: Any) -> Any:
     return file.read_bytes() if file is not None and file.is_file() else rows
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return type(value) in (list, tuple) and all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return type(value) is dict and all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+def _is_plain(value: Any, deep: int = _SHORT) -> bool:
+    """Whether this is made of Python's own values, and neither too long nor too `deep` to be shown."""
+    if isinstance(value, list | tuple | dict):
+        if type(value) not in (list, tuple, dict) or len(value) > _SHORT or not deep:
+            return False
+        names, held = (value.keys(), value.values()) if isinstance(value, dict) else ((), value)
+        return all(isinstance(name, str) for name in names) and all(_is_plain(each, deep - 1) for each in held)
     return value is None or type(value) in (bool, int, float, str)
 
 

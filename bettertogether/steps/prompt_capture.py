@@ -200,6 +200,11 @@ def _checked(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str
         parsed = adapter.parse(signature, completion)
     except Exception as error:
         raise DataError(f"{type(adapter).__name__} can't read back the answer it wrote") from error
-    if any(str(parsed[name]).strip() != str(outputs[name]).strip() for name in signature.output_fields):
+    if not all(_is_same(parsed[name], outputs[name]) for name in signature.output_fields):
         raise DataError(f"{type(adapter).__name__} reads the answer back as something else")
     return completion
+
+
+def _is_same(read: Any, written: Any) -> bool:
+    """White space around a text aside; equal sets may be told in another order."""
+    return str(read).strip() == str(written).strip() or (type(read) is type(written) and bool(read == written))

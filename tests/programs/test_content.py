@@ -187,6 +187,12 @@ def test_the_order_of_an_examples_fields_does_not_matter_but_which_are_inputs_do
     assert example_key(one) != example_key(one.with_inputs("question", "answer"))
 
 
+def test_a_prediction_goes_by_its_fields() -> None:
+    one, same, other = (dspy.Prediction(score=score) for score in (1.0, 1.0, 0.5))
+    assert fingerprint([one]) == fingerprint([same])
+    assert fingerprint([one]) != fingerprint([other])
+
+
 def test_what_holds_itself_has_a_fingerprint() -> None:
     assert fingerprint(itself()) == fingerprint(itself())
     assert fingerprint(itself()) != fingerprint([[]])

@@ -153,6 +153,7 @@ def test_no_examples_are_no_scores() -> None:
         ({"program": dspy.Predict}, ProgramError, "is not allowed: give a dspy.Module"),
         ({"examples": 5}, DataError, "examples must be a list of dspy.Example, got int"),
         ({"examples": [5]}, DataError, "examples[0] is a int: give a dspy.Example"),
+        ({"examples": [dspy.Prediction(a=1)]}, DataError, "examples[0] is a Prediction: give a dspy.Example"),
         ({"examples": [dspy.Example(number=1)]}, DataError, "examples[0] does not say which fields are inputs"),
         ({"metric": "exact"}, ConfigError, "metric='exact' is not allowed: give a function"),
         ({"metric": lambda example: 1}, ConfigError, "metric must take (example, prediction)"),

@@ -58,6 +58,18 @@ def test_class_labels_are_names_and_none_where_a_row_has_none() -> None:
     assert [example.label for example in examples] == ["pos", "neg", None]
 
 
+def test_class_labels_in_lists_and_structs_are_names_too() -> None:
+    label = datasets.ClassLabel(names=["neg", "pos"])
+    columns = {"text": datasets.Value("string"), "tags": datasets.List(label), "mood": [{"kind": label, "size": label}]}
+    rows = [
+        {"text": "a", "tags": [1, None, 0], "mood": [{"kind": 1, "size": -1}]},
+        {"text": "b", "tags": None, "mood": []},
+    ]
+    one, two = examples_from(datasets.Dataset.from_list(rows, datasets.Features(columns)), inputs=["text"])
+    assert (one.tags, one.mood) == (["pos", None, "neg"], [{"kind": "pos", "size": None}])
+    assert (two.tags, two.mood) == (None, [])
+
+
 def test_values_are_plain_whatever_the_format_of_the_dataset() -> None:
     example = examples_from(questions().with_format("numpy"), inputs=["q"])[0]
     assert [type(value) for value in example.toDict().values()] == [str, str, int]

@@ -87,6 +87,20 @@ class Graded:
         return self(example, prediction)
 
 
+class Keeping:
+    """Keeps what it scored, in a list or in what is `deep` as a list of so many lists."""
+
+    def __init__(self, deep: int = 0) -> None:
+        self.deep = deep
+        self.seen: list[Any] = []
+
+    def __call__(self, example: Any, prediction: Any, trace: Any = None) -> float:
+        self.seen.append(prediction)
+        for _ in range(self.deep):
+            self.seen = [self.seen]
+        return graded(example, prediction)
+
+
 def closure(weight: float) -> Any:
     def metric(example: Any, prediction: Any, trace: Any = None) -> float:
         return graded(example, prediction, weight=weight)
@@ -264,6 +278,21 @@ def test_what_the_run_itself_changed_in_metric_and_optimizer_is_no_other_call(tm
     step.option = 2
     with pytest.raises(RunDirectoryError, match=r"optimizers\.s\.option"):
         call(tmp_path / "run", metric=lambda: metric, optimizers=lambda: {"s": step})
+
+
+def test_a_metric_may_keep_the_predictions_that_it_saw(tmp_path: Path) -> None:
+    metric = Keeping()
+    for _ in range(2):
+        call(tmp_path / "run", metric=lambda: metric)
+        assert len(metric.seen) == 8
+
+
+def test_a_program_is_returned_where_what_the_run_left_behind_can_t_be_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metric = Keeping(deep=100_000)
+    assert len(call(tmp_path / "run", metric=lambda: metric).report.rounds) == 2
+    assert "can't be told (DataError: A list is nested too deep" in caplog.text
 
 
 def test_a_constant_that_the_metric_reads_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

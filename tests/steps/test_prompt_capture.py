@@ -251,6 +251,17 @@ def test_half_an_emoji_is_learned_only_as_the_escape_that_the_lm_wrote() -> None
         render_completion(program, {"question": "q"}, answer, adapter=dspy.JSONAdapter())
 
 
+@pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.JSONAdapter()])
+def test_an_equal_set_in_another_order_is_the_same_answer(adapter: dspy.Adapter) -> None:
+    found = set(range(100))
+    for number in range(100):
+        if number not in (7, 8):
+            found.discard(number)
+    assert str(found) != str({7, 8})
+    program = predictor_over(FakeEngine(lambda _: ""), "question -> found: set[int]")
+    assert "7" in render_completion(program, {"question": "q"}, {"found": found}, adapter=adapter)
+
+
 def test_a_missing_output_field_is_a_reason_to_drop_the_call() -> None:
     program = predictor_over(FakeEngine(lambda _: ""), Parity)
     with pytest.raises(DataError, match=r"output fields missing: \['parity'\]"):
