@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+import dspy
+
 from ..rollouts.failures import NOT_RAISED, advice, commonest, count_failures, cuts
 from ..rollouts.metrics import BELOW_THRESHOLD
 from ..rollouts.traces import TraceSet
 from ..rollouts.tries import MOST_TRIES
 from .data_card import WHOLE_TRACE
+from .prompt_capture import OTHERWISE, UNREADABLE
 from .select_traces import NO_CALLS, OVER_SHARE, unseen_calls
 
 CUT = "cut at max_tokens"
@@ -72,9 +75,15 @@ def _what_to_try(traces: TraceSet, dropped: Dropped, *, prompted: bool) -> str:
         f"let failing examples be tried again ({options})": bool(options),
         "give a teacher program": "teacher" not in sources,
         "give a lower threshold": BELOW_THRESHOLD in reasons,
+        "answer in JSON (dspy.configure(adapter=dspy.JSONAdapter()))": any(map(_is_other_than_json, reasons)),
         "take a larger model": True,
     }
     return f"{first}Things to try: {'; '.join(thing for thing, fits in things.items() if fits)}."
+
+
+def _is_other_than_json(reason: str) -> bool:
+    """Whether this says that an adapter, which is no JSONAdapter, does not read what it wrote."""
+    return reason.endswith((UNREADABLE, OTHERWISE)) and not reason.startswith(dspy.JSONAdapter.__name__)
 
 
 def _more_tries(traces: TraceSet, dropped: Dropped) -> list[str]:

@@ -21,6 +21,10 @@ from ..printable import NOT_UNICODE, is_unicode
 from ..rollouts.rescue import admits_none
 from .schema_fit import by_field, fits
 
+UNREADABLE = "can't read back the answer it wrote"
+OTHERWISE = "reads the answer back as something else"
+"""What is said of an adapter whose own rows would teach another answer than the one that passed."""
+
 PLACEHOLDER = "value-of-the-field"
 """Stands for a value while it is looked where an adapter writes that."""
 
@@ -199,9 +203,9 @@ def _checked(adapter: Any, signature: type[dspy.Signature], outputs: Mapping[str
     try:
         parsed = adapter.parse(signature, completion)
     except Exception as error:
-        raise DataError(f"{type(adapter).__name__} can't read back the answer it wrote") from error
+        raise DataError(f"{type(adapter).__name__} {UNREADABLE}") from error
     if not all(_is_same(parsed[name], outputs[name]) for name in signature.output_fields):
-        raise DataError(f"{type(adapter).__name__} reads the answer back as something else")
+        raise DataError(f"{type(adapter).__name__} {OTHERWISE}")
     return completion
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fakes import (
     parity_program,
     placeless,
     plain_lm,
+    predictor_over,
     reply,
     right,
     two_step_engine,
@@ -37,6 +39,11 @@ from bettertogether.steps.rows_from_traces import RowOptions
 from bettertogether.steps.training_step import TrainingStep
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeEngine, FakeRequest
+
+
+class Size(IntEnum):
+    SMALL = 1
+    LARGE = 2
 
 
 def collector(metric: Any = parity_match, **options: Any) -> LoRAFinetune:
@@ -338,6 +345,16 @@ def test_where_most_runs_raised_the_cause_is_what_to_mend() -> None:
         "No training rows: 3 runs on 3 examples, 0 passed. Dropped: 3 x metric error: KeyError: 'answer'. Mend the "
         "metric."
     )
+
+
+def test_where_the_adapter_can_t_read_what_it_writes_another_one_is_to_be_tried() -> None:
+    signature = dspy.Signature("number: int -> size: Size", custom_types={"Size": Size})
+    engine = FakeEngine(lambda request: "no" if request.schema is None else {"size": Size.LARGE.value})
+    step = collector(lambda example, prediction, trace=None: prediction.size == Size.LARGE)
+    with pytest.raises(NoTrainingDataError, match=r"; answer in JSON \(dspy\.configure\(adapter="):
+        step.collect(predictor_over(engine, signature), trainset=numbers(3))
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        assert len(step.collect(predictor_over(engine, signature), trainset=numbers(3)).rows) == 3
 
 
 def test_passing_runs_that_call_no_trainable_predictor_are_no_rows() -> None:
