@@ -22,9 +22,7 @@ from ..training.config import LoRAConfig, TrainingConfig
 from .pairs import pairs_from_traces
 from .rows import Row
 from .rows_from_traces import Collected, RowOptions, Runs, Trainable, rows_from_traces
-from .step import StepContext, StepResult
 from .training_step import TrainingStep
-from .work import Outlook, Work
 
 
 @knows()
@@ -87,14 +85,6 @@ class PreferenceFinetune(TrainingStep):
         require_whole("max_pairs_per_example", max_pairs_per_example, 1)
         self.sampling = Sampling(0, temperature, rescue=False, sample_passing=True, branches=num_samples)
         self.rows_per_call = max_pairs_per_example
-
-    def run(self, student: dspy.Module, context: StepContext) -> StepResult:
-        """`compile` with its arguments in one, and all that it found out in its result."""
-        return super().run(student, replace(context, teachers=()))
-
-    def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
-        """The runs for pairs and the training on them, as the outlook has them."""
-        return super().work(student, replace(context, teachers=()), outlook)
 
     def rows_of(self, student: dspy.Module, runs: Runs, trainable: Trainable) -> Collected:
         """The pairs of the calls that were answered anew. Raises NoTrainingDataError with the counts when there are

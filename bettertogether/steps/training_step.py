@@ -91,14 +91,7 @@ class TrainingStep(AdapterStep):
         require_reachable(require_program(student))
         trainable = self.trainable(student)
         if context.rows is None:
-            collected = self.collect(
-                student,
-                trainset=context.trainset,
-                valset=context.valset,
-                teacher=context.teachers,
-                earlier=context.earlier,
-                settings=context.settings,
-            )
+            collected = self._collected(student, context, trainable)
         else:
             collected = self._given(student, context.rows, trainable)
         events.told(*collected.card.warnings)
@@ -129,35 +122,12 @@ class TrainingStep(AdapterStep):
     ) -> Collected:
         """The rows that `compile` would train on; `earlier` are programs whose prompts they may be shown with too.
         Raises NoTrainingDataError with the counts when there are none."""
-        trainable = self.trainable(student)
-        settings = self._checked(trainset, valset, settings)
-
-        def traces_of(examples: Sequence[dspy.Example], phase: str) -> TraceSet:
-            return collect_traces(
-                student,
-                examples,
-                ExamplePass(self.metric, self.threshold, settings, phase=phase),
-                sampling=self.sampling,
-                teachers=as_programs(teacher),
-                label_field=self.label_field,
-            )
-
-        seed = settings.seed or 0
-        measured = self.measured(trainset, valset or (), seed)
-        traces = traces_of(trainset, "collect training data")
-        held_out = traces_of(measured, "collect held-out data") if measured else None
-        collected = self.rows_of(student, Runs(trainset, traces, measured, held_out, earlier, seed), trainable)
-        # Those that ask the same are one example, so that none is held out while another is trained on.
-        first = first_alike(trainset)
-        rows = (
-            row if first[row.example] == row.example else replace(row, example=first[row.example])
-            for row in collected.rows
-        )
-        return replace(collected, rows=tuple(rows))
+        context = StepContext(trainset, valset, as_programs(teacher), earlier=earlier, settings=settings)
+        return self._collected(student, context, self.trainable(student))
 
     def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
         """The tries for rows and the training on them, as the outlook has them."""
-        return training_work(self, student, context, outlook)
+        return training_work(self, student, self._learning(context), outlook)
 
     @abstractmethod
     def rows_of(self, student: dspy.Module, runs: Runs, trainable: Trainable) -> Collected:
@@ -182,6 +152,37 @@ class TrainingStep(AdapterStep):
     ) -> Sequence[dspy.Example]:
         """The examples of the valset on which the epoch is chosen, where any is."""
         return super().measured(trainset, valset, seed) if self.training.keep_best else ()
+
+    def _learning(self, context: StepContext) -> StepContext:
+        """The context with those teachers that are asked."""
+        return context if self.asks_teachers else replace(context, teachers=())
+
+    def _collected(self, student: dspy.Module, context: StepContext, trainable: Trainable) -> Collected:
+        context, trainset = self._learning(context), context.trainset
+        settings = self._checked(trainset, context.valset, context.settings)
+
+        def traces_of(examples: Sequence[dspy.Example], phase: str) -> TraceSet:
+            return collect_traces(
+                student,
+                examples,
+                ExamplePass(self.metric, self.threshold, settings, phase=phase),
+                sampling=self.sampling,
+                teachers=context.teachers,
+                label_field=self.label_field,
+            )
+
+        seed = settings.seed or 0
+        measured = self.measured(trainset, context.valset or (), seed)
+        traces = traces_of(trainset, "collect training data")
+        held_out = traces_of(measured, "collect held-out data") if measured else None
+        collected = self.rows_of(student, Runs(trainset, traces, measured, held_out, context.earlier, seed), trainable)
+        # Those that ask the same are one example, so that none is held out while another is trained on.
+        first = first_alike(trainset)
+        rows = (
+            row if first[row.example] == row.example else replace(row, example=first[row.example])
+            for row in collected.rows
+        )
+        return replace(collected, rows=tuple(rows))
 
     def _given(self, student: dspy.Module, rows: Sequence[Row] | str | Path, trainable: Trainable) -> Collected:
         given, dropped = given_rows(self, student, rows, trainable)

@@ -255,6 +255,13 @@ def test_a_teacher_that_no_step_asks_is_told() -> None:
     assert "The teacher is not asked" not in "".join(report.warnings)
 
 
+def test_pairs_that_are_collected_alone_are_not_of_a_teacher_either() -> None:
+    teacher, student = two_step_program(FakeEngine(answer)), two_step_program(FakeEngine(answer))
+    rows = step().collect(student, trainset=numbers(2), teacher=teacher).rows
+    assert texts(rows, "remark") == {("good", "bad")}
+    assert teacher.remark.lm.engine.requests == []
+
+
 def test_a_preference_step_goes_on_with_the_weights_and_prompts_of_the_steps_before(tmp_path: Path) -> None:
     engine = FakeEngine(answer)
     w = LoRAFinetune(parity_match, num_samples=0, rescue=False, branches=2, max_traces_per_example=1)
