@@ -201,17 +201,6 @@ class RunDirectory:
         atomic_write(self.path / UNSCORED, _line(record))
         self._aside = record.strategy
 
-    def write_text(self, name: str, text: str) -> Path:
-        """Write a file of the directory, whole or not at all; returns its path."""
-        self._require_open()
-        target = (self.path / name).resolve()
-        if not target.is_relative_to(self.path.resolve()) or target.name in ("", "lock", "run.json", "records.jsonl"):
-            raise RunDirectoryError(f"{name!r} is not a file that a step may write: give a relative name of its own.")
-        with disk_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(target, text)
-        return target
-
     def note_spent(self, ledger: Ledger) -> None:
         """Keep what all sittings used, whatever became of it."""
         self._note("spent", asdict(ledger))

@@ -8,7 +8,7 @@ from typing import Any
 import dspy
 
 from ..callbacks import events
-from ..files import json_text
+from ..files import atomic_write, json_text
 from ..programs.copies import hang
 from ..programs.program import copy_for_step, prompt_adapter_name
 from ..records import Ledger
@@ -49,7 +49,7 @@ def carry_out(plan: Plan, directory: RunDirectory, asked: Mapping[str, Any], bud
         finally:
             directory.note_spent(meter.used)
         report = _report(loop)
-        directory.write_text("report.json", json_text(report.to_dict()))
+        atomic_write(directory.path / "report.json", json_text(report.to_dict()))
         report.to_html(directory.report)
         if loop.error is None:
             directory.finish()
