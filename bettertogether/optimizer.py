@@ -11,9 +11,9 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from .callbacks import events
 from .callbacks.display import ProgressDisplay
+from .checks import require, require_switch
 from .printable import get_logger
 from .rollouts.metrics import Metric, require_metric
-from .run.arguments import check_watching
 from .run.asked import asking
 from .run.budget import Budget
 from .run.directory import RunDirectory, checked_folder, new_run_directory
@@ -138,7 +138,10 @@ class BetterTogether(Teleprompter):
             two_by_two=two_by_two,
             max_rounds=max_rounds,
         )
-        check_watching(callbacks=callbacks, progress=progress, budget=budget)
+        events.require_callbacks(callbacks)
+        require_switch("progress", progress)
+        limits = "bettertogether.Budget(minutes=..., metric_calls=..., tokens=..., cost=...), or None for no limit"
+        require(isinstance(budget, Budget | None), "budget", budget, limits)
         folder = new_run_directory() if run_dir is None else checked_folder(run_dir)
         watchers = [*([ProgressDisplay()] if progress else []), *callbacks]
         with asking(plan, folder) as asked, RunDirectory.open(folder, asked) as directory:

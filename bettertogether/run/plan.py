@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from ..rollouts.settings import RunSettings
 from ..steps.adapter_step import AdapterStep
 from ..steps.step import Step
 from . import strategy as strategies
-from .arguments import check_compile_args
 from .auto import WEIGHT_STEPS
 from .held_out import split_valset
 from .strategy import Steps
@@ -120,7 +120,7 @@ class Plan:
         parsed = () if auto else strategies.parse(strategy, optimizers)
         # "auto" may run any step after any other.
         _check_order(parsed or itertools.permutations(optimizers, 2), optimizers)
-        compile_args = check_compile_args(optimizer_compile_args, optimizers)
+        compile_args = _compile_args(optimizer_compile_args, optimizers)
         teachers = _teachers(student, teacher)
         train, held_out, warnings = split_valset(trainset, valset, valset_ratio, seed or 0)
         keys = set(optimizers) if auto else {key for steps in parsed for key in steps}
@@ -161,6 +161,40 @@ def _check_order(asked: Iterable[Steps], optimizers: Mapping[str, Teleprompter])
                     "runs on a program of its own, which tuned weights would not reach. Run the weight step before it, "
                     f"as in {strategies.join((later, key))!r}."
                 )
+
+
+def _compile_args(given: Any, optimizers: Mapping[str, Teleprompter]) -> dict[str, dict[str, Any]]:
+    """`optimizer_compile_args` as dicts. Raises StrategyError and ConfigError."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"optimizer_compile_args={given!r} is not allowed: give a dict from a step's key to the arguments of its "
+            f"compile, such as {{{next(iter(optimizers))!r}: {{...}}}}."
+        )
+    for key, arguments in given.items():
+        if key not in optimizers:
+            raise StrategyError(f"Invalid optimizer key '{key}'. Valid keys are: {list(optimizers)}")
+        if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+            raise ConfigError(f"optimizer_compile_args[{key!r}]={arguments!r} is not allowed: give a dict by name.")
+        _check_accepted(key, optimizers[key], arguments)
+    return {key: dict(arguments) for key, arguments in given.items()}
+
+
+def _check_accepted(key: str, optimizer: Teleprompter, arguments: Mapping[str, Any]) -> None:
+    if "student" in arguments:
+        raise ConfigError(
+            f"'student' is not allowed in optimizer_compile_args for optimizer '{key}'. "
+            "The same student is used throughout compilation."
+        )
+    parameters = inspect.signature(optimizer.compile).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    invalid = sorted(arguments.keys() - parameters.keys())
+    if invalid and not takes_any:
+        raise ConfigError(
+            f"Invalid compile arguments for optimizer '{key}': {invalid}. "
+            f"{type(optimizer).__name__}.compile() accepts: {list(parameters)}"
+        )
 
 
 def _check_student(student: dspy.Module) -> None:
