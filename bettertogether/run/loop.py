@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import dspy
 
@@ -129,15 +129,9 @@ class Loop:
             with events.listening([watch]):
                 self._run(index, steps, started, watch.charge)
             return True
-        except BudgetExceeded as error:
-            self._end(index, steps, error, "skipped", f"{error} {self.directory.how_to_go_on(error)}", watch.spent)
-        except KeyboardInterrupt as error:
-            self._end(index, steps, error, "skipped", f"interrupted. {self.directory.how_to_go_on(error)}", watch.spent)
-            if self.plan.on_step_error == "raise":
-                raise
-        except Exception as error:
-            self._end(index, steps, error, "failed", traceback.format_exc(), watch.spent)
-            if self.plan.on_step_error == "raise":
+        except (Exception, KeyboardInterrupt) as error:
+            self._end(index, steps, error, watch.spent)
+            if self.plan.on_step_error == "raise" and not isinstance(error, BudgetExceeded):
                 raise
         return False
 
@@ -302,21 +296,17 @@ class Loop:
         highest = max((score for record in self.records for score in record.scores or ()), default=0.0)
         return max([FULL_MARK, *marks]) if marks or not is_above_one(highest) else math.inf
 
-    def _end(
-        self,
-        index: int,
-        steps: Steps,
-        error: BaseException,
-        status: Literal["failed", "skipped"],
-        text: str,
-        spent: Ledger,
-    ) -> None:
+    def _end(self, index: int, steps: Steps, error: Exception | KeyboardInterrupt, spent: Ledger) -> None:
         name = strategy.join(steps)
+        text = "".join(traceback.format_exception(error))
+        if skipped := isinstance(error, BudgetExceeded | KeyboardInterrupt):
+            said = "interrupted." if isinstance(error, KeyboardInterrupt) else str(error)
+            text = f"{said} {self.directory.how_to_go_on(error)}"
         record = StepRecord(
             index=index,
             step=steps[-1],
             strategy=name,
-            status=status,
+            status="skipped" if skipped else "failed",
             why=self._why,
             error=masked(text),
             ledger=spent,
