@@ -18,8 +18,11 @@ from ..rollouts.traces import TraceSet
 from .data_card import make_data_card
 from .left_out import Dropped, longer_answers, own_demos
 from .rows import Row
-from .rows_from_traces import Collected, Runs, Trainable, rows_of_call
+from .rows_from_traces import Collected, RowOptions, Runs, Trainable, rows_of_call
 from .select_traces import unseen_calls
+
+AS_RUN = RowOptions(train_prompt="optimized", reasoning="keep")
+"""Answers as they were given, to the prompts that the program sends."""
 
 STRAYED = "the program asked something else when it was run again"
 RAISED = "its run raised, or the metric did, which says nothing of the answer"
@@ -97,18 +100,7 @@ def _answers(
             continue
         engine = trainable[call.predictor].engine
         try:
-            (row,) = rows_of_call(
-                predictor,
-                engine,
-                call,
-                "optimized",
-                example=trace.index,
-                own=trace.example,
-                reasoning="keep",
-                as_written=not is_read,
-                label=trace.label,
-                source=trace.source,
-            )
+            (row,) = rows_of_call(predictor, engine, call, AS_RUN, trace, as_written=not is_read)
         except DataError as error:
             dropped[call.predictor, str(error)] += 1
             continue

@@ -204,19 +204,12 @@ def _rows_of(
     dropped: Dropped,
 ) -> list[Row]:
     rows: list[Row] = []
-    origin: dict[str, Any] = {
-        "example": trace.index,
-        "own": trace.example,
-        "label": trace.label,
-        "source": trace.source,
-    }
     for call in trace.calls:
         if call.predictor not in trainable:
             continue
-        engine = trainable[call.predictor].engine
-        kind: dict[str, Any] = {"train_prompt": options.train_prompt, "reasoning": options.reasoning, "forms": forms}
+        predictor, engine = predictors[call.predictor], trainable[call.predictor].engine
         try:
-            for row in rows_of_call(predictors[call.predictor], engine, call, **kind, **origin):
+            for row in rows_of_call(predictor, engine, call, options, trace, forms=forms):
                 rows.append(row)
         except DataError as error:
             dropped[call.predictor, str(error)] += 1
@@ -224,7 +217,7 @@ def _rows_of(
 
 
 def prompt_variants(
-    predictor: dspy.Predict, call: Call, train_prompt: TrainPrompt, own: dspy.Example | None = None
+    predictor: dspy.Predict, call: Call, train_prompt: TrainPrompt, own: dspy.Example
 ) -> list[list[Any]]:
     """The demos of each prompt that a call gives a row for, forms not among them; none is from a run on its `own`
     example. Raises DataError for a call with demos of its own that show its very inputs."""
@@ -234,7 +227,7 @@ def prompt_variants(
         return [list(call.demos)]
     if train_prompt in ("varied", "vanilla"):
         return [[]]
-    question = question_hash(own) if own is not None and predictor.demos else None
+    question = question_hash(own) if predictor.demos else None
     optimized = without_example(predictor.demos, call.inputs, question)
     return [optimized] if train_prompt == "optimized" or not optimized else [[], optimized]
 
@@ -243,26 +236,23 @@ def rows_of_call(
     predictor: dspy.Predict,
     engine: LocalEngine,
     call: Call,
-    train_prompt: TrainPrompt,
+    options: RowOptions,
+    trace: Trace,
     *,
-    example: int,
-    own: dspy.Example | None = None,
-    reasoning: Reasoning = "strip",
     forms: PromptForms | None = None,
     as_written: bool = False,
-    **origin: Any,
 ) -> Iterator[Row]:
-    """The rows of one call of a run on its `own` example, the zero-shot one first; `origin` gives label and source. An
-    answer that could not be read is taken `as_written`. Raises DataError with the reason to drop the next row."""
+    """The rows of one call of a trace, the zero-shot one first. An answer that could not be read is taken `as_written`.
+    Raises DataError with the reason to drop the next row."""
     if call.cut or call.unfit:
         raise DataError(CUT if call.cut else call.unfit)
     if call.signature is not None:
         predictor = copy.copy(predictor)
         predictor.signature = call.signature
-    for demos in prompt_variants(predictor, call, train_prompt, own):
+    for demos in prompt_variants(predictor, call, options.train_prompt, trace.example):
         request = take_request(predictor, call.inputs, demos, config=call.config, adapter=call.adapter)
         schema = schema_of(request.config.response_format)
-        completion, fields = _completion_of(predictor, call, reasoning, as_written, schema)
+        completion, fields = _completion_of(predictor, call, options.reasoning, as_written, schema)
         room = engine.max_length - len(engine.completion_tokens(completion))
         messages = _texts_shared(engine.messages(request))
         if len(engine.prompt_tokens(messages)) > room:
@@ -271,11 +261,12 @@ def rows_of_call(
             messages,
             completion,
             call.predictor,
-            example,
-            forms=forms.of_call(call, example, engine, messages, room) if forms else (),
+            trace.index,
+            label=trace.label,
+            source=trace.source,
+            forms=forms.of_call(call, trace.index, engine, messages, room) if forms else (),
             response_format=request.config.response_format,
             fields=fields,
-            **origin,
         )
 
 

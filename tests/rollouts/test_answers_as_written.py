@@ -8,6 +8,7 @@ from typing import Any
 import dspy
 import pytest
 from fakes import CutEngine, field_of, number_of, numbers, parity_match, parity_program, reply, right
+from tries import call_rows
 from watched import ALWAYS, rows_of
 
 from bettertogether.errors import NoTrainingDataError
@@ -18,7 +19,7 @@ from bettertogether.rollouts.runner import Runner
 from bettertogether.rollouts.traces import ExamplePass, Trace, collect_traces
 from bettertogether.rollouts.tries import Sampling
 from bettertogether.steps.demo_sets import demos_of
-from bettertogether.steps.rows_from_traces import Runs, rows_from_traces, rows_of_call
+from bettertogether.steps.rows_from_traces import Runs, rows_from_traces
 from bettertogether.steps.weight_step import LoRAFinetune
 from bettertogether.testing import FakeEngine
 
@@ -93,7 +94,7 @@ def test_without_the_lms_text_such_an_adapter_is_a_reason_that_names_it() -> Non
     program, engine = parity_program(ALWAYS), ALWAYS
     bare = Call("self", {"number": 1}, {"parity": "odd"})
     with dspy.context(adapter=Short()), pytest.raises(ValueError, match="Short can't write an answer: define its"):
-        next(rows_of_call(program, engine, bare, "vanilla", example=0))
+        next(call_rows(program, engine, bare))
 
 
 class Loud(dspy.ChatAdapter):

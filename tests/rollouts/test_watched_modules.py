@@ -11,10 +11,10 @@ from typing import Any
 import dspy
 import pytest
 from fakes import CutEngine, Parity, numbers, parity_engine, plain_lm
+from tries import call_rows
 
 from bettertogether.rollouts.rollout import Attempt, Call
 from bettertogether.rollouts.runner import Runner
-from bettertogether.steps.rows_from_traces import rows_of_call
 from bettertogether.testing import FakeEngine
 
 
@@ -187,6 +187,6 @@ def test_a_row_under_the_two_step_adapter_is_the_prompt_of_its_first_step_and_an
     with dspy.context(adapter=dspy.TwoStepAdapter(plain_lm(reader))):
         program = over(dspy.Predict(Parity), main)
         (call,) = Runner(program).run(numbers(1)[0]).calls
-        (row,) = rows_of_call(program, main, call, "vanilla", example=0)
+        (row,) = call_rows(program, main, call)
     assert call == Call("self", {"number": 0}, {"parity": "even"})
     assert (row.messages, row.completion) == (main.requests[0].messages, "parity: even")

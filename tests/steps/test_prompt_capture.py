@@ -10,12 +10,12 @@ import dspy
 import pytest
 from fakes import Parity, numbers, parity_engine, parity_program, plain_lm, predictor_over
 from pydantic import BaseModel
+from tries import call_rows
 
 from bettertogether.errors import DataError
 from bettertogether.rollouts.runner import Runner
 from bettertogether.steps.demo_examples import without_example
 from bettertogether.steps.prompt_capture import render_completion, take_request
-from bettertogether.steps.rows_from_traces import rows_of_call
 from bettertogether.testing import FakeEngine
 
 
@@ -122,7 +122,7 @@ def test_a_rows_prompt_is_byte_for_byte_what_the_engine_received(adapter: dspy.A
     program = predictor_over(engine, signature)
     run = Runner(program).run(dspy.Example(**inputs).with_inputs(*inputs))
     assert run.error is None
-    (row,) = rows_of_call(program, engine, run.calls[0], "vanilla", example=0)
+    (row,) = call_rows(program, engine, run.calls[0])
     (request,) = engine.requests
     assert row.messages == request.messages
     assert engine.prompt_tokens(row.messages) == engine.prompt_tokens(request.messages)
@@ -145,7 +145,7 @@ def test_with_demos_a_rows_prompt_is_what_the_engine_receives_too(adapter: dspy.
     engine = answering(adapter, signature, outputs)
     program = predictor_over(engine, signature, demos)
     run = Runner(program).run(dspy.Example(**inputs).with_inputs(*inputs))
-    (row,) = rows_of_call(program, engine, run.calls[0], "optimized", example=0)
+    (row,) = call_rows(program, engine, run.calls[0], "optimized")
     assert row.messages == engine.requests[0].messages
     assert len(row.messages) >= 4
 
@@ -190,7 +190,7 @@ def test_the_row_of_any_call_is_what_was_sent_and_reads_back(adapter: dspy.Adapt
     engine = answering(adapter, signature, outputs)
     program = predictor_over(engine, signature, demos)
     (call,) = Runner(program).run(dspy.Example(**inputs).with_inputs(*inputs)).calls
-    (row,) = rows_of_call(program, engine, call, "optimized", example=0)
+    (row,) = call_rows(program, engine, call, "optimized")
     assert row.messages == engine.requests[0].messages
     again = predictor_over(FakeEngine(lambda _: row.completion), signature)(**inputs)
     assert [str(again[name]).strip() for name in outputs] == [str(call.outputs[name]).strip() for name in outputs]
@@ -204,7 +204,7 @@ def test_arrays_and_tables_as_inputs_are_told_apart() -> None:
     program = predictor_over(engine, dspy.Signature(fields), demos)
     inputs = {"number": 1, "x": numpy.arange(1, 4)}
     (call,) = Runner(program).run(dspy.Example(**inputs).with_inputs("number", "x")).calls
-    (row,) = rows_of_call(program, engine, call, "optimized", example=0)
+    (row,) = call_rows(program, engine, call, "optimized")
     assert "[2 3 4]" in row.messages[1]["content"]
     assert len(row.messages) == 4
     assert without_example(demos, {"number": 2, "x": numpy.arange(1, 4)}) == demos
@@ -216,7 +216,7 @@ def test_chain_of_thought_rows_hold_the_reasoning(adapter: dspy.Adapter) -> None
     engine = answering(adapter, signature, {"reasoning": "Two and two.", "answer": "4"})
     program.set_lm(plain_lm(engine))
     run = Runner(program).run(dspy.Example(question="2+2?").with_inputs("question"))
-    (row,) = rows_of_call(program.predict, engine, run.calls[0], "vanilla", example=0)
+    (row,) = call_rows(program.predict, engine, run.calls[0])
     assert row.messages == engine.requests[0].messages
     assert "Two and two." in row.completion
     assert row.completion.index("Two and two.") < row.completion.index("4")
@@ -232,7 +232,7 @@ def test_an_answer_that_came_in_the_second_format_is_a_row_in_the_first() -> Non
     engine = FakeEngine(lambda request: "no" if request.schema is None else {"parity": "odd"})
     program = predictor_over(engine, Parity)
     run = Runner(program).run(numbers(1, start=1)[0])
-    (row,) = rows_of_call(program, engine, run.calls[0], "vanilla", example=0)
+    (row,) = call_rows(program, engine, run.calls[0])
     assert row.messages == engine.requests[0].messages
     assert row.completion.startswith("[[ ## parity ## ]]")
 

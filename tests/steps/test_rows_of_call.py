@@ -7,12 +7,13 @@ from typing import Any
 import dspy
 import pytest
 from fakes import Parity, numbers, parity_engine, parity_match, predictor_over
+from tries import call_rows
 
 from bettertogether.errors import DataError
 from bettertogether.rollouts.rollout import Call
 from bettertogether.steps.demo_examples import without_example
 from bettertogether.steps.prompt_capture import render_completion, render_prompt
-from bettertogether.steps.rows_from_traces import TrainPrompt, prompt_variants, rows_of_call
+from bettertogether.steps.rows_from_traces import TrainPrompt, prompt_variants
 from bettertogether.steps.weight_step import LoRAFinetune
 
 
@@ -24,7 +25,7 @@ def test_vanilla_shows_no_demos_optimized_all_and_mixed_both() -> None:
     engine = parity_engine(lambda *_: True)
     program = predictor_over(engine, Parity, numbers(2))
     kinds: list[TrainPrompt] = ["vanilla", "optimized", "mixed"]
-    rows = {kind: [*rows_of_call(program, engine, call(5), kind, example=0)] for kind in kinds}
+    rows = {kind: [*call_rows(program, engine, call(5), kind)] for kind in kinds}
     assert {kind: [len(row.messages) for row in found] for kind, found in rows.items()} == {
         "vanilla": [2],
         "optimized": [6],
@@ -34,7 +35,8 @@ def test_vanilla_shows_no_demos_optimized_all_and_mixed_both() -> None:
 
 
 def test_mixed_without_demos_is_one_row() -> None:
-    assert prompt_variants(predictor_over(parity_engine(lambda *_: True), Parity), call(5), "mixed") == [[]]
+    predictor = predictor_over(parity_engine(lambda *_: True), Parity)
+    assert prompt_variants(predictor, call(5), "mixed", numbers(1)[0]) == [[]]
 
 
 def test_a_demo_of_the_very_example_is_left_out_of_its_row() -> None:
@@ -48,15 +50,15 @@ def test_a_row_longer_than_the_context_is_dropped_and_never_cut() -> None:
     prompt = len(engine.prompt_tokens(render_prompt(program, engine, {"number": 1}, [])))
     answer = len(engine.completion_tokens(render_completion(program, {"number": 1}, {"parity": "odd"})))
     engine.max_length = prompt + answer
-    (row,) = rows_of_call(program, engine, call(1), "vanilla", example=0)
+    (row,) = call_rows(program, engine, call(1))
     program.demos = numbers(2)
-    mixed = rows_of_call(program, engine, call(1), "mixed", example=0)
+    mixed = call_rows(program, engine, call(1), "mixed")
     assert next(mixed) == row
     with pytest.raises(DataError, match=f"longer than the model's context of {prompt + answer} tokens"):
         next(mixed)
     engine.max_length -= 1
     with pytest.raises(DataError, match=f"longer than the model's context of {prompt + answer - 1} tokens"):
-        next(rows_of_call(program, engine, call(1), "vanilla", example=0))
+        next(call_rows(program, engine, call(1)))
 
 
 def test_the_zero_shot_row_of_a_call_stays_where_the_one_with_demos_is_too_long() -> None:

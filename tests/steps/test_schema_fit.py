@@ -9,10 +9,10 @@ import dspy
 import pytest
 from fakes import plain_lm
 from pydantic import AliasChoices, AliasPath, BaseModel, BeforeValidator, ConfigDict, Field, RootModel, WithJsonSchema
+from tries import call_rows
 
 from bettertogether.rollouts.runner import Runner
 from bettertogether.steps.rows import Row
-from bettertogether.steps.rows_from_traces import rows_of_call
 from bettertogether.steps.schema_fit import by_field, fits
 from bettertogether.testing import FakeEngine
 
@@ -44,7 +44,7 @@ def row_of(kind: Any, value: Any) -> Row:
     program.set_lm(plain_lm(engine))
     with dspy.context(adapter=dspy.JSONAdapter()):
         run = Runner(program).run(dspy.Example(q="x").with_inputs("q"))
-        (row,) = rows_of_call(program, engine, run.calls[0], "vanilla", example=0)
+        (row,) = call_rows(program, engine, run.calls[0])
     return row
 
 
