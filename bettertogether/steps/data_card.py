@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from ..engines.protocol import LocalEngine
 from ..records import DataCard
 from .prompt_forms import PromptForms
 from .rows import Row
+
+if TYPE_CHECKING:
+    from .rows_from_traces import Trainable
 
 WHOLE_TRACE = ""
 """Stands where a predictor's name would: all calls of a trace were left out."""
@@ -16,18 +19,18 @@ WHOLE_TRACE = ""
 
 def make_data_card(
     rows: Sequence[Row],
-    engines: Mapping[str, LocalEngine],
+    trainable: Trainable,
     *,
     dropped: Mapping[tuple[str, str], int],
     examples: int,
     forms: PromptForms | None = None,
     warnings: Iterable[str] = (),
 ) -> DataCard:
-    """Count the rows; `engines` maps predictor names to engines, `dropped` (predictor or `WHOLE_TRACE`, reason) to
-    counts, and `forms` knows the prompts with demos that the rows were given."""
+    """Count the rows; `dropped` maps (predictor or `WHOLE_TRACE`, reason) to counts, and `forms` knows the prompts
+    with demos that the rows were given."""
     lengths: dict[str, list[int]] = defaultdict(list)
     for row in rows:
-        engine = engines.get(row.predictor) or next(iter(engines.values()))
+        engine = (trainable.get(row.predictor) or next(iter(trainable.values()))).engine
         lengths["prompt"].append(len(engine.prompt_tokens(row.messages)))
         lengths["completion"].append(len(engine.completion_tokens(row.completion)))
     by_reason: Counter[str] = Counter()

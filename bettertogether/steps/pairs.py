@@ -11,8 +11,7 @@ import dspy
 
 from ..errors import DataError, NoTrainingDataError
 from ..programs.program import predictors_of
-from ..records import Ledger
-from ..rollouts.branches import BranchPoint, blame
+from ..rollouts.branches import BranchPoint
 from ..rollouts.failures import advice, commonest, count_failures
 from ..rollouts.traces import TraceSet
 from .data_card import make_data_card
@@ -38,16 +37,9 @@ def pairs_from_traces(student: dspy.Module, runs: Runs, trainable: Trainable, ma
     reasons = +dropped
     if not rows:
         raise NoTrainingDataError(_no_pairs(traces, reasons))
-    engines = {name: model.engine for name, model in trainable.items()}
+    card = make_data_card(rows, trainable, dropped=reasons, examples=examples)
     apart = _pairs(student, held_out, trainable, max_pairs, Counter()) if held_out else []
-    return Collected(
-        tuple(rows),
-        make_data_card(rows, engines, dropped=reasons, examples=examples),
-        traces.ledger + (held_out.ledger if held_out else Ledger()),
-        traces.warnings,
-        held_out=tuple(replace(row, example=examples + row.example) for row in apart),
-        blame=blame(traces.branches),
-    )
+    return Collected.of(runs, rows, (replace(row, example=examples + row.example) for row in apart), card)
 
 
 def _pairs(student: dspy.Module, traces: TraceSet, trainable: Trainable, max_pairs: int, dropped: Dropped) -> list[Row]:

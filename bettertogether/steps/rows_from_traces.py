@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import dspy
 
@@ -67,6 +67,13 @@ class Collected:
     """Rows of a valset, on which the epoch is chosen."""
     blame: Mapping[str, Blame] = field(default_factory=dict)
     """Which predictors the failures come from, where single calls were answered anew."""
+
+    @classmethod
+    def of(cls, runs: Runs, rows: Iterable[Row], held_out: Iterable[Row], card: DataCard) -> Self:
+        """The rows of these runs, with what the runs cost and are warned of."""
+        traces, apart = runs.traces, runs.held_out
+        ledger = traces.ledger + (apart.ledger if apart else Ledger())
+        return cls(tuple(rows), card, ledger, traces.warnings, tuple(held_out), blame(traces.branches))
 
     def write(self, path: str | Path) -> Path:
         """Write the rows as JSON lines that `datasets.load_dataset("json")` and `rows=` read."""
@@ -152,17 +159,9 @@ def rows_from_traces(student: dspy.Module, runs: Runs, trainable: Trainable, opt
         *_no_labels(trainset, output_names(student)),
         *_no_forms(forms),
     ]
-    engines = {name: model.engine for name, model in trainable.items()}
-    card = make_data_card(rows, engines, dropped=reasons, examples=len(trainset), forms=forms, warnings=warnings)
+    card = make_data_card(rows, trainable, dropped=reasons, examples=len(trainset), forms=forms, warnings=warnings)
     apart = _held_out_traces(held_out, len(trainset)) if held_out else []
-    return Collected(
-        tuple(rows),
-        card,
-        traces.ledger + (held_out.ledger if held_out else Ledger()),
-        traces.warnings,
-        held_out=tuple(row for trace in apart for row in rows_of(trace, Counter())),
-        blame=blame(traces.branches),
-    )
+    return Collected.of(runs, rows, (row for trace in apart for row in rows_of(trace, Counter())), card)
 
 
 def _chosen(traces: TraceSet, options: RowOptions, dropped: Dropped) -> list[Trace]:

@@ -186,8 +186,7 @@ class TrainingStep(AdapterStep):
 
     def _given(self, student: dspy.Module, rows: Sequence[Row] | str | Path, trainable: Trainable) -> Collected:
         given, dropped = given_rows(self, student, rows, trainable)
-        engines = {name: model.engine for name, model in trainable.items()}
-        return Collected(given, make_data_card(given, engines, dropped=dropped, examples=0), Ledger())
+        return Collected(given, make_data_card(given, trainable, dropped=dropped, examples=0), Ledger())
 
     def _train(
         self,

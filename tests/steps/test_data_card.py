@@ -11,6 +11,7 @@ from fakes import parity_engine
 from bettertogether.engines.protocol import ChatMessage
 from bettertogether.steps.data_card import make_data_card
 from bettertogether.steps.rows import Row
+from bettertogether.steps.rows_from_traces import LocalModel
 
 PROMPT: tuple[ChatMessage, ...] = ({"role": "system", "content": "s"}, {"role": "user", "content": "ü\n"})
 
@@ -23,7 +24,8 @@ def test_the_data_card_counts_by_predictor_label_source_and_reason() -> None:
     engine = parity_engine(lambda *_: True)
     rows = [row("a"), row("a", "p", 1, "sample"), row("b", "p", 1, "rescue")]
     dropped = {("", "parse failure"): 3, ("p", "too long"): 1}
-    card = make_data_card(rows, {"self": engine, "p": engine}, dropped=dropped, examples=5, warnings=["few"])
+    trainable = dict.fromkeys(("self", "p"), LocalModel(engine, None))
+    card = make_data_card(rows, trainable, dropped=dropped, examples=5, warnings=["few"])
     assert card.kept_by_predictor == {"self": 1, "p": 2}
     assert card.kept_by_label == {"a": 2, "b": 1}
     assert card.kept_by_source == {"student": 1, "sample": 1, "rescue": 1}
@@ -38,5 +40,6 @@ def test_the_data_card_counts_by_predictor_label_source_and_reason() -> None:
 @pytest.mark.parametrize(("count", "shown"), [(1, 1), (5, 5), (6, 5), (23, 5)])
 def test_the_data_card_shows_up_to_five_rows(count: int, shown: int) -> None:
     rows = [row(example=i) for i in range(count)]
-    card = make_data_card(rows, {"self": parity_engine(lambda *_: True)}, dropped={}, examples=count)
+    trainable = {"self": LocalModel(parity_engine(lambda *_: True), None)}
+    card = make_data_card(rows, trainable, dropped={}, examples=count)
     assert len(card.samples) == shown
