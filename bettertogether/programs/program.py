@@ -172,6 +172,17 @@ def load_prompt(predictor: dspy.Predict, state: Mapping[str, Any], name: str) ->
     predictor.demos = decode_demos(predictor, state["demos"], name)
 
 
+def change_lms(program: dspy.Module, changes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give predictors, by name, copies of their LMs that are changed so; those that share an LM share its copy."""
+    copies: dict[tuple[int, str], dspy.BaseLM] = {}
+    for name, predictor in predictors_of(program).items():
+        if name in changes:
+            key = id(predictor.lm), repr(changes[name])
+            if key not in copies:
+                copies[key] = predictor.lm.copy(**changes[name])
+            predictor.lm = copies[key]
+
+
 def with_prompts(program: dspy.Module, source: dspy.Module) -> dspy.Module:
     """A copy of `program` (its LMs) with the prompts of `source`: signatures, demos, and how a decision is made."""
     copied = copy_for_step(program)

@@ -13,7 +13,7 @@ import dspy
 from ..errors import NoTrainingDataError
 from ..lm import local_engine
 from ..programs.copies import copy_program
-from ..programs.program import copy_for_step, predictors_of
+from ..programs.program import change_lms, copy_for_step, model_names, predictors_of
 from ..records import Ledger
 from ..rollouts.branches import branch_runs
 from ..rollouts.graded import with_near_misses
@@ -146,10 +146,8 @@ class _Runs:
 
 def _uncached(program: dspy.Module) -> dspy.Module:
     """A copy whose LMs answer anew."""
-    copied, lms = copy_program(program), dict[int, dspy.BaseLM]()
-    for predictor in copied.predictors():
-        if predictor.lm is not None:
-            predictor.lm = lms.setdefault(id(predictor.lm), predictor.lm.copy(cache=False))
+    copied = copy_program(program)
+    change_lms(copied, {name: {"cache": False} for name in model_names(copied)})
     return copied
 
 

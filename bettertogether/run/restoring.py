@@ -12,7 +12,7 @@ from ..engines.protocol import MODEL_PREFIX, LocalEngine
 from ..errors import ModelError, RunDirectoryError
 from ..lm import local_engine
 from ..programs.behaviour import BehaviourWalk
-from ..programs.program import load_prompts, model_names, modules_of, predictors_of
+from ..programs.program import change_lms, load_prompts, model_names, modules_of, predictors_of
 from ..records import StepRecord
 
 
@@ -46,11 +46,8 @@ def is_restorable(program: dspy.Module, student: dspy.Module, prompts: Mapping[s
 def _made(student: dspy.Module, prompts: Mapping[str, Any], models: Mapping[str, str]) -> dspy.Module:
     """The student's structure with these prompts, its LMs under these names."""
     program = load_prompts(student, prompts)
-    lms: dict[tuple[int, str], Any] = {}
-    for name, predictor in predictors_of(program).items():
-        lm, model = predictor.lm, models[name]
-        if model != lm.model:
-            predictor.lm = lms.setdefault((id(lm), model), lm.copy(model=model))
+    before = model_names(program)
+    change_lms(program, {name: {"model": models[name]} for name in before if models[name] != before[name]})
     return program
 
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
@@ -16,7 +16,7 @@ from ..engines.protocol import MODEL_PREFIX, CheckingEngine, LocalEngine
 from ..errors import ConfigError, DataError, NotTrainableError
 from ..lm import local_engine, require_engine
 from ..printable import get_logger
-from ..programs.program import copy_for_step, predictors_of
+from ..programs.program import change_lms, copy_for_step, predictors_of
 from ..rollouts.examples import check_examples
 from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import Metric, require_metric
@@ -164,17 +164,12 @@ class AdapterStep(Step, Teleprompter):
     ) -> dspy.Module:
         """A copy of the student whose predictors ask the models of their adapters, where there are any."""
         tuned = copy_for_step(student)
-        lms: dict[tuple[int, str], Any] = {}
-        for name, predictor in predictors_of(tuned).items():
-            if name not in trainable:
-                continue
-            lm = trainable[name].lm
-            model = models.get(adapter_key(name, lm, self.multitask))
-            if model is None:
-                continue
-            predictor.lm = lms.setdefault((id(lm), model), lm.copy(model=model))
-            if self.clears_demos:
-                predictor.demos = []
+        keys = {name: adapter_key(name, lm, self.multitask) for name, (_, lm) in trainable.items()}
+        changes = {name: {"model": models[key]} for name, key in keys.items() if key in models}
+        change_lms(tuned, changes)
+        if self.clears_demos:
+            for name in changes:
+                predictors_of(tuned)[name].demos = []
         tuned._compiled = True
         return tuned
 

@@ -21,7 +21,7 @@ from ..engines.protocol import PolicySession, RewardedAnswer
 from ..errors import NoTrainingDataError, TrainingError
 from ..files import atomic_folder, atomic_write, put_anew
 from ..printable import get_logger
-from ..programs.program import predictors_of
+from ..programs.program import change_lms, predictors_of
 from ..records import SCHEMA, Ledger, RewardLine, Saved, read
 from ..rollouts.branches import BranchPoint, branch_points
 from ..rollouts.evaluation import evaluate_many
@@ -209,14 +209,11 @@ class PolicyRun:
     def _program(self, *, with_demos: bool, sampled: bool = True) -> dspy.Module:
         """The program with the adapters as they are now; its answers come in tokens where it is to be sampled."""
         program = self.program({key: session.model for key, session in self.sessions.items()})
-        lms = dict[int, dspy.LM]()
-        for name, predictor in predictors_of(program).items():
-            if name not in self.adapters:
-                continue
-            if sampled:
-                predictor.lm = lms.setdefault(id(predictor.lm), predictor.lm.copy(store=True, cache=False))
-            if not with_demos:
-                predictor.demos = []
+        if sampled:
+            change_lms(program, {name: {"store": True, "cache": False} for name in self.adapters})
+        if not with_demos:
+            for name in self.adapters:
+                predictors_of(program)[name].demos = []
         return program
 
     def _learn(self, groups: Groups) -> list[PolicyUpdate]:
