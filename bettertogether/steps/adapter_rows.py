@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..engines.protocol import MODEL_PREFIX, LocalEngine
 from ..rollouts.labels import stratified_order
 from .rows import Row
 from .rows_from_traces import Trainable
@@ -27,6 +28,18 @@ class AdapterKey(NamedTuple):
     model: str
     predictor: str
     """"": the adapter is fed by all that use the model."""
+
+
+class Start(NamedTuple):
+    """What an adapter is trained from, and by."""
+
+    engine: LocalEngine
+    model: str
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter to go on with; None: a new one on the base weights."""
+        return None if self.model == MODEL_PREFIX + self.engine.base_name else self.model
 
 
 def adapter_key(predictor: str, lm: Any, multitask: bool) -> AdapterKey:

@@ -12,7 +12,7 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..checks import is_number, require, require_one_of, require_pass_options, require_switch, require_threshold
-from ..engines.protocol import MODEL_PREFIX, CheckingEngine, LocalEngine
+from ..engines.protocol import MODEL_PREFIX, CheckingEngine
 from ..errors import ConfigError, DataError, NotTrainableError
 from ..lm import local_engine, require_engine
 from ..printable import get_logger
@@ -22,7 +22,7 @@ from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.settings import RunSettings
 from ..training.config import LoRAConfig, TrainingConfig
-from .adapter_rows import ENOUGH_HELD_OUT, FEWEST_HELD_OUT, AdapterKey, adapter_key
+from .adapter_rows import ENOUGH_HELD_OUT, FEWEST_HELD_OUT, AdapterKey, Start, adapter_key
 from .prompt_capture import makes_decision
 from .rows_from_traces import LocalModel, Trainable
 from .step import Step, StepContext
@@ -103,11 +103,9 @@ class AdapterStep(Step, Teleprompter):
                 f"Predictors {deciding} make decisions (Noul, Choice, Score), whose answers are probabilities that no "
                 f"row can be written for: freeze them, frozen={[*self.frozen, *deciding]}."
             )
-        starts = self._starts(found)
-        for key, engine in self._engines(found).items():
-            if isinstance(engine, CheckingEngine):
-                is_new = starts[key] == MODEL_PREFIX + engine.base_name
-                engine.check_training(self.lora if is_new else None, self.training)
+        for start in self._starts(found).values():
+            if isinstance(start.engine, CheckingEngine):
+                start.engine.check_training(self.lora if start.adapter is None else None, self.training)
         return found
 
     def measured(
@@ -143,16 +141,12 @@ class AdapterStep(Step, Teleprompter):
         """Whether the tuned program runs without demos."""
         return False
 
-    def _engines(self, trainable: Trainable) -> dict[AdapterKey, LocalEngine]:
-        """The engine that trains each adapter."""
-        return {adapter_key(name, lm, self.multitask): engine for name, (engine, lm) in trainable.items()}
-
-    def _starts(self, trainable: Trainable) -> dict[AdapterKey, str]:
-        """The model that each adapter is trained from."""
+    def _starts(self, trainable: Trainable) -> dict[AdapterKey, Start]:
+        """What each adapter is trained from."""
         return {
-            adapter_key(name, lm, self.multitask): lm.model
-            if self.start_from == "current"
-            else MODEL_PREFIX + engine.base_name
+            adapter_key(name, lm, self.multitask): Start(
+                engine, lm.model if self.start_from == "current" else MODEL_PREFIX + engine.base_name
+            )
             for name, (engine, lm) in trainable.items()
         }
 

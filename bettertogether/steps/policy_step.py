@@ -15,7 +15,7 @@ import dspy
 
 from ..callbacks import events
 from ..checks import require
-from ..engines.protocol import MODEL_PREFIX, PolicyEngine
+from ..engines.protocol import PolicyEngine
 from ..errors import ConfigError, NotTrainableError
 from ..files import adapters_cache, working_folder
 from ..other_names import knows
@@ -27,7 +27,7 @@ from ..rollouts.labels import split_apart
 from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.settings import RunSettings
 from ..training.config import LoRAConfig, PolicyConfig, TrainingConfig
-from .adapter_rows import AdapterKey, adapter_key, held_out_count
+from .adapter_rows import AdapterKey, Start, adapter_key, held_out_count
 from .adapter_step import AdapterStep
 from .policy_groups import check_draws
 from .policy_run import PolicyRun, RunState
@@ -149,7 +149,7 @@ class PolicyFinetune(AdapterStep):
         starts = self._starts(trainable)
         with working_folder(folder, f"policy-{name[:12]}") as work:
             with ExitStack() as open_sessions:
-                sessions = self._sessions(trainable, starts, training, folder, open_sessions)
+                sessions = self._sessions(starts, training, folder, open_sessions)
                 run = PolicyRun(
                     program=partial(self._tuned, student, trainable),
                     adapters={name: adapter_key(name, lm, self.multitask) for name, (_, lm) in trainable.items()},
@@ -175,7 +175,7 @@ class PolicyFinetune(AdapterStep):
             ledger=state.ledger.with_seconds(time.monotonic() - started),
             details=PolicyDetails(
                 adapters={
-                    model: RewardedAdapter(f"{starts[key]} {key.predictor}".strip(), str(where))
+                    model: RewardedAdapter(f"{starts[key].model} {key.predictor}".strip(), str(where))
                     for key, (model, where) in written.items()
                 },
                 history=state.history,
@@ -218,27 +218,23 @@ class PolicyFinetune(AdapterStep):
 
     def _sessions(
         self,
-        trainable: Trainable,
-        starts: Mapping[AdapterKey, str],
+        starts: Mapping[AdapterKey, Start],
         training: TrainingConfig,
         folder: Path,
         stack: ExitStack,
     ) -> dict[AdapterKey, Any]:
         """One for each adapter, open as long as the stack."""
         sessions: dict[AdapterKey, Any] = {}
-        for name, (engine, lm) in trainable.items():
-            key = adapter_key(name, lm, self.multitask)
-            if key not in sessions:
-                assert isinstance(engine, PolicyEngine)
-                base = MODEL_PREFIX + engine.base_name
-                session = engine.policy_session(
-                    policy=self.policy,
-                    lora=self.lora,
-                    training=training,
-                    start_from=starts[key] if starts[key] != base else None,
-                    folder=folder,
-                )
-                sessions[key] = stack.enter_context(session)
+        for key, start in starts.items():
+            assert isinstance(start.engine, PolicyEngine)
+            session = start.engine.policy_session(
+                policy=self.policy,
+                lora=self.lora,
+                training=training,
+                start_from=start.adapter,
+                folder=folder,
+            )
+            sessions[key] = stack.enter_context(session)
         return sessions
 
     @property

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from ..engines.protocol import FinetuneResult
 from ..records import HeldOutLoss, LossLine, TrainedAdapter, WeightDetails
-from .adapter_rows import AdapterKey
+from .adapter_rows import AdapterKey, Start
 from .rows_from_traces import Collected
 
 
@@ -26,13 +26,13 @@ def held_out_file(result: FinetuneResult) -> Path:
 def weight_details(
     collected: Collected,
     results: Mapping[AdapterKey, FinetuneResult],
-    starts: Mapping[AdapterKey, str],
+    starts: Mapping[AdapterKey, Start],
     given: Mapping[AdapterKey, int],
 ) -> WeightDetails:
     """What is recorded of the step: its rows, and the adapters trained on as many of them as were `given`."""
     adapters = {
         result.model: TrainedAdapter(
-            trained_from=f"{starts[key]} {key.predictor}".strip(),
+            trained_from=f"{starts[key].model} {key.predictor}".strip(),
             folder=str(result.folder),
             rows=str(rows_file(result)),
             best_epoch=result.best_epoch,

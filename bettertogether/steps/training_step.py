@@ -14,7 +14,7 @@ from pathlib import Path
 import dspy
 
 from ..callbacks import events
-from ..engines.protocol import MODEL_PREFIX, FinetuneResult
+from ..engines.protocol import FinetuneResult
 from ..files import adapters_cache
 from ..printable import get_logger
 from ..programs.program import as_programs, require_program, require_reachable
@@ -26,12 +26,7 @@ from ..rollouts.traces import ExamplePass, TraceSet, collect_traces
 from ..rollouts.tries import Sampling
 from ..training.length import may_lose_patience
 from ..training.progress import ProgressFunction, TrainingProgress
-from .adapter_rows import (
-    AdapterKey,
-    enough_held_out,
-    hold_out,
-    rows_by_adapter,
-)
+from .adapter_rows import AdapterKey, Start, enough_held_out, hold_out, rows_by_adapter
 from .adapter_step import AdapterStep
 from .data_card import make_data_card
 from .finished_trainings import asked_for, finished_trainings
@@ -98,7 +93,7 @@ class TrainingStep(AdapterStep):
         folder = self._folder(context)
         starts = self._starts(trainable)
         split = self._split_by_adapter(collected, trainable, context.settings.seed)
-        results = self._train(split, trainable, context.settings.seed, folder)
+        results = self._train(split, starts, context.settings.seed, folder)
         out_of_time = events.told(*time_warnings(results.values(), self.training.max_minutes))
         trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
         return StepResult(
@@ -106,7 +101,7 @@ class TrainingStep(AdapterStep):
             ledger=(collected.ledger + trained).with_seconds(time.monotonic() - started),
             details=weight_details(collected, results, starts, {key: len(rows) for key, (rows, _) in split.items()}),
             # From other weights than those before, the fall is no gain over the round before.
-            step_gain=fall_held_out(result for key, result in results.items() if starts[key] == key.model),
+            step_gain=fall_held_out(result for key, result in results.items() if starts[key].model == key.model),
             warnings=(*collected.warnings, *collected.card.warnings, *out_of_time),
         )
 
@@ -191,27 +186,26 @@ class TrainingStep(AdapterStep):
     def _train(
         self,
         split: Mapping[AdapterKey, tuple[Sequence[Row], Sequence[Row]]],
-        trainable: Trainable,
+        starts: Mapping[AdapterKey, Start],
         seed: int | None,
         folder: Path | None,
     ) -> dict[AdapterKey, FinetuneResult]:
-        engines, starts = self._engines(trainable), self._starts(trainable)
         training = self._seeded(seed)
         # A single training has its own checkpoint, and hashing many rows takes time.
         several = split if len(split) > 1 else {}
-        asked = {key: asked_for(engines[key], starts[key], self.lora, training, *rows) for key, rows in several.items()}
+        asked = {key: asked_for(*starts[key], self.lora, training, *rows) for key, rows in several.items()}
         results: dict[AdapterKey, FinetuneResult] = {}
         with finished_trainings(folder or adapters_cache(), list(asked.values())) as finished:
             for number, (key, (train_rows, validation_rows)) in enumerate(split.items(), 1):
-                engine = engines[key]
-                result = finished.find(asked.get(key), engine)
+                start = starts[key]
+                result = finished.find(asked.get(key), start.engine)
                 if result is None:
-                    result = engine.finetune(
+                    result = start.engine.finetune(
                         [row.training_row for row in train_rows],
                         validation_rows=[row.training_row for row in validation_rows],
                         lora=self.lora,
                         training=training,
-                        start_from=starts[key] if starts[key] != MODEL_PREFIX + engine.base_name else None,
+                        start_from=start.adapter,
                         folder=folder,
                         on_progress=self._teller(f"adapter {number}/{len(split)}", bool(validation_rows)),
                     )

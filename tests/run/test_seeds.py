@@ -85,7 +85,7 @@ def test_a_policy_step_trains_by_the_seed_of_its_configuration(monkeypatch: pyte
     class Asked(Exception):
         pass
 
-    def sessions(self: Any, trainable: Any, starts: Any, training: TrainingConfig, *rest: Any) -> Any:
+    def sessions(self: Any, starts: Any, training: TrainingConfig, *rest: Any) -> Any:
         raise Asked(training.seed)
 
     monkeypatch.setattr(PolicyFinetune, "_sessions", sessions)
