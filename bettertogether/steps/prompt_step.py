@@ -37,8 +37,7 @@ from .outcome import Outcome
 from .race import choose, expected_calls, run_race
 from .select_traces import select_traces, unseen_calls
 from .step import Step, StepContext, StepResult
-from .strengths import at_strengths, checked_strengths
-from .tried_adapters import TriedAdapters
+from .strengths import TriedAdapters, at_strengths, checked_strengths
 from .work import ExpectedTries, Outlook, Work
 
 TRAIN_SHARE = 0.3

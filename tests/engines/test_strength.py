@@ -20,7 +20,7 @@ from bettertogether.engines.adapters import AdaptedSpan, AdapterBank, linear_sha
 from bettertogether.engines.strength import scaled_folder
 from bettertogether.errors import ConfigError, RunDirectoryError, UnknownAdapterError
 from bettertogether.lm import engine_lm
-from bettertogether.steps.tried_adapters import TriedAdapters
+from bettertogether.steps.strengths import TriedAdapters
 from bettertogether.training.adapter_folder import round_of, write_round
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -24,8 +24,7 @@ from bettertogether.artifact import load, save
 from bettertogether.engines.protocol import TrainingRow
 from bettertogether.errors import ConfigError
 from bettertogether.steps.step import StepContext, StepResult
-from bettertogether.steps.strengths import scaled_program
-from bettertogether.steps.tried_adapters import TriedAdapters
+from bettertogether.steps.strengths import TriedAdapters, scaled_program
 from bettertogether.testing import FakeEngine, FakeRequest
 
 
