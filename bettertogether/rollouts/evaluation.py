@@ -81,7 +81,7 @@ def evaluate(
     settings = RunSettings(num_threads, max_errors, seed, store)
     display = EvaluationDisplay() if progress and not events.watched() else None
     with events.listening([] if display is None else [display]):
-        evaluation = evaluate_many([program], examples, metric, settings, phase=phase)[0]
+        evaluation = Evaluator(metric, settings).evaluate([program], examples, phase)[0]
         if warning := failure_warning(evaluation.failures, len(evaluation.scores), phase):
             events.warn(warning)
         if warning := cut_warning(evaluation.traces):
@@ -91,24 +91,11 @@ def evaluate(
     return evaluation
 
 
-def evaluate_many(
-    programs: Sequence[dspy.Module],
-    examples: Sequence[dspy.Example],
-    metric: Metric,
-    settings: RunSettings = RunSettings(),
-    *,
-    phase: str = "evaluate",
-    kind: Kind | None = None,
-) -> list[Evaluation]:
-    """`evaluate` for several programs at once: their calls share the engine's batches."""
-    return Evaluator(metric, settings).evaluate(programs, examples, phase, kind)
-
-
 class Evaluator:
-    """`evaluate_many` for programs that are evaluated again, on further examples: each is looked through and copied
-    for its threads once. The programs must not change meanwhile."""
+    """`evaluate` for several programs at once, whose calls share the engine's batches, and again on further examples:
+    each is looked through and copied for its threads once. The programs must not change meanwhile."""
 
-    def __init__(self, metric: Metric, settings: RunSettings) -> None:
+    def __init__(self, metric: Metric, settings: RunSettings = RunSettings()) -> None:
         require_metric(metric)
         self._pass = ExamplePass(metric, settings=settings, scores_only=True)
 

@@ -19,7 +19,7 @@ from ..programs.copies import drop_results
 from ..programs.program import model_names, prompts_state, same_prompts, with_prompts
 from ..records import ARROW, CELLS, Ledger, PromptDetails, StepRecord
 from ..redaction import masked
-from ..rollouts.evaluation import Evaluation, Kind, evaluate_many
+from ..rollouts.evaluation import Evaluation, Evaluator, Kind
 from ..rollouts.failures import all_raised, no_difference, round_warnings
 from ..rollouts.labels import label_fields
 from ..rollouts.metrics import FULL_MARK, is_above_one
@@ -226,7 +226,7 @@ class Loop:
         plan = self.plan
         if not plan.valset:
             return []
-        return evaluate_many(programs, plan.valset, plan.metric, plan.settings, phase=phase, kind=kind)
+        return Evaluator(plan.metric, plan.settings).evaluate(programs, plan.valset, phase, kind)
 
     def _two_by_two(self, parent: dspy.Module, tuned: dspy.Module) -> dict[str, Evaluation]:
         """Evaluations of {base, tuned weights} x {the student's prompts, the prompts before this step}, where those

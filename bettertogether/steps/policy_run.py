@@ -24,7 +24,7 @@ from ..printable import get_logger
 from ..programs.program import change_lms, predictors_of
 from ..records import SCHEMA, Ledger, RewardLine, Saved, read
 from ..rollouts.branches import BranchPoint, branch_points
-from ..rollouts.evaluation import evaluate_many
+from ..rollouts.evaluation import Evaluator
 from ..rollouts.metrics import FULL_MARK, Metric, is_above_one, reaches, require_from_zero
 from ..rollouts.rollout import Attempt, Call
 from ..rollouts.settings import RunSettings
@@ -267,9 +267,9 @@ class PolicyRun:
             return None
         # What it started from is scored as it was given; what it comes to has no demos where they fade.
         program = self._program(with_demos=step == 0 or not self.policy.fade_demos, sampled=False)
-        settings = replace(self.settings, store=None)
+        evaluator = Evaluator(self.metric, replace(self.settings, store=None))
         phase = f"step {step} of {self.policy.steps}: score"
-        scored = evaluate_many([program], self.held_out, self.metric, settings, phase=phase, kind="eval_minibatch")[0]
+        scored = evaluator.evaluate([program], self.held_out, phase, "eval_minibatch")[0]
         require_from_zero(scored.scores)
         self.state = replace(self.state, ledger=self.state.ledger + scored.ledger)
         return scored.mean

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from tasks import Sentiment, sentiment_data, sentiment_match
 
 from bettertogether import default_model, local_lm
-from bettertogether.rollouts.evaluation import evaluate_many
+from bettertogether.rollouts.evaluation import Evaluator
 from bettertogether.rollouts.settings import RunSettings
 
 
@@ -42,7 +42,7 @@ def milliseconds(programs: list[dspy.Predict], examples: list[dspy.Example], thr
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        evaluate_many(programs, examples[:shares], sentiment_match, RunSettings(num_threads=threads))
+        Evaluator(sentiment_match, RunSettings(num_threads=threads)).evaluate(programs, examples[:shares], "score")
         times.append(1000 * (time.perf_counter() - started) / (shares * len(programs)))
     return statistics.median(times[1:])
 

@@ -12,7 +12,7 @@ from fakes import numbers, parity_engine, parity_match, parity_program, right, w
 
 from bettertogether.errors import ConfigError, DataError, ProgramError, TooManyErrors
 from bettertogether.records import Ledger
-from bettertogether.rollouts.evaluation import Evaluation, compare, evaluate, evaluate_many
+from bettertogether.rollouts.evaluation import Evaluation, Evaluator, compare, evaluate
 from bettertogether.rollouts.rollout import RolloutStore
 from bettertogether.rollouts.settings import RunSettings
 from bettertogether.testing import FakeEngine
@@ -112,7 +112,7 @@ def test_programs_scored_together_have_the_scores_that_each_has_alone() -> None:
         return parity_program(parity_engine(lambda _, number: number % knows_multiples_of == 0))
 
     programs = [program(1), program(2), program(3)]
-    together = evaluate_many(programs, numbers(7), parity_match)
+    together = Evaluator(parity_match).evaluate(programs, numbers(7), "score")
     assert [result.scores for result in together] == [
         evaluate(program, numbers(7), parity_match).scores for program in programs
     ]
@@ -127,7 +127,7 @@ def test_programs_scored_together_are_in_flight_together() -> None:
         return True
 
     programs = [parity_program(parity_engine(wait_for_the_other)) for _ in range(2)]
-    results = evaluate_many(programs, numbers(1), parity_match, RunSettings(num_threads=2))
+    results = Evaluator(parity_match, RunSettings(num_threads=2)).evaluate(programs, numbers(1), "score")
     assert [result.mean for result in results] == [1.0, 1.0]
 
 
@@ -136,13 +136,13 @@ def test_each_program_has_its_own_count_of_errors() -> None:
         return 1 / example.number
 
     programs = [parity_program(parity_engine(lambda *_: True)) for _ in range(3)]
-    results = evaluate_many(programs, numbers(2), metric, RunSettings(max_errors=1))
+    results = Evaluator(metric, RunSettings(max_errors=1)).evaluate(programs, numbers(2), "score")
     assert [result.scores for result in results] == [(0.0, 1.0)] * 3
 
 
 def test_no_examples_are_no_scores() -> None:
     programs = [parity_program(parity_engine(lambda *_: True))] * 2
-    assert [result.scores for result in evaluate_many(programs, [], parity_match)] == [(), ()]
+    assert [result.scores for result in Evaluator(parity_match).evaluate(programs, [], "score")] == [(), ()]
 
 
 @pytest.mark.parametrize(
