@@ -32,17 +32,10 @@ def mean_interval(
 ) -> Interval:
     """Bootstrap interval of the mean of per-example scores. See `paired_interval`. Where all are 0 or all
     are 1 it is Clopper and Pearson's: [0.735, 1] of twelve."""
-    return _bootstrap(_vector(scores, "scores"), confidence, seed, resamples, lowest=0.0)
+    return _bootstrap(_vector(scores, "scores"), 0.0, confidence=confidence, seed=seed, resamples=resamples)
 
 
-def paired_interval(
-    scores: Sequence[float],
-    baseline_scores: Sequence[float],
-    *,
-    confidence: float = 0.95,
-    seed: int = 0,
-    resamples: int = 2000,
-) -> Interval:
+def paired_interval(scores: Sequence[float], baseline_scores: Sequence[float], *, confidence: float = 0.95) -> Interval:
     """Bootstrap interval of the mean gain over a baseline on the same examples, in the same order.
 
     Examples are resampled, each with its own difference, so what makes an example hard for both programs cancels
@@ -57,7 +50,7 @@ def paired_interval(
             f"paired_interval got {len(new)} scores and {len(old)} baseline scores: give the scores of both programs "
             "on the same examples, in the same order."
         )
-    return _bootstrap(new - old, confidence, seed, resamples, _lowest_gain(new, old))
+    return _bootstrap(new - old, _lowest_gain(new, old), confidence=confidence)
 
 
 def share_interval(count: int, total: int, *, confidence: float = 0.95) -> Interval:
@@ -93,9 +86,7 @@ class Attribution:
     """Tuned weights with new prompts, over the student."""
 
 
-def attribution(
-    two_by_two: Mapping[str, Sequence[float]], *, confidence: float = 0.95, seed: int = 0, resamples: int = 2000
-) -> Attribution:
+def attribution(two_by_two: Mapping[str, Sequence[float]]) -> Attribution:
     """Split the gain of a program into weights, prompts and their interaction, from per-example scores of the 2x2.
 
     `two_by_two` has the keys of `CELLS`, each with one score per example, on the same examples in the same order.
@@ -113,7 +104,7 @@ def attribution(
     lowest = _lowest_gain(base_old, base_new, tuned_old, tuned_new)
 
     def effect(differences: np.ndarray[Any, Any]) -> Effect:
-        return Effect(float(differences.mean()), *_bootstrap(differences, confidence, seed, resamples, lowest))
+        return Effect(float(differences.mean()), *_bootstrap(differences, lowest))
 
     return Attribution(
         weights=effect(tuned_old - base_old),
@@ -143,7 +134,12 @@ def _lowest_gain(*scores: np.ndarray[Any, Any]) -> float | None:
 
 
 def _bootstrap(
-    values: np.ndarray[Any, Any], confidence: float, seed: int, resamples: int, lowest: float | None = None
+    values: np.ndarray[Any, Any],
+    lowest: float | None,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = 2000,
 ) -> Interval:
     """Percentile bootstrap of the mean, widened as Student's t is over the normal ("expanded percentile interval",
     Hesterberg 2015, arXiv:1411.5279, section 5.3), without which intervals over few examples are too narrow. `lowest`
