@@ -5,10 +5,9 @@ from __future__ import annotations
 import enum
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import dspy
 import numpy as np
@@ -178,12 +177,7 @@ def _distinct(examples: Iterable[dspy.Example], asked: Set[object]) -> Iterator[
 def _shown(program: dspy.Module) -> str:
     """What the prompts show; a labelled example and a trace of the same answer show the same."""
     demos = {
-        name: [sorted((key, value) for key, value in demo.items() if key != "augmented") for demo in shown]
-        for name, shown in demo_states(program).items()
+        name: [sorted((key, value) for key, value in demo.items() if key != "augmented") for demo in predictor.demos]
+        for name, predictor in predictors_of(program).items()
     }
     return repr((demos, [predictor.signature.dump_state() for predictor in program.predictors()]))
-
-
-def demo_states(program: dspy.Module) -> Mapping[str, list[dict[str, Any]]]:
-    """The demos by predictor, as plain dicts."""
-    return {name: [dict(demo.items()) for demo in p.demos] for name, p in predictors_of(program).items()}

@@ -17,7 +17,7 @@ from bettertogether.rollouts.rollout import Call
 from bettertogether.rollouts.traces import ExamplePass, Trace, collect_traces
 from bettertogether.rollouts.tries import Sampling
 from bettertogether.steps.demo_fit import DemoFit
-from bettertogether.steps.demo_sets import Candidate, DemoSets, demo_states, demos_of, labelled_demo
+from bettertogether.steps.demo_sets import Candidate, DemoSets, demos_of, labelled_demo
 from bettertogether.steps.prompt_capture import render_prompt
 
 
@@ -250,12 +250,6 @@ def test_the_longest_example_decides_whether_demos_fit() -> None:
     assert candidate is not None
     longest = render_prompt(program, engine, dict(long.inputs()), candidate.program.demos)
     assert len(engine.prompt_tokens(longest)) + 256 <= engine.max_length
-
-
-def test_demo_states_are_plain_dicts_by_predictor() -> None:
-    program = parity_program(parity_engine(lambda *_: True))
-    program.demos = numbers(1)
-    assert demo_states(program) == {"self": [{"number": 0, "parity": "even"}]}
 
 
 def test_a_candidates_mean_is_that_of_its_scores_so_far() -> None:
