@@ -166,6 +166,12 @@ class StepRecord(Saved):
         """How many valset examples failed."""
         return sum(failure.count for failure in self.failures)
 
+    @property
+    def cells(self) -> Mapping[str, tuple[float, ...]] | None:
+        """Scores by example of each of `CELLS`; None where they were not all measured."""
+        measured = self.two_by_two or {}
+        return {cell: measured[cell] for cell in CELLS} if all(map(measured.get, CELLS)) else None
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {"schema": SCHEMA, **asdict(self)}

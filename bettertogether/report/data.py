@@ -9,7 +9,6 @@ from typing import Annotated, Any, Self
 
 from ..errors import DataError
 from ..records import (
-    CELLS,
     SCHEMA,
     SHOWN,
     Ledger,
@@ -101,18 +100,14 @@ class ReportData(Saved):
     @property
     def two_by_two_round(self) -> StepRecord | None:
         """The round whose 2x2 is shown: the selected one, or else the last for which it was measured."""
-        for record in (self.selected_round, *reversed(self.rounds)):
-            cells = record.two_by_two
-            if cells and all(cells.get(cell) for cell in CELLS):
-                return record
-        return None
+        rounds = (self.selected_round, *reversed(self.rounds))
+        return next((record for record in rounds if record.cells is not None), None)
 
     @property
     def two_by_two(self) -> Mapping[str, Sequence[float]] | None:
         """Per-example scores of the 2x2 of weights and prompts (keys: `records.CELLS`) of `two_by_two_round`."""
         record = self.two_by_two_round
-        cells = None if record is None else record.two_by_two
-        return {cell: cells[cell] for cell in CELLS} if cells else None
+        return None if record is None else record.cells
 
     @property
     def attribution(self) -> Attribution | None:

@@ -28,7 +28,7 @@ import dspy
 from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from ..records import CELLS, DataCard, StepRecord, WeightDetails
+from ..records import DataCard, StepRecord, WeightDetails
 from ..report.intervals import Effect, paired_interval
 from ..rollouts.metrics import FULL_MARK, passes
 from ..steps.adapter_step import AdapterStep
@@ -197,10 +197,8 @@ def _effect(scores: Sequence[float], before: Sequence[float]) -> Effect:
 
 def _effect_of_prompts(record: StepRecord) -> Effect | None:
     """What the prompts before a weight step do under its weights, over the student's; None where it is not known."""
-    cells = record.two_by_two or {}
-    if not all(cells.get(cell) for cell in CELLS):
-        return None
-    return _effect(cells["tuned_new"], cells["tuned_old"])
+    cells = record.cells
+    return None if cells is None else _effect(cells["tuned_new"], cells["tuned_old"])
 
 
 def _share_of_own(card: DataCard) -> float:
