@@ -92,7 +92,7 @@ class TrainingStep(AdapterStep):
         events.told(*collected.card.warnings)
         folder = self._folder(context)
         starts = self._starts(trainable)
-        split = self._split_by_adapter(collected, trainable, context.settings.seed)
+        split = self.split(collected.rows, collected.held_out, trainable, context.settings.seed)
         results = self._train(split, starts, context.settings.seed, folder)
         out_of_time = events.told(*time_warnings(results.values(), self.training.max_minutes))
         trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
@@ -147,6 +147,16 @@ class TrainingStep(AdapterStep):
     ) -> Sequence[dspy.Example]:
         """The examples of the valset on which the epoch is chosen, where any is."""
         return super().measured(trainset, valset, seed) if self.training.keep_best else ()
+
+    def split(
+        self, rows: Sequence[Row], held_out: Sequence[Row], trainable: Trainable, seed: int | None
+    ) -> dict[AdapterKey, tuple[list[Row], list[Row]]]:
+        """The rows of each adapter to train on, and those held out: of `held_out`, or where these are too few, some of
+        the others."""
+        groups = rows_by_adapter(rows, trainable, multitask=self.multitask)
+        apart = rows_by_adapter(held_out, trainable, multitask=self.multitask)
+        drawn = self._seeded(seed).seed
+        return {key: self._split(group, apart.get(key, ()), drawn) for key, group in groups.items()}
 
     def _learning(self, context: StepContext) -> StepContext:
         """The context with those teachers that are asked."""
@@ -232,15 +242,6 @@ class TrainingStep(AdapterStep):
             )
 
         return tell
-
-    def _split_by_adapter(
-        self, collected: Collected, trainable: Trainable, seed: int | None
-    ) -> dict[AdapterKey, tuple[list[Row], list[Row]]]:
-        """The rows of each adapter to train on, and those held out."""
-        groups = rows_by_adapter(collected.rows, trainable, multitask=self.multitask)
-        apart = rows_by_adapter(collected.held_out, trainable, multitask=self.multitask)
-        drawn = self._seeded(seed).seed
-        return {key: self._split(group, apart.get(key, ()), drawn) for key, group in groups.items()}
 
     def _split(self, rows: Sequence[Row], apart: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
         """Rows to train on, and rows held out: those that are `apart` already, or some of them, by example; none where

@@ -11,7 +11,7 @@ import dspy
 from ..rollouts.graded import are_few
 from ..training.auto import auto_epochs
 from ..training.length import RunLength
-from .adapter_rows import adapter_key, held_out_count, hold_out, rows_by_adapter
+from .adapter_rows import adapter_key, held_out_count
 from .given_rows import given_rows
 from .step import StepContext
 from .work import ExpectedTries, Outlook, Work
@@ -25,8 +25,8 @@ def training_work(step: TrainingStep, student: dspy.Module, context: StepContext
     seed, share = context.settings.seed or 0, step.validation_share if step.training.keep_best else 0.0
     trainable = step.trainable(student)
     if context.rows is not None:
-        groups = rows_by_adapter(given_rows(step, student, context.rows, trainable)[0], trainable, step.multitask)
-        splits = [hold_out(rows, share, seed) for rows in groups.values()]
+        given, _ = given_rows(step, student, context.rows, trainable)
+        splits = step.split(given, (), trainable, context.settings.seed).values()
         return sum((_training(step, len(rows), len(held_out), outlook) for rows, held_out in splits), Work())
     adapters = len({adapter_key(name, lm, step.multitask) for name, (_, lm) in trainable.items()})
     measured = step.measured(context.trainset, context.valset or (), seed)

@@ -26,6 +26,7 @@ from bettertogether.steps.given_rows import given_rows
 from bettertogether.steps.rows import NO_EXAMPLE, Row, write_rows
 from bettertogether.steps.step import StepContext
 from bettertogether.steps.work import Outlook
+from bettertogether.training.config import TrainingConfig
 
 
 def given(predictor: str, number: int, example: int = NO_EXAMPLE) -> Row:
@@ -52,6 +53,16 @@ def test_rows_may_come_from_a_file_of_the_home_folder(tmp_path: Path, monkeypatc
     from_file = step().compile(parity_program(engine), trainset=[], rows=path)
     from_runs = step().compile(parity_program(engine), trainset=numbers(4))
     assert from_file.lm.model == from_runs.lm.model
+
+
+def test_of_rows_given_as_many_are_expected_to_be_held_out_as_are() -> None:
+    engine = parity_engine(lambda *_: True)
+    rows = [given("self", 100 * i + j, i) for i in range(40) for j in range(i + 1)]
+    optimizer = step(validation_share=0.1, training=TrainingConfig(epochs=1, seed=3))
+    outlook = Outlook(solved=0.5, again=0.5, hinted=1.0, learned=None)
+    work = optimizer.work(parity_program(engine), StepContext([], rows=rows), outlook)
+    optimizer.compile(parity_program(engine), trainset=[], rows=rows)
+    assert work.trained_rows == len(engine.trainings[0])
 
 
 def test_rows_without_a_predictor_go_to_every_lm_of_a_multitask_run() -> None:
