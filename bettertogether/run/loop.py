@@ -192,7 +192,7 @@ class Loop:
             # A list of its own, as the trainset: one that a step shuffled would be scored in another order.
             valset=list(plan.valset) or None,
             teachers=plan.teachers,
-            original=plan.student,
+            restart_from=plan.student,
             earlier=earlier_programs(parent, self._rounds_before(steps)),
             folder=self.directory.adapters,
             settings=plan.settings,

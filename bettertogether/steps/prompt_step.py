@@ -165,7 +165,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         TooManyErrors.
         """
         settings = RunSettings(num_threads, max_errors, seed, store)
-        context = StepContext(trainset, valset, as_programs(teacher), original=restart_from, settings=settings)
+        context = StepContext(trainset, valset, as_programs(teacher), restart_from=restart_from, settings=settings)
         self.last = self.run(student, context)
         return self.last.program
 
@@ -175,12 +175,12 @@ class BootstrapFewShotRS(Step, Teleprompter):
         require_program(student)
         check_examples(context.trainset, "trainset")
         check_examples(context.valset or (), "valset")
-        if context.original is not None:
-            require_program(context.original, "restart_from")
+        if context.restart_from is not None:
+            require_program(context.restart_from, "restart_from")
         settings = self._settings(context.settings)
         seed = settings.seed or 0
         train, validation = self.split(context.trainset, context.valset, seed)
-        start = self._start(student, context.original)
+        start = self._start(student, context.restart_from)
         options = ExamplePass(self.metric, self.threshold, settings, phase="bootstrap demos")
         traces = collect_traces(start, train, options, sampling=self.sampling, teachers=context.teachers)
         warnings = [*traces.warnings, *events.told(*self._no_demos(traces))]

@@ -23,6 +23,7 @@ from ..rollouts.settings import RunSettings
 from .rows import Row
 from .work import Outlook, Work
 
+_OWN = ("trainset", "valset", "restart_from", "rows", "folder")
 _SETTINGS = ("num_threads", "max_errors", "seed", "store")
 
 
@@ -35,7 +36,7 @@ class StepContext:
     """Examples to choose on; None: the step holds out some of the trainset."""
     teachers: Sequence[dspy.Module] = ()
     """Programs whose runs are learned from instead of the student's."""
-    original: dspy.Module | None = None
+    restart_from: dspy.Module | None = None
     """The program as it was before any step, from whose prompts a restart starts."""
     earlier: Sequence[dspy.Module] = ()
     """Programs whose prompts deserve another look, best first: what earlier rounds found. Their LMs don't matter."""
@@ -47,11 +48,9 @@ class StepContext:
 
     def with_arguments(self, given: Mapping[str, Any]) -> StepContext:
         """This context with the user's own arguments for `compile` in place of the run's."""
-        changed = {name: given[name] for name in ("trainset", "valset", "rows", "folder") if name in given}
+        changed = {name: given[name] for name in _OWN if name in given}
         if "teacher" in given:
             changed["teachers"] = as_programs(given["teacher"])
-        if "restart_from" in given:
-            changed["original"] = given["restart_from"]
         settings = replace(self.settings, **{name: given[name] for name in _SETTINGS if name in given})
         return replace(self, settings=settings, **changed)
 

@@ -24,7 +24,7 @@ def with_demos(engine: FakeEngine, *demos: int, instructions: str | None = None)
 
 
 def looked_at_again(earlier: list[dspy.Module], student: dspy.Module, **options: Any) -> StepResult:
-    context = StepContext(numbers(40), original=parity_program(student.lm.engine), earlier=earlier)
+    context = StepContext(numbers(40), restart_from=parity_program(student.lm.engine), earlier=earlier)
     options = {"num_samples": 0, "rescue": False, "race": False, "num_candidates": 4, **options}
     return BootstrapFewShotRS(parity_match, **options).run(student, context)
 
@@ -91,7 +91,7 @@ def test_the_prompts_given_are_not_taken_for_equal_before_all_of_their_scores_on
     optimizer = BootstrapFewShotRS(parity_match, num_candidates=0, max_labeled_demos=0)
     hard = optimizer.split(trainset, valset, 0)[1][-1].number
     engine = parity_engine(lambda request, number: number != hard or request.demos > 0)
-    result = optimizer.run(with_demos(engine, 95), StepContext(trainset, valset, original=parity_program(engine)))
+    result = optimizer.run(with_demos(engine, 95), StepContext(trainset, valset, restart_from=parity_program(engine)))
     scores = {candidate.name: (candidate.score, candidate.stopped) for candidate in prompt_details(result).candidates}
     assert scores == {"current": (1.0, False), "zero-shot": (39 / 40, False)}
     assert prompt_details(result).chosen == "current"

@@ -56,7 +56,8 @@ def test_the_users_own_arguments_for_compile_win_over_the_runs() -> None:
     changed = context.with_arguments(
         {"trainset": TRAIN[:2], "valset": None, "teacher": other, "restart_from": other, "seed": None, "max_errors": 9}
     )
-    assert (changed.trainset, changed.valset, changed.teachers, changed.original) == (TRAIN[:2], None, [other], other)
+    assert (changed.trainset, changed.valset, changed.teachers) == (TRAIN[:2], None, [other])
+    assert changed.restart_from is other
     assert changed.settings == RunSettings(2, 9, None, context.settings.store)
     assert context.with_arguments({"rows": [row(1)], "folder": None}).rows == [row(1)]
 
