@@ -55,8 +55,6 @@ from .events import (
     WarningEvent,
     emit,
     listening,
-    require_callbacks,
-    run_end_on_error,
     warn,
 )
 from .mlflow import MLflowCallback
@@ -81,7 +79,5 @@ __all__ = [
     "WarningEvent",
     "emit",
     "listening",
-    "require_callbacks",
-    "run_end_on_error",
     "warn",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 from ..printable import printable
@@ -39,10 +39,10 @@ class Curve:
     color: str
     dots: bool = False
     """Mark each point, as for the few values of a held-out loss."""
-    width: float = field(default=2.0)
+    width: float = 2.0
 
 
-def forest_plot(rows: Sequence[ForestRow], reference: float | None, number_text: Mapping[float, str]) -> str:
+def forest_plot(rows: Sequence[ForestRow], reference: float, number_text: Mapping[float, str]) -> str:
     """Values with intervals, one below the other on one scale; a dashed line at `reference`.
 
     `number_text` maps the ticks to their texts; see `ticks`.
@@ -59,10 +59,9 @@ def forest_plot(rows: Sequence[ForestRow], reference: float | None, number_text:
     return f'<div class="forest">{"".join(lines)}{axis}</div>'
 
 
-def _forest_row(row: ForestRow, at: Callable[[float], str], scale: Sequence[float], reference: float | None) -> str:
+def _forest_row(row: ForestRow, at: Callable[[float], str], scale: Sequence[float], reference: float) -> str:
     parts = [f'<line class="grid" x1="{at(tick)}" x2="{at(tick)}" y1="0" y2="100%"/>' for tick in scale]
-    if reference is not None:
-        parts.append(f'<line class="reference" x1="{at(reference)}" x2="{at(reference)}" y1="0" y2="100%"/>')
+    parts.append(f'<line class="reference" x1="{at(reference)}" x2="{at(reference)}" y1="0" y2="100%"/>')
     if row.value is not None:
         if math.isfinite(row.low):
             parts.append(f'<line class="interval" x1="{at(row.low)}" x2="{at(row.high)}" y1="50%" y2="50%"/>')

@@ -77,11 +77,6 @@ class Rollout:
     strayed: bool = False
     """It was to answer one call of an earlier run anew, and never came to it."""
 
-    @property
-    def outputs(self) -> list[Any]:
-        """The values of all output fields of all calls."""
-        return [value for call in self.calls for value in call.outputs.values()]
-
 
 @dataclass(frozen=True)
 class Attempt:

@@ -180,7 +180,8 @@ class ExamplePass:
         prediction = snapshot(run.prediction)
         with billed() as bill:
             verdict, failed = self._verdict(snapshot(example), prediction, run)
-        if attempt.source == "rescue" and (verdict.passed or verdict.score) and talks_about_hint(run.outputs):
+        answers = (value for call in run.calls for value in call.outputs.values())
+        if attempt.source == "rescue" and (verdict.passed or verdict.score) and talks_about_hint(answers):
             verdict = replace(verdict, passed=False, reason="answer talks about the hint")
         judged = run.error is None and self.metric is not None
         return Trace(

@@ -58,15 +58,10 @@ _LOCKS = ("lock", "lock.owner")
 _TEMPORARY = re.compile(r"\..+\.tmp")
 
 
-def default_run_directory(key: str) -> Path:
-    """Where the run with a name of its own lives when no `run_dir` is given."""
-    return cache_folder().absolute() / "runs" / key
-
-
 def new_run_directory() -> Path:
     """A folder under the cache that no run has yet."""
     started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return default_run_directory(f"{started}-{uuid.uuid4().hex[:8]}")
+    return cache_folder().absolute() / "runs" / f"{started}-{uuid.uuid4().hex[:8]}"
 
 
 def checked_folder(run_dir: Any) -> Path:

@@ -22,7 +22,7 @@ from forking import Programs, programs_that_import
 from bettertogether.errors import RunDirectoryError
 from bettertogether.files import atomic_write
 from bettertogether.records import OtherDetails
-from bettertogether.run.directory import RunDirectory, default_run_directory
+from bettertogether.run.directory import RunDirectory, new_run_directory
 from bettertogether.run.same_call import WHOLE
 
 APPEND_FOREVER = """
@@ -338,9 +338,9 @@ def test_a_record_with_an_unpaired_surrogate_comes_back(tmp_path: Path) -> None:
 
 def test_the_default_directory_is_under_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BETTERTOGETHER_CACHE", str(tmp_path))
-    assert default_run_directory("abc") == tmp_path / "runs" / "abc"
+    assert new_run_directory().parent == tmp_path / "runs"
     monkeypatch.delenv("BETTERTOGETHER_CACHE")
-    assert default_run_directory("abc") == Path.home() / ".cache" / "bettertogether" / "runs" / "abc"
+    assert new_run_directory().parent == Path.home() / ".cache" / "bettertogether" / "runs"
 
 
 def test_a_folder_that_a_kill_left_of_an_artifact_saved_here_is_removed(tmp_path: Path) -> None:
