@@ -76,7 +76,7 @@ class ProgressEvent(TypedDict):
     """A pass over examples begins (nothing is done) or moved on."""
 
     phase: str
-    """What is being done, such as "traces" or "evaluate 2/6"."""
+    """What is being done, such as "collect training data" or "score p -> w"."""
     done: int
     total: int
     at_once: NotRequired[int]

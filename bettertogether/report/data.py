@@ -74,7 +74,7 @@ class ReportData(Saved):
 
     @property
     def lm_calls(self) -> int:
-        """Calls of predictors to their LMs in the whole run, cache hits included."""
+        """Calls of LMs by the program and by the metric in the whole run, cache hits included."""
         return self.ledger.lm_calls
 
     def gain(self, position: int) -> Effect | None:

@@ -126,19 +126,19 @@ class BudgetWatch(events.Callback):
         if event["done"]:
             ledger = event.get("ledger") or Ledger()
             # A run that failed before its metric was called counts as a call, too.
-            self._charge(ledger if ledger.metric_calls else replace(ledger, metric_calls=1))
+            self._charge_and_check(ledger if ledger.metric_calls else replace(ledger, metric_calls=1))
 
     def on_training(self, event: events.TrainingEvent) -> None:
         tokens, adapter = event["progress"].tokens, event.get("adapter", "")
         new = max(0, tokens - self._trained[adapter])
         self._trained[adapter] = tokens
-        self._charge(Ledger(trained_tokens=new))
+        self._charge_and_check(Ledger(trained_tokens=new))
 
-    def _charge(self, ledger: Ledger) -> None:
+    def _charge_and_check(self, ledger: Ledger) -> None:
         self.charge(ledger)
         self._meter.check()
 
     def charge(self, ledger: Ledger) -> None:
-        """Add work that no event tells of."""
+        """Add work that was done, without a look at the budget."""
         self._spent += ledger
         self._meter.charge(ledger)

@@ -96,6 +96,7 @@ class RunDirectory:
         self.unscored = unscored
         """What a step gave whose round no earlier sitting scored to its end."""
         self._aside = None if unscored is None else unscored.strategy
+        """The round whose step is set aside on disk now, this sitting's too."""
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], run: Mapping[str, Any]) -> Self:
