@@ -207,14 +207,14 @@ def _merge(
 
     adapter = inside(root, record["adapter"])
     require_content(adapter, record["model"])
-    base = base_model or record["base"]
     try:
-        compare_base(record, Base.at(base), chosen=base_model is not None)
+        base = Base.at(base_model or record["base"])
+        compare_base(record, base, chosen=base_model is not None)
         if gguf:
             template_kwargs = record["engine_options"].get("chat_template_kwargs")
-            merge_to_gguf(base, adapter, target, template_kwargs, record["options"])
+            merge_to_gguf(base.base_name, adapter, target, template_kwargs, record["options"])
         else:
-            merge_adapter(base, adapter, target)
+            merge_adapter(base.base_name, adapter, target)
     except (ModelError, RunDirectoryError) as error:
         raise ArtifactError(f"{root} can't be merged: {error}") from error
     return target

@@ -30,7 +30,8 @@ GGUF_FILE = "model.gguf"
 def merge_adapter(base: str | Path, adapter: Path, out: Path) -> None:
     """Write base plus adapter to `out`, in the base's own precision, with its tokenizer. Raises ModelError.
 
-    `out` must be new or empty; it appears when it is complete. Needs memory for the base and one layer in float32.
+    `base` is a transformers folder or a hub id; see `Base.at`. `out` must be new or empty; it appears when it is
+    complete. Needs memory for the base and one layer in float32.
     """
     model, tokenizer = _merged(base, adapter)
     with _written_whole(out) as work:
@@ -71,7 +72,7 @@ def _written_whole(out: Path) -> Iterator[Path]:
 
 def _merged(base: str | Path, adapter: Path) -> tuple[Any, Any]:
     config = read_adapter_config(adapter)
-    model, tokenizer = _load(str(located(base)))
+    model, tokenizer = _load(str(base))
     _merge(model, read_weights(adapter, config, linear_shapes(model)), adapter)
     return model, tokenizer
 
