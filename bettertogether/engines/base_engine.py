@@ -31,6 +31,7 @@ from .loading import located, read_card, readable
 from .options import EngineOptions, plain
 from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, PolicySession, TrainingRow, require_adapter
 from .rendering import PromptRenderer, messages_of
+from .streaming import Streaming
 from .strength import scaled_folder
 from .structured import GrammarCompiler, structured_output_available
 from .training_turn import TrainingTurn
@@ -43,7 +44,7 @@ DEFAULT_MAX_TOKENS = 1024
 PARAMS = frozenset({"temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "logprobs", "store"})
 
 
-class BaseEngine:
+class BaseEngine(Streaming):
     """Base of an engine: `copy`, `deepcopy` and `pickle` of it give the same engine.
 
     A subclass's arguments are the model, `adapters` (PEFT folders to serve from the start) and the fields of its
@@ -333,10 +334,6 @@ class BaseEngine:
 
     async def complete_async(self, request: Request) -> Response:
         """`complete` for an event loop."""
-        raise NotImplementedError
-
-    def stream_async(self, request: Request) -> AsyncIterator[StreamEvent]:
-        """`stream` for an event loop."""
         raise NotImplementedError
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,6 @@ from ...training.config import LoRAConfig, TrainingConfig
 from ...training.lending import ModelState, lent_out
 from ...training.precision import give_back_memory, is_out_of_memory
 from ...training.progress import ProgressFunction, TrainingProgress
-from .._upstream import StreamEvent
 from ..adapters import AdapterBank, linear_shapes
 from ..answers import FinishedAnswer, TokenScore
 from ..base_engine import PARAMS, AsyncSide, BaseEngine
@@ -32,6 +30,7 @@ from ..loading import load_model, meta_model, model_to_train
 from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult, TrainingRow, adapter_model_name
 from ..responses import ResponseWriter
+from ..streaming import Put
 from ..structured import structured_output_available
 from .choice import make_decoder
 from .closing import ClosingConstraint
@@ -102,59 +101,32 @@ class TransformersEngine(BaseEngine):
         self._scheduler.submit(job)
         return self._writer.response(request, _wait(job.future))
 
-    def stream(self, request: Request) -> Iterator[StreamEvent]:
-        """Answer one request as events, each sent when its tokens are decided."""
-        events: SimpleQueue[tuple[str, Sequence[TokenScore]] | None] = SimpleQueue()
-        job = self._job(request)
-        job.sink = lambda text, scores: events.put((text, scores))
-        job.future.add_done_callback(lambda _: events.put(None))
-        return self._events(request, job, events)
+    def _begin(self, request: Request, put: Put) -> Callable[[], object]:
+        job, deltas = self._job(request), self._writer.deltas()
 
-    def _events(self, request: Request, job: Job, events: SimpleQueue[Any]) -> Iterator[StreamEvent]:
+        def take(text: str, scores: Sequence[TokenScore]) -> None:
+            for event in deltas(text, scores):
+                put(event)
+
+        def end(future: Future[FinishedAnswer]) -> None:
+            try:
+                last = self._writer.end(future.result())
+                for event in (*deltas.finish(), last, None):
+                    put(event)
+            except BaseException as error:
+                put(error)
+
+        job.sink = take
+        job.future.add_done_callback(end)
+        put(self._writer.start(request))
         self._scheduler.submit(job)
-        try:
-            yield self._writer.start(request)
-            deltas = self._writer.deltas()
-            while (piece := events.get()) is not None:
-                yield from deltas(*piece)
-            yield from deltas.finish()
-            yield self._writer.end(_wait(job.future))
-        finally:
-            job.future.cancel()
+        return job.future.cancel
 
     async def complete_async(self, request: Request) -> Response:
         """`complete` for an event loop."""
         job = self._job(request)
         self._scheduler.submit(job)
         return self._writer.response(request, await asyncio.wrap_future(job.future))
-
-    async def stream_async(self, request: Request) -> AsyncIterator[StreamEvent]:
-        """`stream` for an event loop."""
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[tuple[str, Sequence[TokenScore]] | None] = asyncio.Queue()
-        job = self._job(request)
-
-        def tell(event: tuple[str, Sequence[TokenScore]] | None) -> None:
-            try:
-                loop.call_soon_threadsafe(events.put_nowait, event)
-            except RuntimeError:
-                # The loop was closed: nobody reads this stream any more.
-                job.future.cancel()
-
-        job.sink = lambda text, scores: tell((text, scores))
-        job.future.add_done_callback(lambda _: tell(None))
-        self._scheduler.submit(job)
-        try:
-            yield self._writer.start(request)
-            deltas = self._writer.deltas()
-            while (piece := await events.get()) is not None:
-                for event in deltas(*piece):
-                    yield event
-            for event in deltas.finish():
-                yield event
-            yield self._writer.end(job.future.result())
-        finally:
-            job.future.cancel()
 
     @property
     def asynchronous(self) -> AsyncTransformersEngine:

@@ -11,8 +11,7 @@ from typing import Any
 
 import httpx
 
-Put = Callable[[Any], Any]
-"""Takes each event; an exception where reading failed; None at the end."""
+from ..streaming import Put
 
 
 class StreamReader:

@@ -6,13 +6,12 @@ import asyncio
 import json
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -36,6 +35,7 @@ from ..loading import model_to_train, pick_device, pick_dtype
 from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult
 from ..responses import ResponseWriter
+from ..streaming import Put
 from ..structured import after_thoughts, answer_grammar
 from .api import Piece, answer_of, pieces_of, sampled_of, sampling_fields
 from .fleet import Fleet, meet
@@ -44,7 +44,7 @@ from .member import Adapter, Member
 from .options import VLLMOptions, is_cut, server_options_for
 from .serve_options import replicas
 from .server import VLLMServer
-from .stream import Put, StreamReader
+from .stream import StreamReader
 
 if TYPE_CHECKING:
     from ...training.policy import PolicyTraining
@@ -164,42 +164,16 @@ class VLLMEngine(BaseEngine):
                 answer = replace(answer, sampled=sampled_of(choice, request, body["prompt"]))
         return self._writer.response(request, answer)
 
-    def stream(self, request: Request) -> Iterator[StreamEvent]:
-        """Answer one request as events."""
-        events: SimpleQueue[Any] = SimpleQueue()
-        reader = self._reader(request, events.put)
-        try:
-            while (event := events.get()) is not None:
-                yield _event(event)
-        finally:
-            reader.stop()
-
-    async def complete_async(self, request: Request) -> Response:
-        """`complete` for an event loop."""
-        return await asyncio.wrap_future(self._pool.submit(copy_context().run, self.complete, request))
-
-    async def stream_async(self, request: Request) -> AsyncIterator[StreamEvent]:
-        """`stream` for an event loop."""
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Any] = asyncio.Queue()
-
-        def put(event: Any) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody takes events any more
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        reader = self._reader(request, put)
-        try:
-            while (event := await events.get()) is not None:
-                yield _event(event)
-        finally:
-            reader.stop()
-
-    def _reader(self, request: Request, put: Put) -> StreamReader:
+    def _begin(self, request: Request, put: Put) -> Callable[[], object]:
         request = self._named(request)
         body = self._body(request) | {"stream": True, "stream_options": {"include_usage": True}}
         reader = StreamReader(put)
         reader.start(self._pool, lambda reader: self._events(request, body, reader))
-        return reader
+        return reader.stop
+
+    async def complete_async(self, request: Request) -> Response:
+        """`complete` for an event loop."""
+        return await asyncio.wrap_future(self._pool.submit(copy_context().run, self.complete, request))
 
     def _events(self, request: Request, body: Mapping[str, Any], reader: StreamReader) -> Iterator[StreamEvent]:
         with self._gate.together(self._kind(request.model)):
@@ -371,9 +345,3 @@ class AsyncVLLMEngine(AsyncSide):
     """A `VLLMEngine` whose `complete` is awaited."""
 
     engine_class = VLLMEngine
-
-
-def _event(event: Any) -> StreamEvent:
-    if isinstance(event, BaseException):
-        raise event
-    return event
