@@ -50,11 +50,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def require_number(name: str, value: Any, allowed: str, *, optional: bool = False) -> None:
-    """Check for a finite number (or None, where that is allowed). Raises ConfigError, which says what is `allowed`."""
-    require(is_number(value) or (value is None and optional), name, value, allowed)
-
-
 def require_strength(name: str, value: Any) -> None:
     """Check for the strength of an adapter. Raises ConfigError."""
     allowed = f"a number above 0, {MOST_STRENGTH} at most (1: the adapter as it is)"
@@ -81,4 +76,5 @@ def require_pass_options(num_threads: Any, max_errors: Any, seed: Any) -> None:
 
 def require_threshold(threshold: Any) -> None:
     """Check what a step or a pass takes as solved. Raises ConfigError."""
-    require_number("threshold", threshold, "the score from which an example counts as solved, or None", optional=True)
+    allowed = "the score from which an example counts as solved, or None"
+    require(threshold is None or is_number(threshold), "threshold", threshold, allowed)

@@ -24,6 +24,7 @@ from ..files import atomic_folder, atomic_write, now
 from ..printable import get_logger
 from ..programs.copies import hang
 from ..programs.program import parameters_of, prompt_adapter_name
+from ..programs.signature_types import full_name
 from ..report.report import CompileReport
 from ..versions import versions
 from .card import configure_call, model_card
@@ -42,7 +43,7 @@ from .folder import (
 from .manifest import SCHEMA, checked_manifest
 from .saved_lm import BaseModel, compare_base, dump_lm, load_lm, require_content
 from .saved_options import check_options
-from .saved_program import class_path, dump_parameter, load_parameters, rebuild
+from .saved_program import dump_parameter, load_parameters, rebuild
 
 logger = get_logger(__name__)
 
@@ -247,9 +248,9 @@ def write(program: dspy.Module, work: Path, *, repo: str | None = None) -> None:
             continue
         if id(lm) not in keys:
             keys[id(lm)] = f"lm{len(keys)}"
-            saved = dump_lm(lm)
-            adapter = None if saved.adapter is None else _copy_adapter(saved.adapter, lm.model, work)
-            lms[keys[id(lm)]] = {**saved.record, "adapter": adapter}
+            record, source = dump_lm(lm)
+            adapter = None if source is None else _copy_adapter(source, lm.model, work)
+            lms[keys[id(lm)]] = {**record, "adapter": adapter}
         predictors[name]["lm"] = keys[id(lm)]
     report = getattr(program, "report", None)
     if not isinstance(report, CompileReport):
@@ -259,7 +260,7 @@ def write(program: dspy.Module, work: Path, *, repo: str | None = None) -> None:
     manifest = {
         "schema": SCHEMA,
         "created": now(),
-        "program": class_path(program),
+        "program": full_name(type(program)),
         "adapter": (report and report.prompt_adapter) or prompt_adapter_name(),
         "predictors": predictors,
         "lms": lms,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +31,12 @@ _NOT_OPTIONS = frozenset({
 """Of a local LM's state; the last two change no answer of an engine, which takes no tools but none."""
 
 
-@dataclass(frozen=True)
-class SavedLM:
-    """JSON record of an LM, and the folder of its adapter where it has one."""
-
-    record: dict[str, Any]
-    adapter: Path | None = None
-
-
-def dump_lm(lm: Any) -> SavedLM:
-    """The record of an LM. Raises ArtifactError for one that can't be saved."""
+def dump_lm(lm: Any) -> tuple[dict[str, Any], Path | None]:
+    """The record of an LM, as JSON, and the folder of its adapter where it has one. Raises ArtifactError for one that
+    can't be saved."""
     engine = local_engine(lm)
     if engine is None:
-        return SavedLM({"kind": "dspy", "state": _without_secrets(lm)})
+        return {"kind": "dspy", "state": _without_secrets(lm)}, None
     try:
         adapter = engine.adapter_folder(lm.model)
     except UnknownAdapterError as error:
@@ -59,7 +51,7 @@ def dump_lm(lm: Any) -> SavedLM:
         "options": {key: value for key, value in _without_secrets(lm).items() if key not in _NOT_OPTIONS},
         "engine_options": _engine_options(state),
     }
-    return SavedLM(record, adapter)
+    return record, adapter
 
 
 def _engine_options(state: Mapping[str, Any]) -> dict[str, Any]:

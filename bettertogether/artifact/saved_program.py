@@ -20,6 +20,7 @@ from ..errors import ArtifactError
 from ..printable import get_logger
 from ..programs.copies import copy_program
 from ..programs.program import load_prompt, parameters_of, prompt_state
+from ..programs.signature_types import full_name
 from ..redaction import split_secrets
 
 logger = get_logger(__name__)
@@ -146,16 +147,11 @@ def _load_state(name: str, load: Callable[[Any], object], state: Mapping[str, An
         raise ArtifactError(f"The saved state of {name!r} can't be used ({type(error).__name__}: {error}).") from error
 
 
-def class_path(program: dspy.Module) -> str:
-    """ "module:Class" of a program."""
-    return f"{type(program).__module__}:{type(program).__qualname__}"
-
-
 def rebuild(path: str, saved: Mapping[str, Mapping[str, Any]]) -> dspy.Module:
     """A new program of a saved class: plain Predict and ChainOfThought from their fields, any other class by calling
     it without arguments. Raises ArtifactError when neither works."""
     for kind in _PLAIN:
-        if path == f"{kind.__module__}:{kind.__qualname__}":
+        if path == full_name(kind):
             return _rebuild_plain(kind, saved)
     try:
         return _imported_class(path)()

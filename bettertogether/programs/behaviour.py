@@ -74,7 +74,7 @@ class BehaviourWalk(Walk):
     def object_hashed(self, value: Any) -> bytes:
         """An object: what it holds, and the code of its class where that is the user's."""
         if isinstance(value, dspy.Module):
-            return combined("module", [self.hashed(type(value)), self.hashed(module_parts(value))])
+            return combined("module", [self.hashed(type(value)), self.hashed(by_name(answering_attributes(value)))])
         if isinstance(value, BaseLM):
             # Of this process's engines one may be asked where another of its model's name fails.
             engine = "" if self._lasting else str(id(getattr(value, "engine", None)))
@@ -109,11 +109,6 @@ def program_key(program: dspy.Module) -> str | None:
     if any({"forward", "aforward"} & vars(module).keys() for _, module in modules_of(program)):
         return None
     return BehaviourWalk(lasting=False).of([program, dspy.settings.adapter])
-
-
-def module_parts(module: dspy.Module) -> list[list[Any]]:
-    """What decides a module's answers besides its class, as names with values."""
-    return by_name(answering_attributes(module))
 
 
 def answering_attributes(module: dspy.Module) -> dict[str, Any]:
@@ -151,14 +146,16 @@ def _options(options: Mapping[str, Any]) -> dict[str, Any]:
 def signature_parts(signature: Any) -> list[Any]:
     """Instructions and fields with their types and texts."""
     fields = [
-        [name, field.annotation, repr(field.default), list(map(repr, field.metadata)), _field_text(field)]
+        [
+            name,
+            field.annotation,
+            repr(field.default),
+            list(map(repr, field.metadata)),
+            by_name(field.json_schema_extra or {}),
+        ]
         for name, field in signature.fields.items()
     ]
     return [signature.instructions, fields]
-
-
-def _field_text(field: Any) -> list[list[Any]]:
-    return by_name(field.json_schema_extra or {})
 
 
 def class_parts(kind: type) -> dict[str, Any]:

@@ -47,9 +47,6 @@ from ..errors import DataError, NoTrainingDataError
 from ..training.auto import resolved
 from ..training.config import LoRAConfig, TrainingConfig
 from ..training.progress import ProgressFunction, TrainingProgress
-from .engine_contract import EngineContract
-
-__all__ = ["Answer", "EngineContract", "FakeEngine", "FakeRequest"]
 
 FAKE_WIDTH = 2000
 """Hidden size by which "auto" picks the learning rate that is reported."""

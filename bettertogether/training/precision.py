@@ -44,19 +44,17 @@ def _fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and multiplies_bfloat16_fast()
 
 
-def checkpoint_gradients(model: PreTrainedModel, training: TrainingConfig) -> bool:
-    """Turn gradient checkpointing on where the options say so; returns whether it is on. The caller restores."""
+def checkpoint_gradients(model: PreTrainedModel, training: TrainingConfig) -> None:
+    """Turn gradient checkpointing on where the options say so. The caller restores."""
     if not wants_checkpointing(training, model.device, model.num_parameters()):
-        return False
+        return
     if model.supports_gradient_checkpointing:
         turn_checkpointing_on(model)
-        return True
-    if training.gradient_checkpointing == "auto":
-        return False
-    raise ConfigError(
-        f"gradient_checkpointing=True: {type(model).__name__} doesn't support it. Use False, and a smaller "
-        "max_tokens_per_batch if memory is short."
-    )
+    elif training.gradient_checkpointing != "auto":
+        raise ConfigError(
+            f"gradient_checkpointing=True: {type(model).__name__} doesn't support it. Use False, and a smaller "
+            "max_tokens_per_batch if memory is short."
+        )
 
 
 def wants_checkpointing(training: TrainingConfig, device: torch.device, parameters: int) -> bool:
