@@ -26,7 +26,7 @@ from .checkpoint import TrainingState
 from .config import LoRAConfig, TrainingConfig
 from .held_out import HeldOutLosses
 from .length import RunLength
-from .objective import Objective, RowObjective
+from .objective import RowObjective
 from .packing import MicroBatch, TokenizedRow, check_rows, drawn_form, epoch_batches
 from .preference import PairObjective
 from .progress import ProgressFunction, TrainingProgress
@@ -132,7 +132,8 @@ class _Run:
         width = adapter.base.config.get_text_config().hidden_size
         pairs = bool(rows[0].rejected_ids)
         self.training = resolved(training, width, len(rows), held_out=bool(validation_rows), pairs=pairs)
-        self.objective: Objective = (PairObjective if pairs else RowObjective)(stepper, self.training)
+        self.objective: RowObjective | PairObjective
+        self.objective = (PairObjective if pairs else RowObjective)(stepper, self.training)
         self.rows, self.validation_rows, self.on_progress = rows, validation_rows, on_progress
         self.parameters = adapter.parameters
         self.length = RunLength(training, int(_number(self.training.epochs)), len(rows), bool(validation_rows))
