@@ -115,49 +115,41 @@ class PromptRenderer:
         self._template_kwargs = dict(DEFAULT_TEMPLATE_KWARGS if template_kwargs is None else template_kwargs)
         self._lock = threading.Lock()
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
-        self._template = _dated(tokenizer.get_chat_template()) if self._has_template else ""
+        self._template = _dated(tokenizer.get_chat_template()) if self._has_template else _PLAIN_TEMPLATE
         self._reading = {} if self._has_template else {"split_special_tokens": True}
         self._merge_system = False
-        if self._has_template:
-            self._merge_system = not self._keeps_text(PROBES)
-            if self._merge_system and not self._keeps_text(PROBES):
-                raise ModelError(
-                    "The chat template of this model loses text: a chat of system, user, assistant and user turns "
-                    f"does not hold all four texts when rendered. Rendered: {self._render_probe(PROBES)!r:.500}. "
-                    "Set another tokenizer.chat_template in the model's folder."
-                )
-        else:
+        self._merge_system = not self._keeps_text(PROBES)
+        if self._merge_system and not self._keeps_text(PROBES):
+            raise ModelError(
+                "The chat template of this model loses text: a chat of system, user, assistant and user turns "
+                f"does not hold all four texts when rendered. Rendered: {self._render_probe(PROBES)!r:.500}. "
+                "Set another tokenizer.chat_template in the model's folder."
+            )
+        if not self._has_template:
             logger.warning("The model has no chat template; prompts are written as '### User:' and '### Assistant:'.")
         self.stop: tuple[str, ...] = () if self._has_template else PLAIN_STOP
         """Texts that end an answer, beside the tokens that do."""
-        self._tail = ""
-        self.thinks = False
-        """Whether answers begin with thoughts."""
-        if self._has_template:
-            self._tail, self.thinks = self._ways_in()
+        self._tail, self.thinks = self._ways_in()
+        """What ends a prompt after what the template writes, and whether answers begin with thoughts."""
         self.end_id = self._end_of_turn(set(eos_ids))
         start = self._encode(_ANSWER)
         self._prefixes = self._encode("\n" + _ANSWER)[-len(start) :] != start
 
     def template(self) -> str:
         """A chat template that writes the same prompts where other programs read it: dates and variables are fixed."""
-        if not self._has_template:
-            return _PLAIN_TEMPLATE
         used = {name: value for name, value in self._template_kwargs.items() if name in self._template}
         return "".join(f"{{%- set {name} = {json.dumps(value)} %}}" for name, value in used.items()) + self._template
 
     def text(self, messages: Sequence[ChatMessage]) -> str:
         """The prompt as text, ending where the answer begins. Raises InvalidRequestError."""
-        if not self._has_template:
-            return str(self._tokenizer.bos_token or "") + _plain(messages)
         return self._render(messages, add_generation_prompt=True) + self._tail
 
     def prompt_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Token ids of a prompt."""
-        if self._has_template:
-            return self._encode(self.text(messages))
-        start = self._tokenizer.bos_token_id
-        return [*([] if start is None else [start]), *self._encode(_plain(messages))]
+        text, start = self.text(messages), self._tokenizer.bos_token_id
+        if self._has_template or start is None:
+            return self._encode(text)
+        return [start, *self._encode(text.removeprefix(self._tokenizer.bos_token))]
 
     def completion_tokens(self, completion: str) -> list[int]:
         """Token ids of an answer as it comes after a prompt, ended by the end-of-turn token."""
@@ -273,14 +265,6 @@ def _dated(template: str) -> str:
     return re.sub(
         r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", lambda call: json.dumps(DATE.strftime(call.group(2))), template
     )
-
-
-def _plain(messages: Sequence[ChatMessage]) -> str:
-    blocks = [
-        turn["content"] if turn["role"] == "system" else f"### {turn['role'].capitalize()}:\n{turn['content']}"
-        for turn in messages
-    ]
-    return "\n\n".join([*blocks, "### Assistant:\n"])
 
 
 def _merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
