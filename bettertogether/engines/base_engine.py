@@ -29,7 +29,15 @@ from .fingerprint import model_hash, short_hash, short_name
 from .held_adapters import HeldAdapters
 from .loading import located, read_card, readable
 from .options import EngineOptions, plain
-from .protocol import MODEL_PREFIX, ChatMessage, FinetuneResult, PolicySession, TrainingRow, require_adapter
+from .protocol import (
+    MODEL_PREFIX,
+    ChatMessage,
+    FinetuneResult,
+    PolicySession,
+    TrainingRow,
+    adapter_round,
+    require_adapter,
+)
 from .rendering import PromptRenderer, messages_of
 from .streaming import Streaming
 from .strength import scaled_folder
@@ -297,9 +305,9 @@ class BaseEngine(Streaming):
         chosen = self.options.cache_folder if folder is None else folder
         return adapters_cache() if chosen is None else Path(chosen).expanduser()
 
-    def _origin(self, start_from: str | None) -> tuple[str, Path | None] | None:
-        """The model that a training goes on from, and its folder where it is an adapter."""
-        return None if start_from is None else (start_from, self.adapter_folder(start_from))
+    def _origin(self, start_from: str | None) -> tuple[int, Path | None]:
+        """The round of the model that a training goes on from, and its folder where it is an adapter."""
+        return (0, None) if start_from is None else (adapter_round(start_from), self.adapter_folder(start_from))
 
     def dump_state(self) -> dict[str, Any]:
         """Model, options and the folders of the adapters, as JSON."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,13 +16,14 @@ from ..files import working_folder
 from ..printable import get_logger
 from ..training.adapter_folder import content_hash, holds_content, write_round
 from ..training.arrow_rows import kept
+from ..training.checkpoint import fingerprint
 from ..training.config import ALL_LINEAR, LoRAConfig, TrainingConfig
 from ..training.packing import TokenizedRow
 from ..training.precision import require_four_bit
 from ..training.progress import ProgressFunction
 from ..training.targets import check_targets
 from .loading import ModelCard, meta_model
-from .protocol import FinetuneResult, TrainingRow, adapter_model_name, adapter_round
+from .protocol import FinetuneResult, TrainingRow, adapter_model_name
 
 if TYPE_CHECKING:
     from .base_engine import BaseEngine
@@ -108,13 +106,13 @@ def prepare(
     validation_rows: Sequence[TrainingRow],
     lora: LoRAConfig,
     training: TrainingConfig,
-    start_from: tuple[str, Path | None] | None,
+    start_from: tuple[int, Path | None],
     parent: Path,
     tokens: Path,
 ) -> TrainingJob:
     """Tokenize the rows. Raises NoTrainingDataError where none is left.
 
-    `start_from` is the model to continue from: its name, and its folder where it is an adapter. `tokens` is a folder
+    `start_from` is the model to continue from: its round, and its folder where it is an adapter. `tokens` is a folder
     for the tokens of many rows, which has to stay until the job is done.
     """
     skipped: list[tuple[int, str]] = []
@@ -125,14 +123,14 @@ def prepare(
             f"{engine.base_name} ({engine.max_length} tokens). Give more rows, or shorter ones (fewer demos)."
         )
     validation = kept(tokens_of(engine, validation_rows, []), len(validation_rows), tokens / "validation_rows.arrow")
-    name, folder = start_from if start_from is not None else ("", None)
+    round_number, folder = start_from
     return TrainingJob(
         rows=some,
         validation_rows=validation,
         lora=lora,
         training=training,
         start_from=folder,
-        round_number=adapter_round(name) + 1,
+        round_number=round_number + 1,
         parent=parent,
         skipped_rows=tuple(skipped),
     )
@@ -144,10 +142,7 @@ def train(
     """Run a training. `model` is trained in this process; None trains `source` in processes of their own."""
     with working_folder(job.parent, f"training-{_digest(job, engine.base_name)}") as folder:
         trained = _run(job, model, source, folder, on_progress)
-        write_round(trained.folder, job.round_number, engine.base_name)
-        content = content_hash(trained.folder)
-        name = adapter_model_name(engine.base_name, job.round_number, content)
-        target = move_by_content(trained.folder, job.parent / name.partition("/")[2], content)
+        name, target = named_by_content(trained.folder, engine.base_name, job.round_number, job.parent)
         shutil.rmtree(folder, ignore_errors=True)
     return FinetuneResult(
         model=name,
@@ -196,12 +191,22 @@ def _run(job: TrainingJob, model: Any, source: str, folder: Path, on_progress: P
 
 def _digest(job: TrainingJob, base_name: str) -> str:
     """A short name for what a training job asks."""
-    start_from = None if job.start_from is None else content_hash(job.start_from)
-    asked = [base_name, start_from, len(job.rows), job.lora.to_dict(), job.training.recipe().to_dict()]
-    digest = hashlib.sha256(json.dumps(asked).encode())
-    for row in itertools.chain(job.rows, job.validation_rows):
-        digest.update(json.dumps(vars(row)).encode())
-    return digest.hexdigest()[:12]
+    asked = {
+        "base": base_name,
+        "start_from": None if job.start_from is None else content_hash(job.start_from),
+        "lora": job.lora.to_dict(),
+        "training": job.training.recipe().to_dict(),
+    }
+    return fingerprint(job.rows, job.validation_rows, asked)[:12]
+
+
+def named_by_content(folder: Path, base_name: str, round_number: int, parent: Path) -> tuple[str, Path]:
+    """Put a finished adapter into a folder under `parent` that is named by its content; its model name, and where it
+    is."""
+    write_round(folder, round_number, base_name)
+    content = content_hash(folder)
+    name = adapter_model_name(base_name, round_number, content)
+    return name, move_by_content(folder, parent / name.partition("/")[2], content)
 
 
 def move_by_content(source: Path, target: Path, content: str) -> Path:

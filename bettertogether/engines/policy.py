@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from ..files import new_folder
 from ..training.adapter import save_adapter
-from ..training.adapter_folder import content_hash, write_round
 from ..training.auto import auto_policy_rate
 from ..training.config import LoRAConfig, PolicyConfig, TrainingConfig
 from ..training.lending import ModelState, lent_out
 from ..training.policy import PolicyRow, PolicyTraining
 from ..training.progress import PolicyUpdate
 from ..training.stepper import ready_to_step
-from .finetuning import move_by_content
-from .protocol import RewardedAnswer, adapter_model_name, adapter_round
+from .finetuning import named_by_content
+from .protocol import RewardedAnswer
 
 if TYPE_CHECKING:
     from .base_engine import BaseEngine
@@ -98,13 +97,9 @@ class Session:
 
     def finish(self) -> tuple[str, Path]:
         """Write the best adapter and serve it; its model name and folder."""
-        base_name = self._host.base_name
         work = new_folder(self._scratch)
         save_adapter(work, self._training.adapter_config, self._training.best)
-        write_round(work, self._round, base_name)
-        content = content_hash(work)
-        name = adapter_model_name(base_name, self._round, content)
-        folder = move_by_content(work, self._folder / name.partition("/")[2], content)
+        _, folder = named_by_content(work, self._host.base_name, self._round, self._folder)
         self.close()
         self.model = self._host.add_adapter(folder)
         self._is_finished = True
@@ -127,16 +122,16 @@ def policy_session(
     policy: PolicyConfig,
     lora: LoRAConfig,
     training: TrainingConfig,
-    start_from: tuple[str, Path | None] | None,
+    start_from: tuple[int, Path | None],
     folder: Path,
 ) -> Iterator[Session]:
-    """See `PolicyEngine.policy_session`; `start_from` is a model name, and its folder where it is an adapter."""
+    """See `PolicyEngine.policy_session`; `start_from` is a model's round, and its folder where it is an adapter."""
     if training.launched:
         raise ConfigError(
             "num_processes, accelerate_config and launch_command are not for learning from rewards, which goes on in "
             "this process: leave them out of training=TrainingConfig(...)."
         )
-    name, start = start_from if start_from is not None else ("", None)
+    round_number, start = start_from
     folder.mkdir(parents=True, exist_ok=True)
     with host.trained_model(training) as model, ExitStack() as ready:
         before = ModelState.of(model)
@@ -152,7 +147,7 @@ def policy_session(
             with tempfile.TemporaryDirectory(prefix=".policy-", suffix=".tmp", dir=folder) as scratch:
                 # A server of another user reads from it.
                 Path(scratch).chmod(0o755)
-                session = Session(host, model, within, learning, adapter_round(name) + 1, folder, Path(scratch))
+                session = Session(host, model, within, learning, round_number + 1, folder, Path(scratch))
                 try:
                     yield session
                 finally:

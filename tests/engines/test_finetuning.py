@@ -206,7 +206,7 @@ def test_the_same_training_while_it_goes_on_elsewhere_ends_in_the_same_adapter(t
             inner.append(finetuned(lambda line: None))
 
     def finetuned(on_progress: Any) -> FinetuneResult:
-        job = prepare(engine, ROWS, (), LORA, SHORT, None, tmp_path, tmp_path / "tokens")
+        job = prepare(engine, ROWS, (), LORA, SHORT, (0, None), tmp_path, tmp_path / "tokens")
         model = AutoModelForCausalLM.from_pretrained(engine.dump_state()["model"])
         return train(engine, job, model, engine.dump_state()["model"], on_progress)
 
