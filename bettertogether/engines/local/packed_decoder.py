@@ -29,21 +29,11 @@ LONGEST_SLOT = LONG_ROW + 64
 
 
 @dataclass(eq=False)
-class _ComputedPrefix(Prefix):
-    data: PrefixTensors
-    parent: _ComputedPrefix | None = None
-    computed: int = 0
-    """Tokens whose keys and values are there."""
-    near: _ComputedPrefix | None = None
-    """While this one is computed: the prefix that its first tokens come from."""
-
-
-@dataclass(eq=False)
 class _Seat:
     """Where a row's keys and values are."""
 
     slot: int
-    prefix: _ComputedPrefix | None
+    prefix: Prefix | None
     prefix_length: int
     keep_prompt: bool = False
     """The prompt has no prefix in the cache: keep it, for the prompts that will share a part of it."""
@@ -67,8 +57,8 @@ class PackedDecoder:
         self._slots = Slots()
         self._seats: dict[BatchRow, _Seat] = {}
         self._by_slot: list[BatchRow] = []
-        self._prefixes: PrefixCache[_ComputedPrefix] = PrefixCache(cache_bytes)
-        self._computing: deque[_ComputedPrefix] = deque()
+        self._prefixes = PrefixCache(cache_bytes)
+        self._computing: deque[Prefix] = deque()
         """Prefixes to be computed; those that another one begins with come before it."""
         self._forward_passes = 0
         self._token_bytes = self._measured_token_bytes()
@@ -125,14 +115,14 @@ class PackedDecoder:
             taken.append(rows[position])
         return taken
 
-    def _nearest(self, adapter: str, tokens: Tokens) -> tuple[_ComputedPrefix | None, int]:
+    def _nearest(self, adapter: str, tokens: Tokens) -> tuple[Prefix | None, int]:
         """The prefix that has most tokens in common with the head of `tokens`, and how many."""
         prefix, length = self._prefixes.best(adapter, tokens)
         if prefix is not None and prefix.parent is not None and length <= prefix.data.start:
             prefix = prefix.parent
         return prefix, length
 
-    def _choose(self, adapter: str, own: Tokens, shared: Tokens) -> tuple[_ComputedPrefix | None, int]:
+    def _choose(self, adapter: str, own: Tokens, shared: Tokens) -> tuple[Prefix | None, int]:
         """The prefix for a row, and how much of it.
 
         That of its cluster, or the one with most in common where that is much more. Among prefixes that serve about
@@ -168,7 +158,7 @@ class PackedDecoder:
             self._prefixes.unuse(near)
         return False
 
-    def _beginning(self, adapter: str, tokens: Tokens, near: _ComputedPrefix | None, common: int) -> _ComputedPrefix:
+    def _beginning(self, adapter: str, tokens: Tokens, near: Prefix | None, common: int) -> Prefix:
         """A prefix of which no more is there than the tokens that it has in common with another one. It takes them from
         there, or copies what lies between its parent and its own."""
         parent, start = near, common
@@ -180,7 +170,7 @@ class PackedDecoder:
         parent_data = None if parent is None else parent.data
         data = PrefixTensors(tokens.size, parent=parent_data, start=start, source=source, copied=common)
         size_bytes = (tokens.size - start) * self._token_bytes
-        return _ComputedPrefix(adapter, tokens, size_bytes, data, parent, computed=common, near=near)
+        return Prefix(adapter, tokens, size_bytes, data, parent, computed=common, near=near)
 
     def _compute(self) -> None:
         """One pass over the prefix that is first in line."""
@@ -205,7 +195,7 @@ class PackedDecoder:
         if prefix.computed == prefix.tokens.size:
             self._is_there(prefix)
 
-    def _is_there(self, prefix: _ComputedPrefix) -> None:
+    def _is_there(self, prefix: Prefix) -> None:
         """The first in line needs no more passes."""
         self._computing.popleft()
         self._prefixes.unuse(prefix)
@@ -213,7 +203,7 @@ class PackedDecoder:
             self._prefixes.unuse(prefix.near)
         prefix.near = None
 
-    def _seat(self, row: BatchRow, own: Tokens, prefix: _ComputedPrefix | None, length: int, must: bool) -> bool:
+    def _seat(self, row: BatchRow, own: Tokens, prefix: Prefix | None, length: int, must: bool) -> bool:
         """Give a row a slot; False where there is no room for it, unless it `must` have one."""
         slot, capacity = len(self._by_slot), min(len(row.prompt_ids) + row.max_new_tokens - length, LONGEST_SLOT)
         size_bytes = math.prod(self._slots.grown(slot + 1, capacity)) * self._token_bytes
@@ -319,7 +309,7 @@ class PackedDecoder:
             prefix_length=seat.prefix_length,
         )
 
-    def _keep(self, row: BatchRow, size: int, must: bool = False) -> _ComputedPrefix | None:
+    def _keep(self, row: BatchRow, size: int, must: bool = False) -> Prefix | None:
         """Copy the first `size` tokens of a row into the prefix cache; None where there is no room for them, unless
         they `must` be kept."""
         seat = self._seats[row]

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .packed_attention import PrefixTensors
 
 Tokens = NDArray[np.int64]
 
@@ -74,29 +77,30 @@ def shared_clusters(prompts: Sequence[Tokens]) -> list[Cluster]:
 
 @dataclass(eq=False)
 class Prefix:
-    """A computed prefix."""
+    """A prefix that is computed, or will be."""
 
     adapter: str
     tokens: Tokens
     size_bytes: int
-    data: Any = None
+    data: PrefixTensors
     parent: Prefix | None = None
     """Holds the first tokens of this one, too."""
+    computed: int = 0
+    """Tokens whose keys and values are there."""
+    near: Prefix | None = None
+    """While this one is computed: the prefix that its first tokens come from."""
     users: int = 0
     """Rows that attend to it now, and prefixes that it is the parent of; it stays while there are any."""
 
 
-P = TypeVar("P", bound=Prefix)
-
-
-class PrefixCache(Generic[P]):
+class PrefixCache:
     """Computed prefixes within a bound of bytes, beside what else counts towards it."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.reserved_bytes = 0
         """Promised to rows, for tokens that are in no prefix."""
-        self._prefixes: list[P] = []
+        self._prefixes: list[Prefix] = []
         """Least recently used first."""
 
     @property
@@ -107,7 +111,7 @@ class PrefixCache(Generic[P]):
     def __len__(self) -> int:
         return len(self._prefixes)
 
-    def best(self, adapter: str, tokens: Tokens) -> tuple[P | None, int]:
+    def best(self, adapter: str, tokens: Tokens) -> tuple[Prefix | None, int]:
         """The prefix that has most tokens in common with the head of `tokens`, and how many."""
         best, length = None, 0
         for prefix in self._prefixes:
@@ -130,32 +134,32 @@ class PrefixCache(Generic[P]):
             excess -= prefix.size_bytes
         return True
 
-    def _unused(self) -> list[P]:
+    def _unused(self) -> list[Prefix]:
         """Prefixes that can be dropped, in the order in which that may be done: parents after those they serve."""
         unused = [prefix for prefix in self._prefixes if not prefix.users]
         children = Counter(prefix.parent for prefix in unused if prefix.parent)
         return unused + [prefix for prefix in self._prefixes if prefix.users and prefix.users == children[prefix]]
 
-    def add(self, prefix: P) -> None:
+    def add(self, prefix: Prefix) -> None:
         """Hold a prefix; `make_room` first."""
         if prefix.parent is not None:
             prefix.parent.users += 1
         self._prefixes.append(prefix)
 
-    def drop(self, prefix: P) -> None:
+    def drop(self, prefix: Prefix) -> None:
         """Hold a prefix no longer that nothing uses."""
         self._prefixes.remove(prefix)
         if prefix.parent is not None:
             prefix.parent.users -= 1
 
-    def use(self, prefix: P) -> None:
+    def use(self, prefix: Prefix) -> None:
         """One more row attends to a prefix, which makes it the most recently used."""
         prefix.users += 1
         if prefix in self._prefixes:
             self._prefixes.remove(prefix)
             self._prefixes.append(prefix)
 
-    def unuse(self, prefix: P) -> None:
+    def unuse(self, prefix: Prefix) -> None:
         """One row less attends to a prefix."""
         prefix.users -= 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bettertogether.engines.local.packed_attention import PrefixTensors
 from bettertogether.engines.local.shared_prefix import (
     LEAST_GAIN,
     Cluster,
@@ -19,6 +20,12 @@ from bettertogether.engines.local.shared_prefix import (
 def tokens(*parts: tuple[int, int]) -> Tokens:
     """Runs of tokens, as (token, how often)."""
     return np.array([token for token, times in parts for _ in range(times)], dtype=np.int64)
+
+
+def prefix(*parts: tuple[int, int], adapter: str = "") -> Prefix:
+    """One of 10 bytes."""
+    head = tokens(*parts)
+    return Prefix(adapter, head, 10, PrefixTensors(head.size))
 
 
 @pytest.mark.parametrize(
@@ -69,17 +76,17 @@ def test_every_prompt_is_in_one_cluster() -> None:
 
 
 def test_the_best_prefix_is_the_one_with_most_in_common_of_the_same_adapter() -> None:
-    cache: PrefixCache[Prefix] = PrefixCache(100)
-    short, long = Prefix("", tokens((1, 5)), 10), Prefix("", tokens((1, 5), (2, 5)), 10)
-    for prefix in (short, long, Prefix("other", tokens((1, 5), (2, 9)), 10)):
-        cache.add(prefix)
+    cache = PrefixCache(100)
+    short, long = prefix((1, 5)), prefix((1, 5), (2, 5))
+    for each in (short, long, prefix((1, 5), (2, 9), adapter="other")):
+        cache.add(each)
     assert cache.best("", tokens((1, 5), (2, 3), (4, 1))) == (long, 8)
     assert cache.best("", tokens((3, 5))) == (None, 0)
 
 
 def test_the_least_recently_used_prefix_makes_room() -> None:
-    cache: PrefixCache[Prefix] = PrefixCache(20)
-    first, second = Prefix("", tokens((1, 5)), 10), Prefix("", tokens((2, 5)), 10)
+    cache = PrefixCache(20)
+    first, second = prefix((1, 5)), prefix((2, 5))
     cache.add(first)
     cache.add(second)
     cache.use(first)
@@ -90,18 +97,18 @@ def test_the_least_recently_used_prefix_makes_room() -> None:
 
 
 def test_a_prefix_in_use_stays() -> None:
-    cache: PrefixCache[Prefix] = PrefixCache(20)
-    prefix = Prefix("", tokens((1, 5)), 15)
-    cache.add(prefix)
-    cache.use(prefix)
-    assert not cache.make_room(10)
-    cache.unuse(prefix)
-    assert cache.make_room(10)
+    cache = PrefixCache(20)
+    used = prefix((1, 5))
+    cache.add(used)
+    cache.use(used)
+    assert not cache.make_room(11)
+    cache.unuse(used)
+    assert cache.make_room(11)
     assert cache.size_bytes == 0
 
 
 def test_what_can_never_fit_drives_nothing_out() -> None:
-    cache: PrefixCache[Prefix] = PrefixCache(20)
-    cache.add(Prefix("", tokens((1, 5)), 15))
+    cache = PrefixCache(20)
+    cache.add(prefix((1, 5)))
     assert not cache.make_room(21)
     assert len(cache) == 1
