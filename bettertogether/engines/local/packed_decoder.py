@@ -72,11 +72,6 @@ class PackedDecoder:
         self._forward_passes = 0
         return data.nbytes
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes held for prefixes."""
-        return self._prefixes.size_bytes
-
     def counters(self) -> dict[str, int]:
         """Forward passes, and prompt tokens that were found computed."""
         return {"forward_passes": self._forward_passes, "prefix_tokens_reused": self._reused_tokens}

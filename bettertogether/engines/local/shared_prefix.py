@@ -108,9 +108,6 @@ class PrefixCache:
         """Bytes held."""
         return sum(prefix.size_bytes for prefix in self._prefixes)
 
-    def __len__(self) -> int:
-        return len(self._prefixes)
-
     def best(self, adapter: str, tokens: Tokens) -> tuple[Prefix | None, int]:
         """The prefix that has most tokens in common with the head of `tokens`, and how many."""
         best, length = None, 0

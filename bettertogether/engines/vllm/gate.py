@@ -26,11 +26,6 @@ class Gate:
         """How many are inside."""
         self._waiting: list[_Visit] = []
 
-    @property
-    def waiting(self) -> int:
-        """How many wait to come in."""
-        return len(self._waiting)
-
     @contextmanager
     def together(self, key: Hashable = None) -> Iterator[None]:
         """Be inside with others of the same key."""

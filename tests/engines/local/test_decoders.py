@@ -159,14 +159,14 @@ def test_the_prefix_cache_stays_within_its_bound(model: Any) -> None:
     for seed in range(6):
         rows = [BatchRow(text, 2) for text in prompts(3, 100, seed=seed)]
         assert answers(decoder, rows) == [generated(model, row.prompt_ids, 2) for row in rows]
-        assert decoder.cache_bytes <= 250 * token_bytes
+        assert decoder._prefixes.size_bytes <= 250 * token_bytes
 
 
 def test_a_prompt_that_does_not_fit_the_cache_is_answered_all_the_same(model: Any) -> None:
     decoder = packed(model, cache_bytes=1)
     rows = [BatchRow(text, 2) for text in (*prompts(3, 100), *prompts(1, LONG_ROW + 20, seed=1))]
     assert answers(decoder, rows) == [generated(model, row.prompt_ids, 2) for row in rows]
-    assert decoder.cache_bytes == 0
+    assert decoder._prefixes.size_bytes == 0
 
 
 def test_rows_may_join_and_leave_at_any_step(model: Any) -> None:
@@ -201,7 +201,7 @@ def test_after_a_reset_nothing_is_left(model: Any) -> None:
     decoder.admit([row])
     row.output_ids += decoder.step([row])[0].token_ids
     decoder.reset()
-    assert (row.computed, decoder.cache_bytes) == (0, 0)
+    assert (row.computed, decoder._prefixes.size_bytes) == (0, 0)
     assert answers(decoder, [row]) == [generated(model, row.prompt_ids, 4)]
 
 

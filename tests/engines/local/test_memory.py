@@ -84,7 +84,7 @@ def test_long_rows_run_together_and_hold_what_they_share_once(family: str) -> No
     decode(decoder, rows)
     assert [row.output_ids for row in rows] == [generated(model, row.prompt_ids, 3) for row in rows]
     assert max(decoder.steps) == 4
-    assert decoder.cache_bytes == (100 + 4 * 150) * TOKEN_BYTES
+    assert decoder._prefixes.size_bytes == (100 + 4 * 150) * TOKEN_BYTES
 
 
 def test_as_many_rows_run_as_there_is_memory_for() -> None:
@@ -103,7 +103,7 @@ def test_one_long_answer_leaves_the_others_slots_short_and_all_are_freed() -> No
     decode(decoder, rows)
     assert [row.output_ids for row in rows] == [generated(model, row.prompt_ids, row.max_new_tokens) for row in rows]
     assert decoder.most_tokens <= 8 * 64 + sum(map(len, texts)) + 75
-    assert decoder.tokens_held() * TOKEN_BYTES == decoder.cache_bytes
+    assert decoder.tokens_held() * TOKEN_BYTES == decoder._prefixes.size_bytes
 
 
 def test_rows_for_which_memory_runs_out_wait_and_go_on_where_they_were() -> None:
@@ -157,7 +157,7 @@ def test_the_prompt_of_a_row_that_is_gone_is_not_computed() -> None:
     for _ in range(2):
         decisions = decoder.step([stays])
     assert len(decisions[0].token_ids) == 1
-    assert decoder.cache_bytes == (100 + 150) * TOKEN_BYTES
+    assert decoder._prefixes.size_bytes == (100 + 150) * TOKEN_BYTES
 
 
 @pytest.mark.parametrize("training", [TrainingConfig(num_processes=2), TrainingConfig(quantize_base="4bit")])

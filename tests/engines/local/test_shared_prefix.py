@@ -111,4 +111,4 @@ def test_what_can_never_fit_drives_nothing_out() -> None:
     cache = PrefixCache(20)
     cache.add(prefix((1, 5)))
     assert not cache.make_room(21)
-    assert len(cache) == 1
+    assert cache.size_bytes == 10

@@ -91,9 +91,9 @@ def test_whoever_waits_to_be_alone_comes_before_those_who_come_later() -> None:
     with ThreadPoolExecutor(3) as pool:
         with gate.together("base"):
             entered = [pool.submit(enter, "training")]
-            wait_for(lambda: gate.waiting == 1)
+            wait_for(lambda: len(gate._waiting) == 1)
             entered += [pool.submit(enter, "base"), pool.submit(enter, "base")]
-            wait_for(lambda: gate.waiting == 3)
+            wait_for(lambda: len(gate._waiting) == 3)
             assert order == []
         for done in entered:
             done.result()

@@ -120,7 +120,7 @@ def test_closing_ends_those_who_wait_for_their_turn_and_starts_no_other_server(
         asked = pool.submit(engine.complete, request(engine))
         assert wait_for(lambda: engine._gate.inside == 1)
         waiting = pool.submit(engine.complete, request(engine, model=adapter))
-        assert wait_for(lambda: engine._gate.waiting == 1)
+        assert wait_for(lambda: len(engine._gate._waiting) == 1)
         engine.close()
         with pytest.raises((TransportError, EngineClosedError)):
             asked.result(60)
