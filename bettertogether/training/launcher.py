@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+import pydantic
 import torch
 
 from .. import errors
@@ -21,7 +22,6 @@ from ..processes import WatchedProcess, last_lines
 from .accelerate_file import AccelerateFile, read_accelerate_file
 from .arrow_rows import arrow_file
 from .config import LoRAConfig, TrainingConfig
-from .held_out import HeldOutLosses
 from .machine import JOB, REFUSED
 from .packing import TokenizedRow
 from .progress import ProgressFunction, TrainingProgress
@@ -30,6 +30,7 @@ from .trainer import TrainingResult
 POLL_S = 0.1
 TOGETHER_S = 300.0
 """Time within which all machines have to come, after the first."""
+_RESULT = pydantic.TypeAdapter(TrainingResult)
 
 
 def launch(
@@ -184,11 +185,7 @@ def result_of(work: Path, code: int | None, processes: int) -> TrainingResult:
             "The checkpoint of the last full epoch is kept: the same call goes on from there, also where the file that "
             "accelerate_config names has fewer machines by then. num_processes=1 trains in this process."
         )
-    values: dict[str, Any] = json.loads(path.read_bytes())
-    history = tuple(TrainingProgress(**line) for line in values.pop("history"))
-    for name in ("base", "best"):
-        values[name] = values[name] and HeldOutLosses(**values[name])
-    return TrainingResult(folder=Path(values.pop("folder")), history=history, **values)
+    return _RESULT.validate_json(path.read_bytes())
 
 
 def _failure(path: Path) -> dict[str, Any]:
