@@ -1,4 +1,4 @@
-"""A fake engine whose best answer is known, and a conformance test for engines. No torch.
+"""A fake engine whose best answer is known. No torch here.
 
 engine = FakeEngine(lambda request: {"answer": "yes"})
 program.set_lm(engine_lm(engine))

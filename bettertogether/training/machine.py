@@ -1,7 +1,7 @@
 """What the launch command starts on each machine: `python -m bettertogether.training.machine FOLDER`.
 
 It checks that this machine sees the job's folder and reaches the main machine, and then becomes `accelerate launch`.
-Nothing heavy is imported.
+No torch here.
 """
 
 from __future__ import annotations
