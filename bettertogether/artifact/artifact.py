@@ -58,7 +58,7 @@ def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
     weights are not copied, the adapters are. Secrets (API keys, headers) are left out. Raises ArtifactError.
     """
     target = folder_argument(folder, "folder")
-    require_program(program, "program")
+    require_module(program, "program")
     try:
         refuse_foreign(target)
         with atomic_folder(target, put_in_place) as work:
@@ -98,7 +98,7 @@ def load(
     saved = manifest["predictors"]
     given = _given_lms(lms, saved)
     if into is not None:
-        require_program(into, "into")
+        require_module(into, "into")
     if base_model is not None and not isinstance(base_model, str | Path | LocalEngine):
         raise ArtifactError(f"base_model={base_model!r:.100}: give a folder, a hub id or an engine.")
     for name, entry in saved.items():
@@ -122,8 +122,8 @@ def load(
     return program
 
 
-def require_program(value: object, name: str) -> None:
-    """Raise ArtifactError for anything that is no program."""
+def require_module(value: object, name: str) -> None:
+    """Raise ArtifactError for anything that is no module of DSPy's."""
     if not isinstance(value, dspy.Module):
         made = f"; make one: {value.__name__}()" if isinstance(value, type) else ""
         raise ArtifactError(f"{name} must be a program (a dspy.Module), got {value!r:.100}{made}.")

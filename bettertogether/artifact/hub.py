@@ -8,7 +8,7 @@ from pathlib import Path
 import dspy
 
 from ..errors import ArtifactError
-from .artifact import REPORT, require_program, write
+from .artifact import REPORT, require_module, write
 
 _OURS = ["adapters/*", REPORT]
 """What an earlier push may have left that this one does not write."""
@@ -39,7 +39,7 @@ def push_to_hub(
     Raises ArtifactError for a program that can't be saved, a name that the hub does not allow, and whatever the hub
     answers. `load(snapshot_download(repo, local_dir="my-program"))` gives the program back.
     """
-    require_program(program, "program")
+    require_module(program, "program")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]

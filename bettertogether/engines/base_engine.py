@@ -28,7 +28,7 @@ from .finetuning import TrainingJob, prepare
 from .fingerprint import model_hash, short_hash, short_name
 from .held_adapters import HeldAdapters
 from .loading import located, read_card, readable
-from .options import EngineOptions, plain
+from .options import EngineOptions, as_json
 from .protocol import (
     MODEL_PREFIX,
     ChatMessage,
@@ -153,9 +153,9 @@ class BaseEngine(Streaming):
 
     def _check_options(self, asked: Mapping[str, Any]) -> None:
         for name, held in self.options.saved().items():
-            if name in asked and plain(asked[name]) != held:
+            if name in asked and as_json(asked[name]) != held:
                 raise ConfigError(
-                    f"{name}={plain(asked[name])!r} was asked for, but {self.short_name!r} is loaded in this process "
+                    f"{name}={as_json(asked[name])!r} was asked for, but {self.short_name!r} is loaded in this process "
                     f"with {name}={held!r}. Use the same options, or close() the engine first."
                 )
 

@@ -73,7 +73,7 @@ class EngineOptions:
     def of(cls, given: Mapping[str, Any]) -> Self:
         """The options with these values, copied. Raises ConfigError for an unknown name, with those allowed."""
         cls.check_names(given)
-        return cls(**{name: plain(value) for name, value in given.items()})
+        return cls(**{name: as_json(value) for name, value in given.items()})
 
     @classmethod
     def check_names(cls, given: Mapping[str, Any], *, also: frozenset[str] = frozenset()) -> None:
@@ -104,17 +104,17 @@ class EngineOptions:
         decisive = self.decisive()
         if self.chat_template_kwargs is None:
             decisive["chat_template_kwargs"] = DEFAULT_TEMPLATE_KWARGS
-        return {name: plain(value) for name, value in decisive.items() if value is not None}
+        return {name: as_json(value) for name, value in decisive.items() if value is not None}
 
     def saved(self) -> dict[str, Any]:
         """All options that are no secret, as JSON."""
-        return {each.name: plain(getattr(self, each.name)) for each in fields(self) if not each.metadata["secret"]}
+        return {each.name: as_json(getattr(self, each.name)) for each in fields(self) if not each.metadata["secret"]}
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """An option's value as JSON."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: as_json(each) for key, each in value.items()}
+    return [as_json(each) for each in value] if isinstance(value, list | tuple) else value

@@ -10,7 +10,7 @@ import torch
 
 from ...errors import ConfigError
 from ..loading import ModelCard
-from ..options import SECONDS, SWITCH, WHOLE, EngineOptions, Rule, option, plain
+from ..options import SECONDS, SWITCH, WHOLE, EngineOptions, Rule, as_json, option
 from .serve_options import RESOURCES, checked
 
 
@@ -99,7 +99,7 @@ class VLLMOptions(EngineOptions):
     def traits(self) -> dict[str, Any]:
         """The options that decide the answers, without the server's that don't."""
         server = {name: each for name, each in (self.server_options or {}).items() if name not in RESOURCES}
-        return {**super().traits(), "server_options": plain(server)}
+        return {**super().traits(), "server_options": as_json(server)}
 
     @property
     def addresses(self) -> list[str]:
