@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
@@ -16,6 +14,7 @@ from ..training.config import ALL_LINEAR, LoRAConfig, TrainingConfig
 from ..training.layers import ATTENTION_LAYERS, head_width
 from ..training.machine_memory import left_bytes
 from ..training.precision import activation_bytes, tokens_in_memory, wants_checkpointing
+from ..training.targets import named_layers
 from .adapters import linear_shapes
 from .loading import ModelCard, meta_model
 
@@ -39,8 +38,6 @@ class MemoryPlan:
     """Bytes. On a processor linear layers are held twice where there is room (`packed_linear`), and count once here."""
     token: int
     """Bytes of the keys and values of a token, in all layers."""
-    caches: int
-    """Bytes that keys and values may take, of requests and of the prefixes that they share."""
     adapter_parameters: int
     """Of a LoRA adapter."""
     training: int
@@ -53,7 +50,6 @@ class MemoryPlan:
         device: torch.device,
         dtype: torch.dtype,
         *,
-        cache_bytes: int = 0,
         lora: LoRAConfig = LoRAConfig(),
         training: TrainingConfig = TrainingConfig(),
     ) -> Self:
@@ -67,7 +63,6 @@ class MemoryPlan:
             parameters=parameters,
             weights=sum(parameter.nbytes for parameter in model.parameters()),
             token=token,
-            caches=cache_bytes,
             adapter_parameters=adapter,
             training=adapter * ADAPTER_BYTES + tokens * kept,
         )
@@ -76,15 +71,14 @@ class MemoryPlan:
 def announce_memory(
     card: ModelCard, device: torch.device, dtype: torch.dtype, *, cache_bytes: int | None = 0, **options: Any
 ) -> None:
-    """Say in the log what a model will take, with the options of `MemoryPlan.of` (`cache_bytes=None`: a share of the
-    free memory), and warn where that is more than is free. Raises ModelError where a GPU can't hold the weights alone.
-    """
+    """Say in the log what a model will take, with the options of `MemoryPlan.of`, and warn where that is more than is
+    free. `cache_bytes` is what keys and values may take, of requests and of the prefixes that they share; None: a share
+    of the free memory. Raises ModelError where a GPU can't hold the weights alone."""
     if getattr(card.config, "quantization_config", None) is not None:
         # Its weights take less than the shapes say.
         return
-    plan, free = MemoryPlan.of(card.config, device, dtype, cache_bytes=cache_bytes or 0, **options), free_bytes(device)
-    if cache_bytes is None:
-        plan = replace(plan, caches=cache_share(device, max(0, free - plan.weights)))
+    plan, free = MemoryPlan.of(card.config, device, dtype, **options), free_bytes(device)
+    caches = cache_share(device, max(0, free - plan.weights)) if cache_bytes is None else cache_bytes
     weights = f"{_gib(plan.weights)} in {str(dtype).removeprefix('torch.')}"
     logger.info(
         "%s has %.1f million parameters: %s of %s free on %s. Caches take up to %s (%d bytes a token), a training "
@@ -94,7 +88,7 @@ def announce_memory(
         weights,
         _gib(free),
         device,
-        _gib(plan.caches),
+        _gib(caches),
         plan.token,
         _gib(plan.training),
     )
@@ -104,14 +98,14 @@ def announce_memory(
             "or give dtype='bfloat16' where it is more, device='cpu' or a smaller model; vllm_lm spreads a model over "
             "several GPUs."
         )
-    if plan.weights + plan.caches > free:
+    if plan.weights + caches > free:
         logger.warning(
             "%s may take more memory than is free on %s: weights %s and caches %s, of %s. Give dtype='bfloat16' where "
             "it is more, a smaller cache_bytes, or a smaller model.",
             card.source,
             device,
             weights,
-            _gib(plan.caches),
+            _gib(caches),
             _gib(free),
         )
 
@@ -143,8 +137,7 @@ def _adapter_parameters(model: PreTrainedModel, lora: LoRAConfig) -> int:
         output = model.get_output_embeddings()
         chosen = [name for name in shapes if model.get_submodule(name) is not output]
     else:
-        config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
-        chosen = [name for name in shapes if check_target_module_exists(config, name)]
+        chosen = named_layers(shapes, targets)
     return lora.rank * sum(sum(shapes[name]) for name in chosen)
 
 

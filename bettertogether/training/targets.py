@@ -43,7 +43,7 @@ def chosen_layers(base: PreTrainedModel, targets: str | tuple[str, ...]) -> list
         if not layers:
             raise _unusable(base, targets, "none of its linear layers can be trained and served", usable)
         return layers
-    asked = _asked(modules, targets)
+    asked = named_layers(modules, targets)
     wrong = [f"{name} {reason}" for name in asked if (reason := reasons.get(name)) is not None]
     wrong += _experts(base, targets)
     if wrong:
@@ -62,7 +62,7 @@ def check_targets(base: PreTrainedModel, targets: str | tuple[str, ...]) -> None
         return
     modules = _modules(base)
     linear = [name for name, module in modules.items() if linear_shape(module) is not None]
-    asked, wrong = _asked(modules, targets), _experts(base, targets)
+    asked, wrong = named_layers(modules, targets), _experts(base, targets)
     if not asked:
         wrong = wrong or [NO_LAYER]
     elif not {*asked} & {*linear}:
@@ -71,9 +71,10 @@ def check_targets(base: PreTrainedModel, targets: str | tuple[str, ...]) -> None
         raise _unusable(base, targets, "; ".join(wrong), linear)
 
 
-def _asked(modules: dict[str, nn.Module], targets: str | tuple[str, ...]) -> list[str]:
+def named_layers(names: Iterable[str], targets: str | tuple[str, ...]) -> list[str]:
+    """The full names that `targets` mean: names or a pattern, as in peft."""
     config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
-    return [name for name in modules if check_target_module_exists(config, name)]
+    return [name for name in names if check_target_module_exists(config, name)]
 
 
 def _experts(base: PreTrainedModel, targets: str | tuple[str, ...]) -> list[str]:
