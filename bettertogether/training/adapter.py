@@ -26,7 +26,7 @@ from ._upstream import plain_name
 from .adapter_folder import WEIGHTS_FILE, read_adapter_config, read_tensors
 from .adapter_settings import CONFIG_FILE
 from .config import LoRAConfig
-from .lending import ModelState
+from .lending import ModelState, random_state_kept
 from .sharing import all_whole, like
 from .targets import chosen_layers
 
@@ -192,13 +192,6 @@ def _add(model: PreTrainedModel | PeftModel, base: PreTrainedModel, config: Lora
             layer._disable_adapters = False
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(f".{ADAPTER_NAME}" in name)
-
-
-@contextlib.contextmanager
-def random_state_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Leave the random state after the block as it was, that of the model's device too."""
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        yield
 
 
 def _short_names(base: PreTrainedModel, targets: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A model that is being trained, put back for a moment to what it was before, so that it can answer."""
+"""A model put back to what it was before: while it is trained, so that it can answer; after a look at what it does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -58,3 +59,23 @@ def lent_out(model: PreTrainedModel, state: ModelState) -> Iterator[None]:
         yield
     finally:
         present.restore()
+
+
+@contextlib.contextmanager
+def random_state_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Leave the random state after the block as it was, that of the model's device too."""
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        yield
+
+
+@contextlib.contextmanager
+def looked_at(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block passes are without gradients; after it the modules are in training or not, and the random state
+    is, as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad(), random_state_kept(model):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -17,6 +17,7 @@ from ._upstream import attention_name, supports_sdpa
 from .attention import TRAINING_ATTENTION, PackedLayout, attention_implementation, window_of_mask_alone
 from .fused import completion_losses
 from .layers import more_than_attention
+from .lending import looked_at
 from .packing import MicroBatch, TokenizedRow, micro_batches, pack
 
 LOGIT_ELEMENTS = 1 << 27
@@ -159,16 +160,11 @@ def why_not_packed(model: PreTrainedModel, longest: int) -> str | None:
         return f"attention_dropout={config.attention_dropout} in its config"
     if reason := more_than_attention(model) or window_of_mask_alone(model, longest):
         return reason
-    training = [(module, module.training) for module in model.modules()]
-    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with looked_at(model):
             return _Probe(model, config.vocab_size).run()
     except NotImplementedError as reason:
         return str(reason)
-    finally:
-        for module, mode in training:
-            module.training = mode
 
 
 class _Probe:

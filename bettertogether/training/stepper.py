@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError, TrainingError
 from ..printable import get_logger
-from .adapter import ADAPTER_NAME, TrainableAdapter, random_state_kept, training_adapter
+from .adapter import ADAPTER_NAME, TrainableAdapter, training_adapter
 from .config import LoRAConfig, TrainingConfig
 from .fused import fused_lora
+from .lending import random_state_kept
 from .loss import RowLoss, row_loss
 from .packing import MicroBatch, TokenizedRow
 from .precision import (

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..errors import ConfigError
 from .config import ALL_LINEAR
 from .layers import linear_shape
+from .lending import looked_at
 
 PROBE_TOKENS = 19
 """Prime, so that a layer which sees tokens by heads, experts or groups sees another number of rows."""
@@ -127,22 +128,18 @@ def _seen_in_a_pass(base: PreTrainedModel, modules: dict[str, nn.Module], *, tra
 
         return hook
 
-    modes = [(module, module.training) for module in base.modules()]
     handles = [base.get_submodule(name).register_forward_hook(note(name)) for name in modules]
     ids = [(7 * i * i + 3 * i + 1) % base.config.get_text_config().vocab_size for i in range(PROBE_TOKENS)]
     arguments: dict[str, Any] = {"input_ids": torch.tensor([ids], device=base.device), "use_cache": False}
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
         arguments["logits_to_keep"] = torch.tensor(KEPT, device=base.device)
-    devices = [base.device] if base.device.type == "cuda" else []
     try:
-        base.train(training)
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with looked_at(base):
+            base.train(training)
             base(**arguments)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return seen
 
 
