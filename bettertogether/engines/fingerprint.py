@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, RunDirectoryError
-from ..files import atomic_write, cache_folder
+from ..files import atomic_write, cache_folder, sha256_of
 from ..printable import get_logger
 
 logger = get_logger(__name__)
@@ -41,7 +41,6 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
 """The first is the whole tokenizer; the others count where it is missing."""
-BLOCK_BYTES = 8 << 20
 SETTLED_S = 2.0
 """A file that changed later than this before now may change again within one tick of its clock: not remembered."""
 SLOW_BYTES = 1 << 30
@@ -82,7 +81,7 @@ def _folder_parts(folder: Path) -> dict[str, str]:
     """File name to hash, for the files that transformers reads of a folder."""
     small = _first_or_rest(TOKENIZER_FILES, lambda name: (folder / name).is_file())
     names = [name for name in (*SMALL_FILES, *small, *_templates(folder)) if (folder / name).is_file()]
-    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    hashes = {name: sha256_of(folder / name) for name in names}
     main = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if main is None:
         weights = [path for path in sorted(folder.iterdir()) if path.name.endswith(WEIGHT_ENDINGS)]
@@ -120,7 +119,7 @@ def _hub_parts(repo: str, commit: str | None) -> dict[str, str]:
     config = local("config.json")
     templates = [] if config is None else _templates(config.parent)
     here = {name: path for name in (*SMALL_FILES, *small, *templates) if (path := local(name)) is not None}
-    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in here.items()}
+    hashes = {name: sha256_of(path) for name, path in here.items()}
     for main in WEIGHT_FILES:
         path = local(main)
         if path is not None:
@@ -178,15 +177,11 @@ def file_hash(path: Path) -> str:
     known = _recall(identity)
     if known is not None:
         return known
-    digest = hashlib.sha256()
-    block = memoryview(bytearray(BLOCK_BYTES))
-    with real.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
+    digest = sha256_of(real)
     changed_ns = max(identity[2], identity[3])
     if _identity(real) == identity and time.time_ns() - changed_ns > SETTLED_S * 1e9:
-        _remember(identity, digest.hexdigest())
-    return digest.hexdigest()
+        _remember(identity, digest)
+    return digest
 
 
 def _is_untouched_blob(link: Path, real: Path) -> bool:
