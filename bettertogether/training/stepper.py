@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
@@ -25,7 +25,6 @@ from .packing import MicroBatch, TokenizedRow
 from .precision import (
     checkpoint_gradients,
     compute_dtype,
-    four_bit_model,
     give_back_memory,
     is_out_of_memory,
     tokens_in_memory,
@@ -140,14 +139,11 @@ def ready_to_step(
     longest: int,
 ) -> Iterator[Stepper]:
     """An adapter over `model`, new or that of a PEFT folder, for rows of up to `longest` tokens. After the block, also
-    after an exception, the model is as before, and so is the random state."""
+    after an exception, the model is as before, and so is the random state. Where `quantize_base` asks for 4 bits, the
+    model is in these already."""
     sharing = Sharing.of_this_process()
-    if training.quantize_base is not None:
-        if sharing.sharded:
-            raise ConfigError("quantize_base='4bit' can't be sharded: use quantize_base=None, or no FSDP.")
-        base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-        if not getattr(base, "is_loaded_in_4bit", False):
-            model = four_bit_model(str(base.name_or_path), base.device)
+    if training.quantize_base is not None and sharing.sharded:
+        raise ConfigError("quantize_base='4bit' can't be sharded: use quantize_base=None, or no FSDP.")
     with training_adapter(model, lora, training.seed, start_from) as adapter, random_state_kept(adapter.base):
         base = adapter.base
         optimizer = torch.optim.AdamW(

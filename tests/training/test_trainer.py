@@ -374,18 +374,6 @@ def test_float32_over_a_bfloat16_base_is_refused(tmp_path: Path) -> None:
         train(tmp_path, model=tiny_model().bfloat16())
 
 
-def test_a_4_bit_base_needs_cuda(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs a CUDA device"):
-        train(tmp_path, TrainingConfig(quantize_base="4bit"))
-
-
-def test_a_base_in_4_bits_is_not_loaded_again(tmp_path: Path) -> None:
-    model: Any = tiny_model()
-    # Else transformers has bitsandbytes count them.
-    model.is_loaded_in_4bit, model.num_parameters = True, lambda: 1
-    train(tmp_path, TrainingConfig(epochs=1, quantize_base="4bit"), model=model)
-
-
 @pytest.mark.parametrize(
     ("scheduler", "expected"),
     [
