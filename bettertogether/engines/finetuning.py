@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,7 +19,6 @@ from ..files import working_folder
 from ..printable import get_logger
 from ..training.adapter_folder import content_hash, holds_content, write_round
 from ..training.arrow_rows import kept
-from ..training.checkpoint import fingerprint
 from ..training.config import ALL_LINEAR, LoRAConfig, TrainingConfig
 from ..training.packing import TokenizedRow
 from ..training.precision import require_four_bit
@@ -191,13 +193,12 @@ def _run(job: TrainingJob, model: Any, source: str, folder: Path, on_progress: P
 
 def _digest(job: TrainingJob, base_name: str) -> str:
     """A short name for what a training job asks."""
-    asked = {
-        "base": base_name,
-        "start_from": None if job.start_from is None else content_hash(job.start_from),
-        "lora": job.lora.to_dict(),
-        "training": job.training.recipe().to_dict(),
-    }
-    return fingerprint(job.rows, job.validation_rows, asked)[:12]
+    start_from = None if job.start_from is None else content_hash(job.start_from)
+    asked = [base_name, start_from, len(job.rows), job.lora.to_dict(), job.training.recipe().to_dict()]
+    digest = hashlib.sha256(json.dumps(asked).encode())
+    for row in itertools.chain(job.rows, job.validation_rows):
+        digest.update(json.dumps(vars(row)).encode())
+    return digest.hexdigest()[:12]
 
 
 def named_by_content(folder: Path, base_name: str, round_number: int, parent: Path) -> tuple[str, Path]:

@@ -95,7 +95,7 @@ class Evaluator:
     """`evaluate` for several programs at once, whose calls share the engine's batches, and again on further examples:
     each is looked through and copied for its threads once. The programs must not change meanwhile."""
 
-    def __init__(self, metric: Metric, settings: RunSettings = RunSettings()) -> None:
+    def __init__(self, metric: Metric, settings: RunSettings) -> None:
         require_metric(metric)
         self._pass = ExamplePass(metric, settings=settings, scores_only=True)
 

@@ -298,10 +298,12 @@ class Loop:
 
     def _end(self, index: int, steps: Steps, error: Exception | KeyboardInterrupt, spent: Ledger) -> None:
         name = strategy.join(steps)
-        text = "".join(traceback.format_exception(error))
-        if skipped := isinstance(error, BudgetExceeded | KeyboardInterrupt):
+        skipped = isinstance(error, BudgetExceeded | KeyboardInterrupt)
+        if skipped:
             said = "interrupted." if isinstance(error, KeyboardInterrupt) else str(error)
             text = f"{said} {self.directory.how_to_go_on(error)}"
+        else:
+            text = "".join(traceback.format_exception(error))
         record = StepRecord(
             index=index,
             step=steps[-1],

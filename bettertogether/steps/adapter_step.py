@@ -162,8 +162,9 @@ class AdapterStep(Step, Teleprompter):
         changes = {name: {"model": models[key]} for name, key in keys.items() if key in models}
         change_lms(tuned, changes)
         if self.clears_demos:
-            for name in changes:
-                predictors_of(tuned)[name].demos = []
+            for name, predictor in predictors_of(tuned).items():
+                if name in changes:
+                    predictor.demos = []
         tuned._compiled = True
         return tuned
 

@@ -212,8 +212,9 @@ class PolicyRun:
         if sampled:
             change_lms(program, {name: {"store": True, "cache": False} for name in self.adapters})
         if not with_demos:
-            for name in self.adapters:
-                predictors_of(program)[name].demos = []
+            for name, predictor in predictors_of(program).items():
+                if name in self.adapters:
+                    predictor.demos = []
         return program
 
     def _learn(self, groups: Groups) -> list[PolicyUpdate]:

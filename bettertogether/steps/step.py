@@ -23,7 +23,7 @@ from ..rollouts.settings import RunSettings
 from .rows import Row
 from .work import Outlook, Work
 
-_OWN = ("trainset", "valset", "restart_from", "rows", "folder")
+_FIELDS = ("trainset", "valset", "restart_from", "rows", "folder")
 _SETTINGS = ("num_threads", "max_errors", "seed", "store")
 
 
@@ -48,7 +48,7 @@ class StepContext:
 
     def with_arguments(self, given: Mapping[str, Any]) -> StepContext:
         """This context with the user's own arguments for `compile` in place of the run's."""
-        changed = {name: given[name] for name in _OWN if name in given}
+        changed = {name: given[name] for name in _FIELDS if name in given}
         if "teacher" in given:
             changed["teachers"] = as_programs(given["teacher"])
         settings = replace(self.settings, **{name: given[name] for name in _SETTINGS if name in given})

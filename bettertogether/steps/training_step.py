@@ -92,7 +92,7 @@ class TrainingStep(AdapterStep):
         events.told(*collected.card.warnings)
         folder = self._folder(context)
         starts = self._starts(trainable)
-        split = self.split(collected.rows, collected.held_out, trainable, context.settings.seed)
+        split = self.split_by_adapter(collected.rows, collected.held_out, trainable, context.settings.seed)
         results = self._train(split, starts, context.settings.seed, folder)
         out_of_time = events.told(*time_warnings(results.values(), self.training.max_minutes))
         trained = Ledger(trained_tokens=sum(result.tokens for result in results.values()))
@@ -117,12 +117,13 @@ class TrainingStep(AdapterStep):
     ) -> Collected:
         """The rows that `compile` would train on; `earlier` are programs whose prompts they may be shown with too.
         Raises NoTrainingDataError with the counts when there are none."""
+        trainable = self.trainable(student)
         context = StepContext(trainset, valset, as_programs(teacher), earlier=earlier, settings=settings)
-        return self._collected(student, context, self.trainable(student))
+        return self._collected(student, context, trainable)
 
     def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
         """The tries for rows and the training on them, as the outlook has them."""
-        return training_work(self, student, self._learning(context), outlook)
+        return training_work(self, student, self._with_asked_teachers(context), outlook)
 
     @abstractmethod
     def rows_of(self, student: dspy.Module, runs: Runs, trainable: Trainable) -> Collected:
@@ -148,7 +149,7 @@ class TrainingStep(AdapterStep):
         """The examples of the valset on which the epoch is chosen, where any is."""
         return super().measured(trainset, valset, seed) if self.training.keep_best else ()
 
-    def split(
+    def split_by_adapter(
         self, rows: Sequence[Row], held_out: Sequence[Row], trainable: Trainable, seed: int | None
     ) -> dict[AdapterKey, tuple[list[Row], list[Row]]]:
         """The rows of each adapter to train on, and those held out: of `held_out`, or where these are too few, some of
@@ -158,12 +159,12 @@ class TrainingStep(AdapterStep):
         drawn = self._seeded(seed).seed
         return {key: self._split(group, apart.get(key, ()), drawn) for key, group in groups.items()}
 
-    def _learning(self, context: StepContext) -> StepContext:
+    def _with_asked_teachers(self, context: StepContext) -> StepContext:
         """The context with those teachers that are asked."""
         return context if self.asks_teachers else replace(context, teachers=())
 
     def _collected(self, student: dspy.Module, context: StepContext, trainable: Trainable) -> Collected:
-        context, trainset = self._learning(context), context.trainset
+        context, trainset = self._with_asked_teachers(context), context.trainset
         settings = self._checked(trainset, context.valset, context.settings)
 
         def traces_of(examples: Sequence[dspy.Example], phase: str) -> TraceSet:
@@ -203,7 +204,10 @@ class TrainingStep(AdapterStep):
         training = self._seeded(seed)
         # A single training has its own checkpoint, and hashing many rows takes time.
         several = split if len(split) > 1 else {}
-        asked = {key: asked_for(*starts[key], self.lora, training, *rows) for key, rows in several.items()}
+        asked = {
+            key: asked_for(starts[key].engine, starts[key].model, self.lora, training, *rows)
+            for key, rows in several.items()
+        }
         results: dict[AdapterKey, FinetuneResult] = {}
         with finished_trainings(folder or adapters_cache(), list(asked.values())) as finished:
             for number, (key, (train_rows, validation_rows)) in enumerate(split.items(), 1):

@@ -26,7 +26,7 @@ def training_work(step: TrainingStep, student: dspy.Module, context: StepContext
     trainable = step.trainable(student)
     if context.rows is not None:
         given, _ = given_rows(step, student, context.rows, trainable)
-        splits = step.split(given, (), trainable, context.settings.seed).values()
+        splits = step.split_by_adapter(given, (), trainable, context.settings.seed).values()
         return sum((_training(step, len(rows), len(held_out), outlook) for rows, held_out in splits), Work())
     adapters = len({adapter_key(name, lm, step.multitask) for name, (_, lm) in trainable.items()})
     measured = step.measured(context.trainset, context.valset or (), seed)

@@ -139,11 +139,14 @@ def ready_to_step(
     longest: int,
 ) -> Iterator[Stepper]:
     """An adapter over `model`, new or that of a PEFT folder, for rows of up to `longest` tokens. After the block, also
-    after an exception, the model is as before, and so is the random state. Where `quantize_base` asks for 4 bits, the
-    model is in these already."""
+    after an exception, the model is as before, and so is the random state."""
     sharing = Sharing.of_this_process()
-    if training.quantize_base is not None and sharing.sharded:
-        raise ConfigError("quantize_base='4bit' can't be sharded: use quantize_base=None, or no FSDP.")
+    if training.quantize_base is not None:
+        if sharing.sharded:
+            raise ConfigError("quantize_base='4bit' can't be sharded: use quantize_base=None, or no FSDP.")
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not getattr(base, "is_loaded_in_4bit", False):
+            raise ConfigError("quantize_base='4bit' needs a model in 4 bits: load it so, or use quantize_base=None.")
     with training_adapter(model, lora, training.seed, start_from) as adapter, random_state_kept(adapter.base):
         base = adapter.base
         optimizer = torch.optim.AdamW(

@@ -112,7 +112,7 @@ def test_programs_scored_together_have_the_scores_that_each_has_alone() -> None:
         return parity_program(parity_engine(lambda _, number: number % knows_multiples_of == 0))
 
     programs = [program(1), program(2), program(3)]
-    together = Evaluator(parity_match).evaluate(programs, numbers(7), "score")
+    together = Evaluator(parity_match, RunSettings()).evaluate(programs, numbers(7), "score")
     assert [result.scores for result in together] == [
         evaluate(program, numbers(7), parity_match).scores for program in programs
     ]
@@ -142,7 +142,10 @@ def test_each_program_has_its_own_count_of_errors() -> None:
 
 def test_no_examples_are_no_scores() -> None:
     programs = [parity_program(parity_engine(lambda *_: True))] * 2
-    assert [result.scores for result in Evaluator(parity_match).evaluate(programs, [], "score")] == [(), ()]
+    assert [result.scores for result in Evaluator(parity_match, RunSettings()).evaluate(programs, [], "score")] == [
+        (),
+        (),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -374,6 +374,11 @@ def test_float32_over_a_bfloat16_base_is_refused(tmp_path: Path) -> None:
         train(tmp_path, model=tiny_model().bfloat16())
 
 
+def test_a_base_that_is_not_in_4_bits_is_refused_where_it_is_to_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a model in 4 bits"):
+        train(tmp_path, TrainingConfig(quantize_base="4bit"))
+
+
 @pytest.mark.parametrize(
     ("scheduler", "expected"),
     [

@@ -110,9 +110,12 @@ class TransformersEngine(BaseEngine):
 
         def end(future: Future[FinishedAnswer]) -> None:
             try:
-                last = self._writer.end(future.result())
-                for event in (*deltas.finish(), last, None):
+                # Of one that was broken off nobody reads on, while `take` may still be at work.
+                held_back = () if future.cancelled() else deltas.finish()
+                for event in held_back:
                     put(event)
+                put(self._writer.end(future.result()))
+                put(None)
             except BaseException as error:
                 put(error)
 
