@@ -34,6 +34,9 @@ PACE = frozenset(
 )  # fmt: skip
 """Options of an engine that say where and how fast it runs; which model it runs is in the model's name."""
 
+PATIENCE = frozenset({"max_retries", "request_timeout", "timeout"})
+"""Options of an LM that say how long it is waited for."""
+
 NOISE = frozenset({"_compiled", "callbacks", "history"})
 """Attributes of modules and LMs that say nothing about their answers."""
 NOISE_OF_PREDICT = NOISE | {"stage", "traces", "train"}
@@ -119,7 +122,8 @@ def answering_attributes(module: dspy.Module) -> dict[str, Any]:
 
 def lm_parts(lm: BaseLM) -> dict[str, Any]:
     """What decides an LM's answers besides its weights, which its model's name stands for. No secrets."""
-    parts = {"model": lm.model, "model_type": lm.model_type, **_options(lm.kwargs)}
+    options = {name: value for name, value in lm.kwargs.items() if name not in PATIENCE}
+    parts = {"model": lm.model, "model_type": lm.model_type, **_options(options)}
     if getattr(lm, "use_developer_role", False):
         parts["use_developer_role"] = True
     engine = getattr(lm, "engine", None)

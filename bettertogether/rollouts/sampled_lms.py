@@ -33,19 +33,27 @@ def needs_seed(predictor: Any) -> bool:
 
 
 def sampling_lm(lm: Any, number: int, temperature: float | None, seed: int | None, *, always: bool = False) -> Any:
-    """An LM for the try with this number; a `temperature` of None leaves its own. `always`: with the seed even where
-    that is 0."""
+    """An LM for the try with this number; a `temperature` of None leaves its own, and so do models that have no other.
+    `always`: with the seed even where that is 0."""
     changes: dict[str, Any] = {}
-    if temperature is not None:
+    fixed = has_fixed_temperature(lm)
+    at_own = temperature is not None and not fixed
+    if at_own:
         changes["temperature"] = temperature
-    if number > 0 and changes.get("temperature", lm.kwargs.get("temperature")):
+    if number > 0 and (fixed or changes.get("temperature", lm.kwargs.get("temperature"))):
         changes["rollout_id"] = number
-    if (always or samples({**lm.kwargs, **changes})) and "seed" in lm.supported_params:
+    if (always or fixed or samples({**lm.kwargs, **changes})) and "seed" in lm.supported_params:
         changes["seed"] = seed
     sampled = lm.copy(**changes) if changes else lm
     if changes:
-        sampled.drawn = Drawn(changes.get("seed"), sampled.kwargs.get("rollout_id"), temperature is not None)
+        sampled.drawn = Drawn(changes.get("seed"), sampled.kwargs.get("rollout_id"), at_own)
     return sampled
+
+
+def has_fixed_temperature(lm: Any) -> bool:
+    """Whether a service refuses any temperature but 1, as OpenAI's for its reasoning models, to which DSPy gives
+    `max_completion_tokens` in place of `max_tokens`."""
+    return "max_completion_tokens" in lm.kwargs and "max_tokens" not in lm.kwargs
 
 
 def draw_anew(lm: Any, arguments: dict[str, Any], earlier: Callable[[], int]) -> None:

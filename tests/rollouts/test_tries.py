@@ -9,6 +9,7 @@ import pytest
 from fakes import number_of, numbers, parity_engine, parity_match, parity_program, reply, right, two_step_program, wrong
 from tries import NO_MORE, attempts, collect, sampled_only
 
+from bettertogether.rollouts.sampled_lms import sampling_lm
 from bettertogether.rollouts.traces import ExamplePass, collect_traces
 from bettertogether.rollouts.tries import Sampling
 from bettertogether.testing import FakeEngine, FakeRequest
@@ -210,3 +211,15 @@ def test_the_first_teacher_makes_the_further_tries() -> None:
     )
     first = [trace for trace in traces.traces if trace.source == "teacher"][::2]
     assert all(point.run is run for point, run in zip(traces.branches, first, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "own", "asked"),
+    [("openai/gpt-5", {}, None), ("openai/gpt-5", {"temperature": 1.0}, 1.0), ("openai/gpt-4o", {}, 0.3)],
+)
+def test_a_model_that_takes_no_other_temperature_is_tried_at_its_own(
+    model: str, own: dict[str, float], asked: float | None
+) -> None:
+    lm = sampling_lm(dspy.LM(model, api_key="k", **own), 2, 0.3, 7)
+    assert (lm.kwargs["temperature"], lm.kwargs["rollout_id"], lm.kwargs["seed"]) == (asked, 2, 7)
+    assert lm.drawn.at_own_temperature is (model == "openai/gpt-4o")

@@ -18,6 +18,7 @@ from fakes import Parity, learner, numbers, parity_engine, parity_match, plain_l
 
 from bettertogether import BetterTogether, LoRAConfig, LoRAFinetune
 from bettertogether.errors import RunDirectoryError
+from bettertogether.programs.behaviour import lm_parts
 from bettertogether.programs.code import is_own
 from bettertogether.steps.rows import Row, write_rows
 from bettertogether.testing import FakeEngine
@@ -326,6 +327,15 @@ def test_no_secret_is_noted(tmp_path: Path) -> None:
     call(tmp_path / "run", optimizers=lambda: {"s": Keyed()})
     assert secret not in (tmp_path / "run" / "run.json").read_text()
     call(tmp_path / "run", optimizers=lambda: {"s": Keyed()})
+
+
+def test_how_long_an_lm_is_waited_for_is_no_other_call() -> None:
+    one, patient, other = (
+        lm_parts(dspy.LM("openai/x", max_tokens=most, timeout=seconds, num_retries=tries))
+        for most, seconds, tries in ((9, 5, 0), (9, 60, 8), (8, 5, 0))
+    )
+    assert one == patient
+    assert one != other
 
 
 def test_threads_of_a_step_are_no_other_call(tmp_path: Path) -> None:
