@@ -53,6 +53,26 @@ _ADVICE = {
     "bettertogether[structured]), raise max_tokens where they are cut, or take a larger model.",
     "prompt too long": "Shorten the inputs or give fewer demos, or take a model with a longer context.",
 }
+_LM_ADVICE = {
+    (
+        "LMAuthError",
+        "LMBillingError",
+        "LMConfigurationError",
+        "LMNotConfiguredError",
+    ): "The LM's service refuses the key or the account: check the LM's api_key, and the account.",
+    (
+        "LMRateLimitError",
+    ): "The LM's service limits the rate of calls: give the LM a higher num_retries, or take a lower num_threads.",
+    (
+        "LMServerError",
+        "LMTransportError",
+    ): "The LM's service failed or was not reached: check it and the LM's api_base, or "
+    "give the LM a higher num_retries or a longer timeout.",
+    ("LMTimeoutError",): _ADVICE["timeout"],
+    ("LMInvalidRequestError", "LMUnsupportedModelError", "LMUnsupportedFeatureError"): "The LM's service refuses the "
+    "request: check the model's name and the LM's options.",
+}
+"""For errors of an LM's service, by the names of DSPy's classes, whether the program or the metric asked it."""
 _NOT_CALLABLE = " The program that this step returned can't be called as the student is."
 _METRIC_ADVICE = "Let the metric return a finite number."
 _PYDANTIC_LINK = re.compile(r"For further information visit \S+")
@@ -174,7 +194,16 @@ def commonest(failures: Sequence[Failure], total: int) -> Failure | None:
 
 def advice(failure: Failure) -> str:
     """What to do about it, in a sentence."""
-    return _REFUSED_ADVICE if failure.reason.startswith(_REFUSED) else _ADVICE.get(failure.kind, _METRIC_ADVICE)
+    if failure.reason.startswith(_REFUSED):
+        return _REFUSED_ADVICE
+    if failure.kind in ("program error", "metric error") and (of_lm := lm_advice(failure.reason)):
+        return of_lm
+    return _ADVICE.get(failure.kind, _METRIC_ADVICE)
+
+
+def lm_advice(reason: str) -> str | None:
+    """What to do where an LM's service refused or failed; None for any other reason."""
+    return next((text for names, text in _LM_ADVICE.items() if reason.partition(":")[0] in names), None)
 
 
 def cuts(traces: Sequence[Trace]) -> list[bool]:
@@ -204,7 +233,8 @@ def all_raised(record: StepRecord) -> bool:
 
 
 def _program_broken(record: StepRecord) -> bool:
-    return all_failed(record) and record.failures[0].kind == "program error"
+    first = record.failures[0] if all_failed(record) else None
+    return first is not None and first.kind == "program error" and lm_advice(first.reason) is None
 
 
 def round_warnings(records: Sequence[StepRecord], full_mark: float) -> list[str]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import dspy
-from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMTimeoutError
+from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError, LMTimeoutError
 
 from ..errors import PromptTooLongError
 from ..programs.behaviour import program_key
@@ -346,4 +346,16 @@ def _kind(error: BaseException) -> FailureKind:
     # DSPy wraps what an engine raises, unless it is one of its own errors.
     if isinstance(error, ContextWindowExceededError) or isinstance(error.__cause__, PromptTooLongError):
         return "prompt too long"
-    return "timeout" if isinstance(error, TimeoutError | LMTimeoutError) else "program error"
+    return (
+        "timeout" if any(isinstance(each, TimeoutError | LMTimeoutError) for each in _chain(error)) else "program error"
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, and of an LM's error what it comes from. Of any other, what the program got over before is no
+    cause."""
+    yield error
+    cause = error.__cause__ or error.__context__
+    while isinstance(error, LMError) and cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__

@@ -14,7 +14,7 @@ from ..checks import require_threshold
 from ..errors import BetterTogetherError, TooManyErrors
 from ..records import Ledger, score_text
 from .branches import BranchPoint, branch_points
-from .failures import ENDS_ONE_RUN, count_failures, error_text, failure_warning, reason_of_metric
+from .failures import ENDS_ONE_RUN, count_failures, error_text, failure_warning, lm_advice, reason_of_metric
 from .graded import with_near_misses
 from .labels import label_fields, labels_of, output_names
 from .metrics import Metric, Verdict, judge, require_metric, with_trace
@@ -229,9 +229,10 @@ def too_many(failures: Mapping[int, Trace], examples: int, limit: int) -> str:
     """What to say of a pass that ends since more examples than the limit raised."""
     reasons = Counter(trace.reason for trace in failures.values()).most_common(3)
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+    service = lm_advice(str(reasons[0][0]).partition(": ")[2])
     return (
         f"{len(failures)} of {examples} examples raised, more than max_errors={limit} allows. {listed}. "
-        "Mend the program or the metric, or give a higher max_errors."
+        f"{service or 'Mend the program or the metric, or give a higher max_errors.'}"
     )
 
 

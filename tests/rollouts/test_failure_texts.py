@@ -6,8 +6,11 @@ from typing import Annotated, Any
 
 import dspy
 import pydantic
-from fakes import plain_lm, reply
+import pytest
+from dspy import lm15
+from fakes import api_lm, learner, numbers, parity_engine, parity_match, parity_program, plain_lm, reply, with_lm
 
+from bettertogether.errors import TooManyErrors
 from bettertogether.records import Failure
 from bettertogether.rollouts.evaluation import evaluate
 from bettertogether.rollouts.failures import error_text, failure_warning
@@ -65,3 +68,49 @@ def test_a_refused_value_that_is_long_does_not_hide_the_reason() -> None:
     assert told.startswith("a value is refused: Failed to parse field order with value ")
     assert "…" in told
     assert told.endswith("equal to 10 [type=greater_than_equal, input_value=3, input_type=int]")
+
+
+KEY = "The LM's service refuses the key or the account: check the LM's api_key, and the account."
+RATE = "The LM's service limits the rate of calls: give the LM a higher num_retries, or take a lower num_threads."
+AWAY = (
+    "The LM's service failed or was not reached: check it and the LM's api_base, or give the LM a higher num_retries "
+    "or a longer timeout."
+)
+REQUEST = "The LM's service refuses the request: check the model's name and the LM's options."
+SERVICE = [
+    (lm15.AuthError, KEY),
+    (lm15.BillingError, KEY),
+    (lm15.RateLimitError, RATE),
+    (lm15.ServerError, AWAY),
+    (lm15.TransportError, AWAY),
+    (lm15.TimeoutError, "Give the LM a longer timeout, or fewer threads."),
+    (lm15.UnsupportedModelError, REQUEST),
+]
+
+
+def refused_by(error: type[Exception]) -> dspy.Predict:
+    """A program whose LM's service answers every call with this error."""
+
+    def refuses(request: Any) -> str:
+        raise error("no")
+
+    return with_lm(api_lm(refuses, num_retries=0))
+
+
+@pytest.mark.parametrize(("error", "advice"), SERVICE)
+def test_what_an_lms_service_refuses_is_no_fault_of_the_program_or_the_metric(
+    error: type[Exception], advice: str
+) -> None:
+    asked = refused_by(error)
+
+    def judged(example: dspy.Example, prediction: Any, trace: Any = None) -> bool:
+        return bool(asked(number=1))
+
+    for program, metric in ((asked, parity_match), (parity_program(parity_engine(learner)), judged)):
+        failures = evaluate(program, numbers(2), metric).failures
+        assert str(failure_warning(failures, 2, "p")).endswith(f" (example 0: number=0). {advice}")
+
+
+def test_a_pass_that_ends_at_max_errors_says_so_too() -> None:
+    with pytest.raises(TooManyErrors, match=r"allows\. 2 x program error: LMAuthError: .*\. " + KEY):
+        evaluate(refused_by(lm15.AuthError), numbers(4), parity_match, max_errors=1, num_threads=1)

@@ -350,6 +350,15 @@ def test_rounds_that_no_score_tells_apart_are_told_of_at_the_end() -> None:
     assert no_difference([record(0, (1.0, 1.0)), record(1, (1.0, 1.0), "p")], 1.0) is None
 
 
+def test_a_round_whose_service_was_away_is_not_blamed_on_the_program_of_its_step() -> None:
+    away = Failure("program error", 2, "LMBillingError: no", "example 0: number=0")
+    assert round_warnings([record(0, (0.0, 1.0)), record(1, (0.0, 0.0), "p", failures=(away,))], 1.0) == [
+        "p: all 2 examples failed, so the result says nothing: 2 x program error, most often LMBillingError: no "
+        "(example 0: number=0). The LM's service refuses the key or the account: check the LM's api_key, and the "
+        "account."
+    ]
+
+
 @pytest.mark.parametrize(("failed", "word"), [(0, None), (5, None), (6, "little"), (9, "little"), (10, "nothing")])
 def test_the_threshold_of_a_warning_is_more_than_half(failed: int, word: str | None) -> None:
     text = failure_warning(failures("timeout", failed), 10, "p")

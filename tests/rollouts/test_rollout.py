@@ -10,7 +10,9 @@ from typing import Any
 import dspy
 import pydantic
 import pytest
-from fakes import ONE, TwoSteps, numbers, parity_program, plain_lm, reply, two_step_program
+from dspy.lm15 import TransportError
+from dspy.utils.exceptions import LMTransportError
+from fakes import ONE, TwoSteps, api_lm, numbers, parity_program, plain_lm, reply, two_step_program, with_lm
 
 from bettertogether.errors import PromptTooLongError
 from bettertogether.records import Ledger
@@ -315,6 +317,32 @@ def test_a_timeout_is_a_timeout() -> None:
             raise TimeoutError("60 s")
 
     assert Runner(Slow()).run(ONE).failure == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [(TimeoutError("no bytes"), "timeout"), (ConnectionResetError("gone"), "program error")],
+    ids=repr,
+)
+def test_a_read_that_an_api_lm_gave_up_on_is_a_timeout(cause: Exception, kind: str) -> None:
+    def breaks_off(request: FakeRequest) -> str:
+        raise TransportError("read failed") from cause
+
+    run = Runner(with_lm(api_lm(breaks_off, num_retries=0))).run(ONE)
+    assert (type(run.error), run.failure) == (LMTransportError, kind)
+
+
+def test_a_timeout_that_a_program_got_over_is_not_what_failed() -> None:
+    prices: dict[str, dspy.Prediction] = {}
+
+    class Recovers(TwoSteps):
+        def forward(self, number: int) -> dspy.Prediction:
+            try:
+                raise TimeoutError("60 s")
+            except TimeoutError:
+                return prices["lamp"]
+
+    assert Runner(Recovers()).run(ONE).failure == "program error"
 
 
 def test_a_prompt_that_does_not_fit_is_a_failure_of_its_own_kind() -> None:
