@@ -152,9 +152,9 @@ class OtherEngine:
         return self.fake.complete(request)
 
 
-def api_lm(answer: Callable[[FakeRequest], Answer], model: str = "local/api", **options: Any) -> dspy.LM:
+def api_lm(answer: Callable[[FakeRequest], Answer], **options: Any) -> dspy.LM:
     """An LM over `OtherEngine`; `api_lm(...).engine.fake.requests` counts its calls."""
-    return dspy.LM(model, engine=OtherEngine(answer), cache=False, **options)
+    return dspy.LM("local/api", engine=OtherEngine(answer), cache=False, **options)
 
 
 class PaidLM(dspy.BaseLM):

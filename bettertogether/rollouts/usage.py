@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from dspy.utils.callback import BaseCallback
 from dspy.utils.usage_tracker import UsageTracker
 
 from ..records import Ledger, total_cost
+from .failures import error_text, lm_advice
 
 
 class Bill(BaseCallback):
@@ -24,13 +26,35 @@ class Bill(BaseCallback):
         self.costs: list[float | None] = []
         """In US dollars, of each that was paid; None where DSPy knows no price."""
         self._calls = 0
+        self._models: dict[str, str] = {}
+        """Of calls that did not end yet, by id."""
+        self._ended: dict[str, Counter[str | None]] = defaultdict(Counter)
+        """Of each model: how often its calls raised which error; None: those that were answered."""
         self._usages: list[Mapping[str, Any]] = []
         self._lock = threading.Lock()
         self.history = self
 
+    def on_lm_start(self, call_id: str, instance: Any, inputs: Any) -> None:
+        self._models[call_id] = str(getattr(instance, "model", type(instance).__name__))
+
     def on_lm_end(self, call_id: str, outputs: Any, exception: Exception | None = None) -> None:
+        model = self._models.pop(call_id)
+        said = None if exception is None else error_text(exception)
         with self._lock:
             self._calls += exception is None
+            self._ended[model][said] += 1
+
+    def refusals(self) -> list[str]:
+        """What to say of each model of whose calls more than half failed."""
+        said = []
+        for model, ended in self._ended.items():
+            errors = Counter({text: count for text, count in ended.items() if text is not None})
+            failed, calls = errors.total(), ended.total()
+            if 2 * failed > calls:
+                reason = errors.most_common(1)[0][0]
+                told = f"{failed} of {calls} calls of {model} failed (most often {reason})."
+                said.append(" ".join(filter(None, (told, lm_advice(reason)))))
+        return said
 
     def __len__(self) -> int:
         """As a history, none of whose entries is to be dropped."""

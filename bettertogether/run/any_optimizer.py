@@ -12,6 +12,7 @@ from typing import Any
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
+from ..callbacks import events
 from ..errors import ProgramError
 from ..lm import local_engine
 from ..programs.copies import drop_results, results_of
@@ -102,7 +103,8 @@ def run_any(
     `compile`; they win.
 
     The program's LMs answer during the step, whatever `dspy.settings.lm` is, and are those of the result, unless the
-    optimizer put others in their place. `charge` is given what it cost, also where the optimizer raises.
+    optimizer put others in their place. `charge` is given what it cost, also where the optimizer raises. The result
+    warns of models of whose calls more than half failed, since many optimizers go on without an answer.
     """
     settings = context.settings
     if getattr(optimizer, "seed", None) is None:
@@ -142,7 +144,7 @@ def run_any(
     for name, predictor in predictors_of(result).items():
         if predictor.lm is None:
             predictor.lm = lms.get(name)
-    return StepResult(result, ledger, OtherDetails(type(optimizer).__name__))
+    return StepResult(result, ledger, OtherDetails(type(optimizer).__name__), warnings=events.told(*bill.refusals()))
 
 
 def _by_name(settings: RunSettings) -> dict[str, int | None]:
