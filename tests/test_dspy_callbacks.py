@@ -9,6 +9,7 @@ from typing import Any
 import dspy
 import pytest
 from dspy.clients.base_lm import GLOBAL_HISTORY
+from dspy.teleprompt.teleprompt import Teleprompter
 from dspy.utils.callback import ACTIVE_CALL_ID, BaseCallback
 from fakes import learner, numbers, parity_engine, parity_match, parity_program
 
@@ -62,8 +63,8 @@ def engine() -> FakeEngine:
     return parity_engine(learner)
 
 
-def compiled(engine: FakeEngine, **options: Any) -> dspy.Module:
-    return BetterTogether(parity_match, p=BootstrapFewShotRS(parity_match, num_candidates=1)).compile(
+def compiled(engine: FakeEngine, step: Teleprompter | None = None, **options: Any) -> dspy.Module:
+    return BetterTogether(parity_match, p=step or BootstrapFewShotRS(parity_match, num_candidates=1)).compile(
         parity_program(engine),
         trainset=numbers(12, 40),
         valset=numbers(10),
@@ -133,9 +134,12 @@ def test_a_compile_shows_its_steps_and_the_score_of_every_round_and_candidate(en
     assert candidates == report.rounds[1].details.race.calls_made
 
 
-def test_the_usage_of_a_compile_is_that_of_its_report(engine: FakeEngine) -> None:
+@pytest.mark.parametrize("theirs", [False, True])
+def test_the_usage_of_a_compile_is_that_of_its_report(engine: FakeEngine, theirs: bool) -> None:
+    # It asks in threads of DSPy's.
+    step = dspy.BootstrapFewShotWithRandomSearch(parity_match, num_candidate_programs=1, num_threads=4)
     with dspy.track_usage() as tracker:
-        ledger = compiled(engine).report.ledger
+        ledger = compiled(engine, step if theirs else None).report.ledger
     usage = tracker.get_total_tokens()["local/fake"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (ledger.prompt_tokens, ledger.generated_tokens)
 

@@ -6,7 +6,7 @@ import logging
 
 import dspy
 
-from .watching import SharedTracker
+from .watching import RunTracker
 
 _CUT = "dspy.clients.lm", "LM response was truncated"
 """Said of each answer; `failures.cut_warning` counts those of rounds and evaluations, data cards those of rows."""
@@ -31,6 +31,6 @@ def quiet_in_runs() -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     # DSPy hands it to its own threads, too.
     tracker = dspy.settings.usage_tracker
-    if not isinstance(tracker, SharedTracker):
+    if not isinstance(tracker, RunTracker):
         return True
     return not (str(record.msg).startswith(_CUT[1]) if record.name == _CUT[0] else tracker.is_further)

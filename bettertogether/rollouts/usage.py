@@ -87,26 +87,43 @@ class Bill(BaseCallback):
         return _ledger(calls, self._usages, self.costs)
 
 
+class SharedTracker(UsageTracker):
+    """A count of tokens that DSPy does not copy for each of its threads."""
+
+    def __deepcopy__(self, memo: Any) -> SharedTracker:
+        return self
+
+
 @contextmanager
 def billed() -> Iterator[Bill]:
-    """The bill of what is asked within the block."""
+    """The bill of what is asked within the block. A tracker of DSPy's outside of it is told at its end."""
     bill, callers = Bill(), dspy.settings.caller_modules or []
-    with dspy.context(callbacks=[*dspy.settings.callbacks, bill], caller_modules=[*callers, bill]):
-        yield bill
+    outer, tracker = dspy.settings.usage_tracker, SharedTracker()
+    options = {"usage_tracker": tracker} if outer is not None else {}
+    with dspy.context(callbacks=[*dspy.settings.callbacks, bill], caller_modules=[*callers, bill], **options):
+        try:
+            yield bill
+        finally:
+            _tell(outer, tracker)
 
 
 def hand_on_usage(bill: Bill, tracker: UsageTracker, prediction: Any) -> None:
     """To DSPy's tracker and to bills outside of the run, and to the prediction, as DSPy would have."""
     if dspy.settings.track_usage and isinstance(prediction, dspy.Prediction):
         prediction.set_lm_usage(tracker.get_total_tokens())
-    outer = dspy.settings.usage_tracker
-    if outer:
-        for model, entries in tracker.usage_data.items():
-            for entry in entries:
-                outer.add_usage(model, entry)
+    _tell(dspy.settings.usage_tracker, tracker)
     for caller in dspy.settings.caller_modules or []:
         if isinstance(caller, Bill):
             caller.add(bill)
+
+
+def _tell(outer: UsageTracker | None, tracker: UsageTracker) -> None:
+    if outer is None:
+        return
+    # Threads that were left behind may still add to it.
+    for model, entries in list(tracker.usage_data.items()):
+        for entry in entries:
+            outer.add_usage(model, entry)
 
 
 def used(bill: Bill, tracker: UsageTracker, calls: int, *, is_told: bool) -> Ledger:

@@ -23,13 +23,12 @@ import dspy
 from dspy.clients.base_lm import record_history
 from dspy.signatures.signature import ensure_signature
 from dspy.utils.exceptions import AdapterParseError
-from dspy.utils.usage_tracker import UsageTracker
 
 from .event_loop import run_on_loop, use_shared_loop
 from .replay import Answer, Replay, Reply, snapshot
 from .responses import part_of, reply_of
 from .sampled_lms import draw_anew
-from .usage import Bill
+from .usage import Bill, SharedTracker
 
 
 @dataclass
@@ -74,16 +73,13 @@ _CALL_TIME = ("signature", "demos", "config", "lm")
 _Watching = Callable[[dspy.Predict, Any], Any]
 
 
-class SharedTracker(UsageTracker):
-    """A count of tokens that `dspy.Parallel` does not copy for each of its threads."""
+class RunTracker(SharedTracker):
+    """The count of tokens of one run."""
 
     def __init__(self, is_further: bool) -> None:
         super().__init__()
         self.is_further = is_further
         """Whether the run is another try of an example."""
-
-    def __deepcopy__(self, memo: Any) -> SharedTracker:
-        return self
 
 
 class Record:
@@ -104,7 +100,7 @@ class Record:
         self.history_size: int = dspy.settings.max_history_size if self.keeps_history else 0
         self.trace: list[Any] = []
         """DSPy's trace: (predictor, inputs, prediction) triples."""
-        self.tracker = SharedTracker(is_further)
+        self.tracker = RunTracker(is_further)
         self.bill = Bill()
         """Of all LMs that the program asks."""
         self.unread: list[Seen] = []

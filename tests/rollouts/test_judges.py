@@ -69,6 +69,16 @@ def test_what_a_metric_asks_an_lm_is_in_the_ledger_of_the_trace(ask: Ask, calls:
     assert [trace.passed for trace in judged.traces] == [trace.passed for trace in plain.traces]
 
 
+@pytest.mark.parametrize(("ask", "calls"), [(in_turn, 1), (in_parallel, 2)])
+def test_dspys_tracker_counts_what_a_metric_asks(ask: Ask, calls: int) -> None:
+    with dspy.track_usage() as tracker:
+        collect(judged_by(paid_judge(), ask), num_threads=1)
+    assert tracker.get_total_tokens()["openai/paid"] == {
+        "prompt_tokens": 10 * calls * 6,
+        "completion_tokens": 2 * calls * 6,
+    }
+
+
 def test_a_judge_is_no_part_of_the_run_and_stays_as_it_was() -> None:
     judge = paid_judge()
     seen = []

@@ -36,7 +36,7 @@ def refusing(times: int) -> dspy.LM:
     return api_lm(answer, num_retries=0)
 
 
-class AsksAndGoesOn(Teleprompter):  # type: ignore[misc]
+class AsksAndGoesOn(Teleprompter):
     """Asks its LM so often, and returns the student whatever came."""
 
     def __init__(self, lm: dspy.LM, calls: int) -> None:
