@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 
+from .redaction import masked
+
 _STEERING = (
     "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters: escape sequences, carriage return, bell
     "\u2028\u2029\u202a-\u202e\u2066-\u2069"  # separators and marks that change the order of what is read
@@ -42,14 +44,15 @@ def _written_out(match: re.Match[str]) -> str:
 
 
 class _PrintableRecords(logging.Filter):
-    """Makes the message and the traceback of a log record printable before any handler sees them."""
+    """Makes the message and the traceback of a log record printable before any handler sees them. No secret is in a
+    traceback."""
 
     _formatter = logging.Formatter()
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = printable(record.getMessage()), ()
         if record.exc_info:
-            record.exc_text = printable(self._formatter.formatException(record.exc_info))
+            record.exc_text = printable(masked(self._formatter.formatException(record.exc_info)))
         return True
 
 

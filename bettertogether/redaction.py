@@ -1,13 +1,15 @@
 """What must not get onto disk: keys, passwords, headers, credentials in addresses. One rule for everything saved.
 
 `without_secrets` is for options (what an LM, a predictor or an optimizer was made with), `masked` for texts that may
-quote them (exceptions, tracebacks). Prompts and examples are the user's data and go through neither.
+quote them (exceptions, tracebacks), which knows besides the forms of secrets those of the LMs in use
+(`remember_secrets`). Prompts and examples are the user's data and go through neither.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -37,6 +39,11 @@ _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{0,30}://[^\s\"'<>]+")
 
 def is_secret_name(name: object) -> bool:
     """Whether what goes by this name is taken for a secret: "api_key", "apiKey", "X-Api-Key", "extra_headers", ..."""
+    return _is_secret_name(str(name))
+
+
+@functools.lru_cache(maxsize=500)
+def _is_secret_name(name: str) -> bool:
     return _NAME.search(_words(name)) is not None
 
 
@@ -69,27 +76,30 @@ def split_secrets(value: Any) -> tuple[Any, set[str]]:
     Left out are entries with the name of a secret (unless they are None, True or False), texts in the form of a known
     kind of key, and user, password and secret parameters in addresses. The fields that a JSON schema names are none.
     """
-    left_out: set[str] = set()
+    left_out: _LeftOut = []
     kept = _kept(value, left_out, "value")
-    return (MASK if kept is _LEFT_OUT else kept), left_out
+    return (MASK if kept is _LEFT_OUT else kept), {name for name, _ in left_out}
 
 
 _LEFT_OUT = object()
+_LeftOut = list[tuple[str, Any]]
+"""Names and values of what was left out."""
 
 
-def _kept(value: Any, left_out: set[str], name: str, *, schema: bool = False) -> Any:
+def _kept(value: Any, left_out: _LeftOut, name: str, *, schema: bool = False) -> Any:
     """A value without secrets. `schema`: the names in it are those of a JSON schema's fields."""
     if isinstance(value, Mapping):
         return _kept_entries(value, left_out, schema)
     if isinstance(value, list | tuple | set | frozenset):
         if name != "stop" and not schema and _is_named_secret(value):
-            left_out.add(str(next(iter(value))))
+            header, text = value
+            left_out.append((header, text))
             return _LEFT_OUT
         items = [_kept(item, left_out, name, schema=schema) for item in value]
         return [item for item in items if item is not _LEFT_OUT]
     if isinstance(value, str):
         if _VALUE.fullmatch(value.strip()):
-            left_out.add(name)
+            left_out.append((name, value))
             return _LEFT_OUT
         return _address_kept(value, left_out, name)
     return value
@@ -103,13 +113,13 @@ def _is_schema(value: Mapping[Any, Any]) -> bool:
     return of_object or isinstance(value.get("$defs"), Mapping)
 
 
-def _kept_entries(value: Mapping[Any, Any], left_out: set[str], schema: bool) -> dict[Any, Any]:
+def _kept_entries(value: Mapping[Any, Any], left_out: _LeftOut, schema: bool) -> dict[Any, Any]:
     kept, fields = {}, _OF_FIELDS if _is_schema(value) else ()
     named = any(str(key).lower() in ("name", "key", "header") and is_secret_name(item) for key, item in value.items())
     for key, item in value.items():
         secret = (is_secret_name(key) and not named) or (named and str(key).lower() == "value")
         if secret and not schema and not isinstance(item, bool | None):
-            left_out.add(str(key))
+            left_out.append((str(key), item))
         elif (inner := _kept(item, left_out, str(key), schema=schema or key in fields)) is not _LEFT_OUT:
             kept[key] = inner
     return kept
@@ -121,11 +131,11 @@ def _is_named_secret(value: Any) -> bool:
     return bool(pair) and all(isinstance(item, str) for item in pair) and is_secret_name(pair[0])
 
 
-def _address_kept(text: str, left_out: set[str], name: str) -> str:
+def _address_kept(text: str, left_out: _LeftOut, name: str) -> str:
     def clean(match: re.Match[str]) -> str:
         kept = _clean_address(match[0], "")
         if kept != match[0]:
-            left_out.add(name)
+            left_out.append((name, None))
         return kept
 
     return _ADDRESS.sub(clean, text)
@@ -147,8 +157,46 @@ def _clean_address(address: str, mask: str) -> str:
     return urlunsplit(parts._replace(netloc=netloc, query=urlencode(kept)))
 
 
+_SHORTEST = 8
+"""Characters of a secret that is known by itself; a shorter one may be any word."""
+_remembered: set[str] = set()
+
+
+def remember_secrets(lm: object) -> None:
+    """Have `masked` replace the secrets among an LM's options and attributes wherever a text quotes them, as a service
+    does that refuses a key. They are kept for as long as the process runs, in memory alone."""
+    held = getattr(lm, "__dict__", {})
+    left_out: _LeftOut = [(name, value) for name, value in held.items() if is_secret_name(name)]
+    _kept(held.get("kwargs"), left_out, "value")
+    _remembered.update(text for each in left_out for text in _secret_texts(*each) if len(text) >= _SHORTEST)
+
+
+def _secret_texts(name: str, value: Any) -> Iterator[str]:
+    """The secrets in what goes by a name: all of a text by a secret's name, and in any text, as that of a header
+    ("Token ..."), the words that look like one."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _secret_texts(str(key), item)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from _secret_texts(name, item)
+    elif isinstance(value, str):
+        yield from filter(_OPAQUE.fullmatch, value.split())
+        if is_secret_name(name):
+            yield value
+
+
 def masked(text: str) -> str:
-    """A text with the secrets in it replaced: `name='...'` of a secret's name, known kinds of keys, addresses."""
+    """`masked_forms`, and the secrets that are known by `remember_secrets`, whatever their form."""
+    text = masked_forms(text)
+    for secret in sorted(_remembered.copy(), key=len, reverse=True):
+        text = text.replace(secret, MASK)
+    return text
+
+
+def masked_forms(text: str) -> str:
+    """A text with the secrets in it replaced: `name='...'` of a secret's name, known kinds of keys, addresses. The same
+    in every process."""
     text = _ADDRESS.sub(lambda match: _clean_address(match[0], MASK), text)
     text = _QUOTED.sub(lambda m: _hidden(m) if is_secret_name(m["name"]) and not _is_error(m["name"]) else m[0], text)
     return _VALUE.sub(MASK, text)

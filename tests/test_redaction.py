@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from bettertogether.redaction import is_secret, is_secret_name, masked, split_secrets, without_secrets
+from bettertogether.redaction import (
+    is_secret,
+    is_secret_name,
+    masked,
+    masked_forms,
+    remember_secrets,
+    split_secrets,
+    without_secrets,
+)
 
 KEY = "sk-proj-0123456789abcdef"
 
@@ -122,3 +131,20 @@ def test_a_text_is_masked_where_it_quotes_a_secret(text: str, hidden: str) -> No
 def test_a_missing_key_that_an_error_names_is_no_secret() -> None:
     assert masked("KeyError: 'unit'") == "KeyError: 'unit'"
     assert masked("AuthError: api_key='abc'") == "AuthError: api_key='***'"
+
+
+@pytest.mark.parametrize(
+    ("held", "text", "hidden"),
+    [
+        ({"api_key": "remembered-1"}, "of remembered-1.", "of ***."),
+        ({"kwargs": {"fallbacks": [{"api_key": "remembered-2"}]}}, "of remembered-2", "of ***"),
+        ({"kwargs": {"pairs": [("Authorization", "remembered-3")]}}, "Authorization remembered-3", "Authorization ***"),
+        ({"headers": {"Accept": "application/json"}}, "no application/json", "no application/json"),
+        ({"api_key": "remember", "kwargs": {"api_key": "remember-4"}}, "remember-4", "***"),
+        ({"api_key": "EMPTY"}, "an EMPTY answer", "an EMPTY answer"),
+    ],
+)
+def test_a_secret_of_an_lm_is_masked_in_any_form(held: dict[str, Any], text: str, hidden: str) -> None:
+    remember_secrets(SimpleNamespace(**held))
+    assert masked(text) == hidden
+    assert masked_forms(text) == text

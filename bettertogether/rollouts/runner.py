@@ -17,6 +17,7 @@ from ..programs.content import example_content
 from ..programs.copies import Copier
 from ..programs.program import modules_of, predictors_of
 from ..records import Ledger
+from ..redaction import remember_secrets
 from .attribution import CallAttribution
 from .failures import ENDS_ONE_RUN
 from .logs import quiet_in_runs
@@ -50,6 +51,10 @@ class Runner:
         self._store = store if self._key is not None else None
         self._needs_seeds = any(map(needs_seed, program.predictors()))
         self._attribution = CallAttribution(program)
+        # Those that it asks itself are not watched.
+        for held in (held for _, module in modules_of(program) for held in vars(module).values()):
+            if isinstance(held, dspy.BaseLM):
+                remember_secrets(held)
         self._lock = threading.Lock()
         self._copier: Copier | None = None
         self._spare: list[_Copy] = []

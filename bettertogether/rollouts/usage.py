@@ -14,6 +14,7 @@ from dspy.utils.callback import BaseCallback
 from dspy.utils.usage_tracker import UsageTracker
 
 from ..records import Ledger, total_cost
+from ..redaction import remember_secrets
 from .failures import error_text, lm_advice
 
 
@@ -35,6 +36,7 @@ class Bill(BaseCallback):
         self.history = self
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: Any) -> None:
+        remember_secrets(instance)
         self._models[call_id] = str(getattr(instance, "model", type(instance).__name__))
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: Exception | None = None) -> None:

@@ -38,7 +38,7 @@ from ..programs.behaviour import (
 from ..programs.code import is_own, named_values
 from ..programs.content import cell_content, dataset_hash
 from ..programs.program import model_names, modules_of, predictors_of
-from ..redaction import is_secret, is_secret_name, masked, split_secrets
+from ..redaction import is_secret, is_secret_name, masked_forms, split_secrets
 from ..versions import versions
 from .plan import Plan
 from .same_call import WHOLE, with_other_steps
@@ -119,7 +119,7 @@ class _Notes:
     def text(self, value: Any) -> str:
         """A value as text: itself where it is short and plain, else its kind and a hash of its content."""
         if _is_plain(value) and len(shown := repr(value)) <= _SHORT and not split_secrets(value)[1]:
-            return masked(shown)
+            return masked_forms(shown)
         return self._named_by_hash(value)
 
     def _named_by_hash(self, value: Any) -> str:
