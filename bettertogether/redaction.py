@@ -2,12 +2,13 @@
 
 `without_secrets` is for options (what an LM, a predictor or an optimizer was made with), `masked` for texts that may
 quote them (exceptions, tracebacks), which knows besides the forms of secrets those of the LMs in use
-(`remember_secrets`). Prompts and examples are the user's data and go through neither.
+(`remember_secrets`) and of the environment. Prompts and examples are the user's data and go through neither.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -186,10 +187,19 @@ def _secret_texts(name: str, value: Any) -> Iterator[str]:
             yield value
 
 
+def _keys_of_environment() -> Iterator[str]:
+    """Where most LMs have theirs. Of a secret's name are paths too (PWD, SSH_AUTH_SOCK)."""
+    for name in os.environ:
+        value = os.environ.get(name, "")
+        if is_secret_name(name) and _OPAQUE.fullmatch(value) and not value.startswith("/"):
+            yield value
+
+
 def masked(text: str) -> str:
-    """`masked_forms`, and the secrets that are known by `remember_secrets`, whatever their form."""
+    """`masked_forms`, and the secrets that are known, by `remember_secrets` or from the environment, whatever their
+    form."""
     text = masked_forms(text)
-    for secret in sorted(_remembered.copy(), key=len, reverse=True):
+    for secret in sorted({*_remembered.copy(), *_keys_of_environment()}, key=len, reverse=True):
         text = text.replace(secret, MASK)
     return text
 

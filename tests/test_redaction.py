@@ -148,3 +148,10 @@ def test_a_secret_of_an_lm_is_masked_in_any_form(held: dict[str, Any], text: str
     remember_secrets(SimpleNamespace(**held))
     assert masked(text) == hidden
     assert masked_forms(text) == text
+
+
+def test_a_key_of_the_environment_is_masked_in_any_form_and_a_path_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_API_KEY", "0123456789abcdef0123456789abcdef")
+    monkeypatch.setenv("PWD", "/home/user1/a_program")
+    text = "0123456789abcdef0123456789abcdef is refused in /home/user1/a_program/main.py"
+    assert masked(text) == "*** is refused in /home/user1/a_program/main.py"
