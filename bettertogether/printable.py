@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
-from .redaction import masked
+from .redaction import masked, remember_asked
 
 _STEERING = (
     "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters: escape sequences, carriage return, bell
@@ -52,6 +52,7 @@ class _PrintableRecords(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = printable(record.getMessage()), ()
         if record.exc_info:
+            remember_asked(record.exc_info[1])
             record.exc_text = printable(masked(self._formatter.formatException(record.exc_info)))
         return True
 

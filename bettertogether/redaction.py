@@ -10,9 +10,12 @@ from __future__ import annotations
 import functools
 import os
 import re
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import dspy
 
 MASK = "***"
 """What stands in a masked text for a secret."""
@@ -160,29 +163,44 @@ def _clean_address(address: str, mask: str) -> str:
 
 _SHORTEST = 8
 """Characters of a secret that is known by itself; a shorter one may be any word."""
+_WORD = re.compile(r"[A-Za-z]{,15}")
+"""What stands for a key where a local server wants none ("anything") is any word too."""
 _remembered: set[str] = set()
 
 
 def remember_secrets(lm: object) -> None:
     """Have `masked` replace the secrets among an LM's options and attributes wherever a text quotes them, as a service
     does that refuses a key. They are kept for as long as the process runs, in memory alone."""
-    held = getattr(lm, "__dict__", {})
+    held = dict(getattr(lm, "__dict__", {}))
     left_out: _LeftOut = [(name, value) for name, value in held.items() if is_secret_name(name)]
     _kept(held.get("kwargs"), left_out, "value")
-    _remembered.update(text for each in left_out for text in _secret_texts(*each) if len(text) >= _SHORTEST)
+    texts = (text for each in left_out for text in _secret_texts(*each))
+    _remembered.update(text for text in texts if len(text) >= _SHORTEST and not _WORD.fullmatch(text))
+
+
+def remember_asked(error: BaseException | None) -> None:
+    """`remember_secrets` of the LMs that an error comes from, whoever asked them."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            for name in ("self", "instance"):
+                if isinstance(lm := frame.f_locals.get(name), dspy.BaseLM):
+                    remember_secrets(lm)
+        error = error.__cause__ or error.__context__
 
 
 def _secret_texts(name: str, value: Any) -> Iterator[str]:
     """The secrets in what goes by a name: all of a text by a secret's name, and in any text, as that of a header
     ("Token ..."), the words that look like one."""
     if isinstance(value, Mapping):
-        for key, item in value.items():
+        for key, item in list(value.items()):
             yield from _secret_texts(str(key), item)
     elif isinstance(value, list | tuple | set | frozenset):
-        for item in value:
+        for item in list(value):
             yield from _secret_texts(name, item)
     elif isinstance(value, str):
-        yield from filter(_OPAQUE.fullmatch, value.split())
+        yield from (word for word in value.split() if _OPAQUE.fullmatch(word) and "://" not in word)
         if is_secret_name(name):
             yield value
 
@@ -191,7 +209,8 @@ def _keys_of_environment() -> Iterator[str]:
     """Where most LMs have theirs. Of a secret's name are paths too (PWD, SSH_AUTH_SOCK)."""
     for name in os.environ:
         value = os.environ.get(name, "")
-        if is_secret_name(name) and _OPAQUE.fullmatch(value) and not value.startswith("/"):
+        is_place = value.startswith(("/", "~", ".")) or "://" in value
+        if is_secret_name(name) and _OPAQUE.fullmatch(value) and not is_place:
             yield value
 
 
@@ -200,7 +219,7 @@ def masked(text: str) -> str:
     form."""
     text = masked_forms(text)
     for secret in sorted({*_remembered.copy(), *_keys_of_environment()}, key=len, reverse=True):
-        text = text.replace(secret, MASK)
+        text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", MASK, text)
     return text
 
 

@@ -39,7 +39,7 @@ def metric(example: Any, prediction: Any, trace: Any = None) -> float:
         (lambda: PreferenceFinetune(metric, epochs=3), "For epochs give training=TrainingConfig(epochs=...)."),  # type: ignore[call-arg]
         (
             lambda: PolicyFinetune(metric, beta=0.1),  # type: ignore[call-arg]
-            "For beta give policy=PolicyConfig(kl_weight=...). For beta give training=TrainingConfig(beta=...).",
+            "no option beta. For beta give policy=PolicyConfig(kl_weight=...). Its options",
         ),
         (
             lambda: BootstrapFewShotRS(metric, num_candidate_programs=8),  # type: ignore[call-arg]

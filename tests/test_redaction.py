@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bettertogether import redaction
 from bettertogether.redaction import (
     is_secret,
     is_secret_name,
@@ -140,11 +141,21 @@ def test_a_missing_key_that_an_error_names_is_no_secret() -> None:
         ({"kwargs": {"fallbacks": [{"api_key": "remembered-2"}]}}, "of remembered-2", "of ***"),
         ({"kwargs": {"pairs": [("Authorization", "remembered-3")]}}, "Authorization remembered-3", "Authorization ***"),
         ({"headers": {"Accept": "application/json"}}, "no application/json", "no application/json"),
-        ({"api_key": "remember", "kwargs": {"api_key": "remember-4"}}, "remember-4", "***"),
+        ({"api_key": "remember4", "kwargs": {"api_key": "remember4-5"}}, "remember4-5", "***"),
+        ({"api_key": "remember6"}, "remember60 and remember6", "remember60 and ***"),
+        ({"api_key": "anything"}, "anything else", "anything else"),
+        (
+            {"extra_headers": {"Referer": "https://a.example/1234567"}},
+            "in https://a.example/12",
+            "in https://a.example/12",
+        ),
         ({"api_key": "EMPTY"}, "an EMPTY answer", "an EMPTY answer"),
     ],
 )
-def test_a_secret_of_an_lm_is_masked_in_any_form(held: dict[str, Any], text: str, hidden: str) -> None:
+def test_a_secret_of_an_lm_is_masked_in_any_form(
+    held: dict[str, Any], text: str, hidden: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redaction, "_remembered", set())
     remember_secrets(SimpleNamespace(**held))
     assert masked(text) == hidden
     assert masked_forms(text) == text

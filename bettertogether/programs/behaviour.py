@@ -20,7 +20,7 @@ import pydantic
 from dspy.clients.base_lm import BaseLM
 from typing_extensions import Format, get_annotations
 
-from ..redaction import is_secret, remember_secrets, without_secrets
+from ..redaction import is_secret, without_secrets
 from .code import ACCESSOR, OURS, accessors, is_own, named_values
 from .content import Walk, by_name, cell_content, combined, name_of
 from .copies import own_attributes
@@ -121,9 +121,7 @@ def answering_attributes(module: dspy.Module) -> dict[str, Any]:
 
 
 def lm_parts(lm: BaseLM) -> dict[str, Any]:
-    """What decides an LM's answers besides its weights, which its model's name stands for. No secrets: what
-    quotes them from now on is masked."""
-    remember_secrets(lm)
+    """What decides an LM's answers besides its weights, which its model's name stands for. No secrets."""
     options = {name: value for name, value in lm.kwargs.items() if name not in PATIENCE}
     parts = {"model": lm.model, "model_type": lm.model_type, **_options(options)}
     if getattr(lm, "use_developer_role", False):

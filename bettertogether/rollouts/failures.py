@@ -31,7 +31,7 @@ import dspy
 from dspy.utils.exceptions import AdapterParseError
 
 from ..records import Failure, StepRecord, failure_reason
-from ..redaction import masked
+from ..redaction import masked, remember_asked
 from .metrics import BELOW_THRESHOLD, passes
 
 if TYPE_CHECKING:
@@ -57,9 +57,11 @@ _LM_ADVICE = {
     (
         "LMAuthError",
         "LMBillingError",
+    ): "The LM's service refuses the key or the account: check the LM's api_key, and the account.",
+    (
         "LMConfigurationError",
         "LMNotConfiguredError",
-    ): "The LM's service refuses the key or the account: check the LM's api_key, and the account.",
+    ): "The LM can't be asked as it is configured: check its api_key, its api_base and the environment.",
     (
         "LMRateLimitError",
     ): "The LM's service limits the rate of calls: give the LM a higher num_retries, or take a lower num_threads.",
@@ -95,6 +97,7 @@ _short.maxstring = _short.maxother = 80
 def error_text(error: BaseException) -> str:
     """The error in one line, without secrets, and where the user's own code raised it; of an answer that can't be
     parsed, what is wrong, and the answer."""
+    remember_asked(error)
     if isinstance(error, AdapterParseError):
         return f"{_why_unread(error)} in the answer {_short.repr(error.lm_response)}"
     return _cut(_line(f"{type(error).__name__}: {error}")) + _place_of(error)

@@ -17,7 +17,6 @@ from ..programs.content import example_content
 from ..programs.copies import Copier
 from ..programs.program import modules_of, predictors_of
 from ..records import Ledger
-from ..redaction import remember_secrets
 from .attribution import CallAttribution
 from .failures import ENDS_ONE_RUN
 from .logs import quiet_in_runs
@@ -51,10 +50,6 @@ class Runner:
         self._store = store if self._key is not None else None
         self._needs_seeds = any(map(needs_seed, program.predictors()))
         self._attribution = CallAttribution(program)
-        # Those that it asks itself are not watched.
-        for held in (held for _, module in modules_of(program) for held in vars(module).values()):
-            if isinstance(held, dspy.BaseLM):
-                remember_secrets(held)
         self._lock = threading.Lock()
         self._copier: Copier | None = None
         self._spare: list[_Copy] = []
@@ -351,16 +346,15 @@ def _kind(error: BaseException) -> FailureKind:
     # DSPy wraps what an engine raises, unless it is one of its own errors.
     if isinstance(error, ContextWindowExceededError) or isinstance(error.__cause__, PromptTooLongError):
         return "prompt too long"
-    return (
-        "timeout" if any(isinstance(each, TimeoutError | LMTimeoutError) for each in _chain(error)) else "program error"
-    )
+    is_timeout = any(isinstance(each, TimeoutError | LMTimeoutError) for each in _chain(error))
+    return "timeout" if is_timeout else "program error"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, and of an LM's error what it comes from. Of any other, what the program got over before is no
-    cause."""
-    yield error
-    cause = error.__cause__ or error.__context__
-    while isinstance(error, LMError) and cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
+    """The error, and what an LM's error comes from. Of any other, what the program got over before is no cause."""
+    seen: list[BaseException] = []
+    each: BaseException | None = error
+    while each is not None and each not in seen:
+        yield each
+        seen.append(each)
+        each = each.__cause__ if isinstance(error, LMError) else None

@@ -14,7 +14,6 @@ from dspy.utils.callback import BaseCallback
 from dspy.utils.usage_tracker import UsageTracker
 
 from ..records import Ledger, total_cost
-from ..redaction import remember_secrets
 from .failures import error_text, lm_advice
 
 
@@ -36,7 +35,6 @@ class Bill(BaseCallback):
         self.history = self
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: Any) -> None:
-        remember_secrets(instance)
         self._models[call_id] = str(getattr(instance, "model", type(instance).__name__))
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: Exception | None = None) -> None:
@@ -49,7 +47,9 @@ class Bill(BaseCallback):
     def refusals(self) -> list[str]:
         """What to say of each model of whose calls more than half failed."""
         said = []
-        for model, ended in self._ended.items():
+        with self._lock:  # Threads that were left behind may still add to it.
+            ended_of = {model: ended.copy() for model, ended in self._ended.items()}
+        for model, ended in ended_of.items():
             errors = Counter({text: count for text, count in ended.items() if text is not None})
             failed, calls = errors.total(), ended.total()
             if 2 * failed > calls:

@@ -24,7 +24,6 @@ from dspy.clients.base_lm import record_history
 from dspy.signatures.signature import ensure_signature
 from dspy.utils.exceptions import AdapterParseError
 
-from ..redaction import remember_secrets
 from .event_loop import run_on_loop, use_shared_loop
 from .replay import Answer, Replay, Reply, snapshot
 from .responses import part_of, reply_of
@@ -367,7 +366,6 @@ def watched_lm(lm: Any) -> Any:
     """A copy of an LM that tells the predictor's call in progress how it was answered."""
     if not isinstance(lm, dspy.BaseLM) or _is_watched(lm):
         return lm
-    remember_secrets(lm)
     copied = lm.copy()
     copied.update_history = note_response
     return copied

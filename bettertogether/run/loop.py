@@ -18,7 +18,7 @@ from ..printable import get_logger
 from ..programs.copies import drop_results
 from ..programs.program import model_names, prompts_state, same_prompts, with_prompts
 from ..records import ARROW, CELLS, Ledger, PromptDetails, StepRecord
-from ..redaction import masked
+from ..redaction import masked, remember_asked
 from ..rollouts.evaluation import Evaluation, Evaluator, Kind
 from ..rollouts.failures import all_raised, no_difference, round_warnings
 from ..rollouts.labels import label_fields
@@ -298,6 +298,7 @@ class Loop:
 
     def _end(self, index: int, steps: Steps, error: Exception | KeyboardInterrupt, spent: Ledger) -> None:
         name = strategy.join(steps)
+        remember_asked(error)
         skipped = isinstance(error, BudgetExceeded | KeyboardInterrupt)
         if skipped:
             said = "interrupted." if isinstance(error, KeyboardInterrupt) else str(error)

@@ -38,7 +38,14 @@ from .weight_step import LoRAFinetune
 from .work import Outlook, Work
 
 
-@knows(adapter="dspy.configure(adapter=...)", train_kwargs="training=TrainingConfig(...) and lora=LoRAConfig(...)")
+@knows(
+    adapter="dspy.configure(adapter=...)",
+    train_kwargs="training=TrainingConfig(...) and lora=LoRAConfig(...)",
+    beta="policy=PolicyConfig(kl_weight=...)",
+    epochs="policy=PolicyConfig(steps=...)",
+    num_train_epochs="policy=PolicyConfig(steps=...)",
+    max_steps="policy=PolicyConfig(steps=...)",
+)
 class PolicyFinetune(AdapterStep):
     """Train a program's local LMs by the rewards of its own runs.
 

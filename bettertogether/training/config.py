@@ -80,8 +80,6 @@ class LoRAConfig:
     max_steps='epochs=..., or "auto" with max_minutes=...',
     per_device_train_batch_size="batch_size=... (of an optimizer step) or max_tokens_per_batch=... (of a pass)",
     gradient_accumulation_steps="batch_size=..., the rows of an optimizer step",
-    max_length="max_tokens_per_batch=...",
-    max_seq_length="max_tokens_per_batch=...",
     lr_scheduler_type="scheduler=...",
     warmup_steps="warmup_ratio=...",
     load_best_model_at_end="keep_best=...",

@@ -80,6 +80,10 @@ REQUEST = "The LM's service refuses the request: check the model's name and the 
 SERVICE = [
     (lm15.AuthError, KEY),
     (lm15.BillingError, KEY),
+    (
+        lm15.NotConfiguredError,
+        "The LM can't be asked as it is configured: check its api_key, its api_base and the environment.",
+    ),
     (lm15.RateLimitError, RATE),
     (lm15.ServerError, AWAY),
     (lm15.TransportError, AWAY),

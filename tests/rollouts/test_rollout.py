@@ -10,7 +10,7 @@ from typing import Any
 import dspy
 import pydantic
 import pytest
-from dspy.lm15 import TransportError
+from dspy.lm15 import AuthError, TransportError
 from dspy.utils.exceptions import LMTransportError
 from fakes import ONE, TwoSteps, api_lm, numbers, parity_program, plain_lm, reply, two_step_program, with_lm
 
@@ -332,15 +332,27 @@ def test_a_read_that_an_api_lm_gave_up_on_is_a_timeout(cause: Exception, kind: s
     assert (type(run.error), run.failure) == (LMTransportError, kind)
 
 
-def test_a_timeout_that_a_program_got_over_is_not_what_failed() -> None:
-    prices: dict[str, dspy.Prediction] = {}
+def test_an_error_that_comes_from_itself_has_a_kind() -> None:
+    def breaks_off(request: FakeRequest) -> str:
+        error = TransportError("read failed")
+        raise error from error
+
+    assert Runner(with_lm(api_lm(breaks_off, num_retries=0))).run(ONE).failure == "program error"
+
+
+@pytest.mark.parametrize("by", ["program", "lm"])
+def test_a_timeout_that_a_program_got_over_is_not_what_failed(by: str) -> None:
+    def refuses(request: FakeRequest) -> str:
+        raise AuthError("no")
+
+    other = {"lm": with_lm(api_lm(refuses, num_retries=0))}
 
     class Recovers(TwoSteps):
         def forward(self, number: int) -> dspy.Prediction:
             try:
                 raise TimeoutError("60 s")
             except TimeoutError:
-                return prices["lamp"]
+                return other[by](number=number)
 
     assert Runner(Recovers()).run(ONE).failure == "program error"
 

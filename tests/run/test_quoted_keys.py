@@ -15,6 +15,8 @@ from parity_run import TRAIN, VAL
 from bettertogether import BetterTogether, BootstrapFewShotRS, evaluate
 
 SAID = "Invalid API key: ***"
+ASKS = ("forward", "list", "made")
+"""Where a program that asks an LM itself has it from."""
 
 
 @pytest.fixture
@@ -37,13 +39,16 @@ class RefusingLM(dspy.BaseLM):
 class Asks(dspy.Module):
     """Asks an LM itself, which is none of its predictor's."""
 
-    def __init__(self, lm: dspy.BaseLM) -> None:
+    def __init__(self, lm: dspy.BaseLM, held: str) -> None:
         super().__init__()
         self.predict = parity_program(parity_engine(learner))
-        self.asked = lm
+        self.asked = lm if held == "forward" else None
+        self.lms = [lm] if held == "list" else []
+        self.made = (lambda: lm.copy()) if held == "made" else None
 
     def forward(self, number: int) -> Any:
-        return self.asked("?") or self.predict(number=number)
+        asked = self.made() if self.made else [*self.lms, self.asked][0]
+        return asked("?") or self.predict(number=number)
 
 
 class Proposes(Teleprompter):
@@ -61,12 +66,12 @@ def metric_of(lm: dspy.BaseLM) -> Any:
     return metric
 
 
-@pytest.mark.parametrize("asked_by", ["predictor", "forward", "metric", "optimizer"])
+@pytest.mark.parametrize("asked_by", ["predictor", *ASKS, "metric", "optimizer"])
 def test_it_gets_neither_into_a_file_of_a_run_nor_into_the_log(
     asked_by: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lm = RefusingLM(key)
-    programs = {"predictor": with_lm(lm), "forward": Asks(lm)}
+    programs = {"predictor": with_lm(lm), **{held: Asks(lm, held) for held in ASKS}}
     metric = metric_of(lm) if asked_by == "metric" else parity_match
     optimizer = Proposes(lm) if asked_by == "optimizer" else BootstrapFewShotRS(metric, num_candidates=1, num_samples=0)
     BetterTogether(metric, p=optimizer).compile(
@@ -85,10 +90,10 @@ def test_it_gets_neither_into_a_file_of_a_run_nor_into_the_log(
     assert key not in caplog.text
 
 
-@pytest.mark.parametrize("asked_by", ["predictor", "forward", "metric"])
+@pytest.mark.parametrize("asked_by", ["predictor", *ASKS, "metric"])
 def test_it_gets_not_into_the_log_of_an_evaluation(asked_by: str, key: str, caplog: pytest.LogCaptureFixture) -> None:
     lm = RefusingLM(key)
-    programs = {"predictor": with_lm(lm), "forward": Asks(lm)}
+    programs = {"predictor": with_lm(lm), **{held: Asks(lm, held) for held in ASKS}}
     program = programs.get(asked_by, parity_program(parity_engine(learner)))
     evaluation = evaluate(program, VAL, metric_of(lm), progress=False, max_errors=1_000)
     assert SAID in str(evaluation.traces[0].reason)

@@ -15,7 +15,7 @@ from tries import call_rows
 from bettertogether.errors import DataError
 from bettertogether.rollouts.runner import Runner
 from bettertogether.steps.demo_examples import without_example
-from bettertogether.steps.prompt_capture import render_completion, take_request
+from bettertogether.steps.prompt_capture import _is_same, render_completion, take_request
 from bettertogether.testing import FakeEngine
 
 
@@ -260,6 +260,11 @@ def test_an_equal_set_in_another_order_is_the_same_answer(adapter: dspy.Adapter)
     assert str(found) != str({7, 8})
     program = predictor_over(FakeEngine(lambda _: ""), "question -> found: set[int]")
     assert "7" in render_completion(program, {"question": "q"}, {"found": found}, adapter=adapter)
+
+
+def test_what_equality_has_no_one_answer_for_is_another_answer() -> None:
+    numpy = pytest.importorskip("numpy")
+    assert not _is_same(numpy.arange(2), numpy.arange(2) + 1)
 
 
 def test_a_missing_output_field_is_a_reason_to_drop_the_call() -> None:
