@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import dspy
@@ -181,6 +181,13 @@ def change_lms(program: dspy.Module, changes: Mapping[str, Mapping[str, Any]]) -
             if key not in copies:
                 copies[key] = predictor.lm.copy(**changes[name])
             predictor.lm = copies[key]
+
+
+def clear_demos(program: dspy.Module, names: Collection[str]) -> None:
+    """Leave predictors, by name, without demos."""
+    for name, predictor in predictors_of(program).items():
+        if name in names:
+            predictor.demos = []
 
 
 def with_prompts(program: dspy.Module, source: dspy.Module) -> dspy.Module:

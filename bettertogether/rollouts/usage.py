@@ -26,37 +26,13 @@ class Bill(BaseCallback):
         self.costs: list[float | None] = []
         """In US dollars, of each that was paid; None where DSPy knows no price."""
         self._calls = 0
-        self._models: dict[str, str] = {}
-        """Of calls that did not end yet, by id."""
-        self._ended: dict[str, Counter[str | None]] = defaultdict(Counter)
-        """Of each model: how often its calls raised which error; None: those that were answered."""
         self._usages: list[Mapping[str, Any]] = []
         self._lock = threading.Lock()
         self.history = self
 
-    def on_lm_start(self, call_id: str, instance: Any, inputs: Any) -> None:
-        self._models[call_id] = str(getattr(instance, "model", type(instance).__name__))
-
     def on_lm_end(self, call_id: str, outputs: Any, exception: Exception | None = None) -> None:
-        model = self._models.pop(call_id)
-        said = None if exception is None else error_text(exception)
         with self._lock:
             self._calls += exception is None
-            self._ended[model][said] += 1
-
-    def refusals(self) -> list[str]:
-        """What to say of each model of whose calls more than half failed."""
-        said = []
-        with self._lock:  # Threads that were left behind may still add to it.
-            ended_of = {model: ended.copy() for model, ended in self._ended.items()}
-        for model, ended in ended_of.items():
-            errors = Counter({text: count for text, count in ended.items() if text is not None})
-            failed, calls = errors.total(), ended.total()
-            if 2 * failed > calls:
-                reason = errors.most_common(1)[0][0]
-                told = f"{failed} of {calls} calls of {model} failed (most often {reason})."
-                said.append(" ".join(filter(None, (told, lm_advice(reason)))))
-        return said
 
     def __len__(self) -> int:
         """As a history, none of whose entries is to be dropped."""
@@ -87,6 +63,40 @@ class Bill(BaseCallback):
         if calls and (dspy.settings.disable_history or dspy.settings.max_history_size == 0):
             return Ledger(lm_calls=calls, cost=None)
         return _ledger(calls, self._usages, self.costs)
+
+
+class Refusals(BaseCallback):
+    """Counts the LM calls that failed."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, str] = {}
+        """Of calls that did not end yet, by id."""
+        self._ended: dict[str, Counter[str | None]] = defaultdict(Counter)
+        """Of each model: how often its calls raised which error; None: those that were answered."""
+        self._lock = threading.Lock()
+
+    def on_lm_start(self, call_id: str, instance: Any, inputs: Any) -> None:
+        self._models[call_id] = str(getattr(instance, "model", type(instance).__name__))
+
+    def on_lm_end(self, call_id: str, outputs: Any, exception: Exception | None = None) -> None:
+        model = self._models.pop(call_id)
+        said = None if exception is None else error_text(exception)
+        with self._lock:
+            self._ended[model][said] += 1
+
+    def told(self) -> list[str]:
+        """What to say of each model of whose calls more than half failed."""
+        said = []
+        with self._lock:  # Threads that were left behind may still add to it.
+            ended_of = {model: ended.copy() for model, ended in self._ended.items()}
+        for model, ended in ended_of.items():
+            errors = Counter({text: count for text, count in ended.items() if text is not None})
+            failed, calls = errors.total(), ended.total()
+            if 2 * failed > calls:
+                reason = errors.most_common(1)[0][0]
+                told = f"{failed} of {calls} calls of {model} failed (most often {reason})."
+                said.append(" ".join(filter(None, (told, lm_advice(reason)))))
+        return said
 
 
 class SharedTracker(UsageTracker):

@@ -19,7 +19,7 @@ from ..programs.copies import drop_results, results_of
 from ..programs.program import as_programs, copy_for_step, modules_of, predictors_of
 from ..records import Ledger, OtherDetails
 from ..rollouts.settings import RunSettings
-from ..rollouts.usage import Bill, billed
+from ..rollouts.usage import Bill, Refusals, billed
 from ..steps.step import StepContext, StepResult
 
 _USUAL = ("trainset", "teacher", "valset")
@@ -126,12 +126,13 @@ def run_any(
     if "teacher" in arguments:
         arguments["teacher"] = _marked_copy(arguments["teacher"])
     arguments |= given
-    before = _engine_counters(lms.values())
+    before, refusals = _engine_counters(lms.values()), Refusals()
     with (
         lent(optimizer, settings),
         _kept_lms(as_programs(given.get("teacher"))),
         _fallback_lm(lms),
         billed() as bill,
+        dspy.context(callbacks=[*dspy.settings.callbacks, refusals]),
         _counted_metric(optimizer) as metric_calls,
     ):
         try:
@@ -144,7 +145,7 @@ def run_any(
     for name, predictor in predictors_of(result).items():
         if predictor.lm is None:
             predictor.lm = lms.get(name)
-    return StepResult(result, ledger, OtherDetails(type(optimizer).__name__), warnings=events.told(*bill.refusals()))
+    return StepResult(result, ledger, OtherDetails(type(optimizer).__name__), warnings=events.told(*refusals.told()))
 
 
 def _by_name(settings: RunSettings) -> dict[str, int | None]:

@@ -16,7 +16,7 @@ from ..engines.protocol import MODEL_PREFIX, CheckingEngine
 from ..errors import ConfigError, DataError, NotTrainableError
 from ..lm import local_engine, require_engine
 from ..printable import get_logger
-from ..programs.program import change_lms, copy_for_step, predictors_of
+from ..programs.program import change_lms, clear_demos, copy_for_step, predictors_of
 from ..rollouts.examples import check_examples
 from ..rollouts.labels import stratified_split
 from ..rollouts.metrics import Metric, require_metric
@@ -162,9 +162,7 @@ class AdapterStep(Step, Teleprompter):
         changes = {name: {"model": models[key]} for name, key in keys.items() if key in models}
         change_lms(tuned, changes)
         if self.clears_demos:
-            for name, predictor in predictors_of(tuned).items():
-                if name in changes:
-                    predictor.demos = []
+            clear_demos(tuned, changes)
         tuned._compiled = True
         return tuned
 

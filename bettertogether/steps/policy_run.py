@@ -21,7 +21,7 @@ from ..engines.protocol import PolicySession, RewardedAnswer
 from ..errors import NoTrainingDataError, TrainingError
 from ..files import atomic_folder, atomic_write, put_anew
 from ..printable import get_logger
-from ..programs.program import change_lms, predictors_of
+from ..programs.program import change_lms, clear_demos, predictors_of
 from ..records import SCHEMA, Ledger, RewardLine, Saved, read
 from ..rollouts.branches import BranchPoint, branch_points
 from ..rollouts.evaluation import Evaluator
@@ -212,9 +212,7 @@ class PolicyRun:
         if sampled:
             change_lms(program, {name: {"store": True, "cache": False} for name in self.adapters})
         if not with_demos:
-            for name, predictor in predictors_of(program).items():
-                if name in self.adapters:
-                    predictor.demos = []
+            clear_demos(program, self.adapters)
         return program
 
     def _learn(self, groups: Groups) -> list[PolicyUpdate]:

@@ -21,7 +21,7 @@ from ..files import adapters_cache, working_folder
 from ..other_names import knows
 from ..programs.behaviour import BehaviourWalk
 from ..programs.content import dataset_hash
-from ..programs.program import predictors_of, require_program, require_reachable
+from ..programs.program import clear_demos, predictors_of, require_program, require_reachable
 from ..records import PolicyDetails, RewardedAdapter, score_text
 from ..rollouts.labels import split_apart
 from ..rollouts.metrics import Metric, require_metric
@@ -175,8 +175,7 @@ class PolicyFinetune(AdapterStep):
         warnings = () if written else events.told(_unchanged(state))
         program = self._tuned(student, trainable, {key: model for key, (model, _) in written.items()})
         if self.policy.fade_demos and written:
-            for name in trainable:
-                predictors_of(program)[name].demos = []
+            clear_demos(program, trainable)
         return StepResult(
             program=program,
             ledger=state.ledger.with_seconds(time.monotonic() - started),
