@@ -13,7 +13,10 @@ from dspy.lm15 import AuthError, InvalidRequestError, RateLimitError, Request, S
 from ...errors import ModelError
 from ..answers import FinishedAnswer, SampledAnswer, SamplingOptions, TokenScore
 
-NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
+NEUTRAL = {
+    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0,
+    "skip_special_tokens": True,
+}  # fmt: skip
 """A server fills fields that are not sent from the model's generation_config.json."""
 GONE = (502, 503, 504)
 """What a server, or the gateway before it, answers when there is nobody to answer."""

@@ -18,7 +18,7 @@ RESOURCES = frozenset(
         "enable_expert_parallel", "all2all_backend", "disable_custom_all_reduce", "api_server_count",
         "max_parallel_loading_workers", "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs",
         "max_num_batched_tokens", "max_loras", "max_cpu_loras", "max_lora_rank", "swap_space", "cpu_offload_gb",
-        "enforce_eager", "download_dir", "enable_prefix_caching", "enable_sleep_mode",
+        "enforce_eager", "download_dir", "enable_prefix_caching", "enable_sleep_mode", "sleep_mode_backend",
     }
 )  # fmt: skip
 """Options that decide where and how fast a server answers, not what."""

@@ -96,6 +96,7 @@ def test_greedy_is_asked_for_as_temperature_zero_alone(served: VLLMEngine) -> No
 
 def test_nothing_is_left_to_the_generation_config_of_the_server(served: VLLMEngine) -> None:
     neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
+    neutral["skip_special_tokens"] = True
     given: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.0})
     for options in given:
         served.complete(request(served, **options))
