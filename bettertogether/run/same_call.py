@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ PER_STEP = frozenset({"optimizers", "compile_args"})
 WHOLE = "(whole)"
 """Under this name a noted object of several fields has the text that decides whether it is the same, which is all that
 is noted of one elsewhere."""
+
+_REMEMBERS = re.compile(r"metric\.(uses|closure|content)\b")
+_REMEMBERED = " What the metric remembers from call to call (a memo, a counter) has to be as it was when the run began."
 
 _SHOWN = 120
 _LINES = 5
@@ -53,6 +57,7 @@ def going_on(
         raise RunDirectoryError(
             f"{folder} holds another run; what differs:\n  " + "\n  ".join(blocking) + "\n"
             "Make the call as it was to go on with that run, or give another run_dir (or delete this one) to start."
+            + (_REMEMBERED if any(_REMEMBERS.match(line) for line in blocking) else "")
         )
     return noted
 

@@ -281,6 +281,20 @@ def test_what_the_run_itself_changed_in_metric_and_optimizer_is_no_other_call(tm
         call(tmp_path / "run", metric=lambda: metric, optimizers=lambda: {"s": step})
 
 
+def test_a_memo_of_the_metric_that_was_filled_elsewhere_has_to_be_emptied(tmp_path: Path) -> None:
+    memo: dict[int, bool] = {}
+
+    def remembering(example: Any, prediction: Any, trace: Any = None) -> bool:
+        return memo.setdefault(example.number, prediction.parity == example.parity)
+
+    call(tmp_path / "run", metric=lambda: remembering)
+    memo[77] = True
+    with pytest.raises(RunDirectoryError, match=r"(?s)closure\.memo: .*\(a memo, a counter\) has to be as it was"):
+        call(tmp_path / "run", metric=lambda: remembering)
+    memo.clear()
+    assert len(call(tmp_path / "run", metric=lambda: remembering).report.rounds) == 2
+
+
 def test_a_metric_may_keep_the_predictions_that_it_saw(tmp_path: Path) -> None:
     metric = Keeping()
     for _ in range(2):
