@@ -144,7 +144,8 @@ class BetterTogether(Teleprompter):
         require(isinstance(budget, Budget | None), "budget", budget, limits)
         folder = new_run_directory() if run_dir is None else checked_folder(run_dir)
         watchers = [*([ProgressDisplay()] if progress else []), *callbacks]
-        with asking(plan, folder) as asked, RunDirectory.open(folder, asked) as directory:
+        # What is configured meanwhile, in another thread, is none of this run's.
+        with dspy.context(), asking(plan, folder) as asked, RunDirectory.open(folder, asked) as directory:
             logger.info("Run directory: %s. The same call with run_dir=%r goes on with this run.", folder, str(folder))
             with events.listening(watchers):
                 return carry_out(plan, directory, asked, budget or Budget())
@@ -192,4 +193,5 @@ class BetterTogether(Teleprompter):
             two_by_two=two_by_two,
             max_rounds=max_rounds,
         )
-        return estimate(plan)
+        with dspy.context():
+            return estimate(plan)

@@ -138,8 +138,7 @@ class PolicyFinetune(AdapterStep):
         if teacher is not None:
             raise ConfigError("teacher= is not allowed: a policy learns from its own answers. Use LoRAFinetune for it.")
         settings = RunSettings(num_threads, max_errors, seed)
-        self.last = self.run(student, StepContext(trainset, valset, folder=folder, settings=settings))
-        return self.last.program
+        return self.run_alone(student, StepContext(trainset, valset, folder=folder, settings=settings))
 
     def run(self, student: dspy.Module, context: StepContext) -> StepResult:
         """`compile` with its arguments in one, and all that it found out in its result."""

@@ -166,8 +166,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         """
         settings = RunSettings(num_threads, max_errors, seed, store)
         context = StepContext(trainset, valset, as_programs(teacher), restart_from=restart_from, settings=settings)
-        self.last = self.run(student, context)
-        return self.last.program
+        return self.run_alone(student, context)
 
     def run(self, student: dspy.Module, context: StepContext) -> StepResult:
         """`compile` with its arguments in one, and all that it found out in its result."""

@@ -101,6 +101,14 @@ class Step(ABC):
     def run(self, student: dspy.Module, context: StepContext) -> StepResult:
         """Improve a copy of the student, its LMs kept where they are not what is improved."""
 
+    def run_alone(self, student: dspy.Module, context: StepContext) -> dspy.Module:
+        """`run` as `compile` does it, outside of a `BetterTogether`; what it gave is kept as `last`."""
+        # What is configured meanwhile, in another thread, is none of this step's.
+        with dspy.context():
+            result = self.run(student, context)
+        self.last = result
+        return result.program
+
     def run_seen(self, student: dspy.Module, context: StepContext) -> StepResult:
         """`run`, which DSPy's callbacks see as a compile."""
         # Not by way of `last`: the step may be at work in another thread, too.

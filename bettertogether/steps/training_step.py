@@ -77,8 +77,7 @@ class TrainingStep(AdapterStep):
         """
         settings = RunSettings(num_threads, max_errors, seed, store)
         context = StepContext(trainset, valset, as_programs(teacher), rows=rows, folder=folder, settings=settings)
-        self.last = self.run(student, context)
-        return self.last.program
+        return self.run_alone(student, context)
 
     def run(self, student: dspy.Module, context: StepContext) -> StepResult:
         """`compile` with its arguments in one, and all that it found out in its result."""
@@ -119,7 +118,8 @@ class TrainingStep(AdapterStep):
         Raises NoTrainingDataError with the counts when there are none."""
         trainable = self.trainable(student)
         context = StepContext(trainset, valset, as_programs(teacher), earlier=earlier, settings=settings)
-        return self._collected(student, context, trainable)
+        with dspy.context():
+            return self._collected(student, context, trainable)
 
     def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:
         """The tries for rows and the training on them, as the outlook has them."""

@@ -1,0 +1,71 @@
+"""What is configured while a run or a step is at work, in another thread, is none of its own."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from dspy.dsp.utils.settings import main_thread_config
+from fakes import numbers, parity_engine, parity_match, parity_program
+
+from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
+from bettertogether.errors import RunDirectoryError
+
+DATA: dict[str, Any] = {"trainset": numbers(8), "valset": numbers(8, start=20)}
+
+AT_WORK: dict[str, Callable[[Any, dspy.Module], Any]] = {
+    "a run": lambda metric, program: BetterTogether(metric).compile(program, progress=False, **DATA),
+    "an estimate": lambda metric, program: BetterTogether(metric).estimate(program, **DATA),
+    "a prompt step": lambda metric, program: BootstrapFewShotRS(metric).compile(program, **DATA),
+    "a weight step": lambda metric, program: LoRAFinetune(metric).compile(program, **DATA),
+    "rows": lambda metric, program: LoRAFinetune(metric).collect(program, **DATA),
+}
+
+
+@pytest.mark.parametrize("work", AT_WORK.values(), ids=AT_WORK)
+def test_all_calls_are_made_under_the_adapter_that_was_set_at_the_beginning(
+    work: Callable[[Any, dspy.Module], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = parity_engine(lambda request, _: request.schema is not None)
+    configure(monkeypatch, dspy.JSONAdapter())
+    outside(work, configuring(monkeypatch), parity_program(engine))
+    assert {request.schema is not None for request in engine.requests} == {True}
+
+
+def test_an_adapter_that_was_set_meanwhile_is_none_that_the_run_itself_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = parity_program(parity_engine(lambda *_: True))
+    metric = configuring(monkeypatch)
+
+    def call() -> Any:
+        return BetterTogether(metric).compile(program, progress=False, run_dir=tmp_path / "run", **DATA).report
+
+    configure(monkeypatch, dspy.JSONAdapter())
+    assert outside(call).prompt_adapter == "JSONAdapter"
+    with pytest.raises(RunDirectoryError, match=r"adapter\.class: the directory has 'JSONAdapter'"):
+        outside(call)
+
+
+def configure(monkeypatch: pytest.MonkeyPatch, adapter: dspy.Adapter) -> None:
+    """As `dspy.configure` in the thread that may do so."""
+    monkeypatch.setitem(main_thread_config, "adapter", adapter)
+
+
+def configuring(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """A metric during which another adapter is configured."""
+
+    def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
+        configure(monkeypatch, dspy.ChatAdapter())
+        return parity_match(example, prediction)
+
+    return metric
+
+
+def outside(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it outside of the tests' own `dspy.context`."""
+    return contextvars.Context().run(function, *arguments)
