@@ -193,5 +193,5 @@ class BetterTogether(Teleprompter):
             two_by_two=two_by_two,
             max_rounds=max_rounds,
         )
-        with dspy.context():
+        with dspy.context(), events.listening([]):
             return estimate(plan)

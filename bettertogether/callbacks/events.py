@@ -4,7 +4,8 @@ A run opens `listening(callbacks)`; anything below it calls `emit("progress", {.
 nothing happens when nobody listens. Listeners are found through a context variable, and, from a thread that did not
 inherit the context (`threading.Thread`, an engine's worker, dspy's own executors), through the one run that is under
 way in the process. With several runs under way at once, an event from such a thread can't be told apart and is
-dropped; `parallel_map` copies the context, so this concerns foreign threads only.
+dropped; `parallel_map` copies the context, so this concerns foreign threads only. What works by itself, such as
+`evaluate` and the `compile` of a step, listens without callbacks: what it emits is of no run in another thread.
 
 Callbacks observe, they can't change a run. One run's callbacks are never called by two threads at once. What a
 callback raises is raised by `emit`, and once more at the end of `listening`, in case it was raised in a worker thread

@@ -16,6 +16,7 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 from dspy.utils.callback import with_callbacks
 
+from ..callbacks import events
 from ..checks import plain
 from ..programs.program import as_programs
 from ..records import Details, Ledger
@@ -103,8 +104,8 @@ class Step(ABC):
 
     def run_alone(self, student: dspy.Module, context: StepContext) -> dspy.Module:
         """`run` as `compile` does it, outside of a `BetterTogether`; what it gave is kept as `last`."""
-        # What is configured meanwhile, in another thread, is none of this step's.
-        with dspy.context():
+        # What is configured meanwhile, in another thread, is none of this step's, nor is a run that goes on there.
+        with dspy.context(), events.listening([]):
             result = self.run(student, context)
         self.last = result
         return result.program

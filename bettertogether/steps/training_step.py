@@ -118,7 +118,7 @@ class TrainingStep(AdapterStep):
         Raises NoTrainingDataError with the counts when there are none."""
         trainable = self.trainable(student)
         context = StepContext(trainset, valset, as_programs(teacher), earlier=earlier, settings=settings)
-        with dspy.context():
+        with dspy.context(), events.listening([]):
             return self._collected(student, context, trainable)
 
     def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:

@@ -1,8 +1,9 @@
-"""What is configured while a run or a step is at work, in another thread, is none of its own."""
+"""A run, and what works by itself, has nothing of what other threads do meanwhile: their settings, their work."""
 
 from __future__ import annotations
 
 import contextvars
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from dspy.dsp.utils.settings import main_thread_config
 from fakes import numbers, parity_engine, parity_match, parity_program
 
-from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune
+from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, evaluate
+from bettertogether.callbacks import Callback, ProgressEvent, listening
 from bettertogether.errors import RunDirectoryError
 
 DATA: dict[str, Any] = {"trainset": numbers(8), "valset": numbers(8, start=20)}
@@ -22,6 +24,7 @@ AT_WORK: dict[str, Callable[[Any, dspy.Module], Any]] = {
     "an estimate": lambda metric, program: BetterTogether(metric).estimate(program, **DATA),
     "a prompt step": lambda metric, program: BootstrapFewShotRS(metric).compile(program, **DATA),
     "a weight step": lambda metric, program: LoRAFinetune(metric).compile(program, **DATA),
+    "an evaluation": lambda metric, program: evaluate(program, DATA["valset"], metric, progress=False),
     "rows": lambda metric, program: LoRAFinetune(metric).collect(program, **DATA),
 }
 
@@ -49,6 +52,28 @@ def test_an_adapter_that_was_set_meanwhile_is_none_that_the_run_itself_changed(
     assert outside(call).prompt_adapter == "JSONAdapter"
     with pytest.raises(RunDirectoryError, match=r"adapter\.class: the directory has 'JSONAdapter'"):
         outside(call)
+
+
+class Recorder(Callback):
+    def __init__(self) -> None:
+        self.told: list[ProgressEvent] = []
+
+    def on_progress(self, event: ProgressEvent) -> None:
+        self.told.append(event)
+
+
+@pytest.mark.parametrize("work", AT_WORK.values(), ids=AT_WORK)
+def test_a_run_is_told_nothing_of_work_in_another_thread(work: Callable[[Any, dspy.Module], Any]) -> None:
+    recorder, done = Recorder(), list[Any]()
+
+    def other() -> None:
+        done.append(work(parity_match, parity_program(parity_engine(lambda *_: True))))
+
+    thread = threading.Thread(target=other)
+    with listening([recorder]):
+        thread.start()
+        thread.join()
+    assert (recorder.told, len(done)) == ([], 1)
 
 
 def configure(monkeypatch: pytest.MonkeyPatch, adapter: dspy.Adapter) -> None:
