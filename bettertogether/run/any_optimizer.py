@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from ..callbacks import events
 from ..errors import ProgramError
 from ..lm import local_engine
+from ..printable import get_logger
 from ..programs.copies import drop_results, results_of
 from ..programs.program import as_programs, copy_for_step, modules_of, predictors_of
 from ..records import Ledger, OtherDetails
@@ -22,10 +24,30 @@ from ..rollouts.settings import RunSettings
 from ..rollouts.usage import Bill, Refusals, billed
 from ..steps.step import StepContext, StepResult
 
+logger = get_logger(__name__)
+
 _USUAL = ("trainset", "teacher", "valset")
 
 _METRICS = ("metric", "metric_fn")
 """What DSPy's optimizers call their metric; the second is GEPA's."""
+
+_turns: dict[int, threading.RLock] = {}
+"""By the id of an optimizer."""
+
+
+@contextmanager
+def in_turn(*optimizers: Teleprompter) -> Iterator[None]:
+    """Have these optimizers as they are between two steps: many keep their work in attributes, and `run_any` changes
+    some for as long as it runs. Only a step within a step of the same optimizer doesn't wait for its end."""
+    with ExitStack() as turns:
+        for optimizer in optimizers:
+            turn = _turns.setdefault(id(optimizer), threading.RLock())
+            if not turn.acquire(blocking=False):
+                name = type(optimizer).__name__
+                logger.info("%s is at work in another thread: this run waits for the end of its step.", name)
+                turn.acquire()
+            turns.callback(turn.release)
+        yield
 
 
 @contextmanager

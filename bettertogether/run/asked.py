@@ -40,6 +40,7 @@ from ..programs.content import cell_content, dataset_hash
 from ..programs.program import model_names, modules_of, predictors_of
 from ..redaction import is_secret, is_secret_name, masked_forms, split_secrets
 from ..versions import versions
+from .any_optimizer import in_turn
 from .plan import Plan
 from .same_call import WHOLE, with_other_steps
 
@@ -66,7 +67,8 @@ did not have, before and after the latest that had it."""
 def asking(plan: Plan, run_dir: Path) -> Iterator[Noted]:
     """What a call asks for. What the run itself changes (a counter of the metric, notes of an optimizer) makes the
     next call of this process no other one."""
-    now = asked_of(plan)
+    with in_turn(*plan.optimizers.values()):
+        now = asked_of(plan)
     before, after = _LEFT.get(run_dir, ({}, {}))
     asked = as_before(now, before, after) if after else now
     try:

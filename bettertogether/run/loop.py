@@ -26,7 +26,7 @@ from ..rollouts.metrics import FULL_MARK, is_above_one
 from ..rollouts.rollout import stable_seed
 from ..steps.step import StepContext, StepResult, as_step
 from . import auto, strategy
-from .any_optimizer import run_any
+from .any_optimizer import in_turn, run_any
 from .budget import BudgetMeter, BudgetWatch
 from .directory import DAMAGE, RunDirectory
 from .earlier import earlier_programs
@@ -199,7 +199,8 @@ class Loop:
         )
         step = as_step(optimizer)
         if step is None:
-            return run_any(optimizer, parent, context, given, plan.provide_traceback, charge)
+            with in_turn(optimizer):
+                return run_any(optimizer, parent, context, given, plan.provide_traceback, charge)
         context = step.sparing(context, is_tuned=model_names(parent) != model_names(plan.student))
         result = step.run_seen(parent, context.with_arguments(given))
         drop_results(result.program)

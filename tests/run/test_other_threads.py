@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import dspy
 import pytest
 from dspy.dsp.utils.settings import main_thread_config
-from fakes import numbers, parity_engine, parity_match, parity_program
+from dspy.teleprompt.teleprompt import Teleprompter
+from fakes import numbers, parity_engine, parity_match, parity_program, wait_for
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, LoRAFinetune, evaluate
 from bettertogether.callbacks import Callback, ProgressEvent, listening
@@ -20,7 +22,7 @@ from bettertogether.errors import RunDirectoryError
 DATA: dict[str, Any] = {"trainset": numbers(8), "valset": numbers(8, start=20)}
 
 AT_WORK: dict[str, Callable[[Any, dspy.Module], Any]] = {
-    "a run": lambda metric, program: BetterTogether(metric).compile(program, progress=False, **DATA),
+    "a run": lambda metric, program: BetterTogether(metric).compile(program, strategy="p", progress=False, **DATA),
     "an estimate": lambda metric, program: BetterTogether(metric).estimate(program, **DATA),
     "a prompt step": lambda metric, program: BootstrapFewShotRS(metric).compile(program, **DATA),
     "a weight step": lambda metric, program: LoRAFinetune(metric).compile(program, **DATA),
@@ -46,7 +48,8 @@ def test_an_adapter_that_was_set_meanwhile_is_none_that_the_run_itself_changed(
     metric = configuring(monkeypatch)
 
     def call() -> Any:
-        return BetterTogether(metric).compile(program, progress=False, run_dir=tmp_path / "run", **DATA).report
+        options: dict[str, Any] = {"strategy": "p", "progress": False, "run_dir": tmp_path / "run"}
+        return BetterTogether(metric).compile(program, **DATA, **options).report
 
     configure(monkeypatch, dspy.JSONAdapter())
     assert outside(call).prompt_adapter == "JSONAdapter"
@@ -74,6 +77,47 @@ def test_a_run_is_told_nothing_of_work_in_another_thread(work: Callable[[Any, ds
         thread.start()
         thread.join()
     assert (recorder.told, len(done)) == ([], 1)
+
+
+class CaughtUp(Teleprompter):
+    """Works until another step of it `is_near`."""
+
+    def __init__(self, is_near: Callable[[], bool]) -> None:
+        self.metric = parity_match
+        self.seed = None
+        self.entered: list[int] = []
+        self._is_near = is_near
+
+    def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+        self.entered.append(1)
+        assert wait_for(lambda: len(self.entered) == 2 or self._is_near())
+        self.metric(trainset[0], trainset[0])
+        return student
+
+
+def test_an_optimizer_that_two_runs_share_works_for_one_after_the_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    optimizer = CaughtUp(lambda: "CaughtUp is at work in another thread" in caplog.text)
+    reports = {}
+
+    def run(name: str) -> None:
+        together = BetterTogether(parity_match, s=optimizer)
+        program = parity_program(parity_engine(lambda *_: True))
+        options: dict[str, Any] = {"strategy": "s", "seed": 0, "progress": False, "run_dir": tmp_path / name}
+        reports[name] = together.compile(program, **DATA, **options).report
+
+    thread = threading.Thread(target=run, args=("first",))
+    thread.start()
+    assert wait_for(lambda: optimizer.entered != [])
+    run("second")
+    thread.join()
+    assert [reports[name].rounds[-1].ledger.metric_calls for name in ("first", "second")] == [1 + 8] * 2
+    assert (optimizer.metric, optimizer.seed) == (parity_match, None)
+    notes = [json.loads((tmp_path / name / "run.json").read_text())["run"]["optimizers"]["s"] for name in reports]
+    assert notes[0].pop("entered") != notes[1].pop("entered")
+    assert notes[0] == notes[1]
 
 
 def configure(monkeypatch: pytest.MonkeyPatch, adapter: dspy.Adapter) -> None:
