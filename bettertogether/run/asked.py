@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import os
 import platform
 import re
@@ -42,7 +43,7 @@ from ..redaction import is_secret, is_secret_name, masked_forms, split_secrets
 from ..versions import versions
 from .any_optimizer import in_turn
 from .plan import Plan
-from .same_call import WHOLE, with_other_steps
+from .same_call import WHOLE
 
 logger = get_logger(__name__)
 
@@ -58,25 +59,21 @@ _PACE = frozenset({"num_threads", "folder", "log_dir", "verbose", "last"})
 Noted = dict[str, Any]
 
 
-_LEFT: dict[Path, tuple[Noted, Noted]] = {}
-"""Run directory to what was asked there, before the latest run of this process and after it; of a step that this run
-did not have, before and after the latest that had it."""
+_CHANGED: dict[tuple[str, ...], dict[str, Any]] = {}
+"""What runs of this process changed: by its names, what was noted after a run, as JSON, to what was noted before it."""
 
 
 @contextlib.contextmanager
 def asking(plan: Plan, run_dir: Path) -> Iterator[Noted]:
-    """What a call asks for. What the run itself changes (a counter of the metric, notes of an optimizer) makes the
-    next call of this process no other one."""
+    """What a call asks for. What a run itself changes (a memo of the metric, what an optimizer keeps of its work) makes
+    the next call of this process no other one, wherever its directory is: it is noted as it was before the run."""
     with in_turn(*plan.optimizers.values()):
-        now = asked_of(plan)
-    before, after = _LEFT.get(run_dir, ({}, {}))
-    asked = as_before(now, before, after) if after else now
+        asked: Noted = _as_before(asked_of(plan))
     try:
         yield asked
     finally:
-        _LEFT.pop(run_dir, None)
         try:
-            _LEFT[run_dir] = with_other_steps(asked, before), with_other_steps(asked_of(plan), after)
+            _remember(asked, asked_of(plan))
         except Exception as error:
             logger.warning(
                 "What the run changed in the metric, the program or the optimizers can't be told (%s: %s). If the same "
@@ -85,6 +82,25 @@ def asking(plan: Plan, run_dir: Path) -> Iterator[Noted]:
                 error,
                 run_dir,
             )
+
+
+def _remember(before: Any, after: Any, names: tuple[str, ...] = ()) -> None:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name, value in after.items():
+            _remember(before.get(name), value, (*names, name))
+    elif before != after:
+        _CHANGED.setdefault(names, {})[json.dumps(after)] = before
+
+
+def _as_before(now: Any, names: tuple[str, ...] = ()) -> Any:
+    """What is noted now, with what is as a run of this process left it as it was before that run."""
+    changed = _CHANGED.get(names, {})
+    if changed and (left := json.dumps(now)) in changed:
+        return changed[left]
+    if not isinstance(now, dict):
+        return now
+    kept = {name: _as_before(value, (*names, name)) for name, value in now.items()}
+    return {name: value for name, value in kept.items() if value is not None}
 
 
 def asked_of(plan: Plan) -> Noted:
@@ -242,15 +258,6 @@ def _is_plain(value: Any, deep: int = _SHORT) -> bool:
         names, held = (value.keys(), value.values()) if isinstance(value, dict) else ((), value)
         return all(isinstance(name, str) for name in names) and all(_is_plain(each, deep - 1) for each in held)
     return value is None or type(value) in (bool, int, float, str)
-
-
-def as_before(now: Any, before: Any, after: Any) -> Any:
-    """What was asked, without what a run of this process itself changed: entries (a counter of a metric, notes that an
-    optimizer keeps) that are as that run left them stand as they were before it."""
-    if not (isinstance(now, dict) and isinstance(after, dict) and isinstance(before, dict)):
-        return before if now == after else now
-    merged = {name: as_before(now.get(name), before.get(name), after.get(name)) for name in [*now, *before]}
-    return {name: value for name, value in merged.items() if value is not None}
 
 
 def machine() -> dict[str, str]:

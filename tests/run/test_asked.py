@@ -281,6 +281,18 @@ def test_what_the_run_itself_changed_in_metric_and_optimizer_is_no_other_call(tm
         call(tmp_path / "run", metric=lambda: metric, optimizers=lambda: {"s": step})
 
 
+def test_what_an_earlier_run_changed_is_no_part_of_the_next_runs_call(tmp_path: Path) -> None:
+    """A loop over seeds is killed and begins anew in another process, where all that it uses is new."""
+    metric, step = Graded(1.0), Same()
+    for seed in range(2):
+        call(tmp_path / str(seed), metric=lambda: metric, optimizers=lambda: {"s": step}, seed=seed)
+    assert (metric.calls, step.times) == (16, 2)
+    noted = [json.loads((tmp_path / str(seed) / "run.json").read_text())["run"] for seed in range(2)]
+    assert noted[1] == noted[0] | {"seed": 1}
+    for seed in range(2):
+        call(tmp_path / str(seed), metric=lambda: Graded(1.0), optimizers=lambda: {"s": Same()}, seed=seed)
+
+
 def test_a_memo_of_the_metric_that_was_filled_elsewhere_has_to_be_emptied(tmp_path: Path) -> None:
     memo: dict[int, bool] = {}
 
