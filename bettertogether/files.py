@@ -178,7 +178,8 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 class FileLock:
-    """An advisory lock of the operating system on a file, which also names its owner for messages.
+    """An advisory lock of the operating system on a file, which also names its owner: for messages, and so that an
+    owner sees that its file was deleted or that another one has come in.
 
     Where the file system has no such locks, the file alone says that someone is there: a process that is killed then
     leaves it behind, and whoever comes next on this machine sees that its process is gone.
@@ -187,6 +188,7 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] | None = None
         self._claim: Path | None = None
+        self._path = path
         self._pid = os.getpid()
         with disk_errors(path):
             file = open(path, "a+b")  # noqa: SIM115
@@ -196,9 +198,11 @@ class FileLock:
             file.close()
             raise
         self._file = file
+        # To the microsecond: the next owner may come in the same second, in this process.
+        self._name = f"process {os.getpid()} since {datetime.now(UTC).isoformat()}\n".encode()
         with disk_errors(path):
             file.truncate(0)
-            file.write(f"process {os.getpid()} since {now()}\n".encode())
+            file.write(self._name)
             file.flush()
 
     def _take(self, path: Path, file: IO[bytes]) -> None:
@@ -220,20 +224,36 @@ class FileLock:
 
     @property
     def held(self) -> bool:
-        """Whether this object has the lock."""
+        """Whether this object was not given back."""
         return self._file is not None
+
+    @property
+    def lost(self) -> bool:
+        """Whether the file at the path is no longer that of this object: it was deleted or moved, or another owner has
+        come in since. Told by the name in it, as numbers of files change on some file systems. Raises
+        RunDirectoryError where the file can't be read."""
+        return self._name_there() != self._name
+
+    def _name_there(self) -> bytes | None:
+        with disk_errors(self._path):
+            try:
+                return self._path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def release(self) -> None:
         """Give the lock back. The file stays: removing it would race with a process that just opened it."""
-        if self._file is not None:
-            if os.getpid() == self._pid:
-                # Closing is not enough: a fork of this process, such as a worker of a pool, has the file open as well.
-                _system_unlock(self._file)
-            self._file.close()
-            self._file = None
-        if self._claim is not None:
-            self._claim.unlink(missing_ok=True)
-            self._claim = None
+        if self._file is None:
+            return
+        if os.getpid() == self._pid:
+            # Closing is not enough: a fork of this process, such as a worker of a pool, has the file open as well.
+            _system_unlock(self._file)
+            with contextlib.suppress(RunDirectoryError):
+                # That of another owner, who came in since, stays.
+                if self._claim is not None and self._name_there() in (None, self._name):
+                    self._claim.unlink(missing_ok=True)
+        self._file.close()
+        self._file = None
 
 
 @contextlib.contextmanager

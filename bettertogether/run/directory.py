@@ -6,6 +6,7 @@ Guarantees:
 - Every other file is written whole or not at all (temporary file, fsync, `os.replace`).
 - A full or failing disk raises RunDirectoryError and leaves what was there before as it was.
 - One process at a time: the lock is the operating system's, so that it ends with its process, however that ends.
+- A run whose directory was deleted or replaced meanwhile writes nothing there: every write raises RunDirectoryError.
 - A directory that holds anything else, or another run, is never written to.
 """
 
@@ -224,6 +225,12 @@ class RunDirectory:
     def _require_open(self) -> None:
         if not self._lock.held:
             raise RunDirectoryError(f"{self.path} was closed: open it again with RunDirectory.open to write to it.")
+        if self._lock.lost:
+            raise RunDirectoryError(
+                f"{self.path} was deleted, moved or taken over by another run while this one was under way, so it "
+                "writes nothing more there. Make the same call with another run_dir, or with the place that it was "
+                "moved to, and leave that alone until the run has ended."
+            )
 
 
 def _pretty(value: Any) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from directory_files import RUN, files_of, record
 from forking import Programs, programs_that_import
 
 from bettertogether.errors import RunDirectoryError
-from bettertogether.files import atomic_write
+from bettertogether.files import atomic_write, working_folder
 from bettertogether.records import OtherDetails
 from bettertogether.run.directory import RunDirectory, new_run_directory
 from bettertogether.run.same_call import WHOLE
@@ -39,7 +40,7 @@ with RunDirectory.open({folder!r}, {{}}) as directory:
 FULL_DISK = """
 import resource, signal
 from bettertogether.errors import RunDirectoryError
-from bettertogether.files import atomic_write
+from bettertogether.files import atomic_write, working_folder
 from bettertogether.records import StepRecord
 from bettertogether.run.directory import RunDirectory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -51,6 +52,10 @@ with RunDirectory.open({folder!r}, {{}}) as directory:
     except RunDirectoryError as error:
         print(len(directory.records()), error)
 """
+
+
+def without_locks(*_: Any) -> None:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
 def test_records_come_back_as_they_were_appended(tmp_path: Path) -> None:
@@ -259,6 +264,32 @@ def test_a_closed_directory_takes_no_more_records(tmp_path: Path) -> None:
         directory.append(record(0))
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_run_whose_directory_was_deleted_leaves_that_of_the_next_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    if not locks:
+        monkeypatch.setattr("fcntl.flock", without_locks)
+    first = RunDirectory.open(tmp_path / "run", RUN)
+    first.append(record(0))
+    shutil.rmtree(first.path)
+    with pytest.raises(RunDirectoryError, match="was deleted, moved or taken over by another run"):
+        first.append(record(1))
+    assert not first.path.exists()
+    second = RunDirectory.open(first.path, {**RUN, "seed": 1})
+    before = files_of(first.path)
+    for write in (first.append, first.set_aside):
+        with pytest.raises(RunDirectoryError, match="was deleted, moved or taken over"):
+            write(record(1))
+    with pytest.raises(RunDirectoryError, match="was deleted, moved or taken over"):
+        first.finish()
+    first.close()
+    assert files_of(first.path) == before
+    second.append(record(0))
+    with pytest.raises(RunDirectoryError, match="in use by another run"):
+        RunDirectory.open(first.path, {**RUN, "seed": 1})
+
+
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Programs]:
     with programs_that_import("bettertogether.run.directory") as running:
@@ -369,10 +400,7 @@ def test_without_locks_in_the_file_system_a_file_says_that_a_run_is_there(
 def test_without_locks_a_run_of_a_process_that_ended_is_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def flock(*_: Any) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.flock", without_locks)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     owner = tmp_path / "lock.owner"
@@ -382,6 +410,20 @@ def test_without_locks_a_run_of_a_process_that_ended_is_taken_over(
     owner.write_text(elsewhere := f"process {ended.pid} on another-machine")
     with pytest.raises(RunDirectoryError, match=f"{elsewhere}; if that process has ended, delete"):
         RunDirectory.open(tmp_path, RUN)
+
+
+def test_without_locks_a_working_folder_that_is_done_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    with working_folder(tmp_path, "training-1f") as folder:
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            ".training-1f.lock",
+            ".training-1f.lock.owner",
+            "training-1f",
+        ]
+        folder.rmdir()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_system_without_sync_of_folders_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

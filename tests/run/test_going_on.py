@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinet
 from bettertogether.callbacks import Callback
 from bettertogether.errors import BudgetExceeded, RunDirectoryError
 from bettertogether.report import CompileReport
+from bettertogether.run.directory import RunDirectory
 from bettertogether.testing import FakeEngine, FakeRequest
 
 
@@ -103,6 +105,19 @@ def test_a_run_directory_that_was_moved_goes_on(tmp_path: Path) -> None:
     second = compile_(engine, "w", run_dir=tmp_path / "moved")
     assert second.lm.model == first.lm.model
     assert engine.adapter_folder(second.lm.model) == tmp_path / "moved" / "adapters" / second.lm.model.partition("/")[2]
+
+
+def test_a_run_whose_directory_another_one_took_ends_without_a_word_in_it(engine: FakeEngine, tmp_path: Path) -> None:
+    class Replacing(Step):
+        def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+            shutil.rmtree(tmp_path / "run")
+            RunDirectory.open(tmp_path / "run", {"seed": 1}).close()
+            return student
+
+    with pytest.raises(RunDirectoryError, match="was deleted, moved or taken over by another run"):
+        compile_(engine, "x", optimizers=steps(x=Replacing()), run_dir=tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapters", "lock", "run.json"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["run"]["seed"] == 1
 
 
 def test_an_adapter_of_a_record_that_was_changed_since_is_not_taken(tmp_path: Path) -> None:
