@@ -188,22 +188,19 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] | None = None
         self._claim: Path | None = None
+        self._name = b""
         self._path = path
         self._pid = os.getpid()
         with disk_errors(path):
-            file = open(path, "a+b")  # noqa: SIM115
+            # Without a buffer, whose rest would be written at the close.
+            file = self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         try:
             self._take(path, file)
+            with disk_errors(path):
+                self._name = _write_name(file)
         except BaseException:
-            file.close()
+            self.release()
             raise
-        self._file = file
-        # To the microsecond: the next owner may come in the same second, in this process.
-        self._name = f"process {os.getpid()} since {datetime.now(UTC).isoformat()}\n".encode()
-        with disk_errors(path):
-            file.truncate(0)
-            file.write(self._name)
-            file.flush()
 
     def _take(self, path: Path, file: IO[bytes]) -> None:
         try:
@@ -283,15 +280,19 @@ def _claimed(path: Path) -> Path:
     over. Raises RunDirectoryError while its owner lives, or is on another machine."""
     owner = f"process {os.getpid()} on {platform.node()}"
     for _ in range(2):
-        try:
-            with disk_errors(path), open(path, "x", encoding="utf-8") as file:
-                file.write(owner)
-            return path
-        except RunDirectoryError as error:
-            if not isinstance(error.__cause__, FileExistsError):
-                raise
         with disk_errors(path):
-            found = path.read_text("utf-8")
+            try:
+                file = open(path, "x", encoding="utf-8")  # noqa: SIM115
+            except FileExistsError:
+                found = path.read_text("utf-8")
+            else:
+                try:
+                    with file:
+                        file.write(owner)
+                except BaseException:
+                    path.unlink()
+                    raise
+                return path
         if _lives(found):
             break
         with disk_errors(path):
@@ -314,6 +315,16 @@ def _in_use(path: Path, owner: bytes, why: str) -> RunDirectoryError:
     return RunDirectoryError(
         f"{path.parent} is in use by another run ({name}; {why}): wait until it ends, or give another run_dir."
     )
+
+
+def _write_name(file: IO[bytes]) -> bytes:
+    """Write into a lock's file who has it, and return what it then holds: a full disk keeps nobody out."""
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        # To the microsecond: the next owner may come in the same second, in this process.
+        file.write(f"process {os.getpid()} since {datetime.now(UTC).isoformat()}\n".encode())
+    file.seek(0)
+    return file.read()
 
 
 def _system_lock(file: IO[bytes]) -> None:

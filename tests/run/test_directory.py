@@ -323,6 +323,25 @@ def test_a_write_that_the_disk_cuts_off_raises_and_takes_nothing_with_it(program
     assert (tmp_path / "records.jsonl").read_bytes().endswith(b"\n")
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_directory_that_a_full_disk_kept_from_opening_is_free_while_the_error_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    if not locks:
+        monkeypatch.setattr("fcntl.flock", without_locks)
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(RunDirectoryError, match="can't be written: File too large") as kept:
+            RunDirectory.open(tmp_path, RUN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        directory.append(record(0))
+    assert kept.value.__traceback__ is not None
+
+
 def test_a_full_disk_leaves_an_earlier_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with RunDirectory.open(tmp_path, RUN) as directory:
         atomic_write(directory.report, "old")
