@@ -275,6 +275,17 @@ def working_folder(parent: Path, name: str) -> Iterator[Path]:
         lock.release()
 
 
+def working_folders(parent: Path) -> list[str]:
+    """Names of the working folders that are in use, or were left behind."""
+    return sorted(path.name.removeprefix(".").removesuffix(".lock") for path in parent.glob(".*.lock"))
+
+
+def remove_working_folder(parent: Path, name: str) -> None:
+    """Delete a working folder that was left behind; one that is in use, or can't be deleted, stays."""
+    with contextlib.suppress(OSError), working_folder(parent, name) as folder:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _claimed(path: Path) -> Path:
     """A file that this process made, which stands for a lock; that of a process of this machine that ended is taken
     over. Raises RunDirectoryError while its owner lives, or is on another machine."""

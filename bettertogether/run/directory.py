@@ -33,7 +33,17 @@ from ..errors import (
     RunDirectoryError,
     TooManyErrors,
 )
-from ..files import FileLock, append_line, atomic_write, cache_folder, disk_errors, json_text, now
+from ..files import (
+    FileLock,
+    append_line,
+    atomic_write,
+    cache_folder,
+    disk_errors,
+    json_text,
+    now,
+    remove_working_folder,
+    working_folders,
+)
 from ..printable import get_logger
 from ..records import Ledger, StepRecord
 from .same_call import PER_STEP, finished_steps, going_on
@@ -184,13 +194,32 @@ class RunDirectory:
             return "The same call would fail again: change it, and give another run_dir."
         return f"The same call would fail again: one with {run_dir} and other options of {step!r} goes on; {mended}"
 
+    def begin(self, strategy: str) -> None:
+        """Note that the step of a round begins, whose checkpoints are kept until `append` has the round."""
+        self._note(checkpoints=self._checkpoints(), under_way=strategy)
+
     def append(self, record: StepRecord) -> None:
         """Add a record; it is on disk when this returns. Raises RunDirectoryError and leaves the file as it was."""
         self._require_open()
         append_line(self.path / "records.jsonl", _line(record))
         self._records.append(record)
-        if record.status == "complete" and record.strategy == self._aside:
+        if record.status == "complete":
+            self._forget(record.strategy)
+
+    def _forget(self, strategy: str) -> None:
+        """Delete what was kept for going on within a round, which is done: by trainings with other options too, which
+        the step can't be given any more."""
+        if strategy == self._aside:
             (self.path / UNSCORED).unlink(missing_ok=True)
+        for name, of_round in self._checkpoints().items():
+            if of_round == strategy:
+                remove_working_folder(self.adapters, name)
+
+    def _checkpoints(self) -> dict[str, str | None]:
+        """The round that each working folder is of: what nobody has noted came with the round under way, as steps run
+        one by one. None: of before that was noted."""
+        noted, under_way = self._header.get("checkpoints", {}), self._header.get("under_way")
+        return {name: noted.get(name, under_way) for name in working_folders(self.adapters)}
 
     def set_aside(self, record: StepRecord) -> None:
         """Keep what a step gave until `append` has its round with the scores."""
@@ -200,15 +229,15 @@ class RunDirectory:
 
     def note_spent(self, ledger: Ledger) -> None:
         """Keep what all sittings used, whatever became of it."""
-        self._note("spent", asdict(ledger))
+        self._note(spent=asdict(ledger))
 
     def finish(self) -> None:
         """Mark the run as complete."""
-        self._note("finished", now())
+        self._note(finished=now())
 
-    def _note(self, key: str, value: Any) -> None:
+    def _note(self, **values: Any) -> None:
         self._require_open()
-        header = {**self._header, key: value}
+        header = {**self._header, **values}
         atomic_write(self.path / "run.json", _pretty(header))
         self._header = header
 
@@ -284,6 +313,7 @@ def _read_header(folder: Path) -> dict[str, Any] | None:
         header = json.loads(path.read_bytes())
         schema, run, _ = header["schema"], dict(header["run"]), header["finished"]
         Ledger(**header.get("spent", {}))
+        dict(header.get("checkpoints", {}))
         run |= {key: dict(run[key]) for key in PER_STEP & run.keys()}
     except DAMAGE as error:
         raise RunDirectoryError(f"{path} is damaged ({error!r}): restore it, or give another run_dir.") from error

@@ -139,6 +139,7 @@ class Loop:
         name, parent = strategy.join(steps), self.programs[strategy.join(steps[:-1])]
         done = self._unscored(name)
         if done is None:
+            self.directory.begin(name)
             result = self._step(steps, parent, charge)
             record, program = self._record(index, steps, result, started), result.program
             self.directory.note_spent(self.meter.used)

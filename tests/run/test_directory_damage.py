@@ -32,7 +32,16 @@ def test_records_that_are_a_folder_are_an_error_that_names_it(tmp_path: Path) ->
         RunDirectory.open(tmp_path, RUN)
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, "5", "null", '{"schema": 1, "run": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        "5",
+        "null",
+        '{"schema": 1, "run": {}}',
+        '{"schema": 1, "run": {}, "finished": null, "checkpoints": 5}',
+    ],
+)
 def test_a_run_json_of_any_damage_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(RunDirectoryError, match=r"run\.json is damaged"):
