@@ -37,7 +37,7 @@ from .outcome import Outcome
 from .race import choose, expected_calls, run_race
 from .select_traces import select_traces, unseen_calls
 from .step import Step, StepContext, StepResult
-from .strengths import TriedAdapters, at_strengths, checked_strengths
+from .strengths import TriedAdapters, at_strengths, checked_strengths, no_strengths
 from .work import ExpectedTries, Outlook, Work
 
 TRAIN_SHARE = 0.3
@@ -182,7 +182,8 @@ class BootstrapFewShotRS(Step, Teleprompter):
         start = self._start(student, context.restart_from)
         options = ExamplePass(self.metric, self.threshold, settings, phase="bootstrap demos")
         traces = collect_traces(start, train, options, sampling=self.sampling, teachers=context.teachers)
-        warnings = [*traces.warnings, *events.told(*self._no_demos(traces))]
+        unsaid = [*self._no_demos(traces), no_strengths(student, self.strengths)]
+        warnings = [*traces.warnings, *events.told(*unsaid)]
         chosen = select_traces(traces.traces, near_misses=traces.mark is not None)
         sets = DemoSets(start, chosen, train)
         candidates = self._candidates(student, start, context.earlier, sets, seed)

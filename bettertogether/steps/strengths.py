@@ -33,8 +33,10 @@ def checked_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
 
 
 def at_strengths(candidate: Candidate, strengths: Sequence[float], tried: TriedAdapters) -> list[Candidate]:
-    """The same prompts with each of the program's adapters at each of the strengths; none where it has no adapter."""
-    if not any(_has_adapter(predictor.lm) for predictor in candidate.program.predictors()):
+    """The same prompts with each of the program's adapters at each of the strengths; none where it has no adapter, or
+    where `no_strengths` says why."""
+    has_adapter = any(_has_adapter(predictor.lm) for predictor in candidate.program.predictors())
+    if not has_adapter or no_strengths(candidate.program, strengths):
         return []
     return [
         Candidate(
@@ -45,6 +47,20 @@ def at_strengths(candidate: Candidate, strengths: Sequence[float], tried: TriedA
         for strength in dict.fromkeys(strengths)
         if strength != 1
     ]
+
+
+def no_strengths(program: dspy.Module, strengths: Sequence[float]) -> str | None:
+    """Why none of these strengths can be tried: an adapter still answers, but its folder was deleted."""
+    if not set(strengths) - {1.0}:
+        return None
+    folders = {lm.model: folder for lm in (each.lm for each in program.predictors()) if (folder := _folder(lm))}
+    gone = [f"{model} ({folder})" for model, folder in folders.items() if not folder.exists()]
+    if not gone:
+        return None
+    return (
+        f"No other strengths are tried: the folder of {', '.join(gone)} is gone. The adapter still answers, but can be "
+        "neither saved nor trained further: bring the folder back."
+    )
 
 
 def scaled_program(program: dspy.Module, strength: float, tried: TriedAdapters) -> dspy.Module:
@@ -61,8 +77,12 @@ def scaled_program(program: dspy.Module, strength: float, tried: TriedAdapters) 
 
 
 def _has_adapter(lm: dspy.LM) -> bool:
+    return _folder(lm) is not None
+
+
+def _folder(lm: dspy.LM) -> Path | None:
     engine = local_engine(lm)
-    return engine is not None and engine.adapter_folder(lm.model) is not None
+    return None if engine is None else engine.adapter_folder(lm.model)
 
 
 @dataclass

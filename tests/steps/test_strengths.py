@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,20 @@ def test_a_base_model_and_a_model_elsewhere_have_no_strength() -> None:
     program = parity_program(parity_engine(knows_half))
     program.set_lm(api_lm(lambda request: reply(request, parity="odd")))
     assert tried(run(program)) == []
+
+
+def test_an_adapter_that_answers_while_its_folder_is_gone_has_no_other_strength_and_that_is_told() -> None:
+    engine = parity_engine(knows_half)
+    model = tuned(engine)
+    folder = engine.adapter_folder(model)
+    assert folder is not None
+    shutil.rmtree(folder)
+    result = run(parity_program(engine, model=model))
+    assert tried(result) == []
+    assert result.program.lm.model == model
+    told = f"No other strengths are tried: the folder of {model} ({folder}) is gone."
+    assert [warning for warning in result.warnings if warning.startswith(told)] != []
+    assert not any("strengths" in warning for warning in run(result.program, strengths=(1,)).warnings)
 
 
 def test_all_adapters_of_a_program_are_scaled_alike_and_other_models_stay(tmp_path: Path) -> None:
