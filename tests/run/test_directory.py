@@ -6,11 +6,7 @@ import errno
 import json
 import math
 import os
-import platform
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +17,7 @@ from directory_files import RUN, files_of, record
 from forking import Programs, programs_that_import
 
 from bettertogether.errors import RunDirectoryError
-from bettertogether.files import atomic_write, working_folder
+from bettertogether.files import atomic_write
 from bettertogether.records import OtherDetails
 from bettertogether.run.directory import RunDirectory, new_run_directory
 from bettertogether.run.same_call import WHOLE
@@ -52,10 +48,6 @@ with RunDirectory.open({folder!r}, {{}}) as directory:
     except RunDirectoryError as error:
         print(len(directory.records()), error)
 """
-
-
-def without_locks(*_: Any) -> None:
-    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
 def test_records_come_back_as_they_were_appended(tmp_path: Path) -> None:
@@ -242,52 +234,11 @@ def test_a_record_that_is_not_json_is_an_error_that_names_the_step(tmp_path: Pat
         assert directory.records() == ()
 
 
-def test_two_at_once_are_refused_and_the_directory_is_free_after_close(tmp_path: Path) -> None:
-    directory = RunDirectory.open(tmp_path, RUN)
-    with pytest.raises(RunDirectoryError, match=f"in use by another run .process {os.getpid()} since"):
-        RunDirectory.open(tmp_path, RUN)
-    directory.close()
-    RunDirectory.open(tmp_path, RUN).close()
-
-
-def test_a_failed_open_leaves_no_lock_behind(tmp_path: Path) -> None:
-    RunDirectory.open(tmp_path, RUN).close()
-    with pytest.raises(RunDirectoryError, match="another run"):
-        RunDirectory.open(tmp_path, {})
-    RunDirectory.open(tmp_path, RUN).close()
-
-
 def test_a_closed_directory_takes_no_more_records(tmp_path: Path) -> None:
     directory = RunDirectory.open(tmp_path, RUN)
     directory.close()
     with pytest.raises(RunDirectoryError, match="was closed"):
         directory.append(record(0))
-
-
-@pytest.mark.parametrize("locks", [True, False])
-def test_a_run_whose_directory_was_deleted_leaves_that_of_the_next_run_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
-) -> None:
-    if not locks:
-        monkeypatch.setattr("fcntl.flock", without_locks)
-    first = RunDirectory.open(tmp_path / "run", RUN)
-    first.append(record(0))
-    shutil.rmtree(first.path)
-    with pytest.raises(RunDirectoryError, match="was deleted, moved or taken over by another run"):
-        first.append(record(1))
-    assert not first.path.exists()
-    second = RunDirectory.open(first.path, {**RUN, "seed": 1})
-    before = files_of(first.path)
-    for write in (first.append, first.set_aside):
-        with pytest.raises(RunDirectoryError, match="was deleted, moved or taken over"):
-            write(record(1))
-    with pytest.raises(RunDirectoryError, match="was deleted, moved or taken over"):
-        first.finish()
-    first.close()
-    assert files_of(first.path) == before
-    second.append(record(0))
-    with pytest.raises(RunDirectoryError, match="in use by another run"):
-        RunDirectory.open(first.path, {**RUN, "seed": 1})
 
 
 @pytest.fixture(scope="module")
@@ -321,25 +272,6 @@ def test_a_write_that_the_disk_cuts_off_raises_and_takes_nothing_with_it(program
     with RunDirectory.open(tmp_path, {}) as directory:
         assert [each.index for each in directory.records()] == [0]
     assert (tmp_path / "records.jsonl").read_bytes().endswith(b"\n")
-
-
-@pytest.mark.parametrize("locks", [True, False])
-def test_a_directory_that_a_full_disk_kept_from_opening_is_free_while_the_error_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
-) -> None:
-    if not locks:
-        monkeypatch.setattr("fcntl.flock", without_locks)
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-    try:
-        with pytest.raises(RunDirectoryError, match="can't be written: File too large") as kept:
-            RunDirectory.open(tmp_path, RUN)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    with RunDirectory.open(tmp_path, RUN) as directory:
-        directory.append(record(0))
-    assert kept.value.__traceback__ is not None
 
 
 def test_a_full_disk_leaves_an_earlier_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,51 +330,6 @@ def test_a_folder_that_a_kill_left_of_an_artifact_saved_here_is_removed(tmp_path
     (tmp_path / ".program.abc.tmp" / "adapters").mkdir(parents=True)
     RunDirectory.open(tmp_path, RUN).close()
     assert not (tmp_path / ".program.abc.tmp").exists()
-
-
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_without_locks_in_the_file_system_a_file_says_that_a_run_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
-) -> None:
-    def flock(*_: Any) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    directory = RunDirectory.open(tmp_path, RUN)
-    assert "a file system without locks" in caplog.text
-    with pytest.raises(RunDirectoryError, match=f"in use by another run .process {os.getpid()} on"):
-        RunDirectory.open(tmp_path, RUN)
-    directory.close()
-    RunDirectory.open(tmp_path, RUN).close()
-
-
-def test_without_locks_a_run_of_a_process_that_ended_is_taken_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fcntl.flock", without_locks)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    owner = tmp_path / "lock.owner"
-    owner.write_text(f"process {ended.pid} on {platform.node()}")
-    with RunDirectory.open(tmp_path, RUN):
-        assert owner.read_text() == f"process {os.getpid()} on {platform.node()}"
-    owner.write_text(elsewhere := f"process {ended.pid} on another-machine")
-    with pytest.raises(RunDirectoryError, match=f"{elsewhere}; if that process has ended, delete"):
-        RunDirectory.open(tmp_path, RUN)
-
-
-def test_without_locks_a_working_folder_that_is_done_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fcntl.flock", without_locks)
-    with working_folder(tmp_path, "training-1f") as folder:
-        assert sorted(path.name for path in tmp_path.iterdir()) == [
-            ".training-1f.lock",
-            ".training-1f.lock.owner",
-            "training-1f",
-        ]
-        folder.rmdir()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_system_without_sync_of_folders_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
