@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -69,14 +70,15 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """`atomic_write` in parts: the file that the block writes gets its name when that ends."""
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with disk_errors(path):
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        # Not by `mkstemp`, whose files are their owner's alone: to read the umask is to change it for all threads.
+        opened = open(temporary, "xb")  # noqa: SIM115
         try:
-            with os.fdopen(handle, "wb") as file:
+            with opened as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -114,12 +116,6 @@ def put_anew(work: Path, target: Path) -> None:
     """For `atomic_folder`: the folder takes the place of what is there."""
     shutil.rmtree(target, ignore_errors=True)
     os.replace(work, target)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -67,6 +67,14 @@ def test_a_file_may_be_read_by_those_whom_the_umask_allows_it(tmp_path: Path) ->
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no umask")
+def test_the_umask_which_all_threads_share_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[int] = []
+    monkeypatch.setattr(os, "umask", masks.append)
+    atomic_write(tmp_path / "file", "text")
+    assert masks == []
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
 def test_a_lock_that_was_given_back_is_free_while_a_fork_of_its_owner_lives(tmp_path: Path) -> None:
     lock, forks = FileLock(tmp_path / "lock"), multiprocessing.get_context("fork")
