@@ -37,8 +37,15 @@ def now() -> str:
 
 
 def cache_folder() -> Path:
-    """Where everything that can be made again is kept: $BETTERTOGETHER_CACHE, or ~/.cache/bettertogether."""
-    return Path(os.environ.get("BETTERTOGETHER_CACHE") or "~/.cache/bettertogether").expanduser()
+    """Where everything that can be made again is kept: $BETTERTOGETHER_CACHE, or ~/.cache/bettertogether. Raises
+    RunDirectoryError for a user without a home."""
+    folder = os.environ.get("BETTERTOGETHER_CACHE") or "~/.cache/bettertogether"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise RunDirectoryError(
+            f"The cache folder {folder} can't be found ({error}): set BETTERTOGETHER_CACHE to a folder, or HOME."
+        ) from error
 
 
 def adapters_cache() -> Path:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from bettertogether import downloads
 from bettertogether.downloads import default_model, fetch_wheel_file
-from bettertogether.errors import DownloadError, ModelError
+from bettertogether.errors import DownloadError, ModelError, RunDirectoryError
 from bettertogether.files import cache_folder, cached_model
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
@@ -293,3 +293,9 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     assert cache_folder() == tmp_path
     monkeypatch.delenv("BETTERTOGETHER_CACHE")
     assert cache_folder() == Path.home() / ".cache" / "bettertogether"
+
+
+def test_a_cache_folder_of_nobody_is_an_error_that_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BETTERTOGETHER_CACHE", "~nobody of this name/cache")
+    with pytest.raises(RunDirectoryError, match="set BETTERTOGETHER_CACHE to a folder, or HOME"):
+        cache_folder()

@@ -212,7 +212,7 @@ def _recall(identity: tuple[Any, ...]) -> str | None:
     try:
         note = json.loads(_memo(identity[0]).read_text())
         found = note["sha256"] if note["file"] == list(identity) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RunDirectoryError):
         # No note, or one that can't be read: the file is read instead.
         return None
     if found is not None:
@@ -222,8 +222,8 @@ def _recall(identity: tuple[Any, ...]) -> str | None:
 
 def _remember(identity: tuple[Any, ...], sha256: str) -> None:
     _remembered[identity] = sha256
-    memo = _memo(identity[0])
     try:
+        memo = _memo(identity[0])
         memo.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(memo, json.dumps({"file": identity, "sha256": sha256}))
     except (OSError, RunDirectoryError) as error:

@@ -228,6 +228,21 @@ def test_a_damaged_note_of_a_hash_is_made_again(tmp_path: Path, monkeypatch: pyt
     assert json.loads(note.read_text())["sha256"] == expected
 
 
+def test_a_user_without_a_home_has_hashes_that_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fingerprint, "SETTLED_S", -1.0)
+    monkeypatch.setenv("BETTERTOGETHER_CACHE", "~nobody of this name/cache")
+    caplog.set_level("INFO", logger="bettertogether")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    assert file_hash(path) == hashlib.sha256(b"weights").hexdigest()
+    assert caplog.messages == [
+        f"The hash of {path} can't be kept for the next process: The cache folder ~nobody of this name/cache can't be "
+        "found (Could not determine home directory.): set BETTERTOGETHER_CACHE to a folder, or HOME."
+    ]
+
+
 def test_a_folder_whose_weights_can_not_be_read_is_an_error_of_ours(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "tiny")
     (folder / "model.safetensors").unlink()
