@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,16 @@ def save_adapter(folder: Path, seed: int, **options: Any) -> Path:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
+
+
+@contextmanager
+def bfloat16_by_default() -> Iterator[None]:
+    """Inside the block torch is as another thread finds it while transformers builds a model in bfloat16."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def bank(model: Any) -> AdapterBank:

@@ -33,6 +33,7 @@ from ..errors import ConfigError, ModelError
 from ..printable import get_logger
 from ..training.adapter_settings import CONFIG_FILE
 from ..training.bars import no_bars
+from ..training.building import building
 from ..training.precision import four_bit_model, give_back_memory
 from .fingerprint import TEMPLATES
 from .gguf import converted, gguf_in
@@ -315,6 +316,6 @@ def meta_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel
     """The model that a transformers config describes, without its weights."""
     # A copy, since the model writes its precision into it.
     config = copy.deepcopy(config)
-    with torch.device("meta"):
+    with building(), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model

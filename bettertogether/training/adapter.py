@@ -25,6 +25,7 @@ from ..printable import get_logger
 from ._upstream import plain_name
 from .adapter_folder import WEIGHTS_FILE, read_adapter_config, read_tensors
 from .adapter_settings import CONFIG_FILE
+from .building import building
 from .config import LoRAConfig
 from .lending import ModelState, random_state_kept
 from .sharing import all_whole, like
@@ -175,7 +176,7 @@ def _is_transposed(layer: nn.Module) -> bool:
 
 
 def _add(model: PreTrainedModel | PeftModel, base: PreTrainedModel, config: LoraConfig, seed: int) -> None:
-    with random_state_kept(base):
+    with building(), random_state_kept(base):
         torch.manual_seed(seed)
         try:
             if isinstance(model, PeftModel):

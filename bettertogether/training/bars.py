@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -11,17 +10,17 @@ from unittest import mock
 from tqdm import tqdm
 from transformers.utils import logging
 
+from .building import building
+
 _GGUF_BAR = "transformers.modeling_gguf_pytorch_utils.tqdm"
 """Drawn past transformers' own hook for bars."""
-_ONE_AT_A_TIME = threading.RLock()
 
 
 @contextlib.contextmanager
 def no_bars() -> Iterator[None]:
-    """Load or save models without bars; one at a time, as `from_pretrained` also sets torch's default dtype for all
-    threads. Bars of downloads stay: those take minutes."""
+    """Load or save models without bars, one at a time; see `building`. Bars of downloads stay: those take minutes."""
     with (
-        _ONE_AT_A_TIME,
+        building(),
         mock.patch(_GGUF_BAR, logging.EmptyTqdm),
         mock.patch.object(tqdm, "__init__", _without_plain(tqdm.__init__)),
     ):

@@ -144,7 +144,7 @@ def restore_optimizer(optimizer: torch.optim.AdamW, parameters: Mapping[str, Ten
     """Put AdamW where it was after `state.step` steps."""
     moments = {
         index: {
-            "step": torch.tensor(float(state.step)),
+            "step": torch.tensor(state.step, dtype=torch.float32),
             "exp_avg": like(state.first_moments[key], parameter),
             "exp_avg_sq": like(state.second_moments[key], parameter),
         }

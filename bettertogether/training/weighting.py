@@ -63,7 +63,7 @@ class TokenWeights:
         rows = list(rows)
         weights = [weight for row in rows for weight in token_weights(row, self.skeleton, self.by_field)]
         free = [free or not self.free for row in rows for free in row.free]
-        return torch.tensor(weights), torch.tensor(free).nonzero()[:, 0]
+        return torch.tensor(weights, dtype=torch.float32), torch.tensor(free).nonzero()[:, 0]
 
     def losses(self, rows: Iterable[TokenizedRow], losses_N: Tensor) -> tuple[Tensor, Tensor]:
         """The parts that some rows of the step have in its means: the weighted one of all tokens, a scalar, and that of

@@ -93,7 +93,7 @@ def merge(out_a: Tensor, log_sum_a: Tensor, out_b: Tensor, log_sum_b: Tensor) ->
 
 def hidden(visible: Tensor) -> Tensor:
     """A mask to add to scores, from a mask of what is seen."""
-    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))
+    return torch.zeros(visible.shape, dtype=torch.float32, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 def by_key_head(x_H_N_D: Tensor, key_heads: int) -> Tensor:

@@ -156,7 +156,7 @@ class SlotPass:
         if len(parts[0][0]) == tokens:
             return parts[0]
         out_T_H_D = q_H_T_D.new_zeros(tokens, heads, dim)
-        log_sum_T_H = torch.full((tokens, heads), float("-inf"), device=self.device)
+        log_sum_T_H = torch.full((tokens, heads), float("-inf"), dtype=torch.float32, device=self.device)
         for group, (out_N_H_D, log_sum_N_H) in zip(groups, parts, strict=True):
             out_T_H_D[group.start : group.stop] = out_N_H_D
             log_sum_T_H[group.start : group.stop] = log_sum_N_H
@@ -188,7 +188,7 @@ class SlotPass:
             return parts[0]
         tokens, heads, dim = len(q_T_H_D), *parts[0][0].shape[1:]
         out_T_H_D = q_T_H_D.new_empty(tokens, heads, dim)
-        log_sum_T_H = torch.empty(tokens, heads, device=self.device)
+        log_sum_T_H = torch.empty(tokens, heads, dtype=torch.float32, device=self.device)
         for block, (out_A_H_D, log_sum_A_H) in zip(self._blocks, parts, strict=True):
             out_T_H_D[block.targets] = out_A_H_D[block.answers]
             log_sum_T_H[block.targets] = log_sum_A_H[block.answers]

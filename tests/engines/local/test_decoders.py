@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import PACKED, bank, decode, generated, prompts, tiny_model
+from small_models import PACKED, bank, bfloat16_by_default, decode, generated, prompts, tiny_model
 from transformers import GptOssConfig, LlamaConfig
 
 from bettertogether.engines.answers import SamplingOptions
@@ -44,6 +44,16 @@ def test_packed_passes_answer_as_generate_does(family: str, device: str) -> None
     rows = mixed_rows()
     assert why_not_packed_decoder(model, bank(model)) is None
     assert answers(packed(model), rows) == [generated(model, row.prompt_ids, row.max_new_tokens) for row in rows]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral with a window", "gemma3"])
+def test_answers_are_the_same_while_another_thread_builds_a_model(family: str) -> None:
+    model, rows = tiny_model(PACKED[family]), mixed_rows()
+    expected = [generated(model, row.prompt_ids, row.max_new_tokens) for row in rows]
+    with bfloat16_by_default():
+        decoder = make_decoder(model, bank(model), CACHE_BYTES)
+        assert isinstance(decoder, PackedDecoder)
+        assert answers(decoder, rows) == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
