@@ -13,6 +13,8 @@ from ._upstream import StreamEvent
 
 Put = Callable[[Any], Any]
 """Takes each event; then None, or the exception that ended them."""
+Begin = Callable[[Put], Callable[[], object]]
+"""Has an answer written whose events go to `put`, on any thread; returns what breaks it off."""
 
 
 class Streaming:
@@ -21,7 +23,7 @@ class Streaming:
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """Answer one request as events, each sent when its tokens are decided."""
         events: SimpleQueue[Any] = SimpleQueue()
-        stop = self._begin(request, events.put)
+        stop = self._prepared(request)(events.put)
         try:
             while (event := events.get()) is not None:
                 yield _event(event)
@@ -29,7 +31,8 @@ class Streaming:
             stop()
 
     async def stream_async(self, request: Request) -> AsyncIterator[StreamEvent]:
-        """`stream` for an event loop."""
+        """`stream` for an event loop, which stays free."""
+        begin = await asyncio.to_thread(self._prepared, request)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -40,15 +43,15 @@ class Streaming:
                 # The loop was closed: nobody takes events any more.
                 stop()
 
-        stop = self._begin(request, put)
+        stop = begin(put)
         try:
             while (event := await events.get()) is not None:
                 yield _event(event)
         finally:
             stop()
 
-    def _begin(self, request: Request, put: Put) -> Callable[[], object]:
-        """Have an answer written whose events go to `put`, on any thread; returns what breaks it off."""
+    def _prepared(self, request: Request) -> Begin:
+        """Do what comes before an answer, which may take a while: its prompt's tokens, its grammar."""
         raise NotImplementedError
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from ..loading import load_model, meta_model, model_to_train
 from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult, TrainingRow, adapter_model_name
 from ..responses import ResponseWriter
-from ..streaming import Put
+from ..streaming import Begin, Put
 from ..structured import structured_output_available
 from .choice import make_decoder
 from .closing import ClosingConstraint
@@ -101,8 +102,11 @@ class TransformersEngine(BaseEngine):
         self._scheduler.submit(job)
         return self._writer.response(request, _wait(job.future))
 
-    def _begin(self, request: Request, put: Put) -> Callable[[], object]:
-        job, deltas = self._job(request), self._writer.deltas()
+    def _prepared(self, request: Request) -> Begin:
+        return partial(self._begin, request, self._job(request))
+
+    def _begin(self, request: Request, job: Job, put: Put) -> Callable[[], object]:
+        deltas = self._writer.deltas()
 
         def take(text: str, scores: Sequence[TokenScore]) -> None:
             for event in deltas(text, scores):
@@ -126,8 +130,8 @@ class TransformersEngine(BaseEngine):
         return job.future.cancel
 
     async def complete_async(self, request: Request) -> Response:
-        """`complete` for an event loop."""
-        job = self._job(request)
+        """`complete` for an event loop, which stays free."""
+        job = await asyncio.to_thread(self._job, request)
         self._scheduler.submit(job)
         return self._writer.response(request, await asyncio.wrap_future(job.future))
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from ..loading import model_to_train, pick_device, pick_dtype
 from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult
 from ..responses import ResponseWriter
-from ..streaming import Put
+from ..streaming import Begin, Put
 from ..structured import after_thoughts, answer_grammar
 from .api import Piece, answer_of, pieces_of, sampled_of, sampling_fields
 from .fleet import Fleet, meet
@@ -164,9 +165,12 @@ class VLLMEngine(BaseEngine):
                 answer = replace(answer, sampled=sampled_of(choice, request, body["prompt"]))
         return self._writer.response(request, answer)
 
-    def _begin(self, request: Request, put: Put) -> Callable[[], object]:
+    def _prepared(self, request: Request) -> Begin:
         request = self._named(request)
         body = self._body(request) | {"stream": True, "stream_options": {"include_usage": True}}
+        return partial(self._begin, request, body)
+
+    def _begin(self, request: Request, body: Mapping[str, Any], put: Put) -> Callable[[], object]:
         reader = StreamReader(put)
         reader.start(self._pool, lambda reader: self._events(request, body, reader))
         return reader.stop

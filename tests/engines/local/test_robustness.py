@@ -68,6 +68,49 @@ def test_streams_that_are_given_up_with_their_loop_trouble_no_one(
     assert not engine._scheduler._running
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_event_loop_stays_free_while_a_prompt_is_made_ready(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    answer, side, loop_went_on = text(engine), engine.asynchronous, threading.Event()
+    prompt_tokens = engine.prompt_tokens
+
+    def slow(messages: Any) -> list[int]:
+        assert loop_went_on.wait(10)
+        return prompt_tokens(messages)
+
+    async def answered() -> str | None:
+        asyncio.get_running_loop().call_later(0.01, loop_went_on.set)
+        if not streamed:
+            return (await side.complete(ask())).text
+        return "".join([event.delta.text async for event in side.stream(ask()) if event.type == "delta"])
+
+    monkeypatch.setattr(engine, "prompt_tokens", slow)
+    assert asyncio.run(answered()) == answer
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_request_that_is_given_up_before_its_prompt_is_ready_is_not_sent(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    given_up, side = threading.Event(), engine.asynchronous
+    prompt_tokens = engine.prompt_tokens
+
+    def slow(messages: Any) -> list[int]:
+        assert given_up.wait(10)
+        return prompt_tokens(messages)
+
+    async def give_up() -> None:
+        waiting = anext(aiter(side.stream(ask()))) if streamed else side.complete(ask())
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(waiting, 0.05)
+        given_up.set()
+
+    monkeypatch.setattr(engine, "prompt_tokens", slow)
+    asyncio.run(give_up())
+    assert engine.counters()["requests"] == 0
+
+
 def test_awaiting_no_longer_than_a_time_takes_the_request_back(engine: TransformersEngine) -> None:
     engine._scheduler._eos_ids = frozenset()
     text(engine)
