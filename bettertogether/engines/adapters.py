@@ -69,9 +69,13 @@ class AdapterBank(HeldAdapters):
     def add(self, folder: Path) -> str:
         """Serve the adapter in a PEFT folder; returns its model name. Raises ModelError."""
         name = adapter_name(self._base_name, folder)
+        # Before the lock, for which requests of all adapters would wait.
+        weights = self._weights.get(name)
+        if weights is None:
+            weights = read_weights(folder, read_adapter_config(folder), self._layer_shapes())
         with self._lock:
             if name not in self._weights:
-                self._weights[name] = read_weights(folder, read_adapter_config(folder), self._layer_shapes())
+                self._weights[name] = weights
                 self._attach()
             self.hold(name, folder)
         return name

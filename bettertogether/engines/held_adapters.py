@@ -32,7 +32,7 @@ class HeldAdapters:
     def check(self, model: str) -> None:
         """Raise UnknownAdapterError for what is neither the base nor an adapter that is served; looks at no folder."""
         if model == self._base_model:
-            return  # Without the lock, which is held while an adapter is read.
+            return
         with self._lock:
             if model not in self._folders:
                 held = ", ".join([self._base_model, *self._folders])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from small_models import SIZES, decode, generated, prompts, save_adapter, tiny_model
 from transformers import LlamaConfig
 
+from bettertogether.engines import adapters
 from bettertogether.engines.adapters import AdaptedSpan, AdapterBank, linear_shapes
 from bettertogether.engines.loading import meta_model
 from bettertogether.engines.local.decoder import BatchRow
 from bettertogether.engines.local.packed_decoder import PackedDecoder
 from bettertogether.engines.local.plain_decoder import PlainDecoder
 from bettertogether.errors import ModelError, UnknownAdapterError
-from bettertogether.training.adapter_folder import content_hash, write_round
+from bettertogether.training.adapter_folder import content_hash, read_tensors, write_round
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,30 @@ def make_bank(model: Any, folders: list[Path]) -> tuple[AdapterBank, list[str]]:
     names = [adapters.add(folder) for folder in folders]
     adapters.attach(model)
     return adapters, names
+
+
+def test_an_adapter_answers_while_another_is_read(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    bank, (name,) = make_bank(model, folders[:1])
+    reading, read = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> dict[str, torch.Tensor]:
+        reading.set()
+        assert read.wait(10)
+        return read_tensors(path)
+
+    def answer() -> None:
+        bank.check(name)
+        with bank.active([AdaptedSpan(name, 0, None)]):
+            model(torch.tensor([[1]]))
+
+    monkeypatch.setattr(adapters, "read_tensors", slow)
+    with ThreadPoolExecutor(2) as pool:
+        added = pool.submit(bank.add, folders[1])
+        assert reading.wait(10)
+        pool.submit(answer).result(timeout=5)
+        read.set()
+        bank.check(added.result())
 
 
 @pytest.mark.parametrize("kind", [lambda m, b: PackedDecoder(m, b, cache_bytes=1 << 30), PlainDecoder])
