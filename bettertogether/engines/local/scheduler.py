@@ -6,7 +6,6 @@ Knows nothing of tensors: what decides tokens is a `Decoder`, which a test can r
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 import weakref
 from collections import deque
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from ...errors import EngineClosedError, UnknownAdapterError
 from ...printable import get_logger
 from ..answers import FinishReason
+from ..making_process import MakingProcess
 from .decoder import BatchRow, Decision, Decoder
 from .job import Job
 
@@ -67,23 +67,18 @@ class Scheduler:
         """Threads that are in a training, or get one ready."""
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._pid = os.getpid()
+        self._made_in = MakingProcess()
         self._counters = dict.fromkeys(COUNTERS, 0)
         _alive.add(self)
 
     @property
     def is_ours(self) -> bool:
         """Whether it was made in this process, and not in the one that this is a fork of."""
-        return os.getpid() == self._pid
+        return self._made_in.is_this
 
     def check_open(self) -> None:
-        """Raises EngineClosedError where no job can be submitted. Takes no lock: a fork may have left one taken."""
-        if not self.is_ours:
-            raise EngineClosedError(
-                "This engine was made in another process and its worker thread did not come along with the fork. Call "
-                "local_lm(...) in this process, which makes an engine of its own, or start processes with the 'spawn' "
-                "method."
-            )
+        """Raises EngineClosedError where no job can be submitted, as in a fork. Takes no lock."""
+        self._made_in.check("local_lm(...)")
         if self._closed:
             raise EngineClosedError("The engine is closed; make a new one to go on.")
 

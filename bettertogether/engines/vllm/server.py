@@ -18,6 +18,7 @@ from ...errors import BetterTogetherError, ConfigError, EngineClosedError, Missi
 from ...files import cache_folder
 from ...printable import get_logger
 from ...processes import WatchedProcess, last_lines
+from ..making_process import MakingProcess
 from .serve_options import arguments
 
 logger = get_logger(__name__)
@@ -72,13 +73,16 @@ class VLLMServer:
         self._failure: BetterTogetherError | None = None
         self._failures = 0
         self._lock = threading.RLock()
+        self.made_in = MakingProcess()
 
     def address(self) -> tuple[str, int]:
         """Its URL, and a number that changes whenever a new server stands there. Starts ours where it is not running.
 
-        Raises EngineClosedError after `close`, MissingExtraError without vLLM, and ModelError when the server does not
-        come up; those who waited for the same start get the same error, and whoever comes later has it started again.
+        Raises EngineClosedError after `close` and in a fork, MissingExtraError without vLLM, and ModelError when the
+        server does not come up; those who waited for the same start get the same error, and whoever comes later has it
+        started again.
         """
+        self.check_open()
         failures = self._failures
         with self._lock:
             self.check_open()
@@ -95,7 +99,8 @@ class VLLMServer:
         return not self.ours or (process is not None and process.exit_code is None)
 
     def check_open(self) -> None:
-        """Raise EngineClosedError after `close`."""
+        """Raise EngineClosedError after `close` and in a fork. Takes no lock."""
+        self.made_in.check("vllm_lm(...)")
         if self._closed:
             raise EngineClosedError(f"The engine of {self._served_name} was closed. Make a new LM: vllm_lm(...).")
 
@@ -117,7 +122,10 @@ class VLLMServer:
         self.stop()
 
     def stop(self) -> None:
-        """Stop our server and free its memory; the next `address()` starts another. One that is not ours runs on."""
+        """Stop our server and free its memory; the next `address()` starts another. One that is not ours runs on, and
+        so does that of the process that this is a fork of."""
+        if not self.made_in.is_this:
+            return
         with self._lock:
             if self.process is not None:
                 self.process.stop()

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from ..making_process import MakingProcess
 from ..streaming import Put
 
 
@@ -27,6 +28,7 @@ class StreamReader:
         self._put = put
         self._lock = threading.Lock()
         self._reply: httpx.Response | None = None
+        self._made_in = MakingProcess()
         self.stopped = False
         """Whether nobody takes the events any more."""
 
@@ -50,7 +52,10 @@ class StreamReader:
                 raise
 
     def stop(self) -> None:
-        """Nobody takes the events any more: break the answer off, so that the server stops writing it."""
+        """Nobody takes the events any more: break the answer off, so that the server stops writing it.
+        A fork, where a stream that it never took is given up, has the connection open as well."""
+        if not self._made_in.is_this:
+            return
         with self._lock:
             self.stopped = True
             if self._reply is not None and not self._reply.is_closed:

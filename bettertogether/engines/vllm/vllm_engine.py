@@ -34,7 +34,7 @@ from ..finetuning import TrainingJob, check_training, train
 from ..held_adapters import HeldAdapters
 from ..loading import model_to_train, pick_device, pick_dtype
 from ..memory_plan import announce_memory
-from ..protocol import MODEL_PREFIX, FinetuneResult
+from ..protocol import MODEL_PREFIX, FinetuneResult, TrainingRow
 from ..responses import ResponseWriter
 from ..streaming import Begin, Put
 from ..structured import after_thoughts, answer_grammar
@@ -177,6 +177,7 @@ class VLLMEngine(BaseEngine):
 
     async def complete_async(self, request: Request) -> Response:
         """`complete` for an event loop."""
+        self.server.check_open()
         return await asyncio.wrap_future(self._pool.submit(copy_context().run, self.complete, request))
 
     def _events(self, request: Request, body: Mapping[str, Any], reader: StreamReader) -> Iterator[StreamEvent]:
@@ -292,6 +293,11 @@ class VLLMEngine(BaseEngine):
             self._check_rank(lora.rank, "lora", ConfigError)
         check_training(self._card, pick_device("auto"), lora, training)
 
+    def finetune(self, rows: Sequence[TrainingRow], **options: Any) -> FinetuneResult:
+        """Train an adapter and serve it under a new name. See `LocalEngine.finetune`."""
+        self.server.check_open()
+        return super().finetune(rows, **options)
+
     def _train(self, job: TrainingJob, on_progress: ProgressFunction | None) -> FinetuneResult:
         self._check_rank(job.lora.rank, "lora", ConfigError)
         self._check_unchanged()
@@ -310,6 +316,7 @@ class VLLMEngine(BaseEngine):
     def trained_model(self, training: TrainingConfig) -> AbstractContextManager[Any]:
         """A model of this process's own, beside that of the server, freed after the block. Raises ConfigError for one
         that thinks: the server has another grammar for its thoughts."""
+        self.server.check_open()
         if self._renderer.thinks:
             raise ConfigError(
                 f"{self.short_name} thinks before it answers: behind a server it can't learn from rewards. Use "
@@ -337,11 +344,12 @@ class VLLMEngine(BaseEngine):
             return {name: self._counts[name] for name in COUNTERS}
 
     def close(self) -> None:
-        """Stop the server where it is ours; others run on."""
+        """Stop the server where it is ours; others run on. In a fork, only forget this engine."""
         for server in self.servers:
             server.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._client.close()
+        if self.server.made_in.is_this:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._client.close()
         super().close()
 
 
