@@ -2,7 +2,8 @@
 
 An answer is five words made from the prompt's tokens, the model's name and, when sampling, the seed. `/seen` gives the
 bodies of all completions so far, `/told` what else was posted: loads and unloads with the adapter's name, sleep and
-wake_up. Environment: FAKE_VLLM_ANSWER=text is the answer to all; FAKE_VLLM_FAILS=text ends with that text in the log;
+wake_up; and "broken off" for each answer that its asker did not wait for, streams aside.
+Environment: FAKE_VLLM_ANSWER=text is the answer to all; FAKE_VLLM_FAILS=text ends with that text in the log;
 FAKE_VLLM_DIES_AFTER=n exits at the n-th completion; FAKE_VLLM_STATUS=n is the status of all completions;
 FAKE_VLLM_PAUSES=s waits so many seconds after each word of a stream, and before any other answer;
 FAKE_VLLM_CERTIFICATE=file makes it https; FAKE_VLLM_SLEEPLESS=1 makes it a version that can't sleep,
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import select
 import ssl
 import sys
 import time
@@ -139,7 +141,11 @@ class Handler(BaseHTTPRequestHandler):
             "prompt_tokens_details": {"cached_tokens": 2},
         }
         if not body.get("stream"):
-            time.sleep(PAUSE_S)
+            # Whoever waits for an answer sends nothing else, unless it is the end.
+            if select.select([self.connection], [], [], PAUSE_S)[0]:
+                told.append("broken off")
+                self.close_connection = True
+                return
             self.reply(200, {"choices": [choice(" ".join(answer), body, answer, "stop")], "usage": usage})
             return
         # Words come before their numbers: text and tokens of a chunk needn't be the same.

@@ -6,8 +6,9 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from dspy.lm15 import ServerError, TransportError
 from ...errors import AnswerTimeoutError, ModelError
 from ...printable import get_logger
 from .api import GONE, check
+from .breakable import Breakable
 from .member import UNMET, Adapter, Member, Served
 
 logger = get_logger(__name__)
@@ -53,23 +55,31 @@ class Fleet:
 
     @contextmanager
     def reply(
-        self, key: str, body: Mapping[str, Any], adapter: Adapter | None, *, stream: bool = False
+        self,
+        key: str,
+        body: Mapping[str, Any],
+        adapter: Adapter | None,
+        breakable: Breakable | None = None,
+        *,
+        stream: bool = False,
     ) -> Iterator[httpx.Response]:
         """A server's reply to a request for completions, which is no error; of a `stream` the body is still to be read.
+        A `breakable` may break it off meanwhile.
 
-        Raises ModelError where a server does not load the adapter, AnswerTimeoutError, and lm15's TransportError,
-        ServerError, RateLimitError, AuthError and InvalidRequestError.
+        Raises CancelledError where that was broken off, ModelError where a server does not load the adapter,
+        AnswerTimeoutError, and lm15's TransportError, ServerError, RateLimitError, AuthError and InvalidRequestError.
         """
         with ExitStack() as visit:
-            yield self._first_reply(visit, key, body, adapter, stream)
+            ask = partial(Member.completion, body=body, adapter=adapter, breakable=breakable, stream=stream)
+            yield self._first_reply(visit, key, adapter, ask)
 
     def _first_reply(
-        self, visit: ExitStack, key: str, body: Mapping[str, Any], adapter: Adapter | None, stream: bool
+        self, visit: ExitStack, key: str, adapter: Adapter | None, ask: Callable[[Member], httpx.Response]
     ) -> httpx.Response:
         gone: dict[Member, Exception] = {}
         while (member := self._take(key, gone)) is not None:
             try:
-                return visit.enter_context(self._asked(member, body, adapter, stream, gone))
+                return visit.enter_context(self._asked(member, adapter, ask, gone))
             except (TransportError, ServerError):
                 if len(self.members) == 1 or member not in gone:
                     raise
@@ -80,9 +90,8 @@ class Fleet:
     def _asked(
         self,
         member: Member,
-        body: Mapping[str, Any],
         adapter: Adapter | None,
-        stream: bool,
+        ask: Callable[[Member], httpx.Response],
         gone: dict[Member, Exception],
     ) -> Iterator[httpx.Response]:
         """The reply of one server, which is put into `gone` with the error when that says that nobody is there."""
@@ -90,7 +99,7 @@ class Fleet:
             if member.failures and len(self.members) > 1:
                 member.welcome_back(self.base)
                 self._in_service(member)
-            with member.holding(adapter), closing(member.completion(body, adapter, stream=stream)) as reply:
+            with member.holding(adapter), closing(ask(member)) as reply:
                 check(reply, member.server.url)
                 yield reply
         except httpx.ReadTimeout as error:

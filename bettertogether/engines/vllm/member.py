@@ -15,6 +15,7 @@ from dspy.lm15 import LM15Error, TransportError
 from ...errors import BetterTogetherError, ModelError
 from ...training.adapter_folder import read_adapter_config
 from .api import GONE, check, understood
+from .breakable import Breakable
 from .server import VLLMServer
 
 PROBE_S = 10.0
@@ -94,19 +95,21 @@ class Member:
             return False
         return reply.status_code < 500
 
-    def completion(self, body: Mapping[str, Any], adapter: Adapter | None, *, stream: bool) -> httpx.Response:
+    def completion(
+        self, body: Mapping[str, Any], adapter: Adapter | None, breakable: Breakable | None, *, stream: bool
+    ) -> httpx.Response:
         """Its reply to a request, whatever its status; of a `stream` the body is still to be read.
 
-        Raises what `holding` raises. An adapter that it lost, as it was started anew or somebody else unloaded it, is
-        loaded again.
+        Raises what `holding` raises, and CancelledError where `breakable` was broken off. An adapter that it lost, as
+        it was started anew or somebody else unloaded it, is loaded again.
         """
-        reply = self._send("/v1/completions", body, stream)
+        reply = self._send("/v1/completions", body, breakable, stream=stream)
         if reply.status_code == 404 and adapter is not None:
             reply.close()
             with self._lock:
                 self._keep(self.served().adapters)
                 self._hold(adapter)
-            reply = self._send("/v1/completions", body, stream)
+            reply = self._send("/v1/completions", body, breakable, stream=stream)
         return reply
 
     @contextmanager
@@ -186,14 +189,20 @@ class Member:
         return reply
 
     def _send(
-        self, path: str, body: Mapping[str, Any], stream: bool = False, timeout_s: float | None = None
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        breakable: Breakable | None = None,
+        *,
+        stream: bool = False,
+        timeout_s: float | None = None,
     ) -> httpx.Response:
         address, _ = self.server.address()
         timeout = self._client.timeout if timeout_s is None else timeout_s
         request = self._client.build_request(
             "POST", f"{address}{path}", json=body, headers=self.server.headers, timeout=timeout
         )
-        return self._client.send(request, stream=stream)
+        return (breakable or self._client).send(request, stream=stream)
 
 
 def _said(reply: httpx.Response) -> str:

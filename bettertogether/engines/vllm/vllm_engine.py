@@ -39,6 +39,7 @@ from ..responses import ResponseWriter
 from ..streaming import Begin, Put
 from ..structured import after_thoughts, answer_grammar
 from .api import Piece, answer_of, pieces_of, sampled_of, sampling_fields
+from .breakable import Breakable
 from .fleet import Fleet, meet
 from .gate import Gate
 from .member import Adapter, Member
@@ -88,10 +89,8 @@ class VLLMEngine(BaseEngine):
         self.server = self.servers[0]
         """Our server, or the first of those that run already."""
         self.concurrency = given.concurrency * max(len(given.addresses), replicas(server_options))
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
-        timeout = httpx.Timeout(given.request_timeout_s, connect=10.0)
-        # A proxy of the environment's is not for a server on this machine.
-        self._client = httpx.Client(timeout=timeout, limits=limits, trust_env=not self.server.ours)
+        self._client = self._new_client(kept=self.concurrency)
+        self._unkept = self._new_client(kept=0)
         self._pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="bettertogether-vllm")
         members = [Member(server, self._client, given.max_adapters) for server in self.servers]
         self.fleet = Fleet(members, self._base_model, given.request_timeout_s)
@@ -110,6 +109,13 @@ class VLLMEngine(BaseEngine):
             self._meet_servers()
         for folder in adapters:
             self.add_adapter(Path(folder))
+
+    def _new_client(self, kept: int) -> httpx.Client:
+        """One that keeps so many connections open for further requests."""
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=kept)
+        timeout = httpx.Timeout(self.options.request_timeout_s, connect=10.0)
+        # A proxy of the environment's is not for a server on this machine.
+        return httpx.Client(timeout=timeout, limits=limits, trust_env=not self.server.ours)
 
     def _servers_for(self, given: VLLMOptions, server_options: Mapping[str, Any]) -> tuple[VLLMServer, ...]:
         urls: Sequence[str | None] = given.addresses or [None]
@@ -156,9 +162,12 @@ class VLLMEngine(BaseEngine):
         AnswerTimeoutError, and lm15's ContextLengthError, UnsupportedFeatureError, InvalidRequestError, AuthError,
         RateLimitError, TransportError and ServerError. What was answered and got lost on the way is not counted.
         """
+        return self._completed(request, None)
+
+    def _completed(self, request: Request, breakable: Breakable | None) -> Response:
         request = self._named(request)
         body = self._body(request)
-        with self._gate.together(self._kind(request.model)), self._asked(request, body) as reply:
+        with self._gate.together(self._kind(request.model)), self._asked(request, body, breakable) as reply:
             answer, choice = answer_of(reply)
             self._count(answer)
             if request.config.store:
@@ -171,21 +180,25 @@ class VLLMEngine(BaseEngine):
         return partial(self._begin, request, body)
 
     def _begin(self, request: Request, body: Mapping[str, Any], put: Put) -> Callable[[], object]:
-        reader = StreamReader(put)
+        reader = StreamReader(self._unkept, put)
         reader.start(self._pool, lambda reader: self._events(request, body, reader))
         return reader.stop
 
     async def complete_async(self, request: Request) -> Response:
-        """`complete` for an event loop."""
+        """`complete` for an event loop; where it is cancelled, the server stops writing the answer."""
         self.server.check_open()
-        return await asyncio.wrap_future(self._pool.submit(copy_context().run, self.complete, request))
+        breakable = Breakable(self._unkept)
+        try:
+            job = self._pool.submit(copy_context().run, self._completed, request, breakable)
+            return await asyncio.wrap_future(job)
+        finally:
+            breakable.stop()
 
     def _events(self, request: Request, body: Mapping[str, Any], reader: StreamReader) -> Iterator[StreamEvent]:
         with self._gate.together(self._kind(request.model)):
             yield self._writer.start(request)
             deltas = self._writer.deltas()
-            with self._asked(request, body, stream=True) as reply:
-                reader.reads(reply)
+            with self._asked(request, body, reader, stream=True) as reply:
                 for piece in reader.until_stopped(pieces_of(reply)):
                     if isinstance(piece, Piece):
                         yield from deltas(*piece)
@@ -232,11 +245,13 @@ class VLLMEngine(BaseEngine):
         return "base" if model == self._base_model else "adapters"
 
     @contextmanager
-    def _asked(self, request: Request, body: Mapping[str, Any], *, stream: bool = False) -> Iterator[httpx.Response]:
+    def _asked(
+        self, request: Request, body: Mapping[str, Any], breakable: Breakable | None, *, stream: bool = False
+    ) -> Iterator[httpx.Response]:
         """The reply to a request, from the server where the prompts of its predictor meet."""
         folder = self.adapter_folder(request.model)
         adapter = None if folder is None else Adapter(request.model, folder)
-        with self.fleet.reply(self._key(request), body, adapter, stream=stream) as reply:
+        with self.fleet.reply(self._key(request), body, adapter, breakable, stream=stream) as reply:
             yield reply
 
     def _key(self, request: Request) -> str:
@@ -350,6 +365,7 @@ class VLLMEngine(BaseEngine):
         if self.server.made_in.is_this:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._client.close()
+            self._unkept.close()
         super().close()
 
 

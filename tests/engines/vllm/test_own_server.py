@@ -13,7 +13,7 @@ from dspy.lm15 import TransportError
 from fakes import wait_for
 from running_vllm import FAKE
 from small_models import save_adapter
-from vllm_requests import request, train
+from vllm_requests import request, seen, told, train
 
 from bettertogether.engines import VLLMEngine
 from bettertogether.errors import ConfigError, EngineClosedError, MissingExtraError, ModelError
@@ -163,6 +163,24 @@ def test_a_stream_that_is_given_up_is_broken_off(slow: VLLMEngine) -> None:
     assert isinstance(stream, Generator)
     stream.close()
     assert wait_for(lambda: slow._gate.inside == 0, seconds=0.6)
+
+
+def test_an_awaited_answer_that_is_cancelled_is_broken_off_and_its_place_is_free(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM_PAUSES", "60")
+    engine = VLLMEngine(folder, command=FAKE, concurrency=1)
+
+    async def give_up(asked: int) -> None:
+        answer = asyncio.ensure_future(engine.complete_async(request(engine)))
+        assert await asyncio.to_thread(wait_for, lambda: len(seen(engine)) == asked)
+        answer.cancel()
+        assert await asyncio.to_thread(wait_for, lambda: told(engine) == ["broken off"] * asked)
+
+    for asked in (1, 2):
+        asyncio.run(give_up(asked))
+    assert wait_for(lambda: engine._gate.inside == 0)
+    engine.close()
 
 
 def test_those_who_wait_for_a_server_that_can_not_start_share_its_error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pickle
 import shutil
@@ -17,6 +18,7 @@ import httpx
 import pytest
 import torch
 from dspy.lm15 import Config, Message, RateLimitError, Request, ServerError, TransportError
+from fakes import wait_for
 from running_vllm import Running
 from safetensors.torch import save_file
 
@@ -100,13 +102,13 @@ def answers_with(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Have what an engine asks at addresses that end in `end` answered with a status and a text."""
 
     def patch(engine: VLLMEngine, end: str, status: int, text: str = "") -> None:
-        send = engine._client.send
+        for client in (engine._client, engine._unkept):
 
-        def answer(asked: httpx.Request, **options: Any) -> httpx.Response:
-            refused = str(asked.url).endswith(end)
-            return httpx.Response(status, text=text, request=asked) if refused else send(asked, **options)
+            def answer(asked: httpx.Request, send: Any = client.send, **options: Any) -> httpx.Response:
+                refused = str(asked.url).endswith(end)
+                return httpx.Response(status, text=text, request=asked) if refused else send(asked, **options)
 
-        monkeypatch.setattr(engine._client, "send", answer)
+            monkeypatch.setattr(client, "send", answer)
 
     return patch
 
@@ -340,6 +342,21 @@ def test_an_answer_that_takes_too_long_is_told_to_stop_and_not_asked_for_again(
         lm("What is red?")
     assert sum(len(each.seen) for each in servers) == 1
     lm.engine.close()
+
+
+def test_an_awaited_answer_that_is_cancelled_is_no_fault_of_its_server(servers: list[Running], engines: Any) -> None:
+    servers += [Running(FAKE_VLLM_PAUSES="60"), Running(FAKE_VLLM_PAUSES="60")]
+    engine = engines(servers)
+
+    async def give_up() -> None:
+        answer = asyncio.ensure_future(engine.complete_async(request(engine, "Predictor.")))
+        assert await asyncio.to_thread(wait_for, lambda: any(each.seen for each in servers))
+        answer.cancel()
+
+    asyncio.run(give_up())
+    assert wait_for(lambda: engine._gate.inside == 0)
+    assert [(member.failures, member.in_flight) for member in engine.fleet.members] == [(0, 0), (0, 0)]
+    assert sorted((each.told, len(each.seen)) for each in servers) == [([], 0), (["broken off"], 1)]
 
 
 def test_servers_of_different_models_are_an_error_that_names_each(servers: list[Running], engines: Any) -> None:

@@ -354,7 +354,8 @@ def test_a_url_where_nothing_answers_is_an_error(folder: Path, port: int) -> Non
 
 
 def test_what_the_server_refuses_is_an_error_of_dspys(served: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served._client, "send", lambda *args, **options: httpx.Response(503, text="overloaded"))
+    for client in (served._client, served._unkept):
+        monkeypatch.setattr(client, "send", lambda *args, **options: httpx.Response(503, text="overloaded"))
     for ask in (served.complete, lambda asked: list(served.stream(asked))):
         with pytest.raises(ServerError, match="vLLM answered 503: overloaded"):
             ask(request(served))
