@@ -58,6 +58,8 @@ _PUBLIC = {
     "vllm_lm": ".lm",
 }
 
+_MODULES = ("callbacks", "errors", "records", "testing")
+
 __all__ = [
     "BetterTogether",
     "BootstrapFewShotRS",
@@ -92,6 +94,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name], __name__), name)
@@ -100,4 +104,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_PUBLIC, *_MODULES})

@@ -293,6 +293,11 @@ def test_importing_the_package_loads_the_standard_library_alone() -> None:
     assert loaded_by("import bettertogether") - set(sys.stdlib_module_names) == {"bettertogether"}
 
 
+@pytest.mark.parametrize("name", ["callbacks.MLflowCallback", "errors.ConfigError", "records.StepRecord"])
+def test_a_module_of_the_reference_is_there_whatever_was_imported_before(name: str) -> None:
+    assert "bettertogether" in loaded_by(f"import bettertogether; bettertogether.{name}")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.stem)
 def test_examples_import_public_names_alone(path: Path) -> None:
     names = {name for name, _ in imported_names(ast.parse(path.read_text())) if name.startswith("bettertogether")}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import dspy
 
+from ..files import adapters_cache
 from ..rollouts.metrics import FULL_MARK, Verdict
 from ..rollouts.traces import TraceSet
 from ..training.progress import TrainingProgress
@@ -48,7 +49,9 @@ def time_training(
     engine = next(each.engine for name, each in trainable.items() if adapter_key(name, each.lm, step.multitask) == key)
     batch = [row.training_row for row in group[: step.training.batch_size]]
     training = replace(step.training, epochs=2, form_share=0.0, max_minutes=None)
-    with tempfile.TemporaryDirectory(prefix="bettertogether-probe-") as folder:
+    # Not in the machine's own temporary files: other machines may be told to train as well.
+    adapters_cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="probe-", dir=adapters_cache()) as folder:
         result = engine.finetune(
             batch,
             validation_rows=batch,

@@ -42,7 +42,7 @@ class LoRAConfig:
     """Scale: the update is multiplied by alpha / rank."""
     dropout: float = 0.0
     """Dropout on the adapter's input, 0 to 1 (1 excluded)."""
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    target_modules: str | Sequence[str] = ALL_LINEAR
     """"all-linear", one name of layers, such as "q_proj", or several; any other string is a regular expression that
     matches whole names, as in peft. "all-linear" leaves out what can't be served: experts, routers, the output layer,
     and layers that text never reaches."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ NAMED = 5
 NO_LAYER = "no layer has such a name"
 
 
-def chosen_layers(base: PreTrainedModel, targets: str | tuple[str, ...]) -> list[str]:
+def chosen_layers(base: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
     """Full names of the layers that `targets` mean: "all-linear", names, or a pattern, as in peft.
 
     Layers that text never reaches (towers for images and sound) are left out; "all-linear" also leaves out the output
@@ -56,7 +56,7 @@ def chosen_layers(base: PreTrainedModel, targets: str | tuple[str, ...]) -> list
     return layers
 
 
-def check_targets(base: PreTrainedModel, targets: str | tuple[str, ...]) -> None:
+def check_targets(base: PreTrainedModel, targets: str | Sequence[str]) -> None:
     """Raise ConfigError for `targets` of which a model shows without its weights that they mean no layer that can be
     trained and served."""
     if targets == ALL_LINEAR:
@@ -72,13 +72,13 @@ def check_targets(base: PreTrainedModel, targets: str | tuple[str, ...]) -> None
         raise _unusable(base, targets, "; ".join(wrong), linear)
 
 
-def named_layers(names: Iterable[str], targets: str | tuple[str, ...]) -> list[str]:
+def named_layers(names: Iterable[str], targets: str | Sequence[str]) -> list[str]:
     """The full names that `targets` mean: names or a pattern, as in peft."""
     config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
     return [name for name in names if check_target_module_exists(config, name)]
 
 
-def _experts(base: PreTrainedModel, targets: str | tuple[str, ...]) -> list[str]:
+def _experts(base: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
     """What is wrong with names of experts."""
     names = () if isinstance(targets, str) else targets
     return [f"{name} means experts, which can't be served" for name in _meaning_experts(base, names)]

@@ -76,7 +76,9 @@ class TransformersEngine(BaseEngine):
         if self.options.torch_device.type == "cuda" and is_installed("vllm"):
             logger.warning("vLLM is installed, which answers faster on a GPU: vllm_lm(...) in place of local_lm(...).")
         self.concurrency = self.options.max_batch_size
-        self.supports_response_schema = structured_output_available()
+        self.supports_response_schema = structured_output_available() and self._card.tokenizer.is_fast
+        if structured_output_available() and not self.supports_response_schema:
+            logger.warning("%s has no fast tokenizer: its answers can't be held to a schema.", self.short_name)
         self.supported_params = PARAMS | ({"response_format"} if self.supports_response_schema else frozenset())
         self._writer = ResponseWriter(self._card.tokenizer, thinks=self._renderer.thinks)
         self._model: Any = None

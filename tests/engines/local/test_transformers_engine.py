@@ -225,6 +225,23 @@ def test_a_model_name_that_is_not_served_is_an_error(engine: TransformersEngine)
         engine.complete(ask(model="local/other"))
 
 
+def test_a_tokenizer_without_a_fast_version_leaves_answers_without_a_schema(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_model(tmp_path / "slow", template=None)
+    (folder / "tokenizer.json").unlink()
+    tokens = ["<unk>", *(chr(code) + end for code in range(33, 127) for end in ("", "</w>"))]
+    (folder / "vocab.json").write_text(json.dumps({token: place for place, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CTRLTokenizer", "eos_token": "<unk>"})
+    )
+    slow = local_lm(str(folder), max_tokens=2, cache=False)
+    assert not slow.engine.supports_response_schema
+    assert "slow has no fast tokenizer: its answers can't be held to a schema." in caplog.text
+    assert slow("hello there")
+
+
 def test_an_unknown_option_is_refused(engine: TransformersEngine) -> None:
     with pytest.raises(UnsupportedFeatureError, match="frequency_penalty"):
         engine.complete(ask(frequency_penalty=1.0))
