@@ -224,7 +224,7 @@ class FileLock:
 
     @property
     def held(self) -> bool:
-        """Whether this object was not given back."""
+        """Whether `release` was not called yet."""
         return self._file is not None
 
     @property

@@ -145,7 +145,7 @@ class BetterTogether(Teleprompter):
         folder = new_run_directory() if run_dir is None else checked_folder(run_dir)
         watchers = [*([ProgressDisplay()] if progress else []), *callbacks]
         # What is configured meanwhile, in another thread, is none of this run's.
-        with dspy.context(), asking(plan, folder) as asked, RunDirectory.open(folder, asked) as directory:
+        with dspy.context(), asking(plan) as asked, RunDirectory.open(folder, asked) as directory:
             logger.info("Run directory: %s. The same call with run_dir=%r goes on with this run.", folder, str(folder))
             with events.listening(watchers):
                 return carry_out(plan, directory, asked, budget or Budget())

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from dspy.lm15 import Request
 
 from ._upstream import StreamEvent
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 Put = Callable[[Any], Any]
 """Takes each event; then None, or the exception that ended them."""
 Begin = Callable[[Put], Callable[[], object]]
 """Has an answer written whose events go to `put`, on any thread; returns what breaks it off."""
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=2, thread_name_prefix="bettertogether-prompts")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)
+
+
+async def off_the_loop(function: Callable[[T], R], argument: T) -> R:
+    """What a function gives that takes its time, but waits for nobody. Not on threads that others have work for, as
+    those of `asyncio.to_thread`: they may be waiting for the loop."""
+    call = functools.partial(copy_context().run, function, argument)
+    return await asyncio.get_running_loop().run_in_executor(_threads(), call)
 
 
 class Streaming:
@@ -32,7 +55,7 @@ class Streaming:
 
     async def stream_async(self, request: Request) -> AsyncIterator[StreamEvent]:
         """`stream` for an event loop, which stays free."""
-        begin = await asyncio.to_thread(self._prepared, request)
+        begin = await off_the_loop(self._prepared, request)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Any] = asyncio.Queue()
 

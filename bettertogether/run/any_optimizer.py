@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -34,20 +36,29 @@ _METRICS = ("metric", "metric_fn")
 _turns: dict[int, threading.RLock] = {}
 """By the id of an optimizer."""
 
+if hasattr(os, "register_at_fork"):
+    # Threads that hold one don't come along.
+    os.register_at_fork(after_in_child=_turns.clear)
+
 
 @contextmanager
-def in_turn(*optimizers: Teleprompter) -> Iterator[None]:
-    """Have these optimizers as they are between two steps: many keep their work in attributes, and `run_any` changes
-    some for as long as it runs. Only a step within a step of the same optimizer doesn't wait for its end."""
-    with ExitStack() as turns:
-        for optimizer in optimizers:
-            turn = _turns.setdefault(id(optimizer), threading.RLock())
-            if not turn.acquire(blocking=False):
-                name = type(optimizer).__name__
-                logger.info("%s is at work in another thread: this run waits for the end of its step.", name)
-                turn.acquire()
-            turns.callback(turn.release)
-        yield
+def in_turn(optimizer: Teleprompter, *, wait: bool = True) -> Iterator[bool]:
+    """Have an optimizer as it is between two steps: many keep their work in attributes, and `run_any` changes some for
+    as long as it runs. True, or False where it is at work in another thread and no `wait` is asked for. A step within
+    a step of the same optimizer does not wait, in the same thread."""
+    turn = _turns.get(id(optimizer))
+    if turn is None:
+        turn = _turns.setdefault(id(optimizer), threading.RLock())
+        weakref.finalize(optimizer, _turns.pop, id(optimizer), None)
+    free = turn.acquire(blocking=False)
+    if wait and not free:
+        logger.info("%s is at work in another thread: waiting for the end of its step.", type(optimizer).__name__)
+        free = turn.acquire()
+    try:
+        yield free
+    finally:
+        if free:
+            turn.release()
 
 
 @contextmanager

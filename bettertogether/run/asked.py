@@ -18,6 +18,7 @@ import platform
 import re
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -60,27 +61,35 @@ Noted = dict[str, Any]
 
 
 _CHANGED: dict[tuple[str, ...], dict[str, Any]] = {}
-"""What runs of this process changed: by its names, what was noted after a run, as JSON, to what was noted before it."""
+"""What runs of this process changed of metrics and programs: by its names, what was noted after a run, as JSON, to what
+was noted before it. By names, as a program made anew may hold what an earlier one held."""
+_WORKED: dict[int, tuple[Noted, Noted]] = {}
+"""By the id of an optimizer, what was noted of it before its first run of this process, and after its latest."""
 
 
 @contextlib.contextmanager
-def asking(plan: Plan, run_dir: Path) -> Iterator[Noted]:
+def asking(plan: Plan) -> Iterator[Noted]:
     """What a call asks for. What a run itself changes (a memo of the metric, what an optimizer keeps of its work) makes
     the next call of this process no other one, wherever its directory is: it is noted as it was before the run."""
-    with in_turn(*plan.optimizers.values()):
-        asked: Noted = _as_before(asked_of(plan))
+    note = _Notes()
+    asked: Noted = _as_before(_asked_but_optimizers(plan, note)) | {"optimizers": {}}
+    for key, optimizer in plan.optimizers.items():
+        with in_turn(optimizer):
+            asked["optimizers"][key] = as_before(note.optimizer(optimizer), *_WORKED.get(id(optimizer), ({}, {})))
     try:
         yield asked
     finally:
         try:
-            _remember(asked, asked_of(plan))
+            note = _Notes()
+            _remember(asked, _asked_but_optimizers(plan, note))
+            for key, optimizer in plan.optimizers.items():
+                _remember_optimizer(optimizer, asked["optimizers"][key], note)
         except Exception as error:
             logger.warning(
                 "What the run changed in the metric, the program or the optimizers can't be told (%s: %s). If the same "
-                "call is refused in %s, make it in a new process.",
+                "call is refused in its directory, make it in a new process.",
                 type(error).__name__,
                 error,
-                run_dir,
             )
 
 
@@ -103,9 +112,26 @@ def _as_before(now: Any, names: tuple[str, ...] = ()) -> Any:
     return {name: value for name, value in kept.items() if value is not None}
 
 
-def asked_of(plan: Plan) -> Noted:
+def _remember_optimizer(optimizer: Teleprompter, before: Noted, note: _Notes) -> None:
+    # One that is at work elsewhere is as it is only for now.
+    with in_turn(optimizer, wait=False) as at_rest:
+        if not at_rest:
+            return
+        if id(optimizer) not in _WORKED:
+            weakref.finalize(optimizer, _WORKED.pop, id(optimizer), None)
+        _WORKED[id(optimizer)] = before, note.optimizer(optimizer)
+
+
+def as_before(now: Any, before: Any, after: Any) -> Any:
+    """What is noted now, with what is as it was noted `after` a run as it was `before` that."""
+    if not (isinstance(now, dict) and isinstance(after, dict) and isinstance(before, dict)):
+        return before if now == after else now
+    merged = {name: as_before(now.get(name), before.get(name), after.get(name)) for name in [*now, *before]}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def _asked_but_optimizers(plan: Plan, note: _Notes) -> Noted:
     """What a checked call asks for, as JSON."""
-    note = _Notes()
     return {
         "form": FORM,
         "python": ".".join(platform.python_version_tuple()[:2]),
@@ -121,7 +147,6 @@ def asked_of(plan: Plan) -> Noted:
         "trainset": note.examples(plan.trainset),
         "valset": note.examples(plan.valset),
         "metric": note.callable(plan.metric),
-        "optimizers": {key: note.optimizer(optimizer) for key, optimizer in plan.optimizers.items()},
         "compile_args": {key: note.arguments(given) for key, given in plan.compile_args.items()},
         "versions": versions(),
         "machine": machine(),

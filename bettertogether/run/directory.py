@@ -6,7 +6,8 @@ Guarantees:
 - Every other file is written whole or not at all (temporary file, fsync, `os.replace`).
 - A full or failing disk raises RunDirectoryError and leaves what was there before as it was.
 - One process at a time: the lock is the operating system's, so that it ends with its process, however that ends.
-- A run whose directory was deleted or replaced meanwhile writes nothing there: every write raises RunDirectoryError.
+- A run whose directory was deleted or replaced meanwhile notes nothing there: whatever it would note raises
+  RunDirectoryError. Only a training that goes on may still write its adapter.
 - A directory that holds anything else, or another run, is never written to.
 """
 
@@ -313,7 +314,7 @@ def _read_header(folder: Path) -> dict[str, Any] | None:
         header = json.loads(path.read_bytes())
         schema, run, _ = header["schema"], dict(header["run"]), header["finished"]
         Ledger(**header.get("spent", {}))
-        dict(header.get("checkpoints", {}))
+        header.get("checkpoints", {}).items()
         run |= {key: dict(run[key]) for key in PER_STEP & run.keys()}
     except DAMAGE as error:
         raise RunDirectoryError(f"{path} is damaged ({error!r}): restore it, or give another run_dir.") from error

@@ -104,7 +104,6 @@ class AdapterStep(Step, Teleprompter):
                 f"row can be written for: freeze them, frozen={[*self.frozen, *deciding]}."
             )
         for start in self._starts(found).values():
-            _check_folder(start)
             if isinstance(start.engine, CheckingEngine):
                 start.engine.check_training(self.lora if start.adapter is None else None, self.training)
         return found
@@ -151,6 +150,19 @@ class AdapterStep(Step, Teleprompter):
             for name, (engine, lm) in trainable.items()
         }
 
+    def _starts_there(self, trainable: Trainable) -> dict[AdapterKey, Start]:
+        """`_starts`, to begin with. Raises NotTrainableError where one is an adapter that answers, but whose folder was
+        deleted."""
+        starts = self._starts(trainable)
+        for start in starts.values():
+            folder = None if start.adapter is None else start.engine.adapter_folder(start.adapter)
+            if folder is not None and not folder.exists():
+                raise NotTrainableError(
+                    f"{start.adapter} can't be trained further (start_from='current'): its folder {folder} is gone. "
+                    "Bring it back, or train a new adapter, start_from='base'."
+                )
+        return starts
+
     def _tuned(
         self,
         student: dspy.Module,
@@ -166,16 +178,6 @@ class AdapterStep(Step, Teleprompter):
             clear_demos(tuned, changes)
         tuned._compiled = True
         return tuned
-
-
-def _check_folder(start: Start) -> None:
-    """Refuse to go on from an adapter that answers, but whose folder was deleted."""
-    folder = None if start.adapter is None else start.engine.adapter_folder(start.adapter)
-    if folder is not None and not folder.exists():
-        raise NotTrainableError(
-            f"{start.adapter} can't be trained further (start_from='current'): its folder {folder} is gone. Bring it "
-            "back, or train a new adapter, start_from='base'."
-        )
 
 
 def _is_within(predictor: str, name: str) -> bool:

@@ -145,6 +145,7 @@ class PolicyFinetune(AdapterStep):
         started = time.monotonic()
         require_reachable(require_program(student))
         trainable = self.trainable(student)
+        starts = self._starts_there(trainable)
         settings = self._checked(context.trainset, context.valset, context.settings)
         assert self.metric is not None
         trainset, held_out = self._split(context.trainset, context.valset or (), settings.seed or 0)
@@ -152,7 +153,6 @@ class PolicyFinetune(AdapterStep):
         asked = [self._asked(student, training), *map(dataset_hash, (trainset, held_out)), settings.seed]
         name = BehaviourWalk(lasting=True).of(asked)
         folder = self._folder(context) or adapters_cache()
-        starts = self._starts(trainable)
         with working_folder(folder, f"policy-{name[:12]}") as work:
             with ExitStack() as open_sessions:
                 sessions = self._sessions(starts, training, folder, open_sessions)

@@ -84,13 +84,13 @@ class TrainingStep(AdapterStep):
         started = time.monotonic()
         require_reachable(require_program(student))
         trainable = self.trainable(student)
+        starts = self._starts_there(trainable)
         if context.rows is None:
             collected = self._collected(student, context, trainable)
         else:
             collected = self._given(student, context.rows, trainable)
         events.told(*collected.card.warnings)
         folder = self._folder(context)
-        starts = self._starts(trainable)
         split = self.split_by_adapter(collected.rows, collected.held_out, trainable, context.settings.seed)
         results = self._train(split, starts, context.settings.seed, folder)
         out_of_time = events.told(*time_warnings(results.values(), self.training.max_minutes))

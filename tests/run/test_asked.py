@@ -293,6 +293,32 @@ def test_what_an_earlier_run_changed_is_no_part_of_the_next_runs_call(tmp_path: 
         call(tmp_path / str(seed), metric=lambda: Graded(1.0), optimizers=lambda: {"s": Same()}, seed=seed)
 
 
+class Working(Same):
+    """Changes its option and loses what it was given, as it runs."""
+
+    def __init__(self, option: int) -> None:
+        super().__init__(option)
+        self.pending = 3
+
+    def compile(self, student: dspy.Module, *, trainset: Any, extra: Any = None) -> dspy.Module:
+        self.option //= 2
+        self.__dict__.pop("pending", None)
+        return super().compile(student, trainset=trainset, extra=extra)
+
+
+def test_what_an_optimizer_makes_of_itself_is_no_setting_and_that_of_another_one_is(tmp_path: Path) -> None:
+    step = Working(4)
+    for _ in range(2):
+        call(tmp_path / "four", optimizers=lambda: {"s": step})
+    call(tmp_path / "two", optimizers=lambda: {"s": Working(2)})
+    noted = [
+        json.loads((tmp_path / name / "run.json").read_text())["run"]["optimizers"]["s"] for name in ("four", "two")
+    ]
+    assert [(each["option"], each["pending"]) for each in noted] == [("4", "3"), ("2", "3")]
+    with pytest.raises(RunDirectoryError, match=r"optimizers\.s\.option: the directory has '4', this call has '2'"):
+        call(tmp_path / "four", optimizers=lambda: {"s": Working(2)})
+
+
 def test_a_memo_of_the_metric_that_was_filled_elsewhere_has_to_be_emptied(tmp_path: Path) -> None:
     memo: dict[int, bool] = {}
 

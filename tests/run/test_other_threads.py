@@ -120,6 +120,43 @@ def test_an_optimizer_that_two_runs_share_works_for_one_after_the_other(
     assert notes[0] == notes[1]
 
 
+class Giving(Teleprompter):
+    """Gives the student back."""
+
+    def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+        return student
+
+
+def test_a_run_that_waits_for_an_optimizer_keeps_no_other_one_from_the_run_that_has_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    giving, entered = Giving(), threading.Event()
+
+    class Nested(Teleprompter):
+        def compile(self, student: dspy.Module, *, trainset: Any) -> dspy.Module:
+            entered.set()
+            assert wait_for(lambda: "Nested is at work in another thread" in caplog.text)
+            return run("nested", "g", g=giving)
+
+    def run(name: str, strategy: str, **optimizers: Teleprompter) -> dspy.Module:
+        program = parity_program(parity_engine(lambda *_: True))
+        together = BetterTogether(parity_match, **optimizers)
+        return together.compile(program, **DATA, strategy=strategy, progress=False, run_dir=tmp_path / name)
+
+    nested = Nested()
+    threads = [
+        threading.Thread(target=run, args=("first", "n"), kwargs={"g": giving, "n": nested}, daemon=True),
+        threading.Thread(target=run, args=("second", "g -> n"), kwargs={"g": giving, "n": nested}, daemon=True),
+    ]
+    threads[0].start()
+    assert entered.wait(30)
+    threads[1].start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def configure(monkeypatch: pytest.MonkeyPatch, adapter: dspy.Adapter) -> None:
     """As `dspy.configure` in the thread that may do so."""
     monkeypatch.setitem(main_thread_config, "adapter", adapter)

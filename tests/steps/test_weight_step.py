@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -235,18 +236,26 @@ def test_a_second_step_goes_on_with_the_adapter_in_use_where_asked_to() -> None:
     assert engine.requests[-1].trained_on == 8
 
 
-def test_an_adapter_whose_folder_is_gone_is_not_trained_further_which_is_said_before_any_work(tmp_path: Path) -> None:
+def test_an_adapter_whose_folder_is_gone_is_not_trained_further_which_the_step_says_before_any_work(
+    tmp_path: Path,
+) -> None:
     engine = parity_engine(lambda *_: True)
     first = step().compile(parity_program(engine), trainset=numbers(4), folder=tmp_path / "first")
-    shutil.rmtree(tmp_path / "first")
-    first._compiled = False
-    made = len(engine.requests)
     optimizer = BetterTogether(parity_match, w=step(start_from="current"))
-    with pytest.raises(NotTrainableError, match=rf"its folder {tmp_path / 'first'}.* is gone.*start_from='base'"):
-        optimizer.compile(first, trainset=numbers(8), strategy="w", run_dir=tmp_path / "run", progress=False)
-    assert len(engine.requests) == made
+    first._compiled = False
+
+    def run(name: str) -> dspy.Module:
+        trainset, valset, run_dir = numbers(8), numbers(4, 20), tmp_path / name
+        return optimizer.compile(first, trainset=trainset, valset=valset, strategy="w", run_dir=run_dir, progress=False)
+
+    run("done")
+    shutil.rmtree(tmp_path / "first")
+    assert [record.status for record in run("done").report.rounds] == ["complete", "complete"]
+    made = len(engine.requests)
+    student, failed = run("another").report.rounds
+    assert re.search(rf"its folder {tmp_path / 'first'}.* is gone.*start_from='base'", failed.error)
+    assert len(engine.requests) == made + student.ledger.lm_calls
     step(start_from="base").compile(first, trainset=numbers(4), folder=tmp_path / "second")
-    assert len(engine.trainings) == 2
 
 
 def test_start_from_current_without_an_adapter_starts_from_the_base() -> None:

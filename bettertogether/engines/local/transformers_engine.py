@@ -31,7 +31,7 @@ from ..loading import load_model, meta_model, model_to_train
 from ..memory_plan import announce_memory
 from ..protocol import MODEL_PREFIX, FinetuneResult, TrainingRow, adapter_model_name
 from ..responses import ResponseWriter
-from ..streaming import Begin, Put
+from ..streaming import Begin, Put, off_the_loop
 from ..structured import structured_output_available
 from .choice import make_decoder
 from .closing import ClosingConstraint
@@ -133,7 +133,7 @@ class TransformersEngine(BaseEngine):
 
     async def complete_async(self, request: Request) -> Response:
         """`complete` for an event loop, which stays free."""
-        job = await asyncio.to_thread(self._job, request)
+        job = await off_the_loop(self._job, request)
         self._scheduler.submit(job)
         return self._writer.response(request, await asyncio.wrap_future(job.future))
 

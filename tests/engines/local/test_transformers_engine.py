@@ -13,6 +13,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,6 +177,17 @@ def test_awaited_requests_are_decoded_together(engine: TransformersEngine) -> No
 
     answers = asyncio.run(all_of_them())
     assert answers == [engine.complete(ask(f"{number}")).text for number in range(8)]
+
+
+def test_awaited_requests_need_no_thread_of_the_loops_own(engine: TransformersEngine) -> None:
+    async def from_the_only_thread() -> str | None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(max_workers=1))
+        answer = engine.complete_async(ask())
+        response = await asyncio.to_thread(lambda: asyncio.run_coroutine_threadsafe(answer, loop).result(60))
+        return response.text
+
+    assert asyncio.run(from_the_only_thread()) == engine.complete(ask()).text
 
 
 def test_an_awaited_stream_is_the_answer(engine: TransformersEngine) -> None:
