@@ -64,7 +64,7 @@ class ProgressState:
     def _clear_phase(self, phase: str, started_s: float) -> None:
         self._phase, self._phase_started_s = phase, started_s
         self._done = self._total = self._tokens = self._at_once = 0
-        self._done_before = self._tokens_before = 0
+        self._done_before = 0
         """What an earlier sitting did of it."""
         self._ends_s, self._may_end_early = math.inf, False
         """When it ends at the latest, and whether it may have enough before."""
@@ -109,9 +109,9 @@ class ProgressState:
                 return
             begins = self._advance(f"training {event.get('adapter', '')}".strip(), line.step, line.total_steps)
             if begins and line.step > 1:
-                self._phase_started_s = self._event_s
-                self._done_before, self._tokens_before = line.step, line.tokens
-            self._tokens = line.tokens
+                self._phase_started_s, self._done_before = self._event_s, line.step
+            else:
+                self._tokens += line.new_tokens
             self._ends_s = _after(self._event_s, event.get("left_s"))
             self._may_end_early = event.get("may_end_early", False)
 
@@ -153,9 +153,9 @@ class ProgressState:
     def _rate_texts(self) -> list[str]:
         spent_s = self._event_s - self._phase_started_s
         texts = []
-        tokens, done = self._tokens - self._tokens_before, self._done - self._done_before
-        if tokens and spent_s > 0:
-            texts.append(f"{tokens / spent_s:,.0f} tokens/s")
+        done = self._done - self._done_before
+        if self._tokens and spent_s > 0:
+            texts.append(f"{self._tokens / spent_s:,.0f} tokens/s")
         # Of what runs at the same time, the first to end says nothing of how long the others take.
         if done >= max(1, self._at_once) and self._done < self._total:
             left_s, ends_s = spent_s / done * (self._total - self._done), min(self._ends_s, self._run_ends_s)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -113,8 +112,6 @@ class BudgetWatch(events.Callback):
 
     def __init__(self, meter: BudgetMeter) -> None:
         self._meter = meter
-        self._trained = defaultdict[str, int](int)
-        """Tokens by adapter."""
         self._spent, self._started_s = Ledger(), time.monotonic()
 
     @property
@@ -129,10 +126,7 @@ class BudgetWatch(events.Callback):
             self._charge_and_check(ledger if ledger.metric_calls else replace(ledger, metric_calls=1))
 
     def on_training(self, event: events.TrainingEvent) -> None:
-        tokens, adapter = event["progress"].tokens, event.get("adapter", "")
-        new = max(0, tokens - self._trained[adapter])
-        self._trained[adapter] = tokens
-        self._charge_and_check(Ledger(trained_tokens=new))
+        self._charge_and_check(Ledger(trained_tokens=event["progress"].new_tokens))
 
     def _charge_and_check(self, ledger: Ledger) -> None:
         self.charge(ledger)

@@ -282,6 +282,7 @@ class PolicyRun:
             validation_loss=None,
             tokens=self.state.ledger.trained_tokens,
             learning_rate=updates[0].learning_rate if updates else 0.0,
+            new_tokens=sum(each.tokens for each in updates),
         )
         events.emit("training", {"progress": progress, "rewards": line})
 

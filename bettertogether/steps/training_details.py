@@ -9,6 +9,7 @@ from statistics import fmean
 
 from ..engines.protocol import FinetuneResult
 from ..records import HeldOutLoss, LossLine, TrainedAdapter, WeightDetails
+from ..training.progress import TrainingProgress
 from .adapter_rows import AdapterKey, Start
 from .rows_from_traces import Collected
 
@@ -44,8 +45,14 @@ def weight_details(
         )
         for key, result in results.items()
     }
-    history = tuple(LossLine(result.model, **asdict(line)) for result in results.values() for line in result.history)
+    history = tuple(_loss_line(result.model, line) for result in results.values() for line in result.history)
     return WeightDetails(collected.card, adapters, history, collected.blame)
+
+
+def _loss_line(adapter: str, line: TrainingProgress) -> LossLine:
+    values = asdict(line)
+    del values["new_tokens"]  # For whoever counts as the lines come.
+    return LossLine(adapter, **values)
 
 
 def time_warnings(results: Collection[FinetuneResult], max_minutes: float | None) -> tuple[str, ...]:

@@ -259,7 +259,7 @@ class EngineContract:
         result = self.finetune(engine, tmp_path, on_progress=lines.append, validation_rows=self.rows(engine)[:2])
         assert tuple(lines) == result.history
         assert lines[-1].validation_loss is not None
-        assert lines[-1].tokens <= result.tokens
+        assert sum(line.new_tokens for line in lines) == lines[-1].tokens <= result.tokens
         assert None not in (result.base_validation_loss, result.validation_loss)
 
     def test_its_state_is_json_and_gives_the_engine_back_with_its_adapters(

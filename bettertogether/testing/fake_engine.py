@@ -229,6 +229,7 @@ class FakeEngine:
             validation_loss=after,
             tokens=tokens * epochs,
             learning_rate=rate,
+            new_tokens=tokens * epochs,
         )
         if on_progress:
             on_progress(line)

@@ -26,6 +26,9 @@ class TrainingProgress:
     validation_error: float | None = None
     """Where there is a `validation_loss` of rows: the mean probability of another token than the row's, of the same
     tokens. It chooses the epoch."""
+    new_tokens: int = 0
+    """Of `tokens`, those of this line's step; 0 on a line that only reports `validation_loss`. A training that goes on
+    sends the lines of its new steps alone: their sum is what it trained since."""
 
 
 ProgressFunction = Callable[[TrainingProgress], None]

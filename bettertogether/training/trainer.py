@@ -160,7 +160,7 @@ class _Run:
         if self.state.epoch == 0 and self.validation_rows:
             losses = self._held_out_losses()
             self.state = replace(self.state, base=losses)
-            self._report(None, losses, 0.0)
+            self._report(None, losses, 0.0, 0)
         while self.state.epoch < self.length.epochs and not self._ends_early():
             self._epoch(self.state.epoch + 1)
         if self.sharing.is_main:
@@ -223,7 +223,7 @@ class _Run:
                 break
         losses = self._held_out_losses() if self.validation_rows else None
         if losses is not None:
-            self._report(None, losses, self.stepper.optimizer.param_groups[0]["lr"])
+            self._report(None, losses, self.stepper.optimizer.param_groups[0]["lr"], 0)
         self._finish_epoch(epoch, losses)
 
     def _finish_epoch(self, epoch: int, losses: HeldOutLosses | None) -> None:
@@ -260,7 +260,7 @@ class _Run:
         if self.mean:
             self.mean.update(step)
         self.state = replace(self.state, step=step, tokens=self.state.tokens + tokens)
-        self._report(loss, None, rate)
+        self._report(loss, None, rate, tokens)
         if self.sharing.is_main:
             self.length.step_done(step, time.perf_counter() - started, self._seconds)
 
@@ -278,7 +278,7 @@ class _Run:
             )
         return losses
 
-    def _report(self, loss: float | None, held_out: HeldOutLosses | None, rate: float) -> None:
+    def _report(self, loss: float | None, held_out: HeldOutLosses | None, rate: float, new_tokens: int) -> None:
         epoch, state = self.state.step / self.length.steps_per_epoch, self.state
         line = TrainingProgress(
             step=state.step,
@@ -289,6 +289,7 @@ class _Run:
             tokens=state.tokens,
             learning_rate=rate,
             validation_error=None if held_out is None else held_out.error,
+            new_tokens=new_tokens,
         )
         self.history.append(line)
         if self.on_progress is not None and self.sharing.is_main:

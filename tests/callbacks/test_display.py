@@ -191,7 +191,7 @@ def test_of_auto_no_number_of_steps_and_no_time_left_in_all_is_told() -> None:
 
 
 def training_line(step: int, rewards: RewardLine | None = None) -> None:
-    done: dict[str, Any] = {"step": step, "epoch": step / 8, "tokens": 1000 * step}
+    done: dict[str, Any] = {"step": step, "epoch": step / 8, "tokens": 1000 * step, "new_tokens": 1000}
     line = TrainingProgress(**done, total_steps=40, loss=1.0, validation_loss=None, learning_rate=1e-4)
     emit("training", {"progress": line} if rewards is None else {"progress": line, "rewards": rewards})
 

@@ -97,14 +97,14 @@ def test_a_callback_that_raises_after_a_round_makes_no_second_record_of_it(tmp_p
     ]
 
 
-def test_tokens_are_counted_for_each_adapter() -> None:
+def test_of_a_training_that_goes_on_the_tokens_of_this_sitting_are_charged() -> None:
     watch = BudgetWatch(BudgetMeter(Budget()))
-    for adapter in ("adapter 1/2", "adapter 2/2"):
-        for step in (1, 2, 3):
+    for adapter, first in (("adapter 1/2", 2), ("adapter 2/2", 1)):
+        for step in range(first, 4):
             done: dict[str, Any] = {"step": step, "total_steps": 3, "epoch": 1.0, "loss": 1.0, "learning_rate": 1e-3}
-            line = TrainingProgress(**done, validation_loss=None, tokens=1000 * step)
+            line = TrainingProgress(**done, validation_loss=None, tokens=1000 * step, new_tokens=1000)
             watch.on_training({"adapter": adapter, "progress": line})
-    assert watch.spent.trained_tokens == 6000
+    assert watch.spent.trained_tokens == 5000
 
 
 def test_a_run_that_failed_before_its_metric_was_called_counts_as_a_call() -> None:

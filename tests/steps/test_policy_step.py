@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -174,6 +175,9 @@ def test_a_budget_ends_it_between_two_steps_and_a_larger_one_goes_on(
     assert "The budget is used up" in str(short.report)
     longer = compiled(Budget(metric_calls=1000), "short")
     assert model_names(longer) == model_names(whole)
+    spent = [json.loads((tmp_path / name / "run.json").read_text())["spent"] for name in ("whole", "short")]
+    # What the first call trained is not charged again.
+    assert spent[0]["trained_tokens"] == spent[1]["trained_tokens"] > 0
     assert "reward 0." in str(longer.report)
     assert "in 2 steps; score on 4 examples held out 0.000 -> " in str(longer.report)
     assert "Mean reward" in (tmp_path / "short" / "report.html").read_text()

@@ -207,6 +207,18 @@ def test_a_killed_run_goes_on_and_gives_the_same_result(
     ]
 
 
+def test_a_killed_run_that_goes_on_tells_of_the_tokens_that_it_trains_itself(
+    whole: TrainingResult, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, on_progress=kill_at(7), **INTERRUPTED)
+    lines: list[TrainingProgress] = []
+    train(tmp_path, on_progress=lines.append, **INTERRUPTED)
+    before = max(line.tokens for line in whole.history if line.step == 4)
+    assert sum(line.new_tokens for line in lines) == whole.tokens - before
+    assert sum(line.new_tokens for line in whole.history) == whole.tokens > before > 0
+
+
 def test_weights_that_no_gradient_reaches_have_zero_moments_and_a_killed_run_goes_on(tmp_path: Path) -> None:
     def cut() -> Any:
         model = tiny_model()
