@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..callbacks import events
 from ..checks import with_plain_numbers
@@ -26,7 +26,9 @@ class Budget:
     minutes: float | None = None
     """Wall time in minutes."""
     metric_calls: int | None = None
-    """Calls of the metric."""
+    """Calls of the metric. A run of the program that ends before its metric is called, as one whose answer can't be
+    parsed, counts as one, too: one that always fails would have no end. `run.json` has them so in `spent`; records and
+    reports have the calls that were made."""
     tokens: int | None = None
     """Prompt, generated and trained tokens together."""
     cost: float | None = None
@@ -116,14 +118,16 @@ class BudgetWatch(events.Callback):
 
     @property
     def spent(self) -> Ledger:
-        """Since it was made."""
+        """Since it was made, without what only counts as a call of the metric."""
         return self._spent.with_seconds(time.monotonic() - self._started_s)
 
     def on_progress(self, event: events.ProgressEvent) -> None:
         if event["done"]:
             ledger = event.get("ledger") or Ledger()
-            # A run that failed before its metric was called counts as a call, too.
-            self._charge_and_check(ledger if ledger.metric_calls else replace(ledger, metric_calls=1))
+            if not ledger.metric_calls:
+                # It counts as a call, and was none.
+                self._meter.charge(Ledger(metric_calls=1))
+            self._charge_and_check(ledger)
 
     def on_training(self, event: events.TrainingEvent) -> None:
         self._charge_and_check(Ledger(trained_tokens=event["progress"].new_tokens))

@@ -8,7 +8,7 @@ from typing import Any
 
 import dspy
 import pytest
-from fakes import learner, numbers, parity_engine, parity_match, parity_program
+from fakes import learner, number_of, numbers, parity_engine, parity_match, parity_program
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
 from bettertogether.callbacks import Callback
@@ -107,11 +107,36 @@ def test_of_a_training_that_goes_on_the_tokens_of_this_sitting_are_charged() -> 
     assert watch.spent.trained_tokens == 5000
 
 
-def test_a_run_that_failed_before_its_metric_was_called_counts_as_a_call() -> None:
-    watch = BudgetWatch(BudgetMeter(Budget()))
+def test_a_run_that_failed_before_its_metric_was_called_counts_as_a_call_in_the_budget_alone() -> None:
+    meter = BudgetMeter(Budget())
+    watch = BudgetWatch(meter)
     for done, calls in ((0, 0), (1, 0), (2, 1)):
         watch.on_progress({"phase": "run", "done": done, "total": 2, "ledger": Ledger(lm_calls=1, metric_calls=calls)})
-    assert (watch.spent.metric_calls, watch.spent.lm_calls) == (2, 2)
+    assert (meter.used.metric_calls, meter.used.lm_calls) == (2, 2)
+    assert (watch.spent.metric_calls, watch.spent.lm_calls) == (1, 2)
+
+
+def test_a_step_that_was_cut_off_has_the_calls_that_were_made_and_the_next_call_no_more_budget(tmp_path: Path) -> None:
+    asked = list[int]()
+
+    def metric(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+        asked.append(example.number)
+        return parity_match(example, prediction)
+
+    engine = parity_engine(learner)
+    sound = engine.answer
+    engine.answer = lambda request: "unreadable" if number_of(request) % 2 else sound(request)
+    arguments: dict[str, Any] = {"trainset": TRAIN, "valset": VAL, "strategy": "p", "progress": False}
+    for _ in range(2):
+        cut = BetterTogether(metric, p=BootstrapFewShotRS(metric)).compile(
+            parity_program(engine), budget=Budget(metric_calls=30), run_dir=tmp_path, **arguments
+        )
+        assert [record.status for record in cut.report.rounds] == ["complete", "skipped"]
+        assert cut.report.rounds[0].ledger.metric_calls == 10
+        spent = json.loads((tmp_path / "run.json").read_text())["spent"]
+        assert spent["metric_calls"] == spent["program_calls"] >= 30
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert [record["ledger"]["metric_calls"] for record in records] == [10, len(asked) - 10, 0]
 
 
 def test_where_the_same_call_would_fail_again_it_is_not_told_to_go_on(tmp_path: Path) -> None:
