@@ -49,6 +49,13 @@ class ConfigError(BetterTogetherError, ValueError):
     """
 
 
+class UnknownPriceError(ConfigError):
+    """A limit on cost, and an LM was called whose price is not known.
+
+    Bound tokens, metric calls or minutes instead. The same call with such a budget and the same `run_dir` goes on.
+    """
+
+
 class NoTrainingDataError(BetterTogetherError, RuntimeError):
     """No trace passed, so there is nothing to train on. Carries the counts.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..callbacks import events
 from ..checks import with_plain_numbers
-from ..errors import BudgetExceeded, ConfigError
+from ..errors import BudgetExceeded, ConfigError, UnknownPriceError
 from ..records import Ledger
 
 _LIMITS = {"minutes": ("minutes", 1), "metric_calls": ("metric calls", 0), "tokens": ("tokens", 0), "cost": ("USD", 4)}
@@ -32,8 +32,8 @@ class Budget:
     tokens: int | None = None
     """Prompt, generated and trained tokens together."""
     cost: float | None = None
-    """US dollars for the answers of paid LMs, see `Ledger.cost`. An LM whose price is not known is a ConfigError at its
-    first answer; within a step it ends the run as any step that fails does (`on_step_error`)."""
+    """US dollars for the answers of paid LMs, see `Ledger.cost`. An LM whose price is not known is an UnknownPriceError
+    at its first answer; within a step it ends the run as any step that fails does (`on_step_error`)."""
 
     def __post_init__(self) -> None:
         with_plain_numbers(self)
@@ -80,8 +80,8 @@ class BudgetMeter:
         return None if self.budget.minutes is None else max(0.0, 60 * self.budget.minutes - self.used.seconds)
 
     def check(self) -> None:
-        """Raise BudgetExceeded when a limit is reached; the message has what was used and the limits. Raise ConfigError
-        where the cost is limited and not known."""
+        """Raise BudgetExceeded when a limit is reached; the message has what was used and the limits. Raise
+        UnknownPriceError where the cost is limited and not known."""
         if not self._is_limited:
             return
         used = self.used
@@ -101,7 +101,7 @@ class BudgetMeter:
 
 def _known(cost: float | None, limit: float) -> float:
     if cost is None:
-        raise ConfigError(
+        raise UnknownPriceError(
             f"Budget(cost={limit!r}) is not allowed here: an LM was called whose price DSPy does not know (it has "
             'LiteLLM\'s, and none with its histories off; only "local/..." models cost nothing). Bound tokens, '
             "metric_calls or minutes instead."

@@ -33,6 +33,7 @@ from ..errors import (
     ProgramError,
     RunDirectoryError,
     TooManyErrors,
+    UnknownPriceError,
 )
 from ..files import (
     FileLock,
@@ -183,9 +184,11 @@ class RunDirectory:
 
     def how_to_go_on(self, error: BaseException, step: str = "") -> str:
         """Which call goes on after an error that ended the run at a step with this key."""
-        run_dir, mended = f"run_dir={str(self.path)!r}", "a mended program or metric needs another one."
-        if isinstance(error, BudgetExceeded):
-            return f"The same call with {run_dir} and a larger budget goes on after the last finished step."
+        run_dir = f"run_dir={str(self.path)!r}"
+        mended = "a mended program or metric, other examples or another teacher need another one."
+        if isinstance(error, BudgetExceeded | UnknownPriceError):
+            other = "a larger" if isinstance(error, BudgetExceeded) else "such a"
+            return f"The same call with {run_dir} and {other} budget goes on after the last finished step."
         if isinstance(error, TooManyErrors):
             passed = f"The same call with {run_dir} goes on once the cause has passed (a service that was away)"
             return f"{passed}, and so does one with a higher max_errors; {mended}"

@@ -148,6 +148,33 @@ def test_a_cost_can_not_be_bounded_where_a_price_is_not_known() -> None:
         compile_(None, "p", budget=Budget(cost=5))
 
 
+def test_where_a_price_is_not_known_within_a_step_the_same_run_goes_on_with_the_budget_that_is_advised(
+    tmp_path: Path,
+) -> None:
+    def call(budget: Budget) -> Any:
+        p = BootstrapFewShotRS(parity_match, num_candidates=1)
+        student, teacher = parity_program(parity_engine(lambda request, number: number % 2 == 0)), dspy.Predict(Parity)
+        teacher.set_lm(PaidLM(None))
+        return BetterTogether(parity_match, p=p).compile(
+            student,
+            trainset=TRAIN,
+            valset=VAL,
+            teacher=teacher,
+            strategy="p",
+            progress=False,
+            budget=budget,
+            run_dir=tmp_path,
+        )
+
+    report = call(Budget(cost=5)).report
+    assert [record.status for record in report.rounds] == ["complete", "failed"]
+    assert report.warnings[-1].endswith(
+        "Bound tokens, metric_calls or minutes instead. "
+        f"The same call with run_dir={str(tmp_path)!r} and such a budget goes on after the last finished step."
+    )
+    assert [record.status for record in call(Budget(tokens=10**9)).report.rounds] == ["complete", "complete"]
+
+
 def test_the_table_shows_costs_where_there_are_any() -> None:
     lines = str(compile_(PRICE, "p").report).splitlines()
     assert lines[2].split()[-3:] == ["cost", "seconds", "status"]

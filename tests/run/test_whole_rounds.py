@@ -156,4 +156,4 @@ def test_where_the_same_call_would_fail_again_it_is_not_told_to_go_on(tmp_path: 
             parity_program(parity_engine(learner)), run_dir=tmp_path, max_errors=limit, **arguments
         )
         (ended,) = [warning for warning in compiled.report.warnings if warning.startswith("The run ended at 'w': ")]
-        assert ended.endswith(f"{told}a mended program or metric needs another one.")
+        assert ended.endswith(f"{told}a mended program or metric, other examples or another teacher need another one.")
