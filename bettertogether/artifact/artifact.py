@@ -269,7 +269,7 @@ def write(program: dspy.Module, work: Path, *, repo: str | None = None) -> None:
     }
     atomic_write(work / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
     # What is saved can be read: whatever is too odd for the reader is found here.
-    atomic_write(work / CARD, model_card(read_json(work / MANIFEST, checked_manifest), report, repo))
+    atomic_write(work / CARD, model_card(read_json(work / MANIFEST, checked_manifest), report, repo, work))
 
 
 def _copy_adapter(source: Path, model: str, work: Path) -> str:
