@@ -20,15 +20,16 @@ resumed run decides the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import dspy
 from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from ..records import DataCard, StepRecord, WeightDetails
+from ..records import DataCard, StepRecord, WeightDetails, score_text
 from ..report.intervals import Effect, paired_interval
 from ..rollouts.metrics import FULL_MARK, passes
 from ..steps.adapter_step import AdapterStep
@@ -105,6 +106,8 @@ class _Auto:
             return self._first()
         if self._kind(self.records[-1].step) == "prompt":
             more = "and no weights were trained on runs with these prompts yet"
+            if self._ran_from("weight", lambda record: record.program):
+                more = "and a weight step's turn is next"
             if self._gained(-1):
                 more = f"and {self._passing(-1)} examples pass, so there is more to learn from"
             return NextStep(self._next("weight"), f"{self._how_the_last_went()}, {more}")
@@ -122,15 +125,22 @@ class _Auto:
         last = self.records[-1]
         prompts = _effect_of_prompts(last)
         if prompts is not None and (prompts.low > 0 or prompts.high < 0):
-            text = f"under the tuned weights the prompts so far are worth {_text(prompts)}"
+            text = f"under the tuned weights the prompts so far are worth {self._text(prompts)}"
             return NextStep(self._next("prompt"), text)
         if self._gained(-1) and isinstance(last.details, WeightDetails):
             card = last.details.data_card
             if _share_of_own(card) < min(FEW, self._share_passing(-1)):
                 text = f"{self._how_the_last_went()} from {_sources(card)}, and {self._passing(-1)} examples pass now"
                 return NextStep(self._next("weight"), f"{text}, so fresh runs give more to learn from")
-        text = f"{self._how_the_last_went()}, and no prompts were searched under these weights yet"
-        return NextStep(self._next("prompt"), text)
+        more = "and no prompts were searched under these weights yet"
+        if self._ran_from("prompt", lambda record: record.models):
+            more = "and a prompt step's turn is next"
+        return NextStep(self._next("prompt"), f"{self._how_the_last_went()}, {more}")
+
+    def _ran_from(self, kind: Kind, part: Callable[[StepRecord], object]) -> bool:
+        """Whether a step of this kind ran from a program with this part as the last round has it."""
+        last, rounds = part(self.records[-1]), pairwise(self.records)
+        return bool(last) and any(self._kind(step.step) == kind and part(before) == last for before, step in rounds)
 
     def _since_the_last_gain(self) -> Sequence[StepRecord]:
         gained = [position for position in range(1, len(self.records)) if self._gained(position)]
@@ -160,10 +170,16 @@ class _Auto:
         if gain is None:
             return f"{step} is done"
         if self._gained(-1):
-            return f"{step} gained {_text(gain)}"
+            return f"{step} gained {self._text(gain)}"
         if gain.high < 0:
-            return f"{step} lost ({_text(gain)})"
-        return f"{step} gained nothing beyond its noise ({_text(gain)})"
+            return f"{step} lost ({self._text(gain)})"
+        return f"{step} gained nothing beyond its noise ({self._text(gain)})"
+
+    def _text(self, effect: Effect) -> str:
+        """As a report shows it: "+0.180 [68%: +0.050, +0.320]"."""
+        largest = max((abs(record.score) for record in self.records if record.score is not None), default=None)
+        gain, low, high = (score_text(end, largest, sign=True) for end in (effect.gain, effect.low, effect.high))
+        return f"{gain} [{CONFIDENCE:.0%}: {low}, {high}]"
 
     def _passing(self, position: int) -> str:
         scores = self.records[position].scores or ()
@@ -213,10 +229,3 @@ def _sources(card: DataCard) -> str:
     rescued, rows = card.kept_by_source.get("rescue", 0), sum(card.kept_by_source.values())
     text = f"{card.examples_covered} of {card.examples} examples"
     return f"{text} ({rescued} of {rows} rows rescued with the label)" if rescued else text
-
-
-def _text(effect: Effect) -> str:
-    """Such as "+0.18 [68%: +0.05, +0.32]"."""
-    ends = (effect.gain, effect.low, effect.high)
-    gain, low, high = (format(end, "+.2f" if abs(effect.gain) < 10 else "+.1f") for end in ends)
-    return f"{gain} [{CONFIDENCE:.0%}: {low}, {high}]"

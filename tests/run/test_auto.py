@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,36 +92,58 @@ def test_a_full_mark_that_is_rounded_passes() -> None:
 
 def test_after_a_prompt_step_comes_a_weight_step() -> None:
     assert next_of(rounds(("", 2), ("p", 6))) == (
-        "w next: p gained +0.40 [68%: +0.20, +0.60], and 6 of 10 examples pass, so there is more to learn from"
+        "w next: p gained +0.400 [68%: +0.200, +0.600], and 6 of 10 examples pass, so there is more to learn from"
     )
     assert next_of(rounds(("", 2), ("p", 2))) == (
-        "w next: p gained nothing beyond its noise (+0.00 [68%: +0.00, +0.00]), and no weights were trained on runs "
+        "w next: p gained nothing beyond its noise (+0.000 [68%: +0.000, +0.000]), and no weights were trained on runs "
         "with these prompts yet"
     )
     assert next_of(rounds(("", 5), ("p", 6))).startswith(
-        "w next: p gained nothing beyond its noise (+0.10 [68%: +0.00, "
+        "w next: p gained nothing beyond its noise (+0.100 [68%: +0.000, "
     )
-    assert next_of(rounds(("", 8), ("p", 2))).startswith("w next: p lost (-0.60 [68%: ")
+    assert next_of(rounds(("", 8), ("p", 2))).startswith("w next: p lost (-0.600 [68%: ")
+
+
+def test_prompts_that_weights_were_trained_with_and_weights_that_were_searched_under_are_not_called_new() -> None:
+    prompts: dict[str, Any] = {"self": {"demos": []}}
+    student, w, p = (replace(each, program=prompts) for each in rounds(("", 5), ("w", 9), ("p", 9)))
+    lost = "p gained nothing beyond its noise (+0.000 [68%: +0.000, +0.000])"
+    assert next_of([student, w, p], v=W, w=W, p=P) == f"v next: {lost}, and a weight step's turn is next"
+    new = replace(p, program={"self": {"demos": [{"number": 1}]}})
+    assert next_of([student, w, new], v=W, w=W, p=P).endswith("no weights were trained on runs with these prompts yet")
+    student, p, w = (replace(each, models={"self": "local/fake"}) for each in rounds(("", 2), ("p", 9), ("w", 9)))
+    lost = "w gained nothing beyond its noise (+0.000 [68%: +0.000, +0.000])"
+    assert next_of([student, p, w], w=W, p=P, q=P) == f"q next: {lost}, and a prompt step's turn is next"
+    new = replace(w, models={"self": "local/fake@a"})
+    assert next_of([student, p, new], w=W, p=P, q=P).endswith("no prompts were searched under these weights yet")
+
+
+def test_gains_have_the_decimals_of_the_reports_scores() -> None:
+    small = [
+        replace(each, score=(each.score or 0) / 1000, scores=tuple(score / 1000 for score in each.scores or ()))
+        for each in rounds(("", 2), ("w", 6))
+    ]
+    assert next_of(small, w=W) == "w next: w gained +0.000400 [68%: +0.000200, +0.000600]"
 
 
 def test_after_a_weight_step_comes_a_prompt_step_where_the_2x2_says_that_prompts_matter() -> None:
     cells = {"base_old": (0.0,) * 10, "base_new": (1.0,) * 10, "tuned_old": (1.0,) * 10, "tuned_new": (0.0,) * 10}
     record = weights(8, covered=2, two_by_two=cells)
     assert next_of([*rounds(("", 2)), record]) == (
-        "p next: under the tuned weights the prompts so far are worth -1.00 [68%: -1.00, -0.67]"
+        "p next: under the tuned weights the prompts so far are worth -1.000 [68%: -1.000, -0.665]"
     )
 
 
 def test_after_a_weight_step_that_gained_from_few_rows_comes_another() -> None:
     assert next_of([*rounds(("", 2)), weights(8, covered=5)]) == (
-        "w next: w gained +0.60 [68%: +0.40, +0.80] from 5 of 20 examples, and 8 of 10 examples pass now, so fresh "
+        "w next: w gained +0.600 [68%: +0.400, +0.800] from 5 of 20 examples, and 8 of 10 examples pass now, so fresh "
         "runs give more to learn from"
     )
 
 
 def test_rescued_rows_are_not_the_programs_own() -> None:
     assert next_of([*rounds(("", 2)), weights(8, covered=20, rescued=15)]).startswith(
-        "w next: w gained +0.60 [68%: +0.40, +0.80] from 20 of 20 examples (15 of 20 rows rescued with the label), and"
+        "w next: w gained +0.600 [68%: +0.400, +0.800] from 20 of 20 examples (15 of 20 rows rescued with the label)"
     )
 
 
@@ -163,7 +186,7 @@ def test_without_scores_every_step_has_one_turn() -> None:
 
 
 def test_a_single_step_goes_on_while_it_gains() -> None:
-    assert next_of(rounds(("", 2), ("w", 6)), w=W) == "w next: w gained +0.40 [68%: +0.20, +0.60]"
+    assert next_of(rounds(("", 2), ("w", 6)), w=W) == "w next: w gained +0.400 [68%: +0.200, +0.600]"
     assert next_of(rounds(("", 2), ("w", 6), ("w", 6)), w=W) == "stop: the last round gained no more than its noise"
 
 
