@@ -21,7 +21,7 @@ from ..records import (
     report_of_schema_1,
     score_text,
 )
-from .intervals import UNKNOWN, Attribution, Effect, Interval, attribution, mean_interval, paired_interval
+from .intervals import UNKNOWN, Attribution, Effect, Interval, attribution, mean_interval, paired_interval, within_one
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class ReportData(Saved):
         if not record.scores or not student.scores or len(record.scores) != len(student.scores):
             return None
         gain = sum(record.scores) / len(record.scores) - sum(student.scores) / len(student.scores)
-        return Effect(gain, *paired_interval(record.scores, student.scores))
+        return Effect(gain, *paired_interval(record.scores, student.scores, ends_at_one=self._ends_at_one))
 
     def score_interval(self, position: int) -> Interval:
         """95% interval of a round's score; (nan, nan) when not known. Raises DataError for a position that is none."""
         scores = self._round(position).scores
-        return mean_interval(scores) if scores else UNKNOWN
+        return mean_interval(scores, ends_at_one=self._ends_at_one) if scores else UNKNOWN
 
     def _round(self, position: int) -> StepRecord:
         count = len(self.rounds)
@@ -113,7 +113,7 @@ class ReportData(Saved):
     def attribution(self) -> Attribution | None:
         """What the weights and the prompts each gave in `two_by_two_round`."""
         cells = self.two_by_two
-        return attribution(cells) if cells else None
+        return attribution(cells, ends_at_one=self._ends_at_one) if cells else None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -127,6 +127,12 @@ class ReportData(Saved):
     def number(self, value: float | None, *, sign: bool = False) -> str:
         """A score or a gain as text, with decimals that fit the largest score of the run; "-" for None and NaN."""
         return score_text(value, self._largest, sign=sign)
+
+    @cached_property
+    def _ends_at_one(self) -> bool:
+        """Whether the metric gave no score outside of 0 to 1 in the whole run."""
+        scores = [record.scores for record in self.rounds if record.scores]
+        return within_one([*scores, *(each for record in self.rounds for each in (record.cells or {}).values())])
 
     @cached_property
     def _largest(self) -> float | None:

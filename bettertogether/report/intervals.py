@@ -7,7 +7,7 @@ All functions are deterministic given their arguments. An interval that can't be
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -27,21 +27,38 @@ UNKNOWN: Interval = (math.nan, math.nan)
 _CHUNK = 4_000_000
 
 
+def within_one(scores: Iterable[Iterable[float]]) -> bool:
+    """Whether all these scores are from 0 to 1, and so, as far as is known, what else their metric gives."""
+    return all(0 <= score <= 1 for each in scores for score in each)
+
+
 def mean_interval(
-    scores: Sequence[float], *, confidence: float = 0.95, seed: int = 0, resamples: int = 2000
+    scores: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = 2000,
+    ends_at_one: bool = True,
 ) -> Interval:
-    """Bootstrap interval of the mean of per-example scores. See `paired_interval`. Where all are 0 or all
-    are 1 it is Clopper and Pearson's: [0.735, 1] of twelve."""
-    return _bootstrap(_vector(scores, "scores"), 0.0, confidence=confidence, seed=seed, resamples=resamples)
+    """Bootstrap interval of the mean of per-example scores. See `paired_interval`. Where all are 0 or all are 1 of a
+    metric from 0 to 1 (`ends_at_one`) it is Clopper and Pearson's: [0.735, 1] of twelve."""
+    lowest = 0.0 if ends_at_one else None
+    return _bootstrap(_vector(scores, "scores"), lowest, confidence=confidence, seed=seed, resamples=resamples)
 
 
-def paired_interval(scores: Sequence[float], baseline_scores: Sequence[float], *, confidence: float = 0.95) -> Interval:
+def paired_interval(
+    scores: Sequence[float],
+    baseline_scores: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    ends_at_one: bool = True,
+) -> Interval:
     """Bootstrap interval of the mean gain over a baseline on the same examples, in the same order.
 
     Examples are resampled, each with its own difference, so what makes an example hard for both programs cancels
-    out. Where all gain 1 or all lose 1, of scores from 0 to 1, it says how many others there may be of which none
-    shows; any other difference that all have gives an interval without width, and fewer than two examples give
-    (nan, nan).
+    out. Where all gain 1 or all lose 1, of a metric from 0 to 1 (`ends_at_one`), it says how many others there may be
+    of which none shows; any other difference that all have gives an interval without width, and fewer than two
+    examples give (nan, nan).
     Raises DataError when the lengths differ or a score is not finite.
     """
     new, old = _vector(scores, "scores"), _vector(baseline_scores, "baseline_scores")
@@ -50,7 +67,8 @@ def paired_interval(scores: Sequence[float], baseline_scores: Sequence[float], *
             f"paired_interval got {len(new)} scores and {len(old)} baseline scores: give the scores of both programs "
             "on the same examples, in the same order."
         )
-    return _bootstrap(new - old, _lowest_gain(new, old), confidence=confidence)
+    lowest = -1.0 if ends_at_one and within_one((new, old)) else None
+    return _bootstrap(new - old, lowest, confidence=confidence)
 
 
 def share_interval(count: int, total: int, *, confidence: float = 0.95) -> Interval:
@@ -86,11 +104,11 @@ class Attribution:
     """Tuned weights with new prompts, over the student."""
 
 
-def attribution(two_by_two: Mapping[str, Sequence[float]]) -> Attribution:
+def attribution(two_by_two: Mapping[str, Sequence[float]], *, ends_at_one: bool = True) -> Attribution:
     """Split the gain of a program into weights, prompts and their interaction, from per-example scores of the 2x2.
 
-    `two_by_two` has the keys of `CELLS`, each with one score per example, on the same examples in the same order.
-    Raises DataError for a missing cell or unequal lengths.
+    `two_by_two` has the keys of `CELLS`, each with one score per example, on the same examples in the same order;
+    `ends_at_one` as in `paired_interval`. Raises DataError for a missing cell or unequal lengths.
     """
     missing = [cell for cell in CELLS if cell not in two_by_two]
     if missing:
@@ -101,7 +119,7 @@ def attribution(two_by_two: Mapping[str, Sequence[float]]) -> Attribution:
         raise DataError(
             f"two_by_two has cells of {sorted(lengths)} scores: score all four programs on the same examples."
         )
-    lowest = _lowest_gain(base_old, base_new, tuned_old, tuned_new)
+    lowest = -1.0 if ends_at_one and within_one((base_old, base_new, tuned_old, tuned_new)) else None
 
     def effect(differences: np.ndarray[Any, Any]) -> Effect:
         return Effect(float(differences.mean()), *_bootstrap(differences, lowest))
@@ -127,10 +145,6 @@ def _vector(scores: Sequence[float], name: str) -> np.ndarray[Any, Any]:
             f"{name}[{bad[0]}] is {values[bad[0]]}: an interval needs finite scores; score a failed example 0."
         )
     return values
-
-
-def _lowest_gain(*scores: np.ndarray[Any, Any]) -> float | None:
-    return -1.0 if all(each.min(initial=0) >= 0 and each.max(initial=1) <= 1 for each in scores) else None
 
 
 def _bootstrap(

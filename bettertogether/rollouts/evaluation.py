@@ -19,7 +19,7 @@ from ..printable import printable
 from ..programs.content import dataset_hash
 from ..programs.program import require_lms
 from ..records import Failure, Ledger, failure_reason, failure_text, score_text
-from ..report.intervals import Interval, mean_interval, paired_interval
+from ..report.intervals import Interval, mean_interval, paired_interval, within_one
 from .examples import check_examples
 from .failures import count_failures, cut_warning, failure_warning
 from .metrics import Metric, require_metric
@@ -175,6 +175,7 @@ def compare(evaluations: Mapping[str, Evaluation]) -> str:
     first_name, first = next(iter(evaluations.items()))
     width = max(map(len, evaluations))
     largest = max((abs(each.mean) for each in evaluations.values() if each.scores), default=0.0)
+    ends_at_one = within_one(each.scores for each in evaluations.values())
 
     def shown(value: float, interval: Interval, *, sign: bool = False) -> str:
         mean, low, high = (score_text(each, largest, sign=sign) for each in (value, *interval))
@@ -182,14 +183,14 @@ def compare(evaluations: Mapping[str, Evaluation]) -> str:
 
     lines = []
     for name, evaluation in evaluations.items():
-        line = f"{name:<{width}}  {shown(evaluation.mean, mean_interval(evaluation.scores))}"
+        line = f"{name:<{width}}  {shown(evaluation.mean, mean_interval(evaluation.scores, ends_at_one=ends_at_one))}"
         if evaluation is not first:
             if evaluation.traces and first.traces and _examples(evaluation) != _examples(first):
                 raise DataError(
                     f"evaluations[{name!r}] and evaluations[{first_name!r}] are not of the same examples: evaluate "
                     "both programs on one list, in one order."
                 )
-            interval = paired_interval(evaluation.scores, first.scores)
+            interval = paired_interval(evaluation.scores, first.scores, ends_at_one=ends_at_one)
             line += f"   gain {shown(evaluation.mean - first.mean, interval, sign=True)}"
         failed = failure_text(evaluation.failures)
         lines.append(f"{line}   failed: {failed}" if failed else line)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bettertogether.errors import ConfigError, DataError
+from bettertogether.records import CELLS
 from bettertogether.report.intervals import (
     _expanded_tail,
     attribution,
@@ -75,6 +76,15 @@ def test_of_scores_that_are_all_right_or_all_wrong_so_many_others_may_be_unseen_
     assert mean_interval([0.0] * 12) == pytest.approx((0.0, 0.2646), abs=1e-4)
 
 
+def test_zeros_and_ones_are_no_ends_of_another_metric() -> None:
+    assert mean_interval([0.0] * 12, ends_at_one=False) == (0.0, 0.0)
+    assert mean_interval([1.0] * 12, ends_at_one=False) == (1.0, 1.0)
+    assert paired_interval([1] * 4, [0] * 4, ends_at_one=False) == (1.0, 1.0)
+    cells = {cell: [float("tuned" in cell)] * 4 for cell in CELLS}
+    weights = attribution(cells, ends_at_one=False).weights
+    assert (weights.low, weights.high) == (1.0, 1.0)
+
+
 def test_that_few_examples_all_gain_is_no_certain_gain() -> None:
     assert paired_interval([1] * 4, [0] * 4) == pytest.approx((1 - 2 * 0.6024, 1.0), abs=1e-4)
     assert paired_interval([0] * 40, [1] * 40) == pytest.approx((-1.0, 2 * 0.0881 - 1), abs=1e-4)
@@ -115,7 +125,7 @@ def test_a_score_that_is_not_finite_is_refused_with_its_place() -> None:
 
 
 @pytest.mark.parametrize("options", [{"confidence": 95}, {"resamples": 0}])
-def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         mean_interval([0, 1], **options)
 

@@ -94,6 +94,16 @@ def test_a_gain_is_paired_with_the_student_and_unknown_without_scores() -> None:
     assert report().gain(3) is None
 
 
+def test_the_ends_of_the_metric_are_told_by_all_scores_of_the_run() -> None:
+    ends = record(0, "", (0.0,) * 12), record(1, "p", (1.0,) * 12)
+    assert report(rounds=ends, selected=1).score_interval(0) == pytest.approx((0.0, 0.2646), abs=1e-4)
+    found = report(rounds=(*ends, record(2, "w", (5.0,) * 12)), selected=1)
+    assert (found.score_interval(0), found.score_interval(1)) == ((0.0, 0.0), (1.0, 1.0))
+    gain = found.gain(1)
+    assert gain is not None
+    assert (gain.low, gain.high) == (1.0, 1.0)
+
+
 def test_one_validation_example_gives_a_gain_without_an_interval() -> None:
     result = report(rounds=(record(0, "", (0.0,)), record(1, "p", (1.0,))), selected=1)
     assert "1.000  +1.000  " in str(result)

@@ -97,9 +97,9 @@ def test_the_gain_of_a_round_is_computed_once_for_table_page_and_notebook(
 ) -> None:
     calls: list[Any] = []
 
-    def counted(*scores: Any) -> Any:
+    def counted(*scores: Any, **options: Any) -> Any:
         calls.append(scores)
-        return paired_interval(*scores)
+        return paired_interval(*scores, **options)
 
     monkeypatch.setattr("bettertogether.report.data.paired_interval", counted)
     rounds = tuple(record(index, "p" * index, (0.0, 1.0), ledger=COST) for index in range(3))

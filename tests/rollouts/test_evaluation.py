@@ -98,6 +98,11 @@ def test_a_comparison_shows_means_intervals_and_paired_gains() -> None:
     assert second.startswith("new   1.000 [0.398, 1.000]   gain +0.500 [")
 
 
+def test_a_comparison_takes_zeros_and_ones_for_ends_only_of_a_metric_from_0_to_1() -> None:
+    percent = {"base": Evaluation((0.0,) * 12, Ledger()), "new": Evaluation((100.0,) * 12, Ledger())}
+    assert compare(percent).splitlines()[0] == "base  0.0 [0.0, 0.0]"
+
+
 def test_a_comparison_has_decimals_that_fit_the_largest_mean() -> None:
     text = compare({"base": Evaluation((0.0002,) * 2, Ledger()), "new": Evaluation((0.0004,) * 2, Ledger())})
     assert text.splitlines() == [
