@@ -13,6 +13,7 @@ _LONGEST_PARAM = 500
 """Characters of a parameter's value that MLflow stores on every backend."""
 _LONGEST_TAG = 5000
 """The same of a tag's value."""
+_CHANGED = "last_compile."
 
 
 class MLflowCallback(Tracking):
@@ -20,7 +21,8 @@ class MLflowCallback(Tracking):
     warnings as tags; as artifacts each weight step's adapters and data card, and the report.
 
     Joins the MLflow run that is active, else starts one of its own and ends it: FINISHED when the run is complete,
-    KILLED by Ctrl-C, FAILED when anything else stopped it (an error, the budget).
+    KILLED by Ctrl-C, FAILED when anything else stopped it (an error, the budget). MLflow lets no param change: what the
+    active run has with another value already, as from an earlier `compile`, becomes a tag, `last_compile.NAME`.
     Raises ConfigError for a run_name that is no text, MissingExtraError when mlflow is not installed.
     """
 
@@ -31,15 +33,28 @@ class MLflowCallback(Tracking):
         self._started = False
 
     def _begin(self, params: Mapping[str, bool | int | float | str]) -> None:
-        if self._mlflow.active_run() is None:
+        asked = {key: str(value)[:_LONGEST_PARAM] for key, value in params.items()}
+        active = self._mlflow.active_run()
+        if active is None:
             self._mlflow.start_run(run_name=self._run_name)
             self._started = True
         try:
-            self._mlflow.log_params({key: str(value)[:_LONGEST_PARAM] for key, value in params.items()})
+            changed = set() if active is None else self._changed(asked, active.info.run_id)
+            self._mlflow.log_params({key: value for key, value in asked.items() if key not in changed})
+            for key in sorted(changed):
+                self._mlflow.set_tag(f"{_CHANGED}{key}", asked[key])
         except BaseException:
             # Else the next run would join it.
             self._finish("FAILED")
             raise
+
+    def _changed(self, asked: Mapping[str, str], run_id: str) -> set[str]:
+        """The params that the run has with another value, and those that had one at an earlier `compile`."""
+        # An active run keeps what it held at its start.
+        noted = self._mlflow.get_run(run_id).data
+        return {
+            key for key, value in asked.items() if noted.params.get(key, value) != value or _CHANGED + key in noted.tags
+        }
 
     def _log(self, values: Mapping[str, float], step: int, axis: str) -> None:
         self._mlflow.log_metrics(values, step=step)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
+import types
+from typing import Any
 
 import pytest
 from fakes import FakeMLflow
@@ -45,6 +48,39 @@ def test_mlflow_gets_params_scores_losses_and_the_selection(monkeypatch: pytest.
         ("log_metric", "selected_score", 0.5),
         ("end_run", "FINISHED"),
     ]
+
+
+def test_params_that_the_active_run_has_with_another_value_become_tags(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Active(FakeMLflow):
+        """With MLflow's rule that a param keeps its value."""
+
+        data = types.SimpleNamespace(params={"seed": "7"}, tags={})
+
+        def active_run(self) -> Any:
+            return types.SimpleNamespace(info=types.SimpleNamespace(run_id="r"))
+
+        def get_run(self, run_id: str) -> Any:
+            assert run_id == "r"
+            return types.SimpleNamespace(data=copy.deepcopy(self.data))
+
+        def log_params(self, params: dict[str, str]) -> None:
+            assert all(self.data.params.setdefault(key, value) == value for key, value in params.items())
+
+        def set_tag(self, key: str, value: str) -> None:
+            self.data.tags[key] = value
+
+    mlflow = Active()
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    for strategy, told in (
+        ("w", {}),
+        ("w -> p", {"last_compile.strategy": "w -> p"}),
+        ("w", {"last_compile.strategy": "w"}),
+    ):
+        with listening([MLflowCallback()]):
+            emit("run_start", {"strategy": strategy, "rounds": [""], "params": {"seed": 1, "shuffle": True}})
+            emit("run_end", {"report": None})
+        assert mlflow.data.params == {"seed": "7", "strategy": "w", "shuffle": "True"}
+        assert mlflow.data.tags == {"last_compile.seed": "1", **told}
 
 
 def test_an_interrupted_run_is_killed_in_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
