@@ -154,7 +154,8 @@ def test_an_unfinished_run_without_run_dir_goes_on_only_where_its_directory_is_n
 
 def test_a_budget_that_ends_while_the_student_is_scored_returns_the_student(engine: FakeEngine, tmp_path: Path) -> None:
     compiled = compile_(engine, budget=Budget(metric_calls=5), run_dir=tmp_path / "run")
-    assert [(r.strategy, r.status, r.score) for r in compiled.report.rounds] == [("", "complete", None)]
+    assert [(r.strategy, r.status, r.score) for r in compiled.report.rounds] == [("", "skipped", None)]
+    assert compiled.report.rounds[0].error.startswith("The budget is used up: 5 of 5 metric calls. ")
     assert [(c["strategy"], c["score"]) for c in compiled.candidate_programs] == [("", None)]
     assert "The run ended while the untouched student was scored: The budget is used up" in compiled.report.warnings[-1]
     assert compiled.flag_compilation_error_occurred is False

@@ -103,9 +103,9 @@ class Loop:
         except BudgetExceeded as error:
             self.error = error
             # Not on disk, so that a larger budget scores the student.
-            self.records.append(replace(record, ledger=watch.spent))
-            text = f"The run ended while the untouched student was scored: {error}"
-            self.warnings.append(f"{text} {self.directory.how_to_go_on(error)}")
+            reason = f"{error} {self.directory.how_to_go_on(error)}"
+            self.records.append(replace(record, status="skipped", error=reason, ledger=watch.spent))
+            self.warnings.append(f"The run ended while the untouched student was scored: {reason}")
             events.emit("step_end", {"record": self.records[0]})
             return False
         self._keep(with_scores(record, scored, {}, started))

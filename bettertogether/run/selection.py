@@ -22,7 +22,7 @@ from ..rollouts.metrics import EQUAL, reaches
 
 def select(records: Sequence[StepRecord]) -> int:
     """Position of the round to return."""
-    complete = [i for i, record in enumerate(records) if record.status == "complete"]
+    complete = _complete(records)
     scored = {i: records[i].score for i in complete if records[i].score is not None}
     if not scored:
         return complete[-1]
@@ -49,8 +49,13 @@ def _demos(record: StepRecord) -> float:
 
 def rank(records: Sequence[StepRecord], selected: int) -> list[int]:
     """Positions of the complete rounds, best first, the selected one at the head of its equals."""
-    complete = [i for i, record in enumerate(records) if record.status == "complete"]
+    complete = _complete(records)
     return sorted(complete, key=lambda i: (i != selected, -_number(records[i].score), i))
+
+
+def _complete(records: Sequence[StepRecord]) -> list[int]:
+    """Where not even the scoring of the untouched student came to an end, there is still the student."""
+    return [i for i, record in enumerate(records) if record.status == "complete"] or [0]
 
 
 def _number(score: float | None) -> float:

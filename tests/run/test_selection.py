@@ -59,6 +59,11 @@ def test_a_failed_or_skipped_round_is_never_selected() -> None:
     assert select([record(0.5), record(0.9, status="failed"), record(0.9, status="skipped")]) == 0
 
 
+def test_where_even_the_student_was_not_scored_it_is_selected() -> None:
+    assert select([record(status="skipped")]) == 0
+    assert rank([record(status="skipped")], 0) == [0]
+
+
 def test_without_scores_the_latest_complete_round_is_selected() -> None:
     assert select([record(), record(), record(status="failed")]) == 1
 
