@@ -15,7 +15,7 @@ from typing import Any
 import dspy
 
 from ..printable import one_line
-from ..records import ARROW, DataCard, PolicyDetails, StepRecord, WeightDetails
+from ..records import ARROW, DataCard, PolicyDetails, StepRecord, WeightDetails, count_text
 from ..report.report import CompileReport
 from ..report.view import ReportView, RoundView, view_of
 from ..training.adapter_settings import CONFIG_FILE
@@ -69,7 +69,7 @@ def _title(manifest: Mapping[str, Any], view: ReportView | None) -> str:
     name = manifest["program"].rpartition(":")[2].rpartition(".")[2]
     bases = ", ".join(sorted({_span(record["base_name"]) for record in _locals(manifest)}))
     tuned = [*(["tuned prompts"] if _has_new_prompts(view) else []), *(["LoRA weights"] if _tuned(manifest) else [])]
-    text = f"# {name}\n\nA DSPy program of {len(manifest['predictors'])} predictor(s)"
+    text = f"# {name}\n\nA DSPy program of {count_text(len(manifest['predictors']), 'predictor')}"
     text += f" with {' and '.join(tuned)}" if tuned else ""
     text += f", on {bases}" if bases else ""
     if view is None:
@@ -189,11 +189,13 @@ def _trainings(rounds: Sequence[StepRecord], last: StepRecord) -> list[tuple[Ste
 
 
 def _data(card: DataCard) -> str:
-    rows, kind = sum(card.kept_by_predictor.values()), "pairs of answers" if card.pairs else "rows"
+    rows, kind = sum(card.kept_by_predictor.values()), "answer pair" if card.pairs else "row"
     sources = ", ".join(f"{count} {_span(source)}" for source, count in card.kept_by_source.items())
     labels = ", ".join(f"{count} {_span(label)}" for label, count in card.kept_by_label.items())
-    runs = f" from runs on {card.examples} examples, {card.examples_covered} of which gave any" if card.examples else ""
-    text = f"{rows} {kind}{runs}; by source: {sources}"
+    text = count_text(rows, kind)
+    if card.examples:
+        text += f" from runs on {count_text(card.examples, 'example')}, {card.examples_covered} of which gave any"
+    text += f"; by source: {sources}"
     return f"{text}; by label: {labels}." if labels else f"{text}."
 
 

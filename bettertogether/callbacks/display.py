@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from ..checks import is_number, require, require_switch
 from ..printable import get_logger, one_line
-from ..records import score_text
+from ..records import count_text, score_text
 from .events import (
     Callback,
     CandidateEvent,
@@ -103,7 +103,7 @@ class ProgressDisplay(Callback):
         self._state.step_end(event)
         record = event["record"]
         score = "no score" if record.score is None else f"score {score_text(record.score)}"
-        failed = f", {record.failed} examples failed" if record.failed else ""
+        failed = f", {count_text(record.failed, 'example')} failed" if record.failed else ""
         self._line(f"{self._state.step_text()} {record.status}, {score}{failed}, {time_text(record.ledger.seconds)}")
 
     def on_warning(self, event: WarningEvent) -> None:

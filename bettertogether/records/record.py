@@ -104,14 +104,21 @@ def score_text(value: float | None, largest: float | None = None, *, sign: bool 
     return format(value, f"{'+' if sign else ''}{f'.{decimals}f' if power >= -4 else '.2e'}")
 
 
+def count_text(count: int, unit: str) -> str:
+    """A count with its unit: "1 example", "4 examples"."""
+    return f"{count} {unit}{'' if count == 1 else 's'}"
+
+
 def failure_text(failures: Sequence[Failure]) -> str:
     """Counts by kind: "5 x parse failure, 2 x timeout"."""
     return ", ".join(f"{failure.count} x {failure.kind}" for failure in failures)
 
 
 def failure_reason(failures: Sequence[Failure]) -> str:
-    """Counts by kind, and the commonest reason of the commonest kind: "5 x timeout, most often slow"."""
-    return f"{failure_text(failures)}, most often {failures[0].reason}"
+    """Counts by kind, and the commonest reason of the commonest kind, where it says more than the kind: "5 x timeout,
+    most often slow"."""
+    said = failures[0].reason == failures[0].kind
+    return failure_text(failures) if said else f"{failure_text(failures)}, most often {failures[0].reason}"
 
 
 @dataclass(frozen=True)

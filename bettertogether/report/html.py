@@ -18,6 +18,7 @@ from ..records import (
     SampleRow,
     TrainedAdapter,
     WeightDetails,
+    count_text,
 )
 from .charts import Curve, ForestRow, Point, bars, escaped, forest_plot, line_chart, ticks
 from .data import ReportData
@@ -295,7 +296,7 @@ def _points(pairs: Iterable[tuple[int, float | None]]) -> tuple[Point, ...]:
 def _data_card(card: DataCard) -> str:
     counts = {title: getattr(card, name) for name, title in _CARD_COUNTS.items()}
     groups = "".join(f"<div><h4>{_text(title)}</h4>{bars(each)}</div>" for title, each in counts.items() if each)
-    facts = [f"{card.examples_covered} of {card.examples} examples gave rows"]
+    facts = [f"{card.examples_covered} of {count_text(card.examples, 'example')} gave rows"]
     if card.pairs:
         facts.append(f"{card.pairs} pairs: two answers to a prompt, of which one is to be preferred")
     if card.rows_with_demos:

@@ -12,6 +12,7 @@ from ..records import (
     StepRecord,
     TrainedAdapter,
     WeightDetails,
+    count_text,
     failure_reason,
     failure_text,
 )
@@ -126,10 +127,10 @@ def view_of(report: ReportData) -> ReportView:
     return ReportView(
         report=report,
         rounds=tuple(_round(report, position) for position in range(len(report.rounds))),
-        examples=f"{size} validation examples" if size else "no validation examples",
+        examples=count_text(size, "validation example") if size else "no validation examples",
         reasons=tuple(f"{name}: {why}." for name, why in _whys(report) if why),
         failed=tuple(
-            f"{each.name}: {each.failed} examples failed and scored 0: {failure_reason(each.failures)}"
+            f"{each.name}: {count_text(each.failed, 'example')} failed and scored 0: {failure_reason(each.failures)}"
             for each in report.rounds
             if each.failures
         ),
@@ -209,8 +210,7 @@ def _two_by_two(report: ReportData) -> TwoByTwoView | None:
 def loss_text(adapter: TrainedAdapter, pairs: bool = False) -> str:
     """On how many rows (or pairs) an adapter was trained, and its held-out losses before and after, as far as they are
     known."""
-    unit = "pair" if pairs else "row"
-    count = f"{adapter.row_count} {unit}{'' if adapter.row_count == 1 else 's'}" if adapter.row_count else ""
+    count = count_text(adapter.row_count, "pair" if pairs else "row") if adapter.row_count else ""
     return "; ".join(filter(None, (count, _held_out_text(adapter, pairs))))
 
 
@@ -227,11 +227,11 @@ def rewards_text(details: PolicyDetails, number: Callable[[float | None], str]) 
     """The reward of the first and the last step, and the score on examples held out, before and of the step kept."""
     rewards = [number(line.reward) for line in details.history if line.reward is not None]
     scores = {line.step: line.held_out_score for line in details.history if line.held_out_score is not None}
-    text = f"reward {' -> '.join(dict.fromkeys([*rewards[:1], *rewards[-1:]]))} in {len(rewards)} steps"
+    text = f"reward {' -> '.join(dict.fromkeys([*rewards[:1], *rewards[-1:]]))} in {count_text(len(rewards), 'step')}"
     if 0 not in scores:
         return text
     kept = f"{number(scores[0])} -> {number(scores[details.best_step])} (step {details.best_step})"
-    return f"{text}; score on {details.held_out_examples} examples held out {kept}"
+    return f"{text}; score on {count_text(details.held_out_examples, 'example')} held out {kept}"
 
 
 def _by_field(adapter: TrainedAdapter) -> str:

@@ -18,7 +18,7 @@ from ..errors import ConfigError, DataError, ProgramError
 from ..printable import printable
 from ..programs.content import dataset_hash
 from ..programs.program import require_lms
-from ..records import Failure, Ledger, failure_reason, failure_text, score_text
+from ..records import Failure, Ledger, count_text, failure_reason, failure_text, score_text
 from ..report.intervals import Interval, mean_interval, paired_interval, within_one
 from .examples import check_examples
 from .failures import count_failures, cut_warning, failure_warning
@@ -48,7 +48,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         failed = f", failed: {failure_reason(self.failures)}" if self.failures else ""
-        return f"Evaluation(mean {score_text(self.mean)} of {len(self.scores)} examples{failed})"
+        return f"Evaluation(mean {score_text(self.mean)} of {count_text(len(self.scores), 'example')}{failed})"
 
     @property
     def failures(self) -> tuple[Failure, ...]:
@@ -87,7 +87,7 @@ def evaluate(
         if warning := cut_warning(evaluation.traces):
             events.warn(f"{phase}: {warning}")
         if display is not None:
-            display.done(f"{phase}: {score_text(evaluation.mean)} on {len(evaluation.scores)} examples")
+            display.done(f"{phase}: {score_text(evaluation.mean)} on {count_text(len(evaluation.scores), 'example')}")
     return evaluation
 
 

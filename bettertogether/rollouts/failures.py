@@ -177,15 +177,17 @@ def scored_example(traces: Sequence[Trace]) -> str | None:
     return None
 
 
-def failure_warning(failures: Sequence[Failure], total: int, what: str, unit: str = "examples") -> str | None:
+def failure_warning(failures: Sequence[Failure], total: int, what: str, unit: str = "example") -> str | None:
     """What to say of a pass over `total` examples (or runs) of which more than half failed; None of any other."""
     most, failed = commonest(failures, total), sum(failure.count for failure in failures)
     if most is None:
         return None
-    counts = f"all {total}" if failed == total else f"{failed} of {total}"
+    counts = f"all {total} {unit}s" if failed == total else f"{failed} of {total} {unit}s"
+    if total == 1:
+        counts = f"the only {unit}"
     says = "nothing" if failed == total else "little"
     return (
-        f"{what}: {counts} {unit} failed, so the result says {says}: {failure_reason(failures)} "
+        f"{what}: {counts} failed, so the result says {says}: {failure_reason(failures)} "
         f"({most.example}). {advice(most)}"
     )
 

@@ -12,7 +12,7 @@ import dspy
 from ..callbacks import events
 from ..checks import require_threshold
 from ..errors import BetterTogetherError, TooManyErrors
-from ..records import Ledger, score_text
+from ..records import Ledger, count_text, score_text
 from .branches import BranchPoint, branch_points
 from .failures import ENDS_ONE_RUN, count_failures, error_text, failure_warning, lm_advice, reason_of_metric
 from .graded import with_near_misses
@@ -94,6 +94,11 @@ class TraceSet:
     def passing(self) -> tuple[Trace, ...]:
         """The attempts that the metric accepted."""
         return tuple(trace for trace in self.traces if trace.passed)
+
+    @property
+    def size_text(self) -> str:
+        """Such as "12 runs on 4 examples"."""
+        return f"{count_text(len(self.traces), 'run')} on {count_text(self.examples, 'example')}"
 
     def reasons(self) -> dict[str, int]:
         """How many attempts failed, by reason."""
@@ -231,7 +236,7 @@ def too_many(failures: Mapping[int, Trace], examples: int, limit: int) -> str:
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
     service = lm_advice(str(reasons[0][0]).partition(": ")[2])
     return (
-        f"{len(failures)} of {examples} examples raised, more than max_errors={limit} allows. {listed}. "
+        f"{len(failures)} of {count_text(examples, 'example')} raised, more than max_errors={limit} allows. {listed}. "
         f"{service or 'Mend the program or the metric, or give a higher max_errors.'}"
     )
 
@@ -266,8 +271,8 @@ def _graded(traces: TraceSet, enough: int, phase: str) -> TraceSet:
         return traces
     solved = len({trace.index for trace in traces.passing})
     warning = (
-        f"{phase}: {solved} of {traces.examples} examples reach the full mark, 1.0, so the best runs from "
-        f"{score_text(better.mark)} on, what the first ones score, count too. threshold= gives another mark."
+        f"{phase}: {solved} of {count_text(traces.examples, 'example')} reach the full mark, 1.0, so the best runs "
+        f"from {score_text(better.mark)} on, what the first ones score, count too. threshold= gives another mark."
     )
     return replace(better, warnings=(*traces.warnings, *events.told(warning)))
 
@@ -295,7 +300,7 @@ class _Tries:
             attempt = Attempt("teacher" if self.teachers else "student")
             self._add(program, dict.fromkeys(range(len(self.examples)), attempt))
         failures = count_failures(self.traces)
-        self.warnings = events.told(failure_warning(failures, len(self.traces), self.options.phase, "runs"))
+        self.warnings = events.told(failure_warning(failures, len(self.traces), self.options.phase, "run"))
 
     def sample(self, number: int, temperature: float, *, everyone: bool = False) -> None:
         again = range(len(self.examples)) if everyone else self._unsolved()

@@ -29,7 +29,7 @@ import dspy
 from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from ..records import DataCard, StepRecord, WeightDetails, score_text
+from ..records import DataCard, StepRecord, WeightDetails, count_text, score_text
 from ..report.intervals import Effect, paired_interval
 from ..rollouts.metrics import FULL_MARK, passes
 from ..steps.adapter_step import AdapterStep
@@ -109,14 +109,14 @@ class _Auto:
             if self._ran_from("weight", lambda record: record.program):
                 more = "and a weight step's turn is next"
             if self._gained(-1):
-                more = f"and {self._passing(-1)} examples pass, so there is more to learn from"
+                more = f"and {self._passing(-1)} pass, so there is more to learn from"
             return NextStep(self._next("weight"), f"{self._how_the_last_went()}, {more}")
         return self._after_weights()
 
     def _first(self) -> NextStep:
         prompt = self._next("prompt")
         if self.records[0].scores and self._share_passing(0) < FEW:
-            return NextStep(prompt, f"the untouched student passes {self._passing(0)} examples, few to learn from")
+            return NextStep(prompt, f"the untouched student passes {self._passing(0)}, few to learn from")
         if not self.labelled:
             return NextStep(prompt, "no example has a label to rescue failed runs with")
         return NextStep(next(iter(self.optimizers)), "it was given first")
@@ -130,7 +130,7 @@ class _Auto:
         if self._gained(-1) and isinstance(last.details, WeightDetails):
             card = last.details.data_card
             if _share_of_own(card) < min(FEW, self._share_passing(-1)):
-                text = f"{self._how_the_last_went()} from {_sources(card)}, and {self._passing(-1)} examples pass now"
+                text = f"{self._how_the_last_went()} from {_sources(card)}, and {self._passing(-1)} pass now"
                 return NextStep(self._next("weight"), f"{text}, so fresh runs give more to learn from")
         more = "and no prompts were searched under these weights yet"
         if self._ran_from("prompt", lambda record: record.models):
@@ -183,7 +183,7 @@ class _Auto:
 
     def _passing(self, position: int) -> str:
         scores = self.records[position].scores or ()
-        return f"{sum(passes(score, self._mark) for score in scores)} of {len(scores)}"
+        return f"{sum(passes(score, self._mark) for score in scores)} of {count_text(len(scores), 'example')}"
 
     def _share_passing(self, position: int) -> float:
         scores = self.records[position].scores or ()
@@ -227,5 +227,5 @@ def _share_of_own(card: DataCard) -> float:
 
 def _sources(card: DataCard) -> str:
     rescued, rows = card.kept_by_source.get("rescue", 0), sum(card.kept_by_source.values())
-    text = f"{card.examples_covered} of {card.examples} examples"
+    text = f"{card.examples_covered} of {count_text(card.examples, 'example')}"
     return f"{text} ({rescued} of {rows} rows rescued with the label)" if rescued else text

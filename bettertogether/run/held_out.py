@@ -9,6 +9,7 @@ from numbers import Real
 import dspy
 
 from ..errors import DataError
+from ..records import count_text
 from ..rollouts.examples import check_examples, question_key
 from ..rollouts.labels import split_apart
 
@@ -33,8 +34,9 @@ def split_valset(
     if not held_out:
         return train, [], ["There is no valset: rounds are not scored, and the latest is returned."]
     if len(held_out) < FEW_EXAMPLES:
+        size, one = count_text(len(held_out), "example"), "it" if len(held_out) == 1 else "one of them"
         warnings.append(
-            f"The valset has {len(held_out)} examples, so one of them is {100 / len(held_out):.0f}% of the score: "
+            f"The valset has {size}, so {one} is {100 / len(held_out):.0f}% of the score: "
             f"give a larger valset{'' if given else ', or a higher valset_ratio'}."
         )
     return train, held_out, warnings
@@ -45,7 +47,5 @@ def _overlap(train: Sequence[dspy.Example], held_out: Sequence[dspy.Example]) ->
     shared = sum(question_key(example) in known for example in held_out)
     if not shared:
         return []
-    return [
-        f"{shared} of the valset's {len(held_out)} examples are in the trainset too: scores on them say little about "
-        "new ones."
-    ]
+    size, verb = count_text(len(held_out), "example"), "is" if shared == 1 else "are"
+    return [f"{shared} of the valset's {size} {verb} in the trainset too: scores on them say little about new ones."]

@@ -47,4 +47,4 @@ def _cell_warning(scored: Mapping[str, Evaluation]) -> str | None:
     """What to say of the cells of a 2x2 in which most examples failed."""
     failing = {c: e for c, e in scored.items() if failure_warning(e.failures, len(e.scores), c)}
     traces = [trace for evaluation in failing.values() for trace in evaluation.traces]
-    return failure_warning(count_failures(traces), len(traces), f"2x2 ({', '.join(failing)})", "runs")
+    return failure_warning(count_failures(traces), len(traces), f"2x2 ({', '.join(failing)})", "run")

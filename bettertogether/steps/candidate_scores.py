@@ -93,7 +93,7 @@ class CandidateScores:
 
     def _check(self, results: Sequence[Evaluation]) -> None:
         traces = [trace for result in results for trace in result.traces]
-        warning = failure_warning(count_failures(traces), len(traces), "candidates", "runs")
+        warning = failure_warning(count_failures(traces), len(traces), "candidates", "run")
         if not self.warnings:
             self.warnings += events.told(warning)
 

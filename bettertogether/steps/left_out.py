@@ -56,7 +56,7 @@ def no_rows(traces: TraceSet, dropped: Dropped, *, prompted: bool) -> str:
     runs = dropped.get((WHOLE_TRACE, NO_CALLS))
     unseen = f" {unseen_calls(runs)}" if runs else ""
     return (
-        f"No training rows: {len(traces.traces)} runs on {traces.examples} examples, {len(traces.passing)} passed. "
+        f"No training rows: {traces.size_text}, {len(traces.passing)} passed. "
         f"Dropped: {reasons}.{unseen} "
         + " ".join([*longer_answers(traces), *own_demos(dropped), _what_to_try(traces, dropped, prompted=prompted)])
     )

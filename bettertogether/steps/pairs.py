@@ -102,13 +102,13 @@ def _answers(
 
 
 def _no_pairs(traces: TraceSet, dropped: Dropped) -> str:
-    runs, passed = len(traces.traces), len(traces.passing)
+    passed = len(traces.passing)
     reasons = "; ".join(f"{count} x {name}: {reason}" for (name, reason), count in dropped.most_common())
     unseen = f" {unseen_calls(passed)}" if passed and not traces.branches else ""
     scores = {trace.score for trace in traces.traces}
     same = f" The metric gave all of them the score {scores.pop():g}." if len(scores) == 1 else ""
     return (
-        f"No pairs: {runs} runs on {traces.examples} examples, {passed} passed.{same} A pair has an answer whose run "
+        f"No pairs: {traces.size_text}, {passed} passed.{same} A pair has an answer whose run "
         f"passed and one whose run failed. Dropped: {reasons or 'nothing'}.{unseen} "
         + " ".join([*longer_answers(traces), *own_demos(dropped), _what_to_try(traces)])
     )

@@ -319,7 +319,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
             return []
         reasons = ", ".join(f"{count} x {reason}" for reason, count in traces.reasons().items())
         return [
-            f"bootstrap demos: the metric accepted none of {len(traces.traces)} runs on {traces.examples} examples "
+            f"bootstrap demos: the metric accepted none of {traces.size_text} "
             f"({reasons}), so no demo comes from a run. Give a threshold= that runs can reach, or a teacher, or "
             "mend the metric."
         ]

@@ -90,7 +90,7 @@ def test_the_untouched_student_is_said_to_be_as_it_was(tmp_path: Path) -> None:
     program = compiled("w", lambda request, number: not request.trained_on)
     assert program.report.selected == 0
     text = card_of(program, tmp_path / "a")
-    assert "1 predictor(s), on `fake`, left as it was by the strategy `w`. Score: 1.000 on 12 valid" in text
+    assert "1 predictor, on `fake`, left as it was by the strategy `w`. Score: 1.000 on 12 valid" in text
     assert "## Training data" not in text
 
 
@@ -143,7 +143,7 @@ def test_a_2x2_of_another_round_than_the_one_returned_says_whose_it_is(selected:
 def test_a_program_that_was_not_tuned_has_a_card_without_scores(tmp_path: Path) -> None:
     text = card_of(dspy.Predict(Parity), tmp_path / "a")
     assert text.startswith("---\nlibrary_name: dspy\ntags:\n- dspy\n- bettertogether\n---\n\n# Predict\n")
-    assert "\n\nA DSPy program of 1 predictor(s).\n" in text
+    assert "\n\nA DSPy program of 1 predictor.\n" in text
     assert "## Scores" not in text
     assert "PeftModel" not in text
 

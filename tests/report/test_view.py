@@ -87,9 +87,9 @@ def test_what_became_of_rewards_is_told_of_the_first_and_last_step_and_of_the_on
         "reward 0.250 -> 0.400 in 3 steps; score on 8 examples held out 0.100 -> 0.750 (step 2)"
     )
     one = PolicyDetails({}, (RewardLine(0), RewardLine(1, 0.25)), 1, 0)
-    assert rewards_text(one, score_text) == "reward 0.250 in 1 steps"
+    assert rewards_text(one, score_text) == "reward 0.250 in 1 step"
     small = report(rounds=(record(0, "", (0.05,)), record(1, "r", (0.05,), details=one)), selected=1)
-    assert view_of(small).rounds[1].losses == ("reward 0.2500 in 1 steps",)
+    assert view_of(small).rounds[1].losses == ("reward 0.2500 in 1 step",)
 
 
 def test_the_gain_of_a_round_is_computed_once_for_table_page_and_notebook(

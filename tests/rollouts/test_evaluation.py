@@ -109,7 +109,7 @@ def test_a_comparison_has_decimals_that_fit_the_largest_mean() -> None:
         "base  0.000200 [0.000200, 0.000200]",
         "new   0.000400 [0.000400, 0.000400]   gain +0.000200 [+0.000200, +0.000200]",
     ]
-    assert repr(Evaluation((0.0002,), Ledger())) == "Evaluation(mean 0.000200 of 1 examples)"
+    assert repr(Evaluation((0.0002,), Ledger())) == "Evaluation(mean 0.000200 of 1 example)"
 
 
 def test_programs_scored_together_have_the_scores_that_each_has_alone() -> None:

@@ -11,7 +11,9 @@ from dspy import lm15
 from fakes import api_lm, learner, numbers, parity_engine, parity_match, parity_program, plain_lm, reply, with_lm
 
 from bettertogether.errors import TooManyErrors
-from bettertogether.records import Failure
+from bettertogether.records import Failure, StepRecord
+from bettertogether.report import CompileReport
+from bettertogether.report.view import view_of
 from bettertogether.rollouts.evaluation import evaluate
 from bettertogether.rollouts.failures import error_text, failure_warning
 from bettertogether.testing import FakeEngine
@@ -118,3 +120,15 @@ def test_what_an_lms_service_refuses_is_no_fault_of_the_program_or_the_metric(
 def test_a_pass_that_ends_at_max_errors_says_so_too() -> None:
     with pytest.raises(TooManyErrors, match=r"allows\. 2 x program error: LMAuthError: .*\. " + KEY):
         evaluate(refused_by(lm15.AuthError), numbers(4), parity_match, max_errors=1, num_threads=1)
+
+
+def test_one_example_that_fails_is_told_of_in_the_singular_and_a_reason_that_is_its_kind_once() -> None:
+    failures = (Failure("metric returned NaN", 1, "metric returned NaN", "example 0: number=0"),)
+    assert str(failure_warning(failures, 1, "p")) == (
+        "p: the only example failed, so the result says nothing: 1 x metric returned NaN (example 0: number=0). "
+        "Let the metric return a finite number."
+    )
+    student = StepRecord(0, "", "", "complete", 0.0, (0.0,), failures=failures)
+    found = view_of(CompileReport((student,), 0, 1, "p"))
+    assert found.examples == "1 validation example"
+    assert found.failed == ("student: 1 example failed and scored 0: 1 x metric returned NaN",)

@@ -84,8 +84,7 @@ TROUBLES = {
     ),
     "nan": (
         lambda e, p, trace=None: math.nan,
-        "10 x metric returned NaN, most often metric returned NaN (example 0: number=0). Let the metric return a "
-        "finite number.",
+        "10 x metric returned NaN (example 0: number=0). Let the metric return a finite number.",
     ),
 }
 

@@ -81,6 +81,14 @@ def test_a_small_valset_is_a_warning_that_says_how_coarse_scores_are() -> None:
     assert warnings == ["The valset has 5 examples, so one of them is 20% of the score: give a larger valset."]
 
 
+def test_a_valset_of_one_example_is_told_of_in_the_singular() -> None:
+    _, _, warnings = split_valset(numbers(50), numbers(1), 0.1, 0)
+    assert warnings == [
+        "1 of the valset's 1 example is in the trainset too: scores on them say little about new ones.",
+        "The valset has 1 example, so it is 100% of the score: give a larger valset.",
+    ]
+
+
 def test_examples_in_both_sets_are_a_warning() -> None:
     other_label = [dspy.Example(number=n, parity="other").with_inputs("number") for n in range(10)]
     _, _, warnings = split_valset(other_label, numbers(30), 0.1, 0)
