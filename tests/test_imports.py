@@ -293,7 +293,9 @@ def test_importing_the_package_loads_the_standard_library_alone() -> None:
     assert loaded_by("import bettertogether") - set(sys.stdlib_module_names) == {"bettertogether"}
 
 
-@pytest.mark.parametrize("name", ["callbacks.MLflowCallback", "errors.ConfigError", "records.StepRecord"])
+@pytest.mark.parametrize(
+    "name", ["callbacks.MLflowCallback", "errors.ConfigError", "records.StepRecord", "testing.Answer"]
+)
 def test_a_module_of_the_reference_is_there_whatever_was_imported_before(name: str) -> None:
     assert "bettertogether" in loaded_by(f"import bettertogether; bettertogether.{name}")
 

@@ -206,7 +206,7 @@ def _prompts(manifest: Mapping[str, Any]) -> Iterator[str]:
     for name, entry in prompts.items():
         demos = entry["state"]["demos"]
         yield f"### {_span(name)}\n\n{_fields(entry['fields'], 'input')} -> {_fields(entry['fields'], 'output')}"
-        yield _quoted(str(entry["state"]["signature"]["instructions"]))
+        yield _code("text", _cut(str(entry["state"]["signature"]["instructions"])) or "(no instructions)")
         if demos:
             shown = f"the first {_SHOWN_DEMOS} of {len(demos)}" if len(demos) > _SHOWN_DEMOS else str(len(demos))
             yield f"Demos ({shown}):"
@@ -247,12 +247,6 @@ def _code(language: str, *lines: str) -> str:
     text = "\n".join(lines)
     fence = _fence(text, 3)
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _quoted(text: str) -> str:
-    # Else a tag in it would not be shown.
-    lines = _cut(text).replace("<", "\\<").splitlines()
-    return "\n".join(f"> {line}".rstrip() for line in lines) or "> (no instructions)"
 
 
 def _cut(text: str) -> str:

@@ -14,6 +14,7 @@ _LONGEST_PARAM = 500
 _LONGEST_TAG = 5000
 """The same of a tag's value."""
 _CHANGED = "last_compile."
+_LONGEST_NAME = 250
 
 
 class MLflowCallback(Tracking):
@@ -42,7 +43,7 @@ class MLflowCallback(Tracking):
             changed = set() if active is None else self._changed(asked, active.info.run_id)
             self._mlflow.log_params({key: value for key, value in asked.items() if key not in changed})
             for key in sorted(changed):
-                self._mlflow.set_tag(f"{_CHANGED}{key}", asked[key])
+                self._mlflow.set_tag(_tag_of(key), asked[key])
         except BaseException:
             # Else the next run would join it.
             self._finish("FAILED")
@@ -53,7 +54,7 @@ class MLflowCallback(Tracking):
         # An active run keeps what it held at its start.
         noted = self._mlflow.get_run(run_id).data
         return {
-            key for key, value in asked.items() if noted.params.get(key, value) != value or _CHANGED + key in noted.tags
+            key for key, value in asked.items() if noted.params.get(key, value) != value or _tag_of(key) in noted.tags
         }
 
     def _log(self, values: Mapping[str, float], step: int, axis: str) -> None:
@@ -78,3 +79,7 @@ class MLflowCallback(Tracking):
         if self._started:
             self._started = False
             self._mlflow.end_run(status)
+
+
+def _tag_of(param: str) -> str:
+    return f"{_CHANGED}{param}"[:_LONGEST_NAME]

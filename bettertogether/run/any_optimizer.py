@@ -30,7 +30,7 @@ logger = get_logger(__name__)
 
 _USUAL = ("trainset", "teacher", "valset")
 
-_METRICS = ("metric", "metric_fn")
+METRICS = frozenset({"metric", "metric_fn"})
 """What DSPy's optimizers call their metric; the second is GEPA's."""
 
 _turns: dict[int, threading.RLock] = {}
@@ -42,23 +42,20 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def in_turn(optimizer: Teleprompter, *, wait: bool = True) -> Iterator[bool]:
+def in_turn(optimizer: Teleprompter) -> Iterator[None]:
     """Have an optimizer as it is between two steps: many keep their work in attributes, and `run_any` changes some for
-    as long as it runs. True, or False where it is at work in another thread and no `wait` is asked for. A step within
-    a step of the same optimizer does not wait, in the same thread."""
+    as long as it runs. A step within a step of the same optimizer does not wait, in the same thread."""
     turn = _turns.get(id(optimizer))
     if turn is None:
         turn = _turns.setdefault(id(optimizer), threading.RLock())
         weakref.finalize(optimizer, _turns.pop, id(optimizer), None)
-    free = turn.acquire(blocking=False)
-    if wait and not free:
+    if not turn.acquire(blocking=False):
         logger.info("%s is at work in another thread: waiting for the end of its step.", type(optimizer).__name__)
-        free = turn.acquire()
+        turn.acquire()
     try:
-        yield free
+        yield
     finally:
-        if free:
-            turn.release()
+        turn.release()
 
 
 @contextmanager
@@ -98,7 +95,7 @@ def _could_set(optimizer: Teleprompter, name: str, value: Any) -> bool:
 def _counted_metric(optimizer: Teleprompter) -> Iterator[list[None]]:
     """An entry for each call of the optimizer's metric within the block."""
     calls: list[None] = []
-    own = {name: metric for name in _METRICS if callable(metric := vars(optimizer).get(name))}
+    own = {name: metric for name in METRICS if callable(metric := vars(optimizer).get(name))}
     with _attributes(optimizer, {name: _counting(metric, calls) for name, metric in own.items()}):
         yield calls
 

@@ -42,7 +42,7 @@ from ..programs.content import cell_content, dataset_hash
 from ..programs.program import model_names, modules_of, predictors_of
 from ..redaction import is_secret, is_secret_name, masked_forms, split_secrets
 from ..versions import versions
-from .any_optimizer import in_turn
+from .any_optimizer import METRICS, in_turn
 from .plan import Plan
 from .same_call import WHOLE
 
@@ -59,12 +59,13 @@ _PACE = frozenset({"num_threads", "folder", "log_dir", "verbose", "last"})
 
 Noted = dict[str, Any]
 
+_OF_OPTIMIZERS = ("optimizers",)
 
 _CHANGED: dict[tuple[str, ...], dict[str, Any]] = {}
 """What runs of this process changed of metrics and programs: by its names, what was noted after a run, as JSON, to what
 was noted before it. By names, as a program made anew may hold what an earlier one held."""
 _WORKED: dict[int, tuple[Noted, Noted]] = {}
-"""By the id of an optimizer, what was noted of it before its first run of this process, and after its latest."""
+"""By the id of an optimizer, what was noted of it before its first step in this process, and after its latest."""
 
 
 @contextlib.contextmanager
@@ -75,22 +76,53 @@ def asking(plan: Plan) -> Iterator[Noted]:
     asked: Noted = _as_before(_asked_but_optimizers(plan, note)) | {"optimizers": {}}
     for key, optimizer in plan.optimizers.items():
         with in_turn(optimizer):
-            asked["optimizers"][key] = as_before(note.optimizer(optimizer), *_WORKED.get(id(optimizer), ({}, {})))
+            asked["optimizers"][key] = _at_first(optimizer, note)
     try:
         yield asked
     finally:
-        try:
+        with _told():
             note = _Notes()
             _remember(asked, _asked_but_optimizers(plan, note))
             for key, optimizer in plan.optimizers.items():
-                _remember_optimizer(optimizer, asked["optimizers"][key], note)
-        except Exception as error:
-            logger.warning(
-                "What the run changed in the metric, the program or the optimizers can't be told (%s: %s). If the same "
-                "call is refused in its directory, make it in a new process.",
-                type(error).__name__,
-                error,
-            )
+                before, after = asked["optimizers"][key], note.optimizer(optimizer)
+                for name in METRICS & after.keys():
+                    _remember(before.get(name), after[name], (*_OF_OPTIMIZERS, name))
+
+
+@contextlib.contextmanager
+def at_work(optimizer: Teleprompter) -> Iterator[None]:
+    """Have what an optimizer keeps of its work in this block be no setting of it for the calls to come."""
+    before: Noted | None = None
+    with _told():
+        before = _at_first(optimizer, _Notes())
+    try:
+        yield
+    finally:
+        if before is not None:
+            with _told():
+                after = _Notes().optimizer(optimizer)
+                if id(optimizer) not in _WORKED:
+                    weakref.finalize(optimizer, _WORKED.pop, id(optimizer), None)
+                _WORKED[id(optimizer)] = before, after
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        logger.warning(
+            "What the run changed in the metric, the program or the optimizers can't be told (%s: %s). If the same "
+            "call is refused in its directory, make it in a new process.",
+            type(error).__name__,
+            error,
+        )
+
+
+def _at_first(optimizer: Teleprompter, note: _Notes) -> Noted:
+    """What is noted of an optimizer now, with what its steps and its metric's calls changed as it was before them."""
+    noted = _as_before(note.optimizer(optimizer), _OF_OPTIMIZERS)
+    return _undone(noted, *_WORKED.get(id(optimizer), ({}, {})))
 
 
 def _remember(before: Any, after: Any, names: tuple[str, ...] = ()) -> None:
@@ -112,21 +144,11 @@ def _as_before(now: Any, names: tuple[str, ...] = ()) -> Any:
     return {name: value for name, value in kept.items() if value is not None}
 
 
-def _remember_optimizer(optimizer: Teleprompter, before: Noted, note: _Notes) -> None:
-    # One that is at work elsewhere is as it is only for now.
-    with in_turn(optimizer, wait=False) as at_rest:
-        if not at_rest:
-            return
-        if id(optimizer) not in _WORKED:
-            weakref.finalize(optimizer, _WORKED.pop, id(optimizer), None)
-        _WORKED[id(optimizer)] = before, note.optimizer(optimizer)
-
-
-def as_before(now: Any, before: Any, after: Any) -> Any:
-    """What is noted now, with what is as it was noted `after` a run as it was `before` that."""
+def _undone(now: Any, before: Any, after: Any) -> Any:
+    """What is noted now, with what is as it was noted `after` some work as it was `before` that."""
     if not (isinstance(now, dict) and isinstance(after, dict) and isinstance(before, dict)):
         return before if now == after else now
-    merged = {name: as_before(now.get(name), before.get(name), after.get(name)) for name in [*now, *before]}
+    merged = {name: _undone(now.get(name), before.get(name), after.get(name)) for name in [*now, *before]}
     return {name: value for name, value in merged.items() if value is not None}
 
 

@@ -27,6 +27,7 @@ from ..rollouts.rollout import stable_seed
 from ..steps.step import StepContext, StepResult, as_step
 from . import auto, strategy
 from .any_optimizer import in_turn, run_any
+from .asked import at_work
 from .budget import BudgetMeter, BudgetWatch
 from .directory import DAMAGE, RunDirectory
 from .earlier import earlier_programs
@@ -200,10 +201,11 @@ class Loop:
         )
         step = as_step(optimizer)
         if step is None:
-            with in_turn(optimizer):
+            with in_turn(optimizer), at_work(optimizer):
                 return run_any(optimizer, parent, context, given, plan.provide_traceback, charge)
         context = step.sparing(context, is_tuned=model_names(parent) != model_names(plan.student))
-        result = step.run_seen(parent, context.with_arguments(given))
+        with at_work(optimizer):
+            result = step.run_seen(parent, context.with_arguments(given))
         drop_results(result.program)
         return result
 

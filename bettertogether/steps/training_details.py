@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
 
@@ -50,9 +50,8 @@ def weight_details(
 
 
 def _loss_line(adapter: str, line: TrainingProgress) -> LossLine:
-    values = asdict(line)
-    del values["new_tokens"]  # For whoever counts as the lines come.
-    return LossLine(adapter, **values)
+    kept = {field.name for field in fields(LossLine)}
+    return LossLine(adapter, **{name: value for name, value in asdict(line).items() if name in kept})
 
 
 def time_warnings(results: Collection[FinetuneResult], max_minutes: float | None) -> tuple[str, ...]:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import dspy
 
-from ..files import adapters_cache
+from ..files import adapters_cache, disk_errors
 from ..rollouts.metrics import FULL_MARK, Verdict
 from ..rollouts.traces import TraceSet
+from ..training.config import TrainingConfig
 from ..training.progress import TrainingProgress
 from .adapter_rows import adapter_key, rows_by_adapter
 from .rows_from_traces import Runs
@@ -49,9 +50,7 @@ def time_training(
     engine = next(each.engine for name, each in trainable.items() if adapter_key(name, each.lm, step.multitask) == key)
     batch = [row.training_row for row in group[: step.training.batch_size]]
     training = replace(step.training, epochs=2, form_share=0.0, max_minutes=None)
-    # Not in the machine's own temporary files: other machines may be told to train as well.
-    adapters_cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="probe-", dir=adapters_cache()) as folder:
+    with _folder(step.training) as folder:
         result = engine.finetune(
             batch,
             validation_rows=batch,
@@ -70,6 +69,15 @@ def time_training(
         set_up_s=max(0.0, time.monotonic() - started - 2 * step_s - 3 * measure_s),
         most_s=math.inf if minutes is None else 60 * minutes,
     )
+
+
+def _folder(training: TrainingConfig) -> tempfile.TemporaryDirectory[str]:
+    """One for a training, where its launch command's machines see it."""
+    if not training.launch_command:
+        return tempfile.TemporaryDirectory(prefix="bettertogether-probe-")
+    with disk_errors(adapters_cache()):
+        adapters_cache().mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix="probe-", dir=adapters_cache())
 
 
 def _seconds(lines: Sequence[tuple[float, TrainingProgress]], whole_s: float) -> tuple[float, float]:

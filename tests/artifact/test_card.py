@@ -45,7 +45,10 @@ def compiled(strategy: str = "p -> w", knows: Knows = learner, w: LoRAFinetune =
 
 def test_the_card_shows_each_predictors_fields_instructions_and_demos(tmp_path: Path) -> None:
     text = card_of(tuned_program(fresh_engine()), tmp_path / "a")
-    assert "`number: int` -> `parity: Literal['even', 'odd']`\n\n> Even or odd? Think of the last digit." in text
+    assert (
+        "`number: int` -> `parity: Literal['even', 'odd']`\n\n```text\nEven or odd? Think of the last digit.\n```"
+        in text
+    )
     assert 'Demos (3):\n\n```json\n{\n  "number": 0,\n  "parity": "even"' in text
 
 
@@ -164,8 +167,8 @@ def test_nothing_in_a_prompt_ends_its_block(tmp_path: Path) -> None:
 
 
 def test_a_tag_in_instructions_is_shown(tmp_path: Path) -> None:
-    text = card_of(dspy.Predict(Parity.with_instructions("Answer in <b>.")), tmp_path / "a")
-    assert "\n> Answer in \\<b>.\n" in text
+    text = card_of(dspy.Predict(Parity.with_instructions("Answer in a\\<b>, `<i>`.")), tmp_path / "a")
+    assert "\n```text\nAnswer in a\\<b>, `<i>`.\n```\n" in text
 
 
 def test_a_base_is_named_by_its_hub_id_and_never_by_a_path_of_this_machine(

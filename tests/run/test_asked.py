@@ -293,6 +293,24 @@ def test_what_an_earlier_run_changed_is_no_part_of_the_next_runs_call(tmp_path: 
         call(tmp_path / str(seed), metric=lambda: Graded(1.0), optimizers=lambda: {"s": Same()}, seed=seed)
 
 
+@pytest.mark.parametrize("seeds", [[0, 0], [0, 1]], ids=["the same call twice", "a loop over seeds"])
+def test_a_memo_of_the_metric_of_optimizers_made_anew_is_no_setting(tmp_path: Path, seeds: list[int]) -> None:
+    memo: dict[int, bool] = {}
+
+    def remembering(example: Any, prediction: Any, trace: Any = None) -> bool:
+        return memo.setdefault(example.number, prediction.parity == example.parity)
+
+    def run(seed: int) -> str:
+        optimizers = {"w": LoRAFinetune(remembering)}
+        call(tmp_path / str(seed), metric=lambda: remembering, optimizers=lambda: optimizers, seed=seed, strategy="w")
+        noted: dict[str, Any] = json.loads((tmp_path / str(seed) / "run.json").read_text())["run"]
+        return noted["optimizers"]["w"]["metric"]
+
+    assert len({run(seed) for seed in seeds}) == 1
+    memo.clear()
+    assert len({run(seed) for seed in seeds}) == 1
+
+
 class Working(Same):
     """Changes its option and loses what it was given, as it runs."""
 
