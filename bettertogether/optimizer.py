@@ -21,6 +21,7 @@ from .run.estimate import Estimate, estimate
 from .run.plan import OnStepError, Plan
 from .run.sitting import carry_out
 from .steps.prompt_step import BootstrapFewShotRS
+from .steps.step import apart
 from .steps.weight_step import LoRAFinetune
 
 logger = get_logger(__name__)
@@ -193,5 +194,5 @@ class BetterTogether(Teleprompter):
             two_by_two=two_by_two,
             max_rounds=max_rounds,
         )
-        with dspy.context(), events.listening([]):
+        with apart():
             return estimate(plan)

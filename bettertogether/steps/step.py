@@ -7,7 +7,8 @@ Teleprompter (run/any_optimizer.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,14 @@ class StepResult:
     """What it has to say against its own result."""
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Work by itself: what is configured meanwhile in another thread is none of its own, nor is a run that goes on
+    there."""
+    with dspy.context(), events.listening([]):
+        yield
+
+
 class Step(ABC):
     """A step of ours: what `BetterTogether` runs without going through `compile`."""
 
@@ -104,8 +113,7 @@ class Step(ABC):
 
     def run_alone(self, student: dspy.Module, context: StepContext) -> dspy.Module:
         """`run` as `compile` does it, outside of a `BetterTogether`; what it gave is kept as `last`."""
-        # What is configured meanwhile, in another thread, is none of this step's, nor is a run that goes on there.
-        with dspy.context(), events.listening([]):
+        with apart():
             result = self.run(student, context)
         self.last = result
         return result.program

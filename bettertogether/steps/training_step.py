@@ -33,7 +33,7 @@ from .finished_trainings import asked_for, finished_trainings
 from .given_rows import given_rows
 from .rows import Row, write_rows
 from .rows_from_traces import Collected, Runs, Trainable
-from .step import StepContext, StepResult
+from .step import StepContext, StepResult, apart
 from .training_details import fall_held_out, held_out_file, rows_file, time_warnings, weight_details
 from .training_work import training_work
 from .work import Outlook, Work
@@ -118,7 +118,7 @@ class TrainingStep(AdapterStep):
         Raises NoTrainingDataError with the counts when there are none."""
         trainable = self.trainable(student)
         context = StepContext(trainset, valset, as_programs(teacher), earlier=earlier, settings=settings)
-        with dspy.context(), events.listening([]):
+        with apart():
             return self._collected(student, context, trainable)
 
     def work(self, student: dspy.Module, context: StepContext, outlook: Outlook) -> Work:

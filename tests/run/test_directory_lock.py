@@ -23,6 +23,13 @@ def without_locks(*_: Any) -> None:
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
+@pytest.fixture(params=[True, False], ids=["locks", "no locks"])
+def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system with locks, and one without."""
+    if not request.param:
+        monkeypatch.setattr("fcntl.flock", without_locks)
+
+
 def test_two_at_once_are_refused_and_the_directory_is_free_after_close(tmp_path: Path) -> None:
     directory = RunDirectory.open(tmp_path, RUN)
     with pytest.raises(RunDirectoryError, match=f"in use by another run .process {os.getpid()} since"):
@@ -38,12 +45,8 @@ def test_a_failed_open_leaves_no_lock_behind(tmp_path: Path) -> None:
     RunDirectory.open(tmp_path, RUN).close()
 
 
-@pytest.mark.parametrize("locks", [True, False])
-def test_a_run_whose_directory_was_deleted_leaves_that_of_the_next_run_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
-) -> None:
-    if not locks:
-        monkeypatch.setattr("fcntl.flock", without_locks)
+@pytest.mark.usefixtures("locks")
+def test_a_run_whose_directory_was_deleted_leaves_that_of_the_next_run_alone(tmp_path: Path) -> None:
     first = RunDirectory.open(tmp_path / "run", RUN)
     first.append(record(0))
     shutil.rmtree(first.path)
@@ -64,12 +67,8 @@ def test_a_run_whose_directory_was_deleted_leaves_that_of_the_next_run_alone(
         RunDirectory.open(first.path, {**RUN, "seed": 1})
 
 
-@pytest.mark.parametrize("locks", [True, False])
-def test_a_directory_that_a_full_disk_kept_from_opening_is_free_while_the_error_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
-) -> None:
-    if not locks:
-        monkeypatch.setattr("fcntl.flock", without_locks)
+@pytest.mark.usefixtures("locks")
+def test_a_directory_that_a_full_disk_kept_from_opening_is_free_while_the_error_is_kept(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
