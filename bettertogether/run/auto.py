@@ -1,6 +1,6 @@
 """`strategy="auto"`: which step runs next, and why, from the records of the rounds so far. The rules, in order:
 
-1. After `max_rounds` rounds, stop.
+1. When a round has the full mark on every example of the valset, or after `max_rounds` rounds, stop.
 2. When every step has had a turn since the last gain, stop. A round gained when its scores beat those of the best round
    before it, with a paired interval above zero. Where there are no scores, every step has one turn.
 3. Without a prompt step and a weight step, or with a step that is neither (a Teleprompter of the user's own), the
@@ -31,7 +31,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..records import DataCard, StepRecord, WeightDetails, count_text, score_text
 from ..report.intervals import Effect, paired_interval
-from ..rollouts.metrics import FULL_MARK, passes
+from ..rollouts.metrics import FULL_MARK, is_above_one, passes
 from ..steps.adapter_step import AdapterStep
 from ..steps.prompt_step import BootstrapFewShotRS
 
@@ -94,6 +94,9 @@ class _Auto:
     labelled: bool
 
     def decide(self, max_rounds: int) -> NextStep:
+        if (full := self._with_the_full_mark()) is not None:
+            who = full.strategy or "the untouched student"
+            return NextStep(None, f"{who} has the full mark on all of {count_text(len(full.scores or ()), 'example')}")
         if len(self.records) > max_rounds:
             return NextStep(None, f"max_rounds={max_rounds} rounds were run")
         since = self._since_the_last_gain()
@@ -141,6 +144,13 @@ class _Auto:
         """Whether a step of this kind ran from a program with this part as the last round has it."""
         last, rounds = part(self.records[-1]), pairwise(self.records)
         return bool(last) and any(self._kind(step.step) == kind and part(before) == last for before, step in rounds)
+
+    def _with_the_full_mark(self) -> StepRecord | None:
+        """The first round of which no score could be higher, as far as the metric's scores so far tell."""
+        scored = [(record, record.scores) for record in self.records if record.scores]
+        if any(is_above_one(score) for _, scores in scored for score in scores):
+            return None
+        return next((record for record, scores in scored if all(passes(each, FULL_MARK) for each in scores)), None)
 
     def _since_the_last_gain(self) -> Sequence[StepRecord]:
         gained = [position for position in range(1, len(self.records)) if self._gained(position)]

@@ -85,11 +85,6 @@ def test_a_run_passes_from_the_threshold_of_the_weight_step() -> None:
     assert next_of(half, w=W, p=P).startswith("p next: the untouched student passes 0 of 10")
 
 
-def test_a_full_mark_that_is_rounded_passes() -> None:
-    full = [StepRecord(0, "", "", "complete", 0.6 + 0.3 + 0.1, (0.6 + 0.3 + 0.1,) * 10)]
-    assert next_of(full, w=W, p=P) == "w next: it was given first"
-
-
 def test_after_a_prompt_step_comes_a_weight_step() -> None:
     assert next_of(rounds(("", 2), ("p", 6))) == (
         "w next: p gained +0.400 [68%: +0.200, +0.600], and 6 of 10 examples pass, so there is more to learn from"
@@ -167,6 +162,20 @@ def test_auto_stops_when_every_step_had_a_turn_since_the_last_gain() -> None:
     assert next_of(rounds(("", 2), ("p", 2), ("w", 6), ("p", 6))).startswith("w next: ")
 
 
+def test_auto_stops_where_no_score_could_be_higher() -> None:
+    assert next_of(rounds(("", 2), ("p", 10))) == "stop: p has the full mark on all of 10 examples"
+    assert next_of(rounds(("", 10))) == "stop: the untouched student has the full mark on all of 10 examples"
+    assert next_of(rounds(("", 2), ("p", 10), ("w", 8))).startswith("stop: p has the full mark")
+    rounded = StepRecord(0, "", "", "complete", 0.6 + 0.3 + 0.1, (0.6 + 0.3 + 0.1,) * 10)
+    assert next_of([rounded]).startswith("stop: the untouched student has the full mark")
+    assert next_of(rounds(("", 2), ("p", 9))).startswith("w next: ")
+
+
+def test_a_score_of_one_is_no_full_mark_of_a_metric_that_gave_more() -> None:
+    student, p = rounds(("", 2), ("p", 10))
+    assert next_of([replace(student, scores=(2.0,) * 10), p]).startswith("w next: ")
+
+
 def test_a_gain_is_one_over_the_best_round_before_and_not_over_the_last() -> None:
     assert next_of(rounds(("", 8), ("p", 0), ("w", 8))).startswith("stop: ")
 
@@ -219,10 +228,10 @@ def compile_(engine: FakeEngine, **options: Any) -> dspy.Module:
 def test_a_run_says_why_in_its_records_its_report_and_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         report = compile_(parity_engine(knows)).report
-    assert [record.step for record in report.rounds] == ["", "p", "w", "w", "p", "w", "p", "w"]
+    assert [record.step for record in report.rounds] == ["", "p", "w", "w", "p", "w"]
     assert report.rounds[0].why == ""
     assert report.rounds[1].why == "the untouched student passes 6 of 24 examples, few to learn from"
-    assert report.stopped == "none of the last 2 rounds gained more than its noise"
+    assert report.stopped == "p -> w -> w -> p -> w has the full mark on all of 24 examples"
     decisions = [NextStep(record.step, record.why) for record in report.rounds[1:]] + [NextStep(None, report.stopped)]
     logged = [line.getMessage() for line in caplog.records if line.name == "bettertogether.run.loop"]
     assert [line for line in logged if "next: " in line or "stop: " in line] == [f"{each}." for each in decisions]
