@@ -114,10 +114,11 @@ class BetterTogether(Teleprompter):
             `flag_compilation_error_occurred` and `report` (a `CompileReport`).
 
         Raises:
-            StrategyError, DataError, ProgramError, ConfigError, NotTrainableError, MissingExtraError,
-                RunDirectoryError: before any work; ConfigError also after the student was scored, where the metric goes
-                below 0, or above 1 and a step has no `threshold`. Without a valset the step fails that meets such a
-                score; below 0, one that compares by it.
+            StrategyError, DataError, ProgramError, NotTrainableError, MissingExtraError, RunDirectoryError: before any
+                work.
+            ConfigError: before any work; and after the student was scored, where the metric goes below 0, or above 1
+                and a step has no `threshold`. Without a valset the step fails that meets such a score; below 0, one
+                that compares by it.
             TooManyErrors: when the untouched student fails on more than `max_errors` examples.
         """
         plan = Plan.of(

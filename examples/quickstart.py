@@ -31,7 +31,7 @@ from bettertogether import (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="less data: minutes instead of a quarter of an hour")
+    parser.add_argument("--fast", action="store_true", help="less data, in less time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="folder or hub id of another model")
     parser.add_argument("--vllm", nargs="?", const="vllm", help="let vLLM answer: the program, where not on the PATH")

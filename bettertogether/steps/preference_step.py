@@ -25,7 +25,11 @@ from .rows_from_traces import Collected, RowOptions, Runs, Trainable, rows_from_
 from .training_step import TrainingStep
 
 
-@knows()
+@knows(
+    train_kwargs="training=TrainingConfig(...) and lora=LoRAConfig(...)",
+    adapter="dspy.configure(adapter=...)",
+    metric_threshold="threshold=...",
+)
 class PreferenceFinetune(TrainingStep):
     """Fine-tune a program's local LMs to prefer the answers that made its runs pass to those that made them fail.
 
