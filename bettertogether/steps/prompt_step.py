@@ -26,7 +26,7 @@ from ..programs.program import as_programs, copy_for_step, require_program, with
 from ..records import RaceResult
 from ..rollouts.examples import check_examples
 from ..rollouts.labels import split_apart, stratified_split
-from ..rollouts.metrics import Metric, full_mark, require_metric
+from ..rollouts.metrics import FULL_MARK, Metric, full_mark, require_metric
 from ..rollouts.rollout import RolloutStore, stable_seed
 from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, TraceSet, collect_traces
@@ -34,7 +34,7 @@ from ..rollouts.tries import TEMPERATURES, Sampling
 from .candidate_scores import CandidateScores, all_equal
 from .demo_sets import Candidate, DemoSets
 from .outcome import Outcome
-from .race import choose, expected_calls, run_race
+from .race import choose, expected_calls, run_race, solves_all
 from .select_traces import select_traces, unseen_calls
 from .step import Step, StepContext, StepResult
 from .strengths import TriedAdapters, at_strengths, checked_strengths, no_strengths
@@ -187,7 +187,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         chosen = select_traces(traces.traces, near_misses=traces.mark is not None)
         sets = DemoSets(start, chosen, train)
         candidates = self._candidates(student, start, context.earlier, sets, seed)
-        scoring = CandidateScores(candidates, validation, self.metric, settings)
+        scoring = CandidateScores(candidates[:1], validation, self.metric, settings)
         candidates, race = self._race(candidates, len(validation), scoring, context)
         warnings += scoring.broken
         warnings += scoring.warnings or events.told(all_equal(candidates, self.threshold))
@@ -225,7 +225,10 @@ class BootstrapFewShotRS(Step, Teleprompter):
         prompts = 1 + outlook.has_demos + bool(self.max_labeled_demos) + self.num_candidates
         calls = expected_calls(prompts, size, outlook.contest, race=self.race)
         scaled = len(set(self.strengths) - {1.0}) if outlook.is_tuned else 0
-        if scaled:
+        if context.valset and self.race and self.threshold is None and outlook.contest[0] == FULL_MARK:
+            # The prompts given may have it, and be the simplest.
+            calls = size
+        elif scaled:
             # The best has its scores already.
             calls += expected_calls(1 + scaled, size, outlook.contest, race=self.race) - size
         whole = len(context.trainset)
@@ -298,16 +301,25 @@ class BootstrapFewShotRS(Step, Teleprompter):
         took part."""
         mark = full_mark(self.threshold)
         # A valset the program given was scored on as a round: its answers are kept, so all of them count.
-        known = candidates[:1] if context.valset else []
-        prompts = run_race(known, size, scoring, race=False)
+        given, *others = candidates
+        prompts = run_race([given] if context.valset else [], size, scoring, race=False)
+        if self._is_best(given, size):
+            # Equals are chosen by their demos.
+            others = [each for each in others if each.demos < given.demos]
+        scoring.add(others)
+        candidates = [given, *others]
         prompts += run_race(candidates, size, scoring, race=self.race, full_mark=mark)
         best = choose(candidates, size)
         with TriedAdapters(adapters_folder(context)) as tried:
-            scaled = at_strengths(best, self.strengths, tried)
+            scaled = [] if self._is_best(best, size) else at_strengths(best, self.strengths, tried)
             scoring.add(scaled)
             strengths = run_race([best, *scaled], size, scoring, race=self.race, full_mark=mark)
             tried.keep(choose([*candidates, *scaled], size).program)
         return [*candidates, *scaled], prompts + strengths
+
+    def _is_best(self, candidate: Candidate, size: int) -> bool:
+        """Whether a race is won: without a threshold no metric goes above the full mark."""
+        return self.race and self.threshold is None and solves_all(candidate, size)
 
     def _no_demos(self, traces: TraceSet) -> list[str]:
         """Why no demo comes from a run, where that was to be."""

@@ -119,12 +119,13 @@ def _stop_alike(
         scores = tuple(candidate.scores[i] for i in seen)
         others = simpler[scores]
         telling = len(scores) - max(Counter(scores).values()) >= TELLING
-        if candidate in running and others and (telling or any(_solves_all(each, size, full_mark) for each in others)):
+        if candidate in running and others and (telling or any(solves_all(each, size, full_mark) for each in others)):
             candidate.stopped = True
         others.append(candidate)
 
 
-def _solves_all(candidate: Candidate, size: int, full_mark: float) -> bool:
+def solves_all(candidate: Candidate, size: int, full_mark: float = FULL_MARK) -> bool:
+    """Whether it has the full mark on every example."""
     return len(candidate.scores) == size and all(passes(score, full_mark) for score in candidate.scores.values())
 
 

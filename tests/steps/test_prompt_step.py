@@ -269,6 +269,31 @@ def test_of_equal_candidates_the_one_with_fewer_demos_wins() -> None:
     assert compiled.candidate_programs[0]["name"] == "current"
 
 
+def knows_but_one_demo(request: FakeRequest, number: int) -> bool:
+    return request.demos != 1
+
+
+@pytest.mark.parametrize(("demos", "left"), [(0, ["current"]), (2, ["current", "zero-shot"])])
+def test_where_the_prompts_given_solve_all_only_those_with_fewer_demos_are_tried(demos: int, left: list[str]) -> None:
+    """On a valset, where all of it is known of them; what is chosen is what a full race chooses."""
+    raced, scored = step(), step(race=False)
+    for optimizer in (raced, scored):
+        program = parity_program(parity_engine(knows_but_one_demo))
+        program.demos = numbers(demos, start=80)
+        optimizer.compile(program, trainset=numbers(30), valset=numbers(40, start=100))
+    details = prompt_details(raced.last)
+    assert [candidate.name for candidate in details.candidates] == left
+    assert details.chosen == prompt_details(scored.last).chosen == ("zero-shot" if demos else "current")
+    assert len(prompt_details(scored.last).candidates) > len(left)
+
+
+def test_with_a_threshold_a_score_of_one_may_be_exceeded() -> None:
+    optimizer = step(threshold=1.0)
+    program = parity_program(parity_engine(lambda *_: True))
+    optimizer.compile(program, trainset=numbers(30), valset=numbers(40, start=100))
+    assert len(prompt_details(optimizer.last).candidates) > 1
+
+
 def test_the_same_seed_gives_the_same_program_and_another_seed_another() -> None:
     def demos(seed: int) -> list[int]:
         compiled = step().compile(parity_program(parity_engine(learner)), trainset=numbers(30), seed=seed)

@@ -71,12 +71,17 @@ def test_scores_of_the_adapter_as_it_is_are_used_again_and_the_calls_are_counted
 
 
 def test_a_strength_that_can_not_win_leaves_the_race() -> None:
-    engine = parity_engine(lambda request, number: request.strength == 1 or number % 7 == 0)
+    engine = parity_engine(lambda request, number: number % 7 == 0 or (request.strength == 1 and number % 9 != 0))
     result = run(parity_program(engine, model=tuned(engine)))
     stopped = {c.name: (c.scored_on, c.stopped) for c in prompt_details(result).candidates}
     assert stopped["current, strength 0.5"] == stopped["current, strength 0.75"] == (8, True)
     assert stopped["current"] == (40, False)
     assert prompt_details(result).chosen == "current"
+
+
+def test_no_strength_is_tried_of_what_solves_all() -> None:
+    engine = parity_engine(lambda request, number: True)
+    assert tried(run(parity_program(engine, model=tuned(engine)))) == []
 
 
 def served(engine: FakeEngine) -> list[Path]:
