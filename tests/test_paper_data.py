@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,22 @@ def test_an_index_is_built_once_and_known_by_what_is_in_it(monkeypatch: pytest.M
     assert search_among([Passage("A", "apples"), Passage("B", "pears")]) == first
     monkeypatch.undo()
     assert search_among([Passage("A", "apples")]) != first
+
+
+def test_an_index_is_opened_once_for_threads_that_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+
+    class SlowIndex(search._Index):
+        def __init__(self, folder: Path) -> None:
+            opened.append(folder)
+            time.sleep(0.05)
+            super().__init__(folder)
+
+    monkeypatch.setattr(search, "_Index", SlowIndex)
+    found = search_among([Passage("A", "apples"), Passage("B", "pears")])
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(found, ["apples"] * 8, [1] * 8)) == [["A | apples"]] * 8
+    assert opened == [found.folder]
 
 
 def test_without_bm25s_the_error_has_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

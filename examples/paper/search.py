@@ -30,7 +30,10 @@ class Bm25:
 
     def __call__(self, query: str, k: int) -> list[str]:
         """The best passages that share a word with the query."""
-        return _opened(self.folder).find(query, k)
+        # The cache alone would let each thread of a first moment open the index for itself.
+        with _OPENING:
+            index = _opened(self.folder)
+        return index.find(query, k)
 
     @property
     def folder(self) -> Path:
@@ -141,6 +144,9 @@ def _indexed(key: str, read: Callable[[], list[Passage]], place: str) -> Bm25:
         # Another process has made it meanwhile.
         shutil.rmtree(temporary)
     return search
+
+
+_OPENING = threading.Lock()
 
 
 @functools.lru_cache(maxsize=4)
