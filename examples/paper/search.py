@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def search_over(place: str) -> Bm25 | ColBERT:
         for file in files:
             with file.open("rb") as opened:
                 digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
-        return _indexed(digest.hexdigest(), lambda: [each for file in files for each in read_passages(file)], place)
+        return _indexed(digest.hexdigest(), (each for file in files for each in read_passages(file)), place)
     server = ColBERT(place)
     try:
         server("first search", 1)
@@ -91,7 +91,7 @@ def search_over(place: str) -> Bm25 | ColBERT:
 def search_among(passages: Sequence[Passage]) -> Bm25:
     """BM25 over these passages."""
     digest = hashlib.sha256("\n".join(map(str, passages)).encode()).hexdigest()
-    return _indexed(digest, lambda: list(passages), "the questions' own paragraphs")
+    return _indexed(digest, passages, "the questions' own paragraphs")
 
 
 def read_passages(file: Path) -> Iterator[Passage]:
@@ -123,21 +123,25 @@ def _passage_files(place: Path) -> list[Path]:
     return files
 
 
-def _indexed(key: str, read: Callable[[], list[Passage]], place: str) -> Bm25:
+def _indexed(key: str, passages: Iterable[Passage], place: str) -> Bm25:
     """The index of this collection, made where there is none yet. It is there whole or not at all."""
     search = Bm25(key[:32])
     if search.folder.exists():
         return search
-    passages = [each for each in read() if each.text]
-    if not passages:
+    titles: list[str] = []
+    texts: list[str] = []
+    for passage in passages:
+        if passage.text:
+            titles.append(passage.title)
+            texts.append(str(passage))
+    if not texts:
         raise SystemExit(f"--passages {place}: all passages are empty. Give texts to search in.")
     bm25s = _bm25s()
-    texts = list(map(str, passages))
     index = bm25s.BM25()
     index.index(bm25s.tokenize(texts, stopwords="en"))
     temporary = search.folder.with_name(f".{search.key}-{os.getpid()}")
     index.save(str(temporary), corpus=texts)
-    (temporary / "titles.json").write_text(json.dumps([each.title for each in passages]), encoding="utf-8")
+    (temporary / "titles.json").write_text(json.dumps(titles), encoding="utf-8")
     try:
         os.replace(temporary, search.folder)
     except OSError:
