@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import sys
 import time
 import types
@@ -141,10 +143,31 @@ def test_passages_come_from_files_of_each_kind_with_their_titles(tmp_path: Path)
 
 def test_an_index_is_built_once_and_known_by_what_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     first = search_among([Passage("A", "apples"), Passage("B", "pears")])
-    monkeypatch.setattr(search, "_bm25s", lambda: pytest.fail("built again"))
-    assert search_among([Passage("A", "apples"), Passage("B", "pears")]) == first
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "_bm25s", lambda: pytest.fail("built again"))
+        assert search_among([Passage("A", "apples"), Passage("B", "pears")]) == first
     assert search_among([Passage("A", "apples")]) != first
+
+
+def test_a_build_that_is_stopped_leaves_nothing_and_the_next_clears_what_killed_ones_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    indexes = Bm25("any").folder.parent
+    places = [indexes / f".{platform.node()}@{pid}" for pid in (2**22 + 1, os.getppid())]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "data.csc.index.npy").write_bytes(b"half")
+
+    def stopped(value: Any) -> str:
+        assert len(list(indexes.iterdir())) == 2
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "json", types.SimpleNamespace(dumps=stopped))
+        with pytest.raises(KeyboardInterrupt):
+            search_among([Passage("A", "apples")])
+    assert list(indexes.iterdir()) == places[1:]
+    assert search_among([Passage("A", "apples")])("apples", 1) == ["A | apples"]
 
 
 def test_an_index_is_opened_once_for_threads_that_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import dspy
+import psutil
 from hub import cache_folder
 
 Search = Callable[[str, int], list[str]]
@@ -139,15 +142,31 @@ def _indexed(key: str, passages: Iterable[Passage], place: str) -> Bm25:
     bm25s = _bm25s()
     index = bm25s.BM25()
     index.index(bm25s.tokenize(texts, stopwords="en"))
-    temporary = search.folder.with_name(f".{search.key}-{os.getpid()}")
-    index.save(str(temporary), corpus=texts)
-    (temporary / "titles.json").write_text(json.dumps(titles), encoding="utf-8")
-    try:
-        os.replace(temporary, search.folder)
-    except OSError:
-        # Another process has made it meanwhile.
-        shutil.rmtree(temporary)
+    with _temporary_folder(search.folder.parent) as temporary:
+        index.save(str(temporary), corpus=texts)
+        (temporary / "titles.json").write_text(json.dumps(titles), encoding="utf-8")
+        try:
+            os.replace(temporary, search.folder)
+        except OSError:
+            if not search.folder.exists():
+                raise
+            # Another process has made it meanwhile.
     return search
+
+
+@contextlib.contextmanager
+def _temporary_folder(parent: Path) -> Iterator[Path]:
+    """A folder that is gone afterwards. It is named by computer and process: what processes left that were killed goes
+    too."""
+    mine = f".{platform.node()}@"
+    for left in parent.glob(f"{mine}*"):
+        if not psutil.pid_exists(int(left.name.removeprefix(mine))):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = parent / f"{mine}{os.getpid()}"
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 _OPENING = threading.Lock()
