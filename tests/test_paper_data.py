@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -184,6 +185,28 @@ def test_an_index_is_opened_once_for_threads_that_search_at_once(monkeypatch: py
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(found, ["apples"] * 8, [1] * 8)) == [["A | apples"]] * 8
     assert opened == [found.folder]
+
+
+def test_of_equally_good_passages_the_first_are_found_after_better_ones() -> None:
+    alike = [Passage(str(number), "apples and pears") for number in range(10, 50)]
+    found = search_among([*alike, Passage("best", "pears")])
+    assert found("pears", 4) == ["best | pears", *map(str, alike[:3])]
+    assert found("pears", 0) == found("plums", 4) == []
+    assert len(found("pears", 99)) == 41
+
+
+def test_threads_rank_passages_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = search_among([Passage("A", "apples"), Passage("B", "pears")])
+    index = search._opened(found.folder)._index
+    both, rank = threading.Barrier(2, timeout=20), index.get_scores
+
+    def get_scores(words: list[str], **options: Any) -> Any:
+        both.wait()
+        return rank(words, **options)
+
+    monkeypatch.setattr(index, "get_scores", get_scores)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(found, ["apples", "pears"], [1, 1])) == [["A | apples"], ["B | pears"]]
 
 
 def test_without_bm25s_the_error_has_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

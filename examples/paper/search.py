@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import dspy
+import numpy as np
 import psutil
 from hub import cache_folder
 
@@ -185,11 +186,18 @@ class _Index:
         self._in_turn = threading.Lock()
 
     def find(self, query: str, k: int) -> list[str]:
-        tokens = self._bm25s.tokenize([query], stopwords="en", show_progress=False)
+        """Of equally good passages those that come first in the collection."""
+        (words,) = self._bm25s.tokenize([query], stopwords="en", return_ids=False, show_progress=False)
+        if not words:
+            return []
+        scores = self._index.get_scores(words)
+        # Not retrieve(), which sorts a score for each passage of the collection.
+        found = np.flatnonzero(scores > 0)
+        if len(found) > k:
+            found = found[scores[found] >= np.partition(scores[found], -k)[-k]]
+        best = found[np.argsort(-scores[found], kind="stable")][:k]
         with self._in_turn:
-            count = min(k, len(self._index.corpus))
-            found, scores = self._index.retrieve(tokens, k=count, show_progress=False)
-        return [passage["text"] for passage, score in zip(found[0], scores[0], strict=True) if score > 0]
+            return [self._index.corpus[place]["text"] for place in best.tolist()]
 
 
 def _bm25s() -> Any:
