@@ -18,6 +18,7 @@ import hub_files
 import iris
 import pytest
 from fakes import field_of, outputs_of, plain_lm, reply
+from search import search_among
 from table_1 import BEST, MODELS, STRATEGIES, TABLE_1, table
 
 import bettertogether
@@ -171,6 +172,19 @@ def test_seeds_of_other_data_models_or_versions_are_not_mixed(
     message = f"{run_dir} belongs to another command, with {{{other!r}: {before!r}}}. Give another --run-dir."
     assert str(refused.value) == message
     assert not (run_dir / "seed-1").exists()
+
+
+@pytest.mark.parametrize("whole", ["hotpotqa"], indirect=True)
+def test_seeds_of_other_passages_are_not_mixed(whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = shutil.copytree(whole.run_dir, tmp_path / "run")
+    before = json.loads((run_dir / "command.json").read_text())["search"]
+    monkeypatch.setattr(hotpotqa, "search_among", lambda passages: search_among(passages[::-1]))
+
+    with pytest.raises(SystemExit) as refused:
+        hotpotqa.main([*whole.command, "--run-dir", str(run_dir)], lm=plain_lm(student_engine("hotpotqa")))
+
+    message = f"{run_dir} belongs to another command, with {{'search': {before!r}}}. Give another --run-dir."
+    assert str(refused.value) == message
 
 
 def test_a_stopped_run_goes_on_after_the_last_strategy_that_was_tested(

@@ -113,6 +113,8 @@ def main(arguments: Sequence[str] | None = None, lm: dspy.LM | None = None) -> s
     command.add_argument("--drop-missing", action="store_true", help="leave questions out whose passages are missing")
     options = command.parse_args(arguments)
     rows, search = load(options)
+    # So that a run directory is refused where the same place has other passages now.
+    options.search = repr(search)
     train, dev, test = (examples_from(part.select_columns(["question", "answer"]), ["question"]) for part in rows)
     return run(TASK, options, MultiHop(search), (train, dev, test), lm)
 
