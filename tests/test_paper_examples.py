@@ -228,7 +228,22 @@ def test_hotpotqa_searches_twice_with_a_predictor_each_and_answers_from_both() -
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("She has 7 + 5 = 12 pens.", 12), ("$1,234.50", 1234.5), ("-3 degrees", -3), ("72.0", 72), ("none", None)],
+    [
+        ("She has 7 + 5 = 12 pens.", 12),
+        ("$1,234.50", 1234.5),
+        ("-3 degrees", -3),
+        ("72.0", 72),
+        ("none", None),
+        ("She has -$1,234 left.", -1234),
+        (r"\boxed{-\$5}", -5),
+        ("$-5", -5),
+        ("x=\u22129", -9),
+        ("It takes 2-3 days", 3),
+        ("16-3-4", 4),
+        ("(5+6)-7", 7),
+        ("5%-10%", 10),
+        ("$5-$10", 10),
+    ],
 )
 def test_the_final_number_of_a_text_is_read(text: str, number: float | None) -> None:
     assert gsm8k.final_number(text) == number

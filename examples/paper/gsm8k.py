@@ -24,13 +24,18 @@ from bettertogether import examples_from
 
 HUB_ID = "openai/gsm8k"
 GYM = "reasoning-gym"
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\w)\]}%])([-\u2212])\\?[$€£]?)?(\d[\d,]*(?:\.\d+)?)")
+"""A minus (hyphen or U+2212), which stands before a currency too, and the number. After a number, word or bracket it is
+no sign: "2-3"."""
 
 
 def final_number(text: str) -> Decimal | None:
     """The last number in a text."""
     found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
+    if not found:
+        return None
+    sign, digits = found[-1]
+    return Decimal(("-" if sign else "") + digits.replace(",", ""))
 
 
 def same_number(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> bool:
