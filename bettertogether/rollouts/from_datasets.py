@@ -25,8 +25,8 @@ def examples_from(
     Class labels (`datasets.ClassLabel`, also in lists and structs) give their names, not their numbers; None where
     there is none.
 
-    Raises DataError for what is no dataset, a split or column that is not there, and a name that two columns would
-    have.
+    Raises DataError for what is no dataset, a split or column that is not there, a name that two columns would have,
+    and one that `dspy.Example` has for a method of its own.
 
     Example:
         >>> gsm8k = datasets.load_dataset("openai/gsm8k", "main")
@@ -89,6 +89,12 @@ def _columns_of_fields(found: Sequence[str], columns: Mapping[str, str] | None) 
             )
     renamed = set(asked.values())
     source = {**asked, **{column: column for column in found if column not in renamed}}
+    for field, column in source.items():
+        if hasattr(dspy.Example(), str(field)):
+            raise DataError(
+                f"Field {field!r} is not allowed: example.{field} is what dspy.Example has itself, not the value. Give "
+                f"another name with columns={{{field + '_'!r}: {column!r}}}."
+            )
     return dict(sorted(source.items(), key=lambda pair: found.index(pair[1])))
 
 

@@ -48,6 +48,18 @@ def test_a_column_may_have_the_name_of_an_argument_of_dspys_example() -> None:
     assert example.toDict() == {"self": "a", "base": "b"}
 
 
+@pytest.mark.parametrize("name", ["labels", "inputs", "items", "_store"])
+def test_a_field_that_dspys_example_has_itself_is_refused_with_another_name(name: str) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["a"], name: ["joy"]})
+    assert refused(rows, ["text"]) == (
+        f"Field {name!r} is not allowed: example.{name} is what dspy.Example has itself, not the value. Give another "
+        f"name with columns={{'{name}_': {name!r}}}."
+    )
+    assert f"name with columns={{'keys_': {name!r}}}." in refused(rows, ["text"], columns={"keys": name})
+    (example,) = examples_from(rows, ["text"], columns={f"{name}_": name})
+    assert example.toDict() == {"text": "a", f"{name}_": "joy"}
+
+
 def test_two_columns_may_change_names() -> None:
     examples = examples_from(questions(), inputs=["answer"], columns={"answer": "q", "q": "answer"})
     assert examples[0].toDict() == {"answer": "one?", "q": "1", "level": 0}
