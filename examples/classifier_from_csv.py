@@ -47,6 +47,8 @@ def main() -> None:
             parser.error(
                 f"{arguments.csv} has no column {column!r}, it has {columns}: name two with --text and --label"
             )
+    # Each text once: one that comes again would be learned from and tested too.
+    rows = list({row[arguments.text]: row for row in reversed(rows)}.values())[::-1]
     examples = [dspy.Example(text=row[arguments.text], label=row[arguments.label]).with_inputs("text") for row in rows]
     # Each part has every class in the same share.
     examples, _ = stratified_split(examples, min(arguments.limit or len(examples), len(examples)), seed=0)

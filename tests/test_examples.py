@@ -100,6 +100,18 @@ def test_a_classifier_is_made_from_the_rows_of_a_csv(run: Run, serve: Serve, tmp
     assert score(printed, "untouched") < score(printed, "compiled") == 1
 
 
+def test_a_text_that_a_csv_has_several_times_is_one_row(run: Run, serve: Serve, tmp_path: Path) -> None:
+    table = tmp_path / "tickets.csv"
+    table.write_text("text,team\n" + "".join(f"number {n // 3},{'ab'[n // 3 % 2]}\n" for n in range(36)))
+    engine = FakeEngine(lambda request: {"label": "a"})
+    serve(tiny=engine)
+    assert "On 4 rows" in run("classifier_from_csv.py", "--csv", table, "--model", "tiny")
+    asked = [field_of(request, "text") for request in engine.requests]
+    tested = set(asked[:4])
+    assert (len(tested), len(set(asked)), asked[-4:]) == (4, 12, asked[:4])
+    assert tested.isdisjoint(asked[4:-4])
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_a_column_that_a_csv_lacks_is_named_with_those_that_it_has_without_excels_byte_order_mark(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str
