@@ -39,13 +39,22 @@ def main() -> None:
     parser.add_argument("--save", help="folder for the compiled classifier")
     arguments = parser.parse_args()
 
-    with open(arguments.csv, encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file)
-        rows, columns = list(table), table.fieldnames or []
+    try:
+        with open(arguments.csv, encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file)
+            rows, columns = list(table), table.fieldnames or []
+    except (OSError, UnicodeError, csv.Error) as error:
+        parser.error(f"{arguments.csv} can't be read: {error}; give a CSV file in UTF-8")
     for column in (arguments.text, arguments.label):
         if column not in columns:
             parser.error(
                 f"{arguments.csv} has no column {column!r}, it has {columns}: name two with --text and --label"
+            )
+    for number, row in enumerate(rows, 1):
+        if not (row[arguments.text] and row[arguments.label]) or any(row.get(None, ())):
+            parser.error(
+                f"{arguments.csv}: row {number} after the header is {row}; give it a {arguments.text!r} and a "
+                f"{arguments.label!r}, commas within them in quotes, or leave it out"
             )
     # Each text once: one that comes again would be learned from and tested too.
     rows = list({row[arguments.text]: row for row in reversed(rows)}.values())[::-1]

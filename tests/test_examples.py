@@ -123,6 +123,27 @@ def test_a_column_that_a_csv_lacks_is_named_with_those_that_it_has_without_excel
     assert "has no column 'text', it has ['id', 'review']: name two with --text and --label" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (b"good", "row 2 after the header is {'text': 'good', 'team': None}; give it a 'text' and a 'team'"),
+        (b"good,", "row 2 after the header is {'text': 'good', 'team': ''}; give it a 'text' and a 'team'"),
+        (b"good, no,a", "row 2 after the header is {'text': 'good', 'team': ' no', None: ['a']}; give it"),
+        ("né,a".encode("latin-1"), "can't be read: 'utf-8' codec can't decode byte 0xe9 in position 18: invalid cont"),
+        (None, "can't be read: [Errno 2] No such file or directory"),
+    ],
+)
+def test_a_csv_that_can_t_be_read_is_told_by_its_row(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: bytes | None, words: str
+) -> None:
+    table = tmp_path / "tickets.csv"
+    if rows is not None:
+        table.write_bytes(b"text,team\nfine,a\n" + rows)
+    with pytest.raises(SystemExit):
+        run("classifier_from_csv.py", "--csv", table)
+    assert words in capsys.readouterr().err
+
+
 def test_orders_are_read_into_a_pydantic_model(run: Run, serve: Serve) -> None:
     namespace = runpy.run_path(str(EXAMPLES / "extraction.py"))
     orders = {example.message: example.order for example in namespace["orders"](18, 0)}
