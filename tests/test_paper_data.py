@@ -66,6 +66,19 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (b"4.9", "split 'train' has no 'Species' in row 2: complete it, or leave it out."),
+        (b"4.9,\xe9", "the files of split 'train' can't be read: 'utf-8' codec can't decode byte 0xe9 in position 0"),
+    ],
+)
+def test_a_file_with_a_row_that_can_t_be_read_is_told(tmp_path: Path, row: bytes, words: str) -> None:
+    header = ",".join(iris.FIELDS.values())
+    (tmp_path / "Iris.csv").write_bytes(f"{header}\n1,1,1,5.1,a\n1,1,1,".encode() + row)
+    assert failure(iris, "--data", str(tmp_path)).startswith(f"{tmp_path}: {words}")
+
+
 def test_a_wrong_split_name_is_told_with_the_files_there_are(tmp_path: Path) -> None:
     hub_files.gsm8k(tmp_path)
     (tmp_path / "main/test-00000-of-00001.parquet").rename(tmp_path / "main/dev.parquet")
@@ -123,9 +136,31 @@ def test_an_empty_folder_of_passages_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(SystemExit, match="all passages are empty"):
         search_over(str(tmp_path))
-    (tmp_path / "bad.jsonl").write_text('{"title": "A"}\n')
-    with pytest.raises(SystemExit, match=r"bad.jsonl, line 1: .* is no passage: give"):
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "a.jsonl",
+            b'{"title": "A"}',
+            """a.jsonl, line 1: '{"title": "A"}' is no passage: give {"title": ..., "text": ...""",
+        ),
+        ("a.jsonl", b'{"text": "B"}\n{"text": null}', "a.jsonl, line 2: '{\"text\": null}' is no passage: give"),
+        ("a.jsonl", b'{"text": [1, 2]}', "a.jsonl, line 1: '{\"text\": [1, 2]}' is no passage: give"),
+        (
+            "a.jsonl",
+            '{"text": "né"}'.encode("latin-1"),
+            "a.jsonl is not in UTF-8 ('utf-8' codec can't decode byte 0xe9",
+        ),
+        ("a.txt", "né".encode("latin-1"), "a.txt is not in UTF-8 ('utf-8' codec can't decode byte 0xe9"),
+    ],
+)
+def test_what_is_no_passage_is_told_with_its_place(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as refused:
         search_over(str(tmp_path))
+    assert words in str(refused.value)
 
 
 def test_passages_come_from_files_of_each_kind_with_their_titles(tmp_path: Path) -> None:
@@ -140,6 +175,13 @@ def test_passages_come_from_files_of_each_kind_with_their_titles(tmp_path: Path)
     assert found("which town lies on the Dove", 3) == ["Corham | Corham is a town. It lies on the Dove."]
     assert found("northern river", 1) == ["Esk | A river in the north."]
     assert found("", 3) == found("nowhere", 3) == []
+
+
+def test_a_passage_without_a_title_is_its_text_and_a_byte_order_mark_is_none_of_it(tmp_path: Path) -> None:
+    (tmp_path / "wiki.jsonl").write_text('{"title": null, "text": "A town."}\n', encoding="utf-8-sig")
+    (tmp_path / "Esk.txt").write_text("A river.", encoding="utf-8-sig")
+    found = search_over(str(tmp_path))
+    assert (found("town", 1), found("river", 1)) == (["A town."], ["Esk | A river."])
 
 
 def test_an_index_is_built_once_and_known_by_what_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

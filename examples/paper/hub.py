@@ -32,13 +32,21 @@ def rows_of(hub_id: str, config: str | None, split: str, data: str | None, colum
         rows, where = _from_hub(hub_id, config, split), hub_id
     else:
         files = _files(Path(data), config, split)
-        rows, where = READERS[files[0].suffix](list(map(str, files)), cache_dir=str(cache_folder() / "datasets")), data
+        try:
+            rows = READERS[files[0].suffix](list(map(str, files)), cache_dir=str(cache_folder() / "datasets"))
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise SystemExit(f"{data}: the files of split {split!r} can't be read: {error.__cause__}") from error
+        where = data
     missing = [name for name in columns if name not in rows.column_names]
     if missing:
         raise SystemExit(
             f"{where}: split {split!r} has no column {missing[0]!r}, it has {rows.column_names}. Give the columns that "
             f"{hub_id} has on the hub: {list(columns)}."
         )
+    for name in columns:
+        if rows.data[name].null_count:
+            row = rows[name].index(None) + 1
+            raise SystemExit(f"{where}: split {split!r} has no {name!r} in row {row}: complete it, or leave it out.")
     return rows.select_columns(list(columns))
 
 

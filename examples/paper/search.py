@@ -101,19 +101,26 @@ def search_among(passages: Sequence[Passage]) -> Bm25:
 def read_passages(file: Path) -> Iterator[Passage]:
     """A JSONL file has an object a line, with "text" (a text or a list of sentences) and, where there is one, "title",
     as the wiki-2017 abstracts have them. A text file is one passage, whose title is the file's name."""
-    with file.open(encoding="utf-8") as lines:
-        if file.suffix != ".jsonl":
-            yield Passage(file.stem, lines.read().strip())
-            return
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                text = row["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise SystemExit(
-                    f'{file}, line {number}: {line.strip()[:80]!r} is no passage: give {{"title": ..., "text": ...}}.'
-                ) from error
-            yield Passage(str(row.get("title", "")), text if isinstance(text, str) else " ".join(map(str.strip, text)))
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            if file.suffix == ".jsonl":
+                yield from (_passage(line, f"{file}, line {number}") for number, line in enumerate(lines, 1))
+            else:
+                yield Passage(file.stem, lines.read().strip())
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{file} is not in UTF-8 ({error}): save it as UTF-8.") from error
+
+
+def _passage(line: str, place: str) -> Passage:
+    try:
+        row = json.loads(line)
+        text = row["text"] if isinstance(row["text"], str) else " ".join(map(str.strip, row["text"]))
+        return Passage(str(row.get("title") or ""), text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f'{place}: {line.strip()[:80]!r} is no passage: give {{"title": ..., "text": ...}}, the text a string or a '
+            "list of sentences."
+        ) from error
 
 
 def _passage_files(place: Path) -> list[Path]:
