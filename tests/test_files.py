@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from bettertogether.errors import RunDirectoryError
-from bettertogether.files import FileLock, atomic_folder, atomic_write, cached_model, model_place
+from bettertogether.files import FileLock, atomic_folder, atomic_write, cached_model, model_place, working_folder
 
 
 def test_a_folder_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
@@ -55,6 +56,30 @@ def test_a_model_that_another_process_has_put_into_the_cache_meanwhile_is_taken(
     assert cached_model("model", fill, tmp_path) == place
     assert (place / "file").read_text() == "theirs"
     assert list(place.parent.iterdir()) == [place]
+
+
+def test_a_working_folder_whose_deletion_is_cut_off_is_gone_and_leaves_nothing_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        with working_folder(tmp_path, "training") as folder:
+            found.append([path.name for path in folder.iterdir()])
+            for name in ("state.json", "tensors"):
+                (folder / name).touch()
+
+    def cut(folder: Path, **_: object) -> None:
+        for file in folder.glob("*"):
+            file.unlink()
+            raise KeyboardInterrupt
+
+    found: list[list[str]] = []
+    with monkeypatch.context() as cutting:
+        cutting.setattr(shutil, "rmtree", cut)
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    work()
+    assert found == [[], []]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no umask")

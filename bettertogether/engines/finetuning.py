@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import NoTrainingDataError
-from ..files import working_folder
+from ..files import new_folder, working_folder
 from ..printable import get_logger
-from ..training.adapter_folder import content_hash, holds_content, write_round
+from ..training.adapter_folder import WEIGHTS_FILE, content_hash, holds_content, write_round
+from ..training.adapter_settings import CONFIG_FILE
 from ..training.arrow_rows import kept
 from ..training.config import ALL_LINEAR, LoRAConfig, TrainingConfig
 from ..training.packing import TokenizedRow
@@ -142,10 +143,13 @@ def train(
     engine: BaseEngine, job: TrainingJob, model: Any, source: str, on_progress: ProgressFunction | None
 ) -> FinetuneResult:
     """Run a training. `model` is trained in this process; None trains `source` in processes of their own."""
-    with working_folder(job.parent, f"training-{_digest(job, engine.base_name)}") as folder:
-        trained = _run(job, model, source, folder, on_progress)
-        name, target = named_by_content(trained.folder, engine.base_name, job.round_number, job.parent)
-        shutil.rmtree(folder, ignore_errors=True)
+    with working_folder(job.parent, f"training-{_digest(job, engine.base_name)}") as work:
+        trained = _run(job, model, source, work, on_progress)
+        # The checkpoint stays behind, from which the same call goes on after a kill.
+        finished = new_folder(work)
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(trained.folder / file, finished / file)
+        name, target = named_by_content(finished, engine.base_name, job.round_number, job.parent)
     return FinetuneResult(
         model=name,
         folder=target,

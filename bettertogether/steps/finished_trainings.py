@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +61,6 @@ def finished_trainings(adapters: Path, asked: Sequence[str]) -> Iterator[Finishe
     name = hashlib.sha256("".join(asked).encode()).hexdigest()[:12]
     with working_folder(adapters, f"trainings-{name}") as folder:
         yield FinishedTrainings(folder, adapters)
-        shutil.rmtree(folder)
 
 
 def asked_for(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -153,24 +152,22 @@ class PolicyFinetune(AdapterStep):
         asked = [self._asked(student, training), *map(dataset_hash, (trainset, held_out)), settings.seed]
         name = BehaviourWalk(lasting=True).of(asked)
         folder = self._folder(context) or adapters_cache()
-        with working_folder(folder, f"policy-{name[:12]}") as work:
-            with ExitStack() as open_sessions:
-                sessions = self._sessions(starts, training, folder, open_sessions)
-                run = PolicyRun(
-                    program=partial(self._tuned, student, trainable),
-                    adapters={name: adapter_key(name, lm, self.multitask) for name, (_, lm) in trainable.items()},
-                    sessions=sessions,
-                    trainset=trainset,
-                    held_out=held_out,
-                    metric=self.metric,
-                    policy=self.policy,
-                    settings=settings,
-                    folder=work,
-                    name=name,
-                )
-                state = run.run()
-                written = {key: session.finish() for key, session in sessions.items()} if state.best_step else {}
-            shutil.rmtree(work)
+        with working_folder(folder, f"policy-{name[:12]}") as work, ExitStack() as open_sessions:
+            sessions = self._sessions(starts, training, folder, open_sessions)
+            run = PolicyRun(
+                program=partial(self._tuned, student, trainable),
+                adapters={name: adapter_key(name, lm, self.multitask) for name, (_, lm) in trainable.items()},
+                sessions=sessions,
+                trainset=trainset,
+                held_out=held_out,
+                metric=self.metric,
+                policy=self.policy,
+                settings=settings,
+                folder=work,
+                name=name,
+            )
+            state = run.run()
+            written = {key: session.finish() for key, session in sessions.items()} if state.best_step else {}
         warnings = () if written else events.told(_unchanged(state))
         program = self._tuned(student, trainable, {key: model for key, (model, _) in written.items()})
         if self.policy.fade_demos and written:

@@ -123,11 +123,6 @@ def read_state(folder: Path, run: str) -> TrainingState | None:
         ) from error
 
 
-def remove_states(folder: Path) -> None:
-    """Delete the checkpoints under `folder`."""
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)
-
-
 def optimizer_moments(
     optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -83,7 +83,8 @@ def train_adapter(
     that is reported is that of the others, the free ones. Of pairs it is that of `preference.PairLoss`. Base weights
     don't change, other adapters of a PeftModel are kept, and on return, also after an exception, the model is as
     before. A run that was killed goes on from its last full epoch when it is called again with the same arguments, and
-    gives the same result as an uninterrupted one. `start_from` is the PEFT folder of an adapter to continue from, with
+    gives the same result as an uninterrupted one; so does one that was killed at its end, without training again: the
+    last checkpoint stays in `folder`. `start_from` is the PEFT folder of an adapter to continue from, with
     its own rank and layers. Under `accelerate launch` the processes share each step's rows, and with FSDP2 the weights;
     the model stays sharded then.
 
@@ -165,7 +166,6 @@ class _Run:
             self._epoch(self.state.epoch + 1)
         if self.sharing.is_main:
             save_adapter(self.folder, self.adapter.config, self.state.kept)
-            checkpoint.remove_states(self.folder)
         self.sharing.wait()
         state = self.state
         return TrainingResult(

@@ -216,6 +216,25 @@ def test_the_same_training_while_it_goes_on_elsewhere_ends_in_the_same_adapter(t
     assert list(tmp_path.iterdir()) == [outer.folder]
 
 
+def test_what_a_kill_left_of_a_file_is_no_part_of_the_adapter(trained: Any, tmp_path: Path) -> None:
+    engine, _ = trained
+
+    def cut_off(_: TrainingProgress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.finetune(ROWS, lora=LORA, training=SHORT, folder=tmp_path, on_progress=cut_off)
+    (work,) = tmp_path.glob("training-*")
+    (work / ".adapter_model.safetensors.1f.tmp").touch()
+    result = engine.finetune(ROWS, lora=LORA, training=SHORT, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == [result.folder]
+    assert sorted(path.name for path in result.folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "bettertogether.json",
+    ]
+
+
 def test_many_rows_go_through_a_file_and_give_the_same_adapter(
     trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

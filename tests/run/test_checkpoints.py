@@ -22,10 +22,9 @@ class KeepsCheckpoints(FakeEngine):
 
     def finetune(self, *args: Any, **options: Any) -> FinetuneResult:
         rate = options["training"].learning_rate
-        with working_folder(options["folder"], f"training-{rate}") as work:
+        with working_folder(options["folder"], f"training-{rate}"):
             if rate < 1:
                 raise KeyboardInterrupt
-            work.rmdir()
         return super().finetune(*args, **options)
 
 

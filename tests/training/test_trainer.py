@@ -204,7 +204,25 @@ def test_a_killed_run_goes_on_and_gives_the_same_result(
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "checkpoint",
     ]
+
+
+def test_a_run_that_was_killed_after_its_last_epoch_is_not_trained_again(
+    whole: TrainingResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as dying:
+        dying.setattr("bettertogether.training.trainer.save_adapter", kill)
+        with pytest.raises(Killed):
+            train(tmp_path, **INTERRUPTED)
+    lines: list[TrainingProgress] = []
+    result = train(tmp_path, on_progress=lines.append, **INTERRUPTED)
+    assert lines == []
+    assert replace(result, folder=whole.folder, seconds=whole.seconds) == whole
+    assert difference(whole.folder, tmp_path) == 0
 
 
 def test_a_killed_run_that_goes_on_tells_of_the_tokens_that_it_trains_itself(

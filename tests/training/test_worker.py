@@ -116,6 +116,7 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path, monkeypatch: pytes
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "checkpoint",
     ]
 
 
