@@ -256,46 +256,6 @@ class FileLock:
         self._file = None
 
 
-@contextlib.contextmanager
-def working_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Where a training works: a folder named by what is asked, so that the same call after a kill finds the checkpoint
-    that was left there; one of its own while the same training goes on elsewhere. Deleted when the block is done: by a
-    rename first, so that no kill leaves a part of a checkpoint."""
-    parent.mkdir(parents=True, exist_ok=True)
-    path = parent / f".{name}.lock"
-    try:
-        lock = FileLock(path)
-    except RunDirectoryError:
-        folder = new_folder(parent, prefix=f"{name}-")
-        yield folder
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    try:
-        folder, gone = parent / name, parent / f".{name}.tmp"
-        shutil.rmtree(gone, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-        yield folder
-        with contextlib.suppress(OSError):
-            os.replace(folder, gone)
-        shutil.rmtree(gone, ignore_errors=True)
-        # Before the lock ends: whoever opened the file meanwhile finds it locked. Windows lets no open file go.
-        with contextlib.suppress(PermissionError):
-            path.unlink(missing_ok=True)
-    finally:
-        lock.release()
-
-
-def working_folders(parent: Path) -> list[str]:
-    """Names of the working folders that are in use, or were left behind."""
-    return sorted(path.name.removeprefix(".").removesuffix(".lock") for path in parent.glob(".*.lock"))
-
-
-def remove_working_folder(parent: Path, name: str) -> None:
-    """Delete a working folder that was left behind; one that is in use, or can't be deleted, stays."""
-    with contextlib.suppress(OSError), working_folder(parent, name):
-        pass
-
-
 def _claimed(path: Path) -> Path:
     """A file that this process made, which stands for a lock; that of a process of this machine that ended is taken
     over. Raises RunDirectoryError while its owner lives, or is on another machine."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from bettertogether.errors import RunDirectoryError
-from bettertogether.files import FileLock, atomic_folder, atomic_write, cached_model, model_place, working_folder
+from bettertogether.files import FileLock, atomic_folder, atomic_write, cached_model, model_place
+from bettertogether.working_folders import working_folder
 
 
 def test_a_folder_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:

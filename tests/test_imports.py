@@ -21,7 +21,8 @@ PACKAGE = Path(bettertogether.__file__).parent
 ROOT = Path(__file__).parents[1]
 
 WINGS = {
-    "ground": "checks errors extras files other_names printable processes programs records redaction versions",
+    "ground": "checks errors extras files other_names printable processes programs records redaction versions "
+    "working_folders",
     "training": "training",
     "engines": "engines",
     "lm": "lm downloads",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import NoTrainingDataError
-from ..files import new_folder, working_folder
+from ..files import new_folder
 from ..printable import get_logger
 from ..training.adapter_folder import WEIGHTS_FILE, content_hash, holds_content, write_round
 from ..training.adapter_settings import CONFIG_FILE
@@ -25,6 +25,7 @@ from ..training.packing import TokenizedRow
 from ..training.precision import require_four_bit
 from ..training.progress import ProgressFunction
 from ..training.targets import check_targets
+from ..working_folders import working_folder
 from .loading import ModelCard, meta_model
 from .protocol import FinetuneResult, TrainingRow, adapter_model_name
 
@@ -145,7 +146,7 @@ def train(
     """Run a training. `model` is trained in this process; None trains `source` in processes of their own."""
     with working_folder(job.parent, f"training-{_digest(job, engine.base_name)}") as work:
         trained = _run(job, model, source, work, on_progress)
-        # The checkpoint stays behind, from which the same call goes on after a kill.
+        # The checkpoint stays behind, for the same call after a kill.
         finished = new_folder(work)
         for file in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(trained.folder / file, finished / file)

@@ -43,11 +43,10 @@ from ..files import (
     disk_errors,
     json_text,
     now,
-    remove_working_folder,
-    working_folders,
 )
 from ..printable import get_logger
 from ..records import Ledger, StepRecord
+from ..working_folders import remove_working_folder, working_folders
 from .same_call import PER_STEP, finished_steps, going_on
 
 logger = get_logger(__name__)
@@ -199,7 +198,7 @@ class RunDirectory:
         return f"The same call would fail again: one with {run_dir} and other options of {step!r} goes on; {mended}"
 
     def begin(self, strategy: str) -> None:
-        """Note that the step of a round begins, whose checkpoints are kept until `append` has the round."""
+        """Note that the step of a round begins, whose working folders are kept until `append` has the round."""
         self._note(checkpoints=self._checkpoints(), under_way=strategy)
 
     def append(self, record: StepRecord) -> None:

@@ -25,6 +25,7 @@ from ..rollouts.labels import label_fields
 from ..rollouts.metrics import FULL_MARK, is_above_one
 from ..rollouts.rollout import stable_seed
 from ..steps.step import StepContext, StepResult, as_step
+from ..working_folders import kept_working_folders
 from . import auto, strategy
 from .any_optimizer import in_turn, run_any
 from .asked import at_work
@@ -204,7 +205,7 @@ class Loop:
             with in_turn(optimizer), at_work(optimizer):
                 return run_any(optimizer, parent, context, given, plan.provide_traceback, charge)
         context = step.sparing(context, is_tuned=model_names(parent) != model_names(plan.student))
-        with at_work(optimizer):
+        with at_work(optimizer), kept_working_folders(self.directory.adapters):
             result = step.run_seen(parent, context.with_arguments(given))
         drop_results(result.program)
         return result

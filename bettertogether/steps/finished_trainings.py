@@ -13,9 +13,10 @@ import pydantic
 
 from ..engines.protocol import FinetuneResult, LocalEngine
 from ..errors import ModelError
-from ..files import atomic_write, working_folder
+from ..files import atomic_write
 from ..printable import get_logger
 from ..training.config import LoRAConfig, TrainingConfig
+from ..working_folders import working_folder
 from .rows import Row
 
 logger = get_logger(__name__)

@@ -16,7 +16,7 @@ from ..callbacks import events
 from ..checks import require
 from ..engines.protocol import PolicyEngine
 from ..errors import ConfigError, NotTrainableError
-from ..files import adapters_cache, working_folder
+from ..files import adapters_cache
 from ..other_names import knows
 from ..programs.behaviour import BehaviourWalk
 from ..programs.content import dataset_hash
@@ -26,6 +26,7 @@ from ..rollouts.labels import split_apart
 from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.settings import RunSettings
 from ..training.config import LoRAConfig, PolicyConfig, TrainingConfig
+from ..working_folders import working_folder
 from .adapter_rows import AdapterKey, Start, adapter_key, held_out_count
 from .adapter_step import AdapterStep
 from .policy_groups import check_draws

@@ -6,15 +6,53 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import dspy
+import pytest
 from directory_files import RUN, record
-from fakes import learner, parity_engine, parity_match
-from parity_run import compile_, steps
+from fakes import learner, parity_engine, parity_match, parity_program, two_step_engine, two_step_program
+from parity_run import TRAIN, compile_, steps
 
-from bettertogether import LoRAFinetune, TrainingConfig
+from bettertogether import BetterTogether, LoRAFinetune, TrainingConfig
 from bettertogether.engines.protocol import FinetuneResult
-from bettertogether.files import working_folder, working_folders
 from bettertogether.run.directory import RunDirectory
 from bettertogether.testing import FakeEngine
+from bettertogether.working_folders import working_folder, working_folders
+
+
+class GoesOn(FakeEngine):
+    """Trains in a folder, and notes whether it found a checkpoint there."""
+
+    found: list[bool]
+
+    def finetune(self, *args: Any, **options: Any) -> FinetuneResult:
+        with working_folder(options["folder"], "training-1") as work:
+            self.found.append((work / "state.json").exists())
+            (work / "state.json").touch()
+        return super().finetune(*args, **options)
+
+
+def test_what_a_training_gave_that_was_cut_off_after_its_end_is_still_there_for_the_same_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(engine: FakeEngine, program: dspy.Module, run_dir: str) -> None:
+        w = LoRAFinetune(parity_match, num_samples=0, rescue=False, multitask=False)
+        optimizer = BetterTogether(parity_match, w=w)
+        optimizer.compile(program, trainset=TRAIN, strategy="w", run_dir=tmp_path / run_dir, progress=False)
+
+    def cut_off(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    one, several = GoesOn(parity_engine(learner).answer), two_step_engine(lambda *_: True)
+    one.found = []
+    with monkeypatch.context() as cutting:
+        cutting.setattr(RunDirectory, "set_aside", cut_off)
+        call(one, parity_program(one), "one")
+        call(several, two_step_program(several), "several")
+    call(one, parity_program(one), "one")
+    call(several, two_step_program(several), "several")
+    assert one.found == [False, True]
+    assert len(several.trainings) == 2
+    assert working_folders(tmp_path / "one" / "adapters") == working_folders(tmp_path / "several" / "adapters") == []
 
 
 class KeepsCheckpoints(FakeEngine):

@@ -36,7 +36,7 @@ with RunDirectory.open({folder!r}, {{}}) as directory:
 FULL_DISK = """
 import resource, signal
 from bettertogether.errors import RunDirectoryError
-from bettertogether.files import atomic_write, working_folder
+from bettertogether.files import atomic_write
 from bettertogether.records import StepRecord
 from bettertogether.run.directory import RunDirectory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -15,8 +15,8 @@ import pytest
 from directory_files import RUN, files_of, record
 
 from bettertogether.errors import RunDirectoryError
-from bettertogether.files import working_folder
 from bettertogether.run.directory import RunDirectory
+from bettertogether.working_folders import working_folder
 
 
 def without_locks(*_: Any) -> None:
