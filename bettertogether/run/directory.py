@@ -13,12 +13,13 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -136,11 +137,12 @@ class RunDirectory:
                 header = {"schema": SCHEMA, "created": now(), "finished": None, "run": asked}
                 atomic_write(folder / "run.json", _pretty(header))
             records = _read_records(folder / "records.jsonl")
-            unscored = _read_unscored(folder / UNSCORED, records)
+            unscored = _read_unscored(folder / UNSCORED)
             noted = going_on(folder, header["run"], asked, records)
             if noted != header["run"]:
                 if unscored and _of_step(noted, unscored.step) != _of_step(header["run"], unscored.step):
-                    (folder / UNSCORED).unlink(missing_ok=True)
+                    with disk_errors(folder):
+                        (folder / UNSCORED).unlink(missing_ok=True)
                     unscored = None
                 header = {**header, "finished": None, "run": noted}
                 atomic_write(folder / "run.json", _pretty(header))
@@ -150,7 +152,12 @@ class RunDirectory:
         except BaseException:
             lock.release()
             raise
-        return cls(folder, lock, header, records, unscored)
+        directory = cls(folder, lock, header, records, unscored)
+        for record in directory.rounds().values():
+            # One whose program is not all in its record is run again, and may have been cut off in that.
+            if record.program is not None:
+                directory._forget(record)
+        return directory
 
     @property
     def adapters(self) -> Path:
@@ -207,15 +214,17 @@ class RunDirectory:
         append_line(self.path / "records.jsonl", _line(record))
         self._records.append(record)
         if record.status == "complete":
-            self._forget(record.strategy)
+            self._forget(record)
 
-    def _forget(self, strategy: str) -> None:
-        """Delete what was kept for going on within a round, which is done: by trainings with other options too, which
-        the step can't be given any more."""
-        if strategy == self._aside:
-            (self.path / UNSCORED).unlink(missing_ok=True)
+    def _forget(self, done: StepRecord) -> None:
+        """Delete what was kept for going on within a round: by trainings with other options too, which the step can't
+        be given any more. What can't be deleted now is when the directory is opened again."""
+        if done.strategy == self._aside:
+            self.unscored = self._aside = None
+            with contextlib.suppress(OSError):
+                (self.path / UNSCORED).unlink(missing_ok=True)
         for name, of_round in self._checkpoints().items():
-            if of_round == strategy:
+            if of_round == done.strategy:
                 remove_working_folder(self.adapters, name)
 
     def _checkpoints(self) -> dict[str, str | None]:
@@ -338,17 +347,15 @@ def _line(record: StepRecord) -> bytes:
         ) from error
 
 
-def _read_unscored(path: Path, records: Sequence[StepRecord]) -> StepRecord | None:
-    """What was set aside and not appended since; None where there is none."""
+def _read_unscored(path: Path) -> StepRecord | None:
+    """What was set aside; None where there is none."""
     try:
-        record = StepRecord.from_dict(json.loads(path.read_bytes()))
+        return StepRecord.from_dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except DAMAGE as error:
         logger.warning("%s is damaged (%r): its step runs again.", path, error)
         return None
-    appended = {each.strategy for each in records if each.status == "complete"}
-    return None if record.strategy in appended else record
 
 
 def _read_records(path: Path) -> list[StepRecord]:

@@ -279,9 +279,12 @@ class Loop:
         return None
 
     def _keep(self, record: StepRecord) -> None:
-        self.directory.note_spent(self.meter.used)
-        self.directory.append(record)
-        self._add(record)
+        """Write a round down, and take it also where the disk is full."""
+        try:
+            self.directory.note_spent(self.meter.used)
+            self.directory.append(record)
+        finally:
+            self._add(record)
 
     def _add(self, record: StepRecord) -> None:
         """Take a round, and say at once what is meaningless in it."""

@@ -8,6 +8,7 @@ from typing import Any
 import dspy
 
 from ..callbacks import events
+from ..errors import BudgetExceeded
 from ..files import atomic_write, json_text
 from ..programs.copies import hang
 from ..programs.program import copy_for_step, prompt_adapter_name
@@ -54,7 +55,7 @@ def carry_out(plan: Plan, directory: RunDirectory, asked: Mapping[str, Any], bud
         if loop.error is None:
             directory.finish()
     events.emit("run_end", {"report": report, "error": None if loop.error is None else repr(loop.error)})
-    return _best_program(report, loop.programs)
+    return _best_program(report, loop)
 
 
 def _report(loop: Loop) -> CompileReport:
@@ -75,9 +76,9 @@ def _report(loop: Loop) -> CompileReport:
     )
 
 
-def _best_program(report: CompileReport, programs: Mapping[str, dspy.Module]) -> dspy.Module:
+def _best_program(report: CompileReport, loop: Loop) -> dspy.Module:
     """A copy of the selected program with the attributes that `dspy.BetterTogether` gives its result, and ours."""
-    rounds = report.rounds
+    rounds, programs = report.rounds, loop.programs
     result = copy_for_step(programs[rounds[report.selected].strategy])
     result._compiled = True
     candidates = [
@@ -88,6 +89,6 @@ def _best_program(report: CompileReport, programs: Mapping[str, dspy.Module]) ->
         }
         for i in rank(rounds, report.selected)
     ]
-    failed = any(r.status == "failed" or all_raised(r) for r in rounds)
+    failed = not isinstance(loop.error, BudgetExceeded | KeyboardInterrupt | None) or any(map(all_raised, rounds))
     hang(result, candidate_programs=candidates, flag_compilation_error_occurred=failed, report=report)
     return result

@@ -21,6 +21,7 @@ from bettertogether.files import atomic_write
 from bettertogether.records import OtherDetails
 from bettertogether.run.directory import RunDirectory, new_run_directory
 from bettertogether.run.same_call import WHOLE
+from bettertogether.working_folders import kept_working_folders, working_folder
 
 APPEND_FOREVER = """
 from bettertogether.records import StepRecord
@@ -70,6 +71,28 @@ def test_what_was_set_aside_stays_when_an_earlier_round_is_appended_again(tmp_pa
         directory.append(second)
     with RunDirectory.open(tmp_path, RUN) as directory:
         assert directory.unscored is None
+
+
+def test_what_could_not_be_deleted_of_a_round_that_is_recorded_goes_when_the_directory_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("Input/output error")
+
+    done = record(0, program={})
+    with RunDirectory.open(tmp_path, RUN) as directory, monkeypatch.context() as breaking:
+        directory.begin(done.strategy)
+        with kept_working_folders(directory.adapters), working_folder(directory.adapters, "training-1"):
+            directory.set_aside(done)
+        for module, name in ((Path, "unlink"), (os, "replace")):
+            breaking.setattr(module, name, broken)
+        directory.append(done)
+        assert directory.records() == (done,)
+    left = {"unscored.json", ".training-1.lock", "training-1"}
+    assert left <= {path.name for path in tmp_path.rglob("*")}
+    with RunDirectory.open(tmp_path, RUN) as directory:
+        assert (directory.records(), directory.unscored) == ((done,), None)
+    assert not left & {path.name for path in tmp_path.rglob("*")}
 
 
 def test_a_new_directory_has_a_folder_for_adapters_and_says_what_was_asked(tmp_path: Path) -> None:

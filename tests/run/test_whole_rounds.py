@@ -1,4 +1,4 @@
-"""A round that is trained and scored stays, whatever comes after it: its 2x2, a callback."""
+"""A round that is trained and scored stays, whatever comes after it: its 2x2, a callback, a full disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from fakes import learner, number_of, numbers, parity_engine, parity_match, pari
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
 from bettertogether.callbacks import Callback
 from bettertogether.engines import TrainingProgress
+from bettertogether.errors import RunDirectoryError
+from bettertogether.files import append_line
 from bettertogether.records import Ledger
 from bettertogether.run.budget import BudgetMeter, BudgetWatch
 from bettertogether.testing import FakeEngine
@@ -80,6 +82,26 @@ def test_errors_in_a_cell_of_the_2x2_are_a_warning() -> None:
     assert compiled.report.rounds[2].two_by_two is None
     assert "The 2x2 was not measured: " in compiled.report.rounds[2].score_warnings[-1]
     assert not compiled.flag_compilation_error_occurred
+
+
+def test_a_round_that_a_full_disk_keeps_no_record_of_counts_with_the_flag_and_is_recorded_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, line: bytes) -> None:
+        if b'"strategy": "w"' in line:
+            raise RunDirectoryError(f"{path} can't be written")
+        append_line(path, line)
+
+    engine = parity_engine(learner)
+    with monkeypatch.context() as filling:
+        filling.setattr("bettertogether.run.directory.append_line", full)
+        first = compile_(engine=engine, strategy="w -> p", run_dir=tmp_path)
+    assert statuses(first) == [("", "complete", 0.35), ("w", "complete", 1.0)]
+    assert (first.report.selected, first.flag_compilation_error_occurred) == (1, True)
+    assert "The run ended at 'w': RunDirectoryError" in first.report.warnings[-1]
+    again = compile_(engine=engine, strategy="w -> p", run_dir=tmp_path)
+    assert statuses(again) == [*statuses(first), ("w -> p", "complete", 1.0)]
+    assert (len(engine.trainings), again.flag_compilation_error_occurred) == (1, False)
 
 
 def test_a_callback_that_raises_after_a_round_makes_no_second_record_of_it(tmp_path: Path) -> None:
