@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,34 @@ def test_of_a_folder_that_is_broken_off_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="broken off"):
         break_off()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+def test_what_a_killed_writer_of_a_folder_left_goes_when_it_is_written_again_and_that_of_others_stays(
+    tmp_path: Path,
+) -> None:
+    def write(then: Callable[[], object]) -> None:
+        with atomic_folder(tmp_path / "folder") as work:
+            (work / "file").write_text("text")
+            then()
+
+    killed = multiprocessing.get_context("fork").Process(target=write, args=(lambda: os.kill(os.getpid(), 9),))
+    killed.start()
+    killed.join()
+    (left,) = tmp_path.iterdir()
+    elsewhere = tmp_path / left.name.replace("@", "@far")
+    elsewhere.mkdir()
+    found: list[list[Path]] = []
+
+    def look() -> None:
+        with atomic_folder(tmp_path / "folder"):
+            found.append(sorted(tmp_path.iterdir()))
+
+    write(look)
+    (three,) = found
+    assert len(three) == 3
+    assert left not in three
+    assert sorted(tmp_path.iterdir()) == [elsewhere, tmp_path / "folder"]
 
 
 def test_a_folder_that_holds_something_is_left_as_it_is(tmp_path: Path) -> None:
