@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import RunDirectoryError
+from .errors import BetterTogetherError, ModelError, RunDirectoryError
 from .printable import get_logger
 
 logger = get_logger(__name__)
@@ -336,13 +336,21 @@ def _system_unlock(file: IO[bytes]) -> None:
 def cached_model(name: str, fill: Callable[[Path], None], cache: Path | None = None) -> Path:
     """The folder of a model in the cache, into which `fill` writes it on the first call: whole or not at all.
 
-    Safe when two processes do it at once. What `fill` raises is passed on, and leaves nothing behind.
+    Safe when two processes do it at once. What `fill` raises is passed on, and leaves nothing behind; an OSError of the
+    system's, as on a full disk, is a ModelError that says what to do.
     """
     folder = model_place(name, cache)
-    if not folder.exists():
-        with atomic_folder(folder, _put_unless_there) as filling:
-            fill(filling)
-            _durable(filling)
+    try:
+        if not folder.exists():
+            with atomic_folder(folder, _put_unless_there) as filling:
+                fill(filling)
+                _durable(filling)
+    except OSError as error:
+        if isinstance(error, BetterTogetherError):
+            raise
+        raise ModelError(
+            f"{folder} can't be written: {error}. Free some space, or set BETTERTOGETHER_CACHE to another folder."
+        ) from error
     return folder
 
 

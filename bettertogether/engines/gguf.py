@@ -51,19 +51,11 @@ def gguf_in(path: Path) -> Path | None:
 
 def converted(gguf_file: Path) -> Path:
     """The model of a GGUF file as a transformers folder, which is made in the cache at the first call, with 4 bytes a
-    weight. Raises ModelError for a file that transformers can't read."""
+    weight. Raises ModelError for a file that transformers can't read, and for a cache that can't be written."""
 
     def fill(folder: Path) -> None:
         logger.info("%s is converted once, to float32 in %s.", gguf_file, cache_folder())
-        try:
-            convert_gguf(gguf_file, folder)
-        except ModelError:
-            raise
-        except Exception as error:  # gguf and transformers raise whatever a file makes them
-            raise ModelError(
-                f"{gguf_file} can't be read as a model ({type(error).__name__}: {error}). Give a GGUF file of an "
-                "architecture that transformers reads, or the transformers folder it was made from."
-            ) from error
+        convert_gguf(gguf_file, folder)
 
     return cached_model(f"gguf/{VERSION}-{file_hash(gguf_file)[:16]}/{gguf_file.stem}", fill)
 
@@ -72,9 +64,35 @@ def converted(gguf_file: Path) -> Path:
 def convert_gguf(gguf_file: Path, folder: Path) -> None:
     """Write the model in `gguf_file` to `folder` as config, float32 safetensors and tokenizer.
 
-    Quantized weights are expanded. The tokenizer keeps the file's chat template, end-of-turn and padding tokens.
+    Quantized weights are expanded. The tokenizer keeps the file's chat template, end-of-turn and padding tokens. Raises
+    ModelError for a file that transformers can't read, and OSError for a folder that can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        model, tokenizer = _read(gguf_file)
+    except ModelError:
+        raise
+    except Exception as error:  # gguf and transformers raise whatever a file makes them
+        raise _unreadable(gguf_file, error) from error
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        # safetensors and tokenizers have errors of their own for what the system says.
+        raise (OSError(str(error)) if "(os error " in str(error) else _unreadable(gguf_file, error)) from error
+
+
+def _unreadable(gguf_file: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{gguf_file} can't be read as a model ({type(error).__name__}: {error}). Give a GGUF file of an "
+        "architecture that transformers reads, or the transformers folder it was made from."
+    )
+
+
+def _read(gguf_file: Path) -> tuple[Any, Any]:
+    """The model and the tokenizer of a file."""
     source, name = str(gguf_file.parent), gguf_file.name
     reader = GGUFReader(str(gguf_file))
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
@@ -87,7 +105,6 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     _set_ends(reader, tokenizer, model.generation_config)
-    model.save_pretrained(folder)
     tokenizer.model_max_length = config.max_position_embeddings
     if _setting(reader, "tokenizer.ggml.pre") in _SINGLE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -96,7 +113,7 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
             ]
         )
-    tokenizer.save_pretrained(folder)
+    return model, tokenizer
 
 
 def _set_ends(reader: GGUFReader, tokenizer: Any, generation: Any) -> None:

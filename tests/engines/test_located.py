@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -21,9 +22,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils._paths import filter_repo_objects
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small_models import generated, save_adapter, save_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from bettertogether import local_lm
 from bettertogether.engines import loading
@@ -61,6 +63,20 @@ def test_a_gguf_file_is_converted_again_where_conversions_have_changed(
     found = loading.located(gguf_folder)
     monkeypatch.setattr("bettertogether.engines.gguf.VERSION", 3)
     assert loading.located(gguf_folder) != found
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), SafetensorError("No space (os error 28)")])
+def test_a_full_disk_is_not_told_as_a_file_that_can_not_be_read(
+    gguf_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as filling:
+        filling.setattr(PreTrainedModel, "save_pretrained", full)
+        with pytest.raises(ModelError, match=r"tiny can't be written: .*No space.* set BETTERTOGETHER_CACHE"):
+            loading.located(gguf_folder)
+    assert (Path(loading.located(gguf_folder)) / "config.json").is_file()
 
 
 def test_what_is_no_whole_gguf_file_is_refused(gguf_folder: Path) -> None:
