@@ -200,10 +200,11 @@ def _sequence(opening: str, items: Sequence[tuple[str, str]], closing: str, dept
 def _listing(opening: str, item: str, closing: str, depth: int, least: int, most: int | None) -> str:
     """Rule body of a bracketed list of such items, one a line."""
     first, between, last = map(_literal, _frame(opening, closing, depth))
-    bounds = f"{max(least - 1, 0)},{'' if most is None else max(most - 1, 0)}"
-    filled = f"{first} {item} ({between} {item}){{{bounds}}} {last}"
     if most == 0:
         return _literal(opening + closing)
+    bounds = f"{max(least - 1, 0)},{'' if most is None else most - 1}"
+    more = "" if most == 1 else f"({between} {item}){{{bounds}}} "
+    filled = f"{first} {item} {more}{last}"
     return filled if least > 0 else f"{_literal(opening + closing)} | {filled}"
 
 

@@ -123,6 +123,20 @@ def test_the_length_of_lists_is_bounded(numbers: list[int], allowed: bool) -> No
     assert follows(answer(schema), dumps({"l": numbers})) is allowed
 
 
+@pytest.mark.parametrize("least", [0, 1])
+def test_a_list_and_a_mapping_may_be_bounded_to_one_item(least: int, caplog: pytest.LogCaptureFixture) -> None:
+    tags = {"type": "array", "items": {"type": "string"}, "minItems": least, "maxItems": 1}
+    counts = {"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": least, "maxProperties": 1}
+    schema = object_of(tags=tags, counts=counts)
+    sizes = [(0, 0), (1, 1), (2, 1), (1, 2)]
+    allowed = [
+        follows(answer(schema), dumps({"tags": ["x"] * items, "counts": dict.fromkeys("xy"[:entries], 1)}))
+        for items, entries in sizes
+    ]
+    assert allowed == [least == 0, True, False, False]
+    assert caplog.records == []
+
+
 def test_a_recursive_type_is_written_on_one_line_from_its_second_level() -> None:
     node = object_of(value={"type": "integer"}, child={"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]})
     schema = {"$defs": {"Node": node}, **object_of(root={"$ref": "#/$defs/Node"})}
