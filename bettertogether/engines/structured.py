@@ -156,7 +156,7 @@ class TokenBytes:
         """Tokens that go on with a character."""
         self.closers = [self._ids.get(text) for text in (b'"', b"}", b"]", b"\n")]
         """Tokens that end a text, a mapping, a list, a line in JSON; None for one that there isn't."""
-        self.openers = {token_id for text, token_id in self._ids.items() if any(each in text for each in b'{[",')}
+        self.openers = {token_id for text, token_id in self._ids.items() if any(each in text for each in b'{[",\n')}
         """Tokens after which more may have to follow than before them."""
 
     def text(self, token_id: int) -> bytes:

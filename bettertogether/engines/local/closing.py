@@ -25,6 +25,7 @@ class ClosingConstraint:
         self._grammar = grammar
         self._left = room
         self._next_look = LOOKAHEAD
+        """With no more room left than this, a look at the end comes before the next token."""
         self._hopeless = False
         self._closer: int | None = None
         """The token that must come next for want of room."""
@@ -49,6 +50,8 @@ class ClosingConstraint:
         """Take the tokens that must come next, as far as there is no choice, and return them."""
         taken = self._grammar.forced()
         self._left -= len(taken)
+        if any(map(self._grammar.opens, taken)):
+            self._next_look = LOOKAHEAD
         return taken
 
     def allows(self, token_id: int) -> bool:

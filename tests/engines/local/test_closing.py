@@ -134,3 +134,29 @@ def test_no_item_is_begun_that_has_no_room() -> None:
         answer = json.loads(write(constrained(response_format, room), room, [",", "{", "t", "\n", "]"]))
         assert all(list(item) == names for item in answer["items"])
         assert answer["items"]
+
+
+NAMED = format_of(name={"type": "string"}, sure={"type": "boolean"})["schema"]
+LIST = {"type": "array", "items": NAMED}
+
+
+@pytest.mark.parametrize(
+    "items", [LIST, {"anyOf": [LIST, {"type": "null"}]}, {"type": "object", "additionalProperties": NAMED}]
+)
+def test_a_first_item_is_begun_only_where_it_has_room_and_closed_in_time(items: dict[str, Any]) -> None:
+    response_format = format_of(label={"enum": ["good", "bad"]}, items=items)
+    longest = 0
+    for room in range(50, 200, 4):
+        answer = json.loads(write(constrained(response_format, room), room, [*'[\ng"t]}n']))
+        longest = max(longest, len(str(answer["items"])))
+    assert longest > 100
+
+
+def test_a_text_is_closed_in_time_whatever_way_of_a_union_the_model_took() -> None:
+    answers = {f"property number {number}": {"type": "boolean"} for number in range(4)}
+    ways = [{"kind": {"const": "whole"}, "name": {"type": "string"}, **answers}, {"kind": {"const": "none"}}]
+    item = {"oneOf": [format_of(**way)["schema"] for way in ways]}
+    response_format = format_of(label={"enum": ["good", "bad"]}, item=item)
+    for room in (260, 300):
+        answer = json.loads(write(constrained(response_format, room), room, [*'gwt"']))
+        assert list(answer["item"]) == list(ways[0])
