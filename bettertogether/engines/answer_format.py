@@ -43,9 +43,11 @@ class _SchemaWriter(GenerateJsonSchema):
     """Says of text what pydantic reads it as, where its own schema says only that it is text."""
 
     def decimal_schema(self, schema: Any) -> JsonSchemaValue:
+        number, _ = super().decimal_schema(schema)["anyOf"]
         # Bounds keep the exponent out, with which numbers become infinite.
-        number = {"type": "number", "minimum": -1e15, "maximum": 1e15}
-        return {"anyOf": [number, {"type": "string", "pattern": DECIMAL}]}
+        bounded = {"type": "number", "minimum": -1e15, "maximum": 1e15} | number
+        # Text can't be held to bounds of the field's own.
+        return bounded if len(number) > 1 else {"anyOf": [bounded, {"type": "string", "pattern": DECIMAL}]}
 
     def timedelta_schema(self, schema: Any) -> JsonSchemaValue:
         return {"type": "string", "pattern": DURATION}
