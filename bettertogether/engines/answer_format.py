@@ -26,7 +26,10 @@ TIME = rf"T([0-9]{{1,2}}H([0-9]{{1,2}}M)?({SECONDS})?|[0-9]{{1,2}}M({SECONDS})?|
 DAYS = r"([0-9]{1,3}Y([0-9]{1,3}D)?|[0-9]{1,6}D)"
 DURATION = rf"^-?P({DAYS}({TIME})?|{TIME})$"
 """What pydantic writes, and can read back: it refuses longer ones."""
-DATE = r"[0-9]{4}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|[12][0-9]))"
+YEAR = "([0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
+LEAP_YEAR = "([0-9]{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)"
+DAY = "((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
+DATE = f"({YEAR}-{DAY}|{LEAP_YEAR}-02-29)"
 CLOCK = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?"
 ZONE = r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 ZONES: Mapping[Any, str] = {None: f"{ZONE}?", "naive": ""}
@@ -51,6 +54,9 @@ class _SchemaWriter(GenerateJsonSchema):
 
     def timedelta_schema(self, schema: Any) -> JsonSchemaValue:
         return {"type": "string", "pattern": DURATION}
+
+    def date_schema(self, schema: Any) -> JsonSchemaValue:
+        return {"type": "string", "pattern": f"^{DATE}$"}
 
     def datetime_schema(self, schema: Any) -> JsonSchemaValue:
         return {"type": "string", "pattern": f"^{DATE}T{_clock(schema)}$"}

@@ -48,10 +48,17 @@ def schema_for(kind: Any, value: Any) -> Any:
     return {key: each for key, each in field.items() if key != "title"}
 
 
-def fits(kind: Any, text: str) -> bool:
-    """Whether a text is allowed by the pattern of its type."""
+def fits(kind: Any, *texts: str) -> list[bool]:
+    """For each text, whether the pattern of its type allows it."""
     schema = whole_format(pydantic.create_model(DSPY_NAME, answer=(kind, ...)), None).model_json_schema()
-    return re.search(schema["properties"]["answer"]["pattern"], text) is not None
+    return [re.search(schema["properties"]["answer"]["pattern"], text) is not None for text in texts]
+
+
+def there_is(day: str) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(day))
+    except ValueError:
+        return False
 
 
 def test_a_dict_field_leaves_the_schema_of_the_others_on() -> None:
@@ -156,10 +163,9 @@ def test_what_pydantic_writes_of_a_moment_fits_the_schema_of_its_kind_and_no_oth
     naive = moment.tzinfo is None
     kinds = {datetime.datetime: True, pydantic.NaiveDatetime: naive, pydantic.AwareDatetime: not naive}
     text = pydantic.TypeAdapter(datetime.datetime).dump_python(moment, mode="json")
-    assert {kind: fits(kind, text) for kind in kinds} == kinds
+    assert {kind: fits(kind, text) == [True] for kind in kinds} == kinds
     clock = pydantic.TypeAdapter(datetime.time).dump_python(moment.timetz(), mode="json")
-    assert fits(datetime.time, clock)
-    assert not fits(datetime.time, text)
+    assert fits(datetime.time, clock, text) == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +173,15 @@ def test_what_pydantic_writes_of_a_moment_fits_the_schema_of_its_kind_and_no_oth
              "2024-05-01T10:00:00+24:00", "2024-05-01T10:00:00.", "2024-05-01T10:00:00z"],
 )  # fmt: skip
 def test_a_moment_that_there_is_not_fits_no_schema(text: str) -> None:
-    assert not fits(datetime.datetime, text)
+    assert fits(datetime.datetime, text) == [False]
+
+
+@pytest.mark.parametrize("kind", [datetime.date, datetime.datetime])
+def test_days_that_there_are_fit_the_schema_and_no_others(kind: type) -> None:
+    years = [0, 1, 4, 10, 96, 100, 400, 1000, 1900, 1996, 2000, 2023, 2024, 2100, 9996, 9999]
+    clock = "" if kind is datetime.date else "T10:00:00"
+    days = [f"{year:04}-{month:02}-{day:02}" for year in years for month in range(14) for day in range(33)]
+    assert fits(kind, *(day + clock for day in days)) == [there_is(day) for day in days]
 
 
 def test_a_moment_may_be_a_key() -> None:
