@@ -16,6 +16,7 @@ import json
 import math
 import pathlib
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,11 +90,24 @@ def _timedelta_parts(value: datetime.timedelta) -> list[int]:
     return [value.days, value.seconds, value.microseconds]
 
 
+def _defaultdict_parts(value: defaultdict[Any, Any]) -> list[Any]:
+    for name, factory in _FACTORIES.items():
+        if factory is value.default_factory:
+            return [name, dict(value)]
+    raise _Unknown(f"its values begin with {value.default_factory!r}, not one of {list(_FACTORIES)}")
+
+
+_FACTORIES: dict[str, Any] = {
+    "None": None, "list": list, "dict": dict, "set": set, "tuple": tuple, "int": int, "float": float, "bool": bool,
+    "str": str,
+}  # fmt: skip
+"""What a value of a `defaultdict` begins with."""
 _KINDS: dict[str, _Kind] = {
     "tuple": _Kind(tuple, list, tuple),
     "set": _Kind(set, list, _set_builder(set, _OrderedSet)),
     "frozenset": _Kind(frozenset, list, _set_builder(frozenset, _OrderedFrozenSet)),
     "dict": _Kind(dict, lambda value: [[key, item] for key, item in value.items()], dict),
+    "defaultdict": _Kind(defaultdict, _defaultdict_parts, lambda parts: defaultdict(_FACTORIES[parts[0]], parts[1])),
     "float": _Kind(float, str, float),
     "complex": _Kind(complex, lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
     "bytes": _Kind(bytes, lambda value: base64.b64encode(value).decode(), base64.b64decode),

@@ -14,7 +14,7 @@ import pathlib
 import subprocess
 import sys
 import uuid
-from collections import Counter, OrderedDict, namedtuple
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -125,6 +125,8 @@ EXACT: list[tuple[Any, Any]] = [
     (dict[int, str], {1: "a"}),
     (dict[str, Any], {"$type": "date", "value": "2024-01-02"}),
     (dict[str, Any], {"$set": {"a": 1}}),
+    (dict[str, list[int]], defaultdict(list, a=[1])),
+    (dict[datetime.date, int], defaultdict(None, {DAY: 1})),
     (Color | None, None),
     (Literal[Color.RED], Color.RED),
     (datetime.date, DAY),
