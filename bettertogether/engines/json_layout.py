@@ -20,6 +20,8 @@ MAPPING_KEYS = ANNOTATIONS | {
 SCALAR = {"type": ["string", "number", "boolean", "null"]}
 ANY_LEVELS = 3
 """Lists and mappings of any content are laid out to this depth; what is further in is written on one line."""
+FINITE = r"/-?(0|[1-9][0-9]{0,200})(\.[0-9]+)?([eE](\+?[0-9]{1,2}|-[0-9]{1,3}))?/"
+"""A number that no reader takes for infinity, as it does 1e400."""
 BASE64 = r"^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 
 Check = Callable[[str], tuple[str, list[str]]]
@@ -87,6 +89,8 @@ class _Grammar:
         if not asked:
             return self._anything(depth)
         kind = schema.get("type")
+        if asked == {"type"} and kind == "number":
+            return FINITE
         if isinstance(kind, list) and {"array", "object"} & set(kind):
             return " | ".join(self._value({**schema, "type": each}, depth) for each in kind)
         if kind == "array" and not schema.keys() - ARRAY_KEYS:

@@ -280,6 +280,15 @@ def test_values_of_another_kind_are_not_allowed(field: Any, value: Any) -> None:
     assert not follows(answer(object_of(a=field)), dumps({"a": value}))
 
 
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [("1e400", False), ("-1E+309", False), ("1" + "0" * 309, False), ("1e-05", True), ("-2.5e-300", True),
+     ("1e+16", True), ("0", True), ("-0.25", True), ("01", False), ("1.", False)],
+)  # fmt: skip
+def test_a_number_has_any_form_of_json_and_is_finite(text: str, allowed: bool) -> None:
+    assert follows(answer(object_of(a={"type": "number"})), f'{{\n  "a": {text}\n}}') is allowed
+
+
 def test_an_enum_may_have_thousands_of_labels() -> None:
     schema = object_of(label={"enum": [f"label {number}" for number in range(5000)]})
     assert follows(answer(schema), dumps({"label": "label 4999"}))
