@@ -19,7 +19,7 @@ from ._upstream import strict_schema
 
 DSPY_NAME = "DSPyProgramOutputs"
 """Name of the model that JSONAdapter makes of a signature's output fields."""
-DECIMAL = r"^-?[0-9]+(\.[0-9]+)?$"
+DECIMAL = r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$"
 HOST = r"[A-Za-z0-9]+([.-][A-Za-z0-9]+)*(:[0-9]{1,4})?"
 SECONDS = r"[0-9]{1,2}(\.[0-9]{1,6})?S"
 TIME = rf"T([0-9]{{1,2}}H([0-9]{{1,2}}M)?({SECONDS})?|[0-9]{{1,2}}M({SECONDS})?|{SECONDS})"

@@ -125,9 +125,9 @@ def test_refine_and_its_hints_keep_the_schema() -> None:
          {"type": "object", "propertyNames": {"pattern": "^-?[0-9]+$"}, "additionalProperties": {"type": "string"}}),
         (decimal.Decimal, "1.5",
          {"anyOf": [{"type": "number", "minimum": -1e15, "maximum": 1e15},
-                    {"type": "string", "pattern": r"^-?[0-9]+(\.[0-9]+)?$"}]}),
+                    {"type": "string", "pattern": r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$"}]}),
         (Annotated[decimal.Decimal, pydantic.Field(ge=0, le=100)], 5, {"type": "number", "minimum": 0, "maximum": 100}),
-        (Annotated[decimal.Decimal, pydantic.Field(gt=0, multiple_of=decimal.Decimal("0.5"))], 5,
+        (Annotated[decimal.Decimal, pydantic.Field(gt=0, multiple_of=0.5)], 5,
          {"type": "number", "minimum": -1e15, "maximum": 1e15, "exclusiveMinimum": 0, "multipleOf": 0.5}),
         (pydantic.HttpUrl, "http://x.org", {"type": "string", "pattern": r"^(http|https)://[A-Za-z0-9]+([.-][A-Za-z0-9]+)*(:[0-9]{1,4})?([/?#][!-~]*)?$"}),
         (Annotated[int, pydantic.Field(ge=1, le=9)], 3, {"type": "integer", "minimum": 1, "maximum": 9}),
@@ -182,6 +182,14 @@ def test_days_that_there_are_fit_the_schema_and_no_others(kind: type) -> None:
     clock = "" if kind is datetime.date else "T10:00:00"
     days = [f"{year:04}-{month:02}-{day:02}" for year in years for month in range(14) for day in range(33)]
     assert fits(kind, *(day + clock for day in days)) == [there_is(day) for day in days]
+
+
+@pytest.mark.parametrize("number", ["1E+5", "-1.5E-7", "0E+2", "12.50", 1e-07, 1e16])
+def test_decimals_as_text_and_numbers_as_keys_fit_the_schema_as_they_are_written(number: Any) -> None:
+    kind = type(number) if isinstance(number, float) else decimal.Decimal
+    schema = schema_for(dict[kind, int], {str(number): 1})  # type: ignore[valid-type]
+    text = json.loads(pydantic.TypeAdapter(dict[Any, int]).dump_json({kind(number): 1}))
+    assert all(re.search(schema["propertyNames"]["pattern"], key) for key in text)
 
 
 def test_a_moment_may_be_a_key() -> None:
