@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ from .printable import get_logger
 
 logger = get_logger(__name__)
 
+DAY_S = 24 * 3600
 NOT_SUPPORTED = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
 """How a file system says that it lacks something."""
 
@@ -99,12 +101,14 @@ def atomic_folder(target: Path, put: Callable[[Path, Path], object] = os.replace
     """Write a folder whole or not at all: inside the block one beside it is filled, which gets its name at the end.
 
     `put(filled, target)` gives it the name; what it leaves under the old name is deleted, as all is that a block which
-    raises has written, and what processes of this machine left that were killed in theirs. Raises OSError.
+    raises has written, and what processes of this machine left that were killed in theirs a day ago. Raises OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     of_a_process = re.compile(rf"\.{re.escape(target.name)}\.(\d+)@(.*)\.\w+\.tmp")
     for other in target.parent.iterdir():
-        if (found := of_a_process.fullmatch(other.name)) and not _lives(int(found[1]), found[2]):
+        found = of_a_process.fullmatch(other.name)
+        # Containers may share their host's name, and not its processes: what is young may be in work.
+        if found and not _lives(int(found[1]), found[2]) and _age_s(other) > DAY_S:
             shutil.rmtree(other, ignore_errors=True)
     prefix = f".{target.name}.{os.getpid()}@{platform.node()}."
     work = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent))
@@ -115,6 +119,13 @@ def atomic_folder(target: Path, put: Callable[[Path, Path], object] = os.replace
         _sync_folder(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def new_folder(parent: Path, prefix: str = "", suffix: str = "") -> Path:

@@ -19,7 +19,8 @@ _kept_in: ContextVar[Path | None] = ContextVar("_kept_in", default=None)
 def working_folder(parent: Path, name: str) -> Iterator[Path]:
     """Where a training works: a folder named by what is asked, so that the same call after a kill finds the checkpoint
     that was left there; one of its own while the same training goes on elsewhere. Deleted when the block is done: by a
-    rename first, so that no kill leaves a part of a checkpoint."""
+    rename first, so that no kill leaves a part of a checkpoint. What can't be deleted keeps its lock file, by which
+    `working_folders` finds it."""
     parent.mkdir(parents=True, exist_ok=True)
     path = parent / f".{name}.lock"
     try:
@@ -38,7 +39,10 @@ def working_folder(parent: Path, name: str) -> Iterator[Path]:
             return
         with contextlib.suppress(OSError):
             os.replace(folder, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        for each in (gone, folder):
+            shutil.rmtree(each, ignore_errors=True)
+        if folder.exists():
+            return
         # Before the lock ends: whoever opened the file meanwhile finds it locked. Windows lets no open file go.
         with contextlib.suppress(PermissionError):
             path.unlink(missing_ok=True)

@@ -57,7 +57,10 @@ def main() -> None:
                 f"{arguments.label!r}, commas within them in quotes, or leave it out"
             )
     # Each text once: one that comes again would be learned from and tested too.
-    rows = list({row[arguments.text]: row for row in reversed(rows)}.values())[::-1]
+    by_text: dict[str, dict[str, str]] = {}
+    for row in rows:
+        by_text.setdefault(row[arguments.text], row)
+    rows = list(by_text.values())
     examples = [dspy.Example(text=row[arguments.text], label=row[arguments.label]).with_inputs("text") for row in rows]
     # Each part has every class in the same share.
     examples, _ = stratified_split(examples, min(arguments.limit or len(examples), len(examples)), seed=0)

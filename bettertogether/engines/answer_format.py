@@ -48,9 +48,14 @@ class _SchemaWriter(GenerateJsonSchema):
     def decimal_schema(self, schema: Any) -> JsonSchemaValue:
         number, _ = super().decimal_schema(schema)["anyOf"]
         # Bounds keep the exponent out, with which numbers become infinite.
-        bounded = {"type": "number", "minimum": -1e15, "maximum": 1e15} | number
-        # Text can't be held to bounds of the field's own.
-        return bounded if len(number) > 1 else {"anyOf": [bounded, {"type": "string", "pattern": DECIMAL}]}
+        if not number.keys() & {"minimum", "exclusiveMinimum"}:
+            number["minimum"] = -1e15
+        if not number.keys() & {"maximum", "exclusiveMaximum"}:
+            number["maximum"] = 1e15
+        # Demos have decimals as text, which can be held to its sign alone.
+        least = number.get("minimum", number.get("exclusiveMinimum"))
+        pattern = DECIMAL.replace("-?", "", 1) if least >= 0 else DECIMAL
+        return {"anyOf": [number, {"type": "string", "pattern": pattern}]}
 
     def timedelta_schema(self, schema: Any) -> JsonSchemaValue:
         return {"type": "string", "pattern": DURATION}

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import NoTrainingDataError
-from ..files import new_folder
 from ..printable import get_logger
 from ..training.adapter_folder import WEIGHTS_FILE, content_hash, holds_content, write_round
 from ..training.adapter_settings import CONFIG_FILE
@@ -147,7 +146,8 @@ def train(
     with working_folder(job.parent, f"training-{_digest(job, engine.base_name)}") as work:
         trained = _run(job, model, source, work, on_progress)
         # The checkpoint stays behind, for the same call after a kill.
-        finished = new_folder(work)
+        finished = work / "finished"
+        finished.mkdir(exist_ok=True)
         for file in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(trained.folder / file, finished / file)
         name, target = named_by_content(finished, engine.base_name, job.round_number, job.parent)

@@ -20,7 +20,10 @@ MAPPING_KEYS = ANNOTATIONS | {
 SCALAR = {"type": ["string", "number", "boolean", "null"]}
 ANY_LEVELS = 3
 """Lists and mappings of any content are laid out to this depth; what is further in is written on one line."""
-FINITE = r"/-?(0|[1-9][0-9]{0,200})(\.[0-9]+)?([eE](\+?[0-9]{1,2}|-[0-9]{1,3}))?/"
+FINITE = (
+    r"/-?(0|[1-9][0-9]{0,200})(\.[0-9]+)?([eE](\+?[0-9]{1,2}|-[0-9]{1,3}))?"
+    r"|-?[0-9](\.[0-9]+)?[eE]\+?([12][0-9]{2}|30[0-7])/"
+)
 """A number that no reader takes for infinity, as it does 1e400."""
 BASE64 = r"^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 

@@ -92,8 +92,9 @@ def _columns_of_fields(found: Sequence[str], columns: Mapping[str, str] | None) 
     for field, column in source.items():
         if hasattr(dspy.Example(), str(field)):
             raise DataError(
-                f"Field {field!r} is not allowed: example.{field} is what dspy.Example has itself, not the value. Give "
-                f"another name with columns={{{field + '_'!r}: {column!r}}}."
+                f"Field {field!r} is not allowed: dspy.Example has an attribute of that name, so "
+                f"example.{field} would not be the column. Give another name with "
+                f"columns={{{field + '_'!r}: {column!r}}}."
             )
     return dict(sorted(source.items(), key=lambda pair: found.index(pair[1])))
 

@@ -31,7 +31,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from ..records import DataCard, StepRecord, WeightDetails, count_text, score_text
 from ..report.intervals import Effect, paired_interval
-from ..rollouts.metrics import FULL_MARK, is_above_one, passes
+from ..rollouts.metrics import FULL_MARK, passes
 from ..steps.adapter_step import AdapterStep
 from ..steps.prompt_step import BootstrapFewShotRS
 
@@ -73,11 +73,16 @@ class NextStep:
 
 
 def decide(
-    records: Sequence[StepRecord], optimizers: Mapping[str, Teleprompter], *, max_rounds: int, labelled: bool
+    records: Sequence[StepRecord],
+    optimizers: Mapping[str, Teleprompter],
+    *,
+    max_rounds: int,
+    labelled: bool,
+    full_mark: float = FULL_MARK,
 ) -> NextStep:
     """What comes after these rounds, all complete, the untouched student first. `labelled`: some example of the
-    trainset has a label."""
-    return _Auto(records, optimizers, labelled).decide(max_rounds)
+    trainset has a label; `full_mark`: the score that can't be bettered."""
+    return _Auto(records, optimizers, labelled, full_mark).decide(max_rounds)
 
 
 def kind_of(optimizer: Teleprompter) -> Kind:
@@ -92,11 +97,12 @@ class _Auto:
     records: Sequence[StepRecord]
     optimizers: Mapping[str, Teleprompter]
     labelled: bool
+    full_mark: float
 
     def decide(self, max_rounds: int) -> NextStep:
         if (full := self._with_the_full_mark()) is not None:
             who = full.strategy or "the untouched student"
-            return NextStep(None, f"{who} has the full mark on all of {count_text(len(full.scores or ()), 'example')}")
+            return NextStep(None, f"{who} has the full mark on the whole valset")
         if len(self.records) > max_rounds:
             return NextStep(None, f"max_rounds={max_rounds} rounds were run")
         since = self._since_the_last_gain()
@@ -146,11 +152,9 @@ class _Auto:
         return bool(last) and any(self._kind(step.step) == kind and part(before) == last for before, step in rounds)
 
     def _with_the_full_mark(self) -> StepRecord | None:
-        """The first round of which no score could be higher, as far as the metric's scores so far tell."""
-        scored = [(record, record.scores) for record in self.records if record.scores]
-        if any(is_above_one(score) for _, scores in scored for score in scores):
-            return None
-        return next((record for record, scores in scored if all(passes(each, FULL_MARK) for each in scores)), None)
+        """The first round of which no score could be higher."""
+        scored = (record for record in self.records if record.scores)
+        return next((each for each in scored if passes(min(each.scores or ()), self.full_mark)), None)
 
     def _since_the_last_gain(self) -> Sequence[StepRecord]:
         gained = [position for position in range(1, len(self.records)) if self._gained(position)]

@@ -149,14 +149,14 @@ class RunDirectory:
             _remove_temporary(folder)
             with disk_errors(folder):
                 (folder / "adapters").mkdir(exist_ok=True)
+            directory = cls(folder, lock, header, records, unscored)
+            for record in directory.rounds().values():
+                # One whose program is not all in its record is run again, and may have been cut off in that.
+                if record.program is not None:
+                    directory._forget(record)
         except BaseException:
             lock.release()
             raise
-        directory = cls(folder, lock, header, records, unscored)
-        for record in directory.rounds().values():
-            # One whose program is not all in its record is run again, and may have been cut off in that.
-            if record.program is not None:
-                directory._forget(record)
         return directory
 
     @property

@@ -80,7 +80,13 @@ class Loop:
             todo = [p for p in strategy.prefixes(self.plan.strategies) if strategy.join(p) not in self.programs]
             return todo[0] if todo else None
         labelled = bool(label_fields(self.plan.trainset))
-        decision = auto.decide(self.records, self.plan.optimizers, max_rounds=self.plan.max_rounds, labelled=labelled)
+        decision = auto.decide(
+            self.records,
+            self.plan.optimizers,
+            max_rounds=self.plan.max_rounds,
+            labelled=labelled,
+            full_mark=self._full_mark(),
+        )
         logger.info("%s.", decision)
         if decision.key is None:
             self.stopped = decision.why

@@ -223,14 +223,15 @@ class BootstrapFewShotRS(Step, Teleprompter):
         self.sampling.carry_out(tries)
         size = len(validation)
         prompts = 1 + outlook.has_demos + bool(self.max_labeled_demos) + self.num_candidates
-        calls = expected_calls(prompts, size, outlook.contest, race=self.race)
         scaled = len(set(self.strengths) - {1.0}) if outlook.is_tuned else 0
         if context.valset and self.race and self.threshold is None and outlook.contest[0] == FULL_MARK:
             # The prompts given may have it, and be the simplest.
-            calls = size
-        elif scaled:
-            # The best has its scores already.
-            calls += expected_calls(1 + scaled, size, outlook.contest, race=self.race) - size
+            calls = float(size)
+        else:
+            calls = expected_calls(prompts, size, outlook.contest, race=self.race)
+            if scaled:
+                # The best has its scores already.
+                calls += expected_calls(1 + scaled, size, outlook.contest, race=self.race) - size
         whole = len(context.trainset)
         calls -= size * outlook.is_scored if context.valset else _surely_known(size, outlook.known, whole)
         race = Work(demo_runs=calls, prompts=prompts + scaled, known=0 if context.valset else size)

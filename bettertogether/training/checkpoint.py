@@ -96,7 +96,8 @@ def write_state(folder: Path, state: TrainingState, run: str) -> None:
 def load_state(folder: Path, run: str) -> TrainingState | None:
     """The latest state of run `run` under `folder`; None when there is none, or when it is another run's."""
     parent = folder / FOLDER
-    names = [path.name for path in parent.glob("epoch-*")] if parent.is_dir() else []
+    # One without it was deleted in part, when its training was done.
+    names = [path.parent.name for path in parent.glob("epoch-*/state.json")] if parent.is_dir() else []
     if not names:
         return None
     return read_state(parent / max(names, key=lambda name: int(name.removeprefix("epoch-"))), run)

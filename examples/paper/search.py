@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import logging
-import os
-import platform
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +14,12 @@ from typing import Any
 
 import dspy
 import numpy as np
-import psutil
 from hub import cache_folder
+
+from bettertogether.files import atomic_folder
+
+READING = b"2"
+"""Of the way in which passages are read: an index of another one is made anew."""
 
 Search = Callable[[str, int], list[str]]
 """A query and how many passages at most, to passages, the best first."""
@@ -76,7 +76,7 @@ def search_over(place: str) -> Bm25 | ColBERT:
     `read_passages`."""
     if not place.startswith(("http://", "https://")):
         files = _passage_files(Path(place))
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(READING)
         for file in files:
             with file.open("rb") as opened:
                 digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
@@ -150,31 +150,15 @@ def _indexed(key: str, passages: Iterable[Passage], place: str) -> Bm25:
     bm25s = _bm25s()
     index = bm25s.BM25()
     index.index(bm25s.tokenize(texts, stopwords="en"))
-    with _temporary_folder(search.folder.parent) as temporary:
-        index.save(str(temporary), corpus=texts)
-        (temporary / "titles.json").write_text(json.dumps(titles), encoding="utf-8")
-        try:
-            os.replace(temporary, search.folder)
-        except OSError:
-            if not search.folder.exists():
-                raise
-            # Another process has made it meanwhile.
-    return search
-
-
-@contextlib.contextmanager
-def _temporary_folder(parent: Path) -> Iterator[Path]:
-    """A folder that is gone afterwards. It is named by computer and process: what processes left that were killed goes
-    too."""
-    mine = f".{platform.node()}@"
-    for left in parent.glob(f"{mine}*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(mine))):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = parent / f"{mine}{os.getpid()}"
     try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with atomic_folder(search.folder) as filling:
+            index.save(str(filling), corpus=texts)
+            (filling / "titles.json").write_text(json.dumps(titles), encoding="utf-8")
+    except OSError:
+        # Another process may have made it meanwhile.
+        if not search.folder.exists():
+            raise
+    return search
 
 
 _OPENING = threading.Lock()

@@ -18,6 +18,8 @@ from fakes import plain_lm
 from bettertogether.engines.answer_format import DSPY_NAME, whole_format
 from bettertogether.testing import FakeEngine
 
+UNSIGNED = r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$"
+
 Label = Literal["good", "bad"]
 
 
@@ -126,9 +128,11 @@ def test_refine_and_its_hints_keep_the_schema() -> None:
         (decimal.Decimal, "1.5",
          {"anyOf": [{"type": "number", "minimum": -1e15, "maximum": 1e15},
                     {"type": "string", "pattern": r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$"}]}),
-        (Annotated[decimal.Decimal, pydantic.Field(ge=0, le=100)], 5, {"type": "number", "minimum": 0, "maximum": 100}),
-        (Annotated[decimal.Decimal, pydantic.Field(gt=0, multiple_of=0.5)], 5,
-         {"type": "number", "minimum": -1e15, "maximum": 1e15, "exclusiveMinimum": 0, "multipleOf": 0.5}),
+        (Annotated[decimal.Decimal, pydantic.Field(ge=0, le=100)], "5.5",
+         {"anyOf": [{"type": "number", "minimum": 0, "maximum": 100}, {"type": "string", "pattern": UNSIGNED}]}),
+        (Annotated[decimal.Decimal, pydantic.Field(gt=-1, multiple_of=0.5)], 5,
+         {"anyOf": [{"type": "number", "exclusiveMinimum": -1, "maximum": 1e15, "multipleOf": 0.5},
+                    {"type": "string", "pattern": f"^-?{UNSIGNED[1:]}"}]}),
         (pydantic.HttpUrl, "http://x.org", {"type": "string", "pattern": r"^(http|https)://[A-Za-z0-9]+([.-][A-Za-z0-9]+)*(:[0-9]{1,4})?([/?#][!-~]*)?$"}),
         (Annotated[int, pydantic.Field(ge=1, le=9)], 3, {"type": "integer", "minimum": 1, "maximum": 9}),
     ],

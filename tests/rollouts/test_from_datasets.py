@@ -52,8 +52,8 @@ def test_a_column_may_have_the_name_of_an_argument_of_dspys_example() -> None:
 def test_a_field_that_dspys_example_has_itself_is_refused_with_another_name(name: str) -> None:
     rows = datasets.Dataset.from_dict({"text": ["a"], name: ["joy"]})
     assert refused(rows, ["text"]) == (
-        f"Field {name!r} is not allowed: example.{name} is what dspy.Example has itself, not the value. Give another "
-        f"name with columns={{'{name}_': {name!r}}}."
+        f"Field {name!r} is not allowed: dspy.Example has an attribute of that name, so example.{name} would "
+        f"not be the column. Give another name with columns={{'{name}_': {name!r}}}."
     )
     assert f"name with columns={{'keys_': {name!r}}}." in refused(rows, ["text"], columns={"keys": name})
     (example,) = examples_from(rows, ["text"], columns={f"{name}_": name})

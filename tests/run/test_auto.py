@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,17 +164,30 @@ def test_auto_stops_when_every_step_had_a_turn_since_the_last_gain() -> None:
 
 
 def test_auto_stops_where_no_score_could_be_higher() -> None:
-    assert next_of(rounds(("", 2), ("p", 10))) == "stop: p has the full mark on all of 10 examples"
-    assert next_of(rounds(("", 10))) == "stop: the untouched student has the full mark on all of 10 examples"
+    assert next_of(rounds(("", 2), ("p", 10))) == "stop: p has the full mark on the whole valset"
+    assert next_of(rounds(("", 10))) == "stop: the untouched student has the full mark on the whole valset"
     assert next_of(rounds(("", 2), ("p", 10), ("w", 8))).startswith("stop: p has the full mark")
     rounded = StepRecord(0, "", "", "complete", 0.6 + 0.3 + 0.1, (0.6 + 0.3 + 0.1,) * 10)
     assert next_of([rounded]).startswith("stop: the untouched student has the full mark")
     assert next_of(rounds(("", 2), ("p", 9))).startswith("w next: ")
 
 
-def test_a_score_of_one_is_no_full_mark_of_a_metric_that_gave_more() -> None:
-    student, p = rounds(("", 2), ("p", 10))
-    assert next_of([replace(student, scores=(2.0,) * 10), p]).startswith("w next: ")
+def test_the_full_mark_is_that_of_the_thresholds_and_unknown_where_a_score_is_above_one() -> None:
+    engine = parity_engine(lambda request, number: True)
+
+    def graded(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> float:
+        return 1.0 * parity_match(example, prediction)
+
+    steps = {"p": BootstrapFewShotRS(graded, threshold=2.0), "w": LoRAFinetune(graded, threshold=2.0)}
+    options: dict[str, Any] = {"trainset": numbers(20, start=40), "valset": numbers(10), "max_rounds": 1}
+    report = (
+        BetterTogether(graded, **steps)
+        .compile(parity_program(engine), strategy="auto", progress=False, **options)
+        .report
+    )
+    assert [record.step for record in report.rounds] == ["", "p"]
+    full = rounds(("", 2), ("p", 10))
+    assert decide(full, {"p": P, "w": W}, max_rounds=9, labelled=True, full_mark=math.inf).key == "w"
 
 
 def test_a_gain_is_one_over_the_best_round_before_and_not_over_the_last() -> None:
@@ -231,7 +245,7 @@ def test_a_run_says_why_in_its_records_its_report_and_the_log(caplog: pytest.Log
     assert [record.step for record in report.rounds] == ["", "p", "w", "w", "p", "w"]
     assert report.rounds[0].why == ""
     assert report.rounds[1].why == "the untouched student passes 6 of 24 examples, few to learn from"
-    assert report.stopped == "p -> w -> w -> p -> w has the full mark on all of 24 examples"
+    assert report.stopped == "p -> w -> w -> p -> w has the full mark on the whole valset"
     decisions = [NextStep(record.step, record.why) for record in report.rounds[1:]] + [NextStep(None, report.stopped)]
     logged = [line.getMessage() for line in caplog.records if line.name == "bettertogether.run.loop"]
     assert [line for line in logged if "next: " in line or "stop: " in line] == [f"{each}." for each in decisions]

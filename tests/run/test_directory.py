@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def test_what_could_not_be_deleted_of_a_round_that_is_recorded_goes_when_the_dir
         directory.begin(done.strategy)
         with kept_working_folders(directory.adapters), working_folder(directory.adapters, "training-1"):
             directory.set_aside(done)
-        for module, name in ((Path, "unlink"), (os, "replace")):
+        for module, name in ((Path, "unlink"), (shutil, "rmtree")):
             breaking.setattr(module, name, broken)
         directory.append(done)
         assert directory.records() == (done,)
@@ -93,6 +94,18 @@ def test_what_could_not_be_deleted_of_a_round_that_is_recorded_goes_when_the_dir
     with RunDirectory.open(tmp_path, RUN) as directory:
         assert (directory.records(), directory.unscored) == ((done,), None)
     assert not left & {path.name for path in tmp_path.rglob("*")}
+
+
+def test_a_working_folder_that_can_not_be_renamed_is_deleted_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with working_folder(tmp_path, "training-1") as folder:
+        (folder / "file").write_text("text")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_new_directory_has_a_folder_for_adapters_and_says_what_was_asked(tmp_path: Path) -> None:
