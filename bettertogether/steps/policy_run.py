@@ -309,7 +309,7 @@ class PolicyRun:
             if values.pop("run") != self.name:
                 return
             self.state = read(RunState, "checkpoint", values, lambda fields: fields)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TrainingError(
                 f"The checkpoint in {latest} is damaged ({error}): delete {self.folder} and train again."
             ) from error

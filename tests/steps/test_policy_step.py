@@ -32,7 +32,7 @@ from small_models import save_adapter
 from bettertogether import BetterTogether, Budget, PolicyConfig, PolicyFinetune
 from bettertogether.callbacks import Callback, events
 from bettertogether.engines import TransformersEngine
-from bettertogether.errors import NoTrainingDataError
+from bettertogether.errors import NoTrainingDataError, TrainingError
 from bettertogether.programs.program import model_names
 from bettertogether.rollouts.metrics import Verdict
 from bettertogether.rollouts.settings import RunSettings
@@ -62,6 +62,15 @@ def test_a_program_learns_the_letter_that_is_rewarded(engine: TransformersEngine
     assert watcher.events[-1]["progress"].tokens == step.ledger.trained_tokens > 0
     assert (step.ledger.program_calls, step.step_gain) == (3 * 12 + 2 * 4, None)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [program.lm.model.partition("/")[2]]
+
+
+def test_without_a_valset_its_gain_is_the_rise_of_the_score_on_examples_held_out(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    step = PolicyFinetune(lambda e, p, trace=None: 0.5 + 0.5 * is_a(e, p), folder=tmp_path, **QUICK)
+    tuned(step, program_of(engine), trainset=words(24), valset=None)
+    assert [line.held_out_score for line in details_of(step).history] == [0.5, None, None, 1.0]
+    assert (details_of(step).held_out_examples, step.step_gain) == (4, 0.5)
 
 
 def test_of_two_modules_each_learns_in_an_adapter_of_its_own(engine: TransformersEngine, tmp_path: Path) -> None:
@@ -316,6 +325,15 @@ def test_where_the_examples_held_out_are_solved_it_ends_when_runs_of_hardly_any_
     monkeypatch.setattr(run, "_runs", lambda: (traces, Groups({}, 1, 4, frozenset(next(differ)))))
     monkeypatch.setattr(run, "_score", lambda step: held_out)
     assert run.run().step == steps
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", "null", '{"schema": 1, "run": "run", "step": "x"}'])
+def test_a_damaged_checkpoint_is_an_error_that_says_what_to_delete(tmp_path: Path, content: str) -> None:
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "step-1" / "state.json").write_text(content)
+    run = PolicyRun(lambda _: dspy.Module(), {}, {}, [], [], is_a, PolicyConfig(), RunSettings(), tmp_path, "run")
+    with pytest.raises(TrainingError, match=r"The checkpoint in .*step-1 is damaged .*: delete .* and train again"):
+        run.run()
 
 
 def test_no_two_runs_of_a_training_have_the_same_number(tmp_path: Path) -> None:
