@@ -88,8 +88,8 @@ class DemoSets:
 
     def __init__(self, program: dspy.Module, traces: Sequence[Trace], labelled: Sequence[dspy.Example]) -> None:
         self._program = program
-        self._traces = list(traces)
-        self._labelled = list(labelled)
+        self._traces = traces
+        self._labelled = labelled
         self._of_trace = {id(trace): demos_of(trace) for trace in self._traces}
         self._of_example = {name: self._labelled_demos(p) for name, p in predictors_of(program).items()}
         self._fits = {name: self._fit(name, predictor) for name, predictor in predictors_of(program).items()}
