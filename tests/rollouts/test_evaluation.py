@@ -164,6 +164,7 @@ def test_no_examples_are_no_scores() -> None:
         ({"examples": [dspy.Prediction(a=1)]}, DataError, "examples[0] is a Prediction: give a dspy.Example"),
         ({"examples": [dspy.Example(number=1)]}, DataError, "examples[0] does not say which fields are inputs"),
         ({"metric": "exact"}, ConfigError, "metric='exact' is not allowed: give a function"),
+        ({"metric": None}, ConfigError, "metric=None is not allowed: give a function"),
         ({"metric": lambda example: 1}, ConfigError, "metric must take (example, prediction)"),
         ({"num_threads": "x"}, ConfigError, "num_threads='x' is not allowed"),
         ({"num_threads": 0}, ConfigError, "num_threads=0 is not allowed"),

@@ -60,6 +60,17 @@ def test_a_call_has_the_answer_that_the_program_made_its_own(program: dspy.Modul
     assert "even" in (run.calls[0].text or "")
 
 
+def test_a_call_has_its_first_answer_where_the_program_returns_none_of_them() -> None:
+    class Other(Vote):
+        def forward(self, number: int) -> dspy.Prediction:
+            self.p(number=number)
+            return dspy.Prediction(parity="neither")
+
+    run = Runner(over(Other(n=3), odd_first())).run(numbers(1)[0])
+    assert run.calls[0].outputs == {"parity": "odd"}
+    assert "odd" in (run.calls[0].text or "")
+
+
 def test_what_was_voted_down_is_not_learned() -> None:
     engine = odd_first()
     step = LoRAFinetune(parity_match, num_samples=0, rescue=False, train_prompt="vanilla")

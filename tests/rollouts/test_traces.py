@@ -72,6 +72,17 @@ def test_a_raise_in_the_program_is_a_dropped_trace_with_its_reason() -> None:
     ]
 
 
+def test_an_error_of_ours_in_the_program_ends_the_pass() -> None:
+    class Refuses(TwoSteps):
+        def forward(self, number: int) -> dspy.Prediction:
+            raise error
+
+    error = ConfigError("not allowed")
+    with pytest.raises(ConfigError) as caught:
+        collect_traces(Refuses(), numbers(1), ExamplePass(parity_match), sampling=NO_MORE)
+    assert caught.value is error
+
+
 def test_a_raise_in_the_metric_is_a_dropped_trace_with_its_reason() -> None:
     def metric(example: dspy.Example, prediction: Any, trace: Any = None) -> bool:
         if example.number == 1:

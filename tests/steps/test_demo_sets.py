@@ -9,7 +9,17 @@ from typing import Any, Literal
 import dspy
 import numpy as np
 import pytest
-from fakes import Parity, numbers, parity_engine, parity_match, parity_program, right, two_step_engine, two_step_program
+from fakes import (
+    Parity,
+    numbers,
+    parity_engine,
+    parity_match,
+    parity_program,
+    predictor_over,
+    right,
+    two_step_engine,
+    two_step_program,
+)
 
 from bettertogether.rollouts.examples import question_hash
 from bettertogether.rollouts.metrics import Verdict
@@ -116,6 +126,15 @@ def test_candidates_differ_and_one_that_was_made_before_is_none() -> None:
 def test_a_labelled_example_and_a_trace_of_the_same_answer_show_the_same() -> None:
     program = parity_program(parity_engine(lambda *_: True))
     demo_sets = DemoSets(program, traces_of(program, 1), numbers(1))
+    assert demo_sets.candidate("labels", 0, 1, seed=0) is not None
+    assert demo_sets.candidate("demos", 1, 0, seed=0) is None
+
+
+def test_a_labelled_example_and_a_trace_whose_fields_come_in_another_order_show_the_same() -> None:
+    program = predictor_over(parity_engine(lambda *_: True), "q -> a, b")
+    example = dspy.Example(q="1", a="2", b="3").with_inputs("q")
+    call = Call("self", {"q": "1"}, {"b": "3", "a": "2"})
+    demo_sets = DemoSets(program, [Trace(0, example, None, (call,), Verdict(1.0, True), "student")], [example])
     assert demo_sets.candidate("labels", 0, 1, seed=0) is not None
     assert demo_sets.candidate("demos", 1, 0, seed=0) is None
 
