@@ -14,7 +14,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from fakes import numbers, parity_engine, parity_match, parity_program
 
 from bettertogether import BetterTogether, BootstrapFewShotRS, Budget, LoRAFinetune
-from bettertogether.records import DataCard, StepRecord, WeightDetails
+from bettertogether.records import CELLS, DataCard, StepRecord, WeightDetails
 from bettertogether.run.auto import NextStep, decide, kind_of
 from bettertogether.testing import FakeEngine, FakeRequest
 
@@ -40,10 +40,10 @@ def next_of(records: list[StepRecord], labelled: bool = True, max_rounds: int = 
     return str(decide(records, optimizers or {"p": P, "w": W}, max_rounds=max_rounds, labelled=labelled))
 
 
-def weights(passing: int, covered: int, rescued: int = 0, **fields: Any) -> StepRecord:
-    """A round of a weight step on rows of `covered` of 20 examples, one each."""
-    sources = {"student": covered - rescued, "rescue": rescued}
-    card = DataCard({}, {}, sources, {}, {}, 20, covered, {}, {}, ())
+def weights(passing: int, covered: int, rescued: int = 0, given: int = 0, **fields: Any) -> StepRecord:
+    """A round of a weight step on rows of `covered` of 20 examples, one each, or on `given` rows."""
+    sources = {"student": covered - rescued, "rescue": rescued, "given": given}
+    card = DataCard({}, {}, sources, {}, {}, 0 if given else 20, covered, {}, {}, ())
     scores = (1.0,) * passing + (0.0,) * (10 - passing)
     details = WeightDetails(card, {}, ())
     return StepRecord(1, "w", "w", "complete", passing / 10, scores, details=details, **fields)
@@ -130,6 +130,11 @@ def test_after_a_weight_step_comes_a_prompt_step_where_the_2x2_says_that_prompts
     )
 
 
+def test_prompts_that_change_nothing_under_the_tuned_weights_are_no_reason_for_a_prompt_step() -> None:
+    record = weights(8, covered=5, two_by_two=dict.fromkeys(CELLS, (1.0,) * 8 + (0.0,) * 2))
+    assert next_of([*rounds(("", 2)), record]).startswith("w next: w gained +0.600 ")
+
+
 def test_after_a_weight_step_that_gained_from_few_rows_comes_another() -> None:
     assert next_of([*rounds(("", 2)), weights(8, covered=5)]) == (
         "w next: w gained +0.600 [68%: +0.400, +0.800] from 5 of 20 examples, and 8 of 10 examples pass now, so fresh "
@@ -145,8 +150,8 @@ def test_rescued_rows_are_not_the_programs_own() -> None:
 
 @pytest.mark.parametrize(
     "record",
-    [weights(8, covered=10), weights(2, covered=2), weights(4, covered=8)],
-    ids=["enough rows", "no gain", "no more pass than gave rows"],
+    [weights(8, covered=10), weights(2, covered=2), weights(4, covered=8), weights(8, covered=0, given=5)],
+    ids=["enough rows", "no gain", "no more pass than gave rows", "rows of the user"],
 )
 def test_after_any_other_weight_step_comes_a_prompt_step(record: StepRecord) -> None:
     found = next_of([*rounds(("", 2)), record])

@@ -137,6 +137,20 @@ def test_a_prompt_step_runs_on_no_example_of_the_trainset_that_the_student_ran_o
         assert (work.given, work.bare) == (len(train), len(train))
 
 
+def test_of_tuned_weights_a_prompt_step_races_the_best_prompts_at_other_strengths_too() -> None:
+    program = parity_program(parity_engine(learner))
+    step = BootstrapFewShotRS(parity_match, num_candidates=0, max_labeled_demos=0, strengths=(0.5, 0.75, 1))
+    works = [step.work(program, StepContext(TRAIN, VAL), replace(HALF, is_tuned=tuned)) for tuned in (False, True)]
+    assert [(work.demo_runs, work.prompts) for work in works] == [(len(VAL), 1), (3 * len(VAL), 3)]
+
+
+def test_of_a_teacher_a_prompt_step_takes_the_runs_that_demos_come_from() -> None:
+    program = parity_program(parity_engine(learner))
+    step = BootstrapFewShotRS(parity_match, num_samples=0, rescue=False)
+    work = step.work(program, StepContext(TRAIN, VAL, [program]), HALF)
+    assert (work.teacher_runs, work.plain_runs) == (len(TRAIN), 0)
+
+
 def test_at_least_further_tries_of_known_examples_are_known_too() -> None:
     runs = []
     for tried in (False, True):

@@ -158,6 +158,15 @@ def test_a_step_whose_scoring_was_cut_off_runs_again_with_other_options_or_when_
     assert len(engine.trainings) == 3
 
 
+def test_a_step_whose_scoring_was_cut_off_runs_again_where_its_program_is_gone(tmp_path: Path) -> None:
+    few: dict[str, Any] = {"trainset": TRAIN[:8], "valset": VAL[:6], "run_dir": tmp_path}
+    compile_(parity_engine(learner), "w", callbacks=[CutOff("score w")], **few)
+    shutil.rmtree(tmp_path / "adapters")
+    engine = parity_engine(learner)
+    assert rounds(compile_(engine, "w", **few)) == [("", "complete"), ("w", "complete")]
+    assert len(engine.trainings) == 1
+
+
 class Service(Callback):
     """What an engine's answers need: away from when a phase begins."""
 
@@ -194,6 +203,22 @@ def test_rounds_in_which_every_example_raised_are_scored_again_by_the_next_call(
     third = compile_(engine, "x -> w", run_dir=tmp_path / "run", **options)
     assert (third.report.rounds, len(engine.requests)) == (second.report.rounds, requests)
     assert len(engine.trainings) == 2
+
+
+def test_what_it_takes_to_score_a_round_again_is_noted_at_once(tmp_path: Path) -> None:
+    noted: list[int] = []
+
+    class Noted(Callback):
+        def on_step_end(self, event: Any) -> None:
+            noted.append(json.loads((tmp_path / "run.json").read_text())["spent"]["metric_calls"])
+
+    service = Service("score x")
+    options: dict[str, Any] = {"optimizers": {"x": Step("Take care.")}, "valset": VAL[:10], "run_dir": tmp_path}
+    engine = service.engine()
+    compile_(engine, "x", callbacks=[service], **options)
+    service.is_away = False
+    compile_(engine, "x", callbacks=[Noted()], **options)
+    assert noted == [20, 30]
 
 
 @pytest.mark.parametrize("again", ["away", "too many errors", "no budget"])
