@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import padded_loss_sum, relative_error
 from tiny import FAMILIES, GEMMA2, SIZES, VOCABULARY, random_rows, tiny_model
-from transformers import GPT2Config, Lfm2Config, LlamaConfig
+from transformers import GPT2Config, Lfm2Config, LlamaConfig, PretrainedConfig
 
 from bettertogether.training import loss as loss_module
 from bettertogether.training.fused import completion_losses
@@ -31,6 +31,16 @@ def test_a_family_with_capped_attention_scores_trains_on_padded_rows_with_the_sa
     assert len(batches) > 1
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     assert relative_error(grads, expected_grads) < 1e-5
+
+
+@pytest.mark.parametrize("config", [FAMILIES["llama"], GEMMA2], ids=["packed", "padded"])
+def test_a_model_that_gives_the_logits_of_all_tokens_has_the_same_loss(config: PretrainedConfig) -> None:
+    model = tiny_model(config)
+    forward, expected = model.forward, padded_loss_sum(model, ROWS)
+    model.forward = lambda **inputs: forward(**inputs, logits_to_keep=0)
+    with row_loss(model, torch.float32, LONGEST) as loss, torch.no_grad():
+        found = sum(loss.token_losses(batch).sum() for batch in loss.plan(ROWS, 10_000))
+    assert float(found) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_family_whose_layers_are_more_than_attention_by_its_config_is_not_packed() -> None:

@@ -188,6 +188,26 @@ def test_an_adapter_with_dropout_is_trained_further_without_it(tmp_path: Path, c
     assert relative_error([weights[key] for key in moved], [expected[key] for key in moved]) < 1e-3
 
 
+def test_gradients_are_checkpointed_where_asked_for() -> None:
+    passes: dict[bool, list[int]] = {False: [], True: []}
+    for checkpointed, counted in passes.items():
+        with policy_of(PolicyConfig(), gradient_checkpointing=checkpointed) as policy:
+            part = policy._stepper.adapter.base.model.layers[0].mlp
+            part.register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
+            policy.update(STEPS[0])
+    assert (len(passes[False]), len(passes[True])) == (1, 2)
+
+
+def test_an_error_that_is_no_lack_of_memory_comes_out_as_it_is() -> None:
+    def broken(plan: Any) -> None:
+        raise error
+
+    error = RuntimeError("expected scalar type Half")
+    with policy_of(FULL) as policy, pytest.raises(RuntimeError) as caught:
+        policy._stepper.in_memory(STEPS[0], broken, "Step 1")
+    assert caught.value is error
+
+
 def test_answers_without_any_choice_are_an_error() -> None:
     forced = [replace(row, forced=[True] * len(row.completion_ids)) for row in STEPS[0]]
     with (
