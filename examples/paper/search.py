@@ -6,6 +6,8 @@ import functools
 import hashlib
 import json
 import logging
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +17,6 @@ from typing import Any
 import dspy
 import numpy as np
 from hub import cache_folder
-
-from bettertogether.files import atomic_folder
 
 READING = b"2"
 """Of the way in which passages are read: an index of another one is made anew."""
@@ -150,14 +150,17 @@ def _indexed(key: str, passages: Iterable[Passage], place: str) -> Bm25:
     bm25s = _bm25s()
     index = bm25s.BM25()
     index.index(bm25s.tokenize(texts, stopwords="en"))
+    temporary = search.folder.with_name(f".{search.key}-{os.getpid()}")
     try:
-        with atomic_folder(search.folder) as filling:
-            index.save(str(filling), corpus=texts)
-            (filling / "titles.json").write_text(json.dumps(titles), encoding="utf-8")
+        index.save(str(temporary), corpus=texts)
+        (temporary / "titles.json").write_text(json.dumps(titles), encoding="utf-8")
+        os.replace(temporary, search.folder)
     except OSError:
         # Another process may have made it meanwhile.
         if not search.folder.exists():
             raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return search
 
 

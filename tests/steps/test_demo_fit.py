@@ -126,7 +126,7 @@ def test_labelled_examples_that_can_not_be_shown_are_replaced_by_others() -> Non
 
 def test_the_prompt_step_says_what_it_left_out_and_why(caplog: pytest.LogCaptureFixture) -> None:
     program = dspy.Predict(SIGNATURE)
-    program.set_lm(plain_lm(parity_engine(lambda _, number: number not in texts, max_length=2000)))
+    program.set_lm(plain_lm(parity_engine(lambda _, number: number not in {*texts, 20}, max_length=2000)))
     texts = {1: "half \ud83d", 2: "word " * 3000}
     trainset = [example(n, texts.get(n, "text")) for n in range(12)]
     step = BootstrapFewShotRS(parity_match, max_errors=5, max_labeled_demos=12, rescue=False, num_samples=0)
