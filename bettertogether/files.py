@@ -101,17 +101,14 @@ def atomic_folder(target: Path, put: Callable[[Path, Path], object] = os.replace
     """Write a folder whole or not at all: inside the block one beside it is filled, which gets its name at the end.
 
     `put(filled, target)` gives it the name; what it leaves under the old name is deleted, as all is that a block which
-    raises has written, and what processes of this machine left that were killed in theirs a day ago. Raises OSError.
+    raises has written, and what killed processes left of theirs a day ago or earlier. Raises OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    of_a_process = re.compile(rf"\.{re.escape(target.name)}\.(\d+)@(.*)\.\w+\.tmp")
+    left = re.compile(rf"\.{re.escape(target.name)}\.\w+\.tmp")
     for other in target.parent.iterdir():
-        found = of_a_process.fullmatch(other.name)
-        # Containers may share their host's name, and not its processes: what is young may be in work.
-        if found and not _lives(int(found[1]), found[2]) and _age_s(other) > DAY_S:
+        if left.fullmatch(other.name) and _age_s(other) > DAY_S:
             shutil.rmtree(other, ignore_errors=True)
-    prefix = f".{target.name}.{os.getpid()}@{platform.node()}."
-    work = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent))
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         yield work
         work.chmod(0o755)
@@ -290,19 +287,21 @@ def _claimed(path: Path) -> Path:
                     path.unlink()
                     raise
                 return path
-        named = re.fullmatch(r"process (\d+) on (.*)", found)
-        if named is None or _lives(int(named[1]), named[2]):
+        if _lives(found):
             break
         with disk_errors(path):
             path.unlink(missing_ok=True)
     raise _in_use(path, found.encode(), f"if that process has ended, delete {path}")
 
 
-def _lives(process: int, machine: str) -> bool:
-    """Whether a process may still run."""
+def _lives(owner: str) -> bool:
+    """Whether the process that wrote this may still run."""
     import psutil
 
-    return machine != platform.node() or process == os.getpid() or psutil.pid_exists(process)
+    found = re.fullmatch(r"process (\d+) on (.*)", owner)
+    if found is None or found[2] != platform.node():
+        return True
+    return int(found[1]) == os.getpid() or psutil.pid_exists(int(found[1]))
 
 
 def _in_use(path: Path, owner: bytes, why: str) -> RunDirectoryError:
