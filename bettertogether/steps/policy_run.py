@@ -301,7 +301,9 @@ class PolicyRun:
         return self.folder.glob("step-*")
 
     def _resume(self) -> None:
-        latest = max(self._saved(), key=lambda path: int(path.name.removeprefix("step-")), default=None)
+        # One without it was deleted in part, when the run was done.
+        whole = (path for path in self._saved() if (path / "state.json").exists())
+        latest = max(whole, key=lambda path: int(path.name.removeprefix("step-")), default=None)
         if latest is None:
             return
         try:

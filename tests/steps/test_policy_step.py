@@ -38,7 +38,7 @@ from bettertogether.rollouts.metrics import Verdict
 from bettertogether.rollouts.settings import RunSettings
 from bettertogether.rollouts.traces import Trace
 from bettertogether.steps.policy_groups import Groups
-from bettertogether.steps.policy_run import PolicyRun, RunState
+from bettertogether.steps.policy_run import PATIENCE, PolicyRun, RunState
 from bettertogether.steps.step import StepContext
 from bettertogether.steps.work import Outlook
 
@@ -334,6 +334,13 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_delete(tmp_path: Pat
     run = PolicyRun(lambda _: dspy.Module(), {}, {}, [], [], is_a, PolicyConfig(), RunSettings(), tmp_path, "run")
     with pytest.raises(TrainingError, match=r"The checkpoint in .*step-1 is damaged .*: delete .* and train again"):
         run.run()
+
+
+def test_a_checkpoint_that_was_deleted_in_part_is_none(tmp_path: Path) -> None:
+    (tmp_path / "step-2").mkdir()
+    run = PolicyRun(lambda _: dspy.Module(), {}, {}, [], [], is_a, PolicyConfig(), RunSettings(), tmp_path, "run")
+    run.state = RunState(idle=PATIENCE)
+    assert run.run().step == 0
 
 
 def test_no_two_runs_of_a_training_have_the_same_number(tmp_path: Path) -> None:

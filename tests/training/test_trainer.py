@@ -280,6 +280,14 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_delete(tmp_path: Pat
         train(tmp_path)
 
 
+def test_a_checkpoint_that_was_deleted_in_part_is_none(killed: Path, tmp_path: Path) -> None:
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint" / "epoch-1" / "state.json").unlink()
+    lines: list[TrainingProgress] = []
+    train(tmp_path, on_progress=lines.append, **INTERRUPTED)
+    assert lines[0].step == 0
+
+
 def test_start_from_continues_an_adapter(tmp_path: Path) -> None:
     first = train(tmp_path / "first", validation_rows=HELD_OUT)
     second = train(tmp_path / "second", validation_rows=HELD_OUT, start_from=tmp_path / "first")
