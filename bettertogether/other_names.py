@@ -12,6 +12,12 @@ from .errors import ConfigError
 
 ClassT = TypeVar("ClassT", bound=type)
 
+FINE_TUNERS: Mapping[str, str] = {
+    "train_kwargs": "training=TrainingConfig(...) and lora=LoRAConfig(...)",
+    "adapter": "dspy.configure(adapter=...)",
+}
+"""What DSPy's fine-tuners take, and ours have another way for."""
+
 _names: dict[type, Mapping[str, str]] = {}
 
 

@@ -61,6 +61,13 @@ def kept_working_folders(parent: Path) -> Iterator[None]:
         _kept_in.reset(token)
 
 
+def latest_checkpoint(parent: Path, prefix: str) -> Path | None:
+    """The folder `prefix`N under `parent` with the highest N. One without its state was deleted in part, when the
+    training was done."""
+    whole = (path.parent for path in parent.glob(f"{prefix}*/state.json"))
+    return max(whole, key=lambda path: int(path.name.removeprefix(prefix)), default=None)
+
+
 def working_folders(parent: Path) -> list[str]:
     """Names of the working folders that are in use, or were left behind."""
     return sorted(path.name.removeprefix(".").removesuffix(".lock") for path in parent.glob(".*.lock"))

@@ -8,7 +8,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from ..rollouts.settings import RunSettings
 from ..rollouts.traces import ExamplePass, Trace
 from ..training.config import PolicyConfig
 from ..training.progress import PolicyUpdate, TrainingProgress
+from ..working_folders import latest_checkpoint
 from .adapter_rows import AdapterKey
 from .policy_groups import Groups, check_draws_of, compared, reward_of, spread_of
 from .select_traces import unseen_calls
@@ -293,17 +294,12 @@ class PolicyRun:
                 (work / str(number)).mkdir()
                 session.save(work / str(number), self.name)
             atomic_write(work / "state.json", json.dumps({"schema": SCHEMA, "run": self.name, **asdict(self.state)}))
-        for other in self._saved():
+        for other in self.folder.glob("step-*"):
             if other != target:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def _saved(self) -> Iterator[Path]:
-        return self.folder.glob("step-*")
-
     def _resume(self) -> None:
-        # One without it was deleted in part, when the run was done.
-        whole = (path for path in self._saved() if (path / "state.json").exists())
-        latest = max(whole, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+        latest = latest_checkpoint(self.folder, "step-")
         if latest is None:
             return
         try:

@@ -17,7 +17,7 @@ from ..checks import require
 from ..engines.protocol import PolicyEngine
 from ..errors import ConfigError, NotTrainableError
 from ..files import adapters_cache
-from ..other_names import knows
+from ..other_names import FINE_TUNERS, knows
 from ..programs.behaviour import BehaviourWalk
 from ..programs.content import dataset_hash
 from ..programs.program import clear_demos, predictors_of, require_program, require_reachable
@@ -39,8 +39,7 @@ from .work import Outlook, Work
 
 
 @knows(
-    adapter="dspy.configure(adapter=...)",
-    train_kwargs="training=TrainingConfig(...) and lora=LoRAConfig(...)",
+    **FINE_TUNERS,
     beta="policy=PolicyConfig(kl_weight=...)",
     epochs="policy=PolicyConfig(steps=...)",
     num_train_epochs="policy=PolicyConfig(steps=...)",

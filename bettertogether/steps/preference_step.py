@@ -15,7 +15,7 @@ from typing import Literal
 import dspy
 
 from ..checks import require_whole
-from ..other_names import knows
+from ..other_names import FINE_TUNERS, knows
 from ..rollouts.metrics import Metric, require_metric
 from ..rollouts.tries import TEMPERATURES, Sampling
 from ..training.config import LoRAConfig, TrainingConfig
@@ -25,11 +25,7 @@ from .rows_from_traces import Collected, RowOptions, Runs, Trainable, rows_from_
 from .training_step import TrainingStep
 
 
-@knows(
-    train_kwargs="training=TrainingConfig(...) and lora=LoRAConfig(...)",
-    adapter="dspy.configure(adapter=...)",
-    metric_threshold="threshold=...",
-)
+@knows(**FINE_TUNERS, metric_threshold="threshold=...")
 class PreferenceFinetune(TrainingStep):
     """Fine-tune a program's local LMs to prefer the answers that made its runs pass to those that made them fail.
 

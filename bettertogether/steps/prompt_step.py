@@ -224,7 +224,7 @@ class BootstrapFewShotRS(Step, Teleprompter):
         size = len(validation)
         prompts = 1 + outlook.has_demos + bool(self.max_labeled_demos) + self.num_candidates
         scaled = len(set(self.strengths) - {1.0}) if outlook.is_tuned else 0
-        if context.valset and self.race and self.threshold is None and outlook.contest[0] == FULL_MARK:
+        if context.valset and self._can_be_won and outlook.contest[0] == FULL_MARK:
             # The prompts given may have it, and be the simplest.
             calls = float(size)
         else:
@@ -319,8 +319,13 @@ class BootstrapFewShotRS(Step, Teleprompter):
         return [*candidates, *scaled], prompts + strengths
 
     def _is_best(self, candidate: Candidate, size: int) -> bool:
-        """Whether a race is won: without a threshold no metric goes above the full mark."""
-        return self.race and self.threshold is None and solves_all(candidate, size)
+        """Whether a race is won."""
+        return self._can_be_won and solves_all(candidate, size)
+
+    @property
+    def _can_be_won(self) -> bool:
+        """Whether a race may end at the full mark: without a threshold no metric goes above it."""
+        return self.race and self.threshold is None
 
     def _no_demos(self, traces: TraceSet) -> list[str]:
         """Why no demo comes from a run, where that was to be."""

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 import dspy
 
-from ..other_names import knows
+from ..other_names import FINE_TUNERS, knows
 from ..rollouts.metrics import Metric
 from ..rollouts.tries import TEMPERATURES, Sampling
 from ..training.config import LoRAConfig, TrainingConfig
@@ -26,9 +26,8 @@ ENOUGH_SOLVED = 16
 
 
 @knows(
-    train_kwargs="training=TrainingConfig(...) and lora=LoRAConfig(...)",
+    **FINE_TUNERS,
     exclude_demos='train_prompt="vanilla"',
-    adapter="dspy.configure(adapter=...)",
     metric_threshold="threshold=...",
     teacher_settings="compile(teacher=...), a program with LMs of its own",
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..files import atomic_folder, atomic_write, put_anew
+from ..working_folders import latest_checkpoint
 from .held_out import HeldOutLosses
 from .packing import TokenizedRow
 from .progress import TrainingProgress
@@ -95,12 +96,8 @@ def write_state(folder: Path, state: TrainingState, run: str) -> None:
 
 def load_state(folder: Path, run: str) -> TrainingState | None:
     """The latest state of run `run` under `folder`; None when there is none, or when it is another run's."""
-    parent = folder / FOLDER
-    # One without it was deleted in part, when its training was done.
-    names = [path.parent.name for path in parent.glob("epoch-*/state.json")] if parent.is_dir() else []
-    if not names:
-        return None
-    return read_state(parent / max(names, key=lambda name: int(name.removeprefix("epoch-"))), run)
+    latest = latest_checkpoint(folder / FOLDER, "epoch-")
+    return None if latest is None else read_state(latest, run)
 
 
 def read_state(folder: Path, run: str) -> TrainingState | None:
